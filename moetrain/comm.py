@@ -1,0 +1,89 @@
+"""The collectives of moetrain, with autograd where a gradient has to come back.
+
+Every rank of a group enters every one of them, in forward and in backward, with zero-sized parts where it has
+nothing to say. Row counts are host integers: what is to be sent is known before anything is.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Splits = Sequence[int]
+
+
+def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[...] of every rank, stacked: [R, ...]. No gradient."""
+    out = local.new_empty(group.size() * local.numel())
+    with warnings.catch_warnings():  # newer versions of torch have a new name for it, older ones do not
+        warnings.simplefilter("ignore", FutureWarning)
+        dist.all_gather_into_tensor(out, local.flatten(), group=group)
+    return out.view(group.size(), *local.shape)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Summed over all ranks, in place. No gradient."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Rank 0's values, in place."""
+    dist.broadcast(tensor, 0)
+    return tensor
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """True where it is true on every rank."""
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, dist.ReduceOp.MIN)
+    return bool(vote)
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+class Pending:
+    """Rows under way: `wait()` returns what came in, [sum(receive), ...]."""
+
+    def __init__(self, out: Tensor, work: Any) -> None:
+        self._out, self._work = out, work
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._out
+
+
+def start_all_to_all(rows: Tensor, send: Splits, receive: Splits, group: dist.ProcessGroup) -> Pending:
+    """Begin to send `rows` [sum(send), ...], `send[r]` of them to rank r. No gradient."""
+    if group.size() == 1:
+        return Pending(rows, None)
+    rows = rows.contiguous()
+    out = rows.new_empty(sum(receive), *rows.shape[1:])
+    work = dist.all_to_all_single(out, rows, list(receive), list(send), group=group, async_op=True)
+    return Pending(out, work)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: Splits, receive: Splits, group: dist.ProcessGroup) -> Tensor:
+        ctx.back = (receive, send, group)
+        return start_all_to_all(rows, send, receive, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return start_all_to_all(grad, *ctx.back).wait(), None, None, None
+
+
+def all_to_all(rows: Tensor, send: Splits, receive: Splits, group: dist.ProcessGroup) -> Tensor:
+    """[sum(send), D] -> [sum(receive), D]: rows for rank r leave in order, rows from rank r arrive in order.
+
+    The gradient takes the way back.
+    """
+    return _AllToAll.apply(rows, send, receive, group) if group.size() > 1 else rows

@@ -1,0 +1,338 @@
+"""The configuration of a run: Hydra composes YAML, pydantic turns it into a frozen, typed tree.
+
+`load(overrides)` is the only way in. Every mistake becomes a `ConfigError`: one line that names the field, the
+value and the rule. Below `train.py` nobody sees a `DictConfig`, and nothing changes a config after it was loaded.
+"""
+
+import difflib
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """Bad input. Its text is the one line that a user sees; the process ends with exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Run(Section):
+    name: str | None = None
+    dir: str = "runs"
+
+
+class Train(Section):
+    steps: Positive
+    seed: NonNegative
+    global_batch: Positive
+    micro_batch: Positive | None
+    seq_len: Annotated[int, Field(ge=2)]
+    recompute: Literal["none", "full"]
+    dtype: Literal["fp32", "bf16"]
+    log_every: Positive
+    threads: Positive | None
+
+
+class Optim(Section):
+    lr: PositiveFloat
+    min_lr: NonNegativeFloat
+    schedule: Literal["cosine", "wsd"]
+    warmup: NonNegative
+    decay_fraction: Fraction
+    betas: tuple[Fraction, Fraction]
+    eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    clip: NonNegativeFloat
+
+
+class Parallel(Section):
+    nproc: Positive | None
+    ep: Positive | None
+    dp_shard: Positive | None
+    dp_replicate: Positive
+
+
+class Router(Section):
+    name: str
+    top_k: Positive
+    scores: Literal["softmax", "sigmoid"]
+    normalise: bool
+    skew: Finite
+
+
+class Balance(Section):
+    scope: Literal["micro", "data", "global"]
+    accumulate: Literal["buffer"]
+    coefficient: NonNegativeFloat
+    z_coefficient: NonNegativeFloat
+
+
+class Eval(Section):
+    every: NonNegative
+    tokens_per_domain: Positive
+
+
+class Generate(Section):
+    prompt: str | None
+    tokens: Positive
+    temperature: NonNegativeFloat
+    seed: NonNegative
+
+
+class Checkpoint(Section):
+    every: NonNegative
+    keep: Positive
+    resume: str
+
+
+class Track(Section):
+    wandb: bool
+    project: str
+    trace_every: NonNegative
+
+
+class Model(Section):
+    dim: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    num_experts: Positive
+    expert_hidden: Positive
+    num_shared_experts: NonNegative
+    num_dense_layers: NonNegative
+    dense_hidden: Positive
+    vocab_size: Positive | None
+    qk_norm: Literal["none", "head", "full"]
+    tied_embeddings: bool
+    rope_theta: PositiveFloat
+    norm_eps: PositiveFloat
+    init_std: PositiveFloat
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+
+class Data(Section):
+    source: Literal["local", "folder"]
+    path: str | None
+    dir: str
+    vocab_size: Annotated[int, Field(ge=257, le=1 << 20)]
+    tokenizer: str | None
+    max_bytes_per_domain: Positive | None
+    held_out: Fraction
+    attend_within_documents: bool
+
+
+class Planner(Section):
+    name: str
+    alpha: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    min_rows: NonNegative | None = None
+    threshold: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
+
+
+class Engine(Section):
+    name: Literal["native"]
+    reshard_after_forward: bool
+
+
+class Config(Section):
+    run: Run
+    train: Train
+    optim: Optim
+    parallel: Parallel
+    router: Router
+    balance: Balance
+    eval: Eval
+    generate: Generate
+    checkpoint: Checkpoint
+    track: Track
+    model: Model
+    data: Data
+    planner: Planner
+    engine: Engine
+
+
+def config_dir() -> Path:
+    """The shipped YAML: inside an installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def load(overrides: Sequence[str] = (), extra_dir: str | None = None) -> Config:
+    """Compose the shipped configs, the user's folder `extra_dir` on top, and `overrides`; check; freeze.
+
+    Raises `ConfigError` for everything that a user can get wrong here.
+    """
+    overrides = list(overrides)
+    if extra_dir is not None:
+        if not Path(extra_dir).is_dir():
+            raise ConfigError(f"--config-dir={extra_dir}: there is no such folder")
+        overrides.append(f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]")
+    logging.getLogger("hydra").setLevel(logging.ERROR)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            tree = OmegaConf.to_container(compose("config", overrides), resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_composition_error(error)) from None
+    return from_tree(tree)
+
+
+def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A run's `config.yaml`, with `field=value` overrides on top."""
+    if not path.is_file():
+        raise ConfigError(f"run={path.parent}: there is no run here (no {path.name})")
+    try:
+        tree = OmegaConf.load(path)
+        OmegaConf.set_struct(tree, True)
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise ConfigError(f"{override}: an override reads field=value")
+            OmegaConf.update(tree, key, yaml.safe_load(value), merge=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(_composition_error(error)) from None
+    return from_tree(OmegaConf.to_container(tree))
+
+
+def from_tree(tree: Any) -> Config:
+    """Validate a plain tree of dicts, fields first, then what holds between fields."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        rule = _plain(first["msg"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{field}={_short(first['input'])}: no such field{_nearest(field)}") from None
+        raise ConfigError(f"{field}={_short(first['input'])}: {rule}") from None
+    _check(config)
+    return config
+
+
+def _check(c: Config) -> None:
+    from moetrain.moe.planners import PLANNERS, planner_options
+    from moetrain.moe.router import ROUTERS
+
+    def rule(holds: bool, field: str, text: str) -> None:
+        if not holds:
+            value: Any = c
+            for part in field.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{field}={_short(value)}: {text}")
+
+    m, k = c.model, c.router.top_k
+    rule(c.planner.name in PLANNERS, "planner.name", f"known planners are {', '.join(PLANNERS)}")
+    allowed = planner_options(c.planner.name)
+    for option in c.planner.options:
+        rule(option in allowed, f"planner.{option}", f"the planner {c.planner.name} has no such option")
+    rule(c.router.name in ROUTERS, "router.name", f"known routers are {', '.join(ROUTERS)}")
+    rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
+    rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
+    rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")
+    rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")
+    rule(m.expert_hidden % 8 == 0, "model.expert_hidden", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")
+    rule(
+        m.num_dense_layers < m.num_layers,
+        "model.num_dense_layers",
+        f"must be below model.num_layers={m.num_layers}, so that one layer has experts",
+    )
+    rule(c.optim.min_lr <= c.optim.lr, "optim.min_lr", f"must be at most optim.lr={c.optim.lr}")
+    if c.data.source == "folder":
+        rule(c.data.path is not None, "data.path", "data.source=folder needs a folder or a file")
+    if c.data.path is not None:
+        rule(Path(c.data.path).exists(), "data.path", "there is no such file or folder")
+    if c.data.tokenizer is not None:
+        rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "there is no such file")
+    if c.parallel.nproc is not None:
+        check_world(c, c.parallel.nproc)
+
+
+def check_world(c: Config, world: int) -> None:
+    """What must hold between the config and the number of ranks. Raises `ConfigError`."""
+    p, t = c.parallel, c.train
+    if world % p.dp_replicate:
+        raise ConfigError(f"parallel.dp_replicate={p.dp_replicate}: must divide the number of ranks, {world}")
+    shard = world // p.dp_replicate
+    if p.dp_shard is not None and p.dp_shard != shard:
+        raise ConfigError(
+            f"parallel.dp_shard={p.dp_shard}: dp_replicate={p.dp_replicate} × dp_shard must be the number of ranks, {world}"
+        )
+    ep = p.ep or shard
+    if shard % ep:
+        raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
+    if c.model.num_experts % ep:
+        rule = "needs at least as many experts" if c.model.num_experts < ep else "must divide the number of experts"
+        raise ConfigError(f"parallel.ep={ep}: {rule}, model.num_experts={c.model.num_experts}")
+    if t.global_batch % (world * (t.micro_batch or 1)):
+        per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
+        raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, as it is kept in the run's folder."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plain(message: str) -> str:
+    message = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    message = re.sub(r"^a valid (\w+)(, .*)?$", r"must be a valid \1", message)
+    return message if message.startswith("must") else f"must be {message}"
+
+
+def _fields(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _fields(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _nearest(field: str) -> str:
+    close = difflib.get_close_matches(field, _fields(), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _composition_error(error: Exception) -> str:
+    text = str(error)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"{found[1]}: no such field{_nearest(found[1])}"
+    if found := re.search(r"Key '[^']+' (?:is not in struct|not in)[\s\S]*?full_key: (\S+)", text):
+        return f"{found[1]}: no such field{_nearest(found[1])}"
+    if found := re.search(r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '[^']*':\n([\s\S]*?)\nConfig", text):
+        return f"{found[1]}={found[2]}: must be one of {', '.join(found[3].split())}"
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{found[1]}: must be given"
+    return " ".join(text.split())

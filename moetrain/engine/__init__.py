@@ -1,0 +1,1 @@
+"""Engines: how a model's parameters, gradients and optimizer states lie on the ranks."""

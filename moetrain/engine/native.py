@@ -1,0 +1,123 @@
+"""The native engine: FSDP2 for dense parameters and across the data ranks of an expert shard; AdamW.
+
+Three kinds of parameters:
+- dense: sharded over dp_shard (replicated over dp_replicate), gathered when used;
+- experts: whole experts on their home rank of `ep`, sharded over the ranks that hold the same ones;
+- routers: replicated, kept and computed in fp32.
+
+Gradients are summed over ranks: the loss is divided by the global batch before its backward, nothing is averaged.
+Master weights and optimizer states are fp32; under bf16, FSDP2 casts what it gathers and reduces in fp32.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from moetrain.comm import all_reduce_sum
+from moetrain.config import Config
+from moetrain.mesh import Mesh
+from moetrain.model.initialise import initialise
+from moetrain.model.transformer import Block, Transformer
+from moetrain.moe.experts import Experts
+from moetrain.moe.layer import MoE
+
+
+class NativeEngine:
+    """Owns the sharded model and its optimizer. `model` comes in on the meta device."""
+
+    def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
+        self.mesh, self.clip = mesh, config.optim.clip
+        self.model = model
+        self._shard(config)
+        model.to_empty(device=mesh.device)
+        self._routers = _routers(model)  # only now: moving from the meta device makes new parameters
+        initialise(model, config.train.seed)
+        self.optimizer = torch.optim.AdamW(
+            _groups(model, set(self._routers), config.optim.weight_decay),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=True,
+        )
+
+    def _shard(self, config: Config) -> None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if config.train.dtype == "bf16" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        reshard = config.engine.reshard_after_forward
+        dense = {"mesh": self.mesh.dense, "mp_policy": policy, "ignored_params": set(_routers(self.model))}
+        for block in self.model.layers:
+            if (moe := cast(Block, block).moe) is not None:
+                moe.experts.shard(self.mesh.ep)
+                _sharded(moe.experts, mesh=self.mesh.expert_data, mp_policy=policy, reshard_after_forward=reshard)
+            _sharded(block, reshard_after_forward=reshard, **dense)
+        _sharded(self.model, reshard_after_forward=False, **dense)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients; `last`: of this optimizer step's micro-steps, reduce them over the ranks."""
+        cast(FSDPModule, self.model).set_requires_gradient_sync(last)
+        loss.backward()
+        if last:
+            for parameter in self._routers:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            flat = all_reduce_sum(torch.cat([cast(Tensor, p.grad).flatten() for p in self._routers]))
+            for parameter, part in zip(self._routers, flat.split([p.numel() for p in self._routers]), strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    def step(self, lr: float) -> float:
+        """Clip by the global norm, update, forget the gradients. Returns the norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self.grad_norm()
+        if self.clip and norm > self.clip:
+            torch._foreach_mul_([_local(g) for g in self._grads()], self.clip / (norm + 1e-6))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def grad_norm(self) -> float:
+        """The norm over all parameters of the model, each counted once, however many ranks hold it."""
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                copies = self.mesh.dp_replicate if isinstance(parameter, DTensor) else self.mesh.world
+                total += _local(parameter.grad).double().square().sum() / copies
+        return math.sqrt(all_reduce_sum(total).item())
+
+    def _grads(self) -> Iterator[Tensor]:
+        return (p.grad for p in self.model.parameters() if p.grad is not None)
+
+
+def _routers(model: Transformer) -> list[nn.Parameter]:
+    return [p for m in model.modules() if isinstance(m, MoE) for p in m.router.parameters()]
+
+
+def _sharded(module: nn.Module, **options: object) -> None:
+    fully_shard(module, **options)  # type: ignore[arg-type, call-overload]
+    fsdp = cast(FSDPModule, module)
+    fsdp.set_gradient_divide_factor(1.0)
+    fsdp.set_force_sum_reduction_for_comms(True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _groups(model: nn.Module, routers: set[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Matrices decay; norms and embeddings do not. One group per kind, since kinds live on different meshes."""
+    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        kind = "router" if parameter in routers else "expert" if parameter in experts else "dense"
+        decays = parameter.ndim > 1 and parameter not in embeddings
+        groups.setdefault((kind, decays), []).append(parameter)
+    return [{"params": p, "weight_decay": weight_decay if d else 0.0} for (_, d), p in sorted(groups.items())]

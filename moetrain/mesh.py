@@ -1,0 +1,105 @@
+"""The ranks and their groups: the only place where process groups are made.
+
+World = dp_replicate × dp_shard; `ep` borrows the ranks of dp_shard, neighbours first: shard = expert_data × ep.
+Every rank reads its own share of the data; a rank is in one data group and one expert group.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moetrain.config import Parallel
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The ranks among which one set of experts is shared."""
+
+    rank: int
+    size: int
+    rows: dist.ProcessGroup  # counts, dispatch and combine
+    lend: dist.ProcessGroup  # the same ranks, a communicator of its own: weights travel while rows do
+
+
+@dataclass(frozen=True)
+class Mesh:
+    rank: int
+    world: int
+    device: torch.device
+    ep: Expert
+    dense: DeviceMesh  # dense parameters: (dp_shard) or (dp_replicate, dp_shard)
+    expert_data: DeviceMesh  # a rank's expert shard: (expert_data) or (dp_replicate, expert_data)
+    dp_replicate: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def auto_nproc() -> int:
+    """Workers on this machine when nobody said how many: one a GPU, else two."""
+    return torch.cuda.device_count() or 2
+
+
+@contextmanager
+def start(
+    parallel: Parallel, *, rank: int, world: int, local_rank: int = 0, init_method: str = "env://", timeout: float = 600.0
+) -> Iterator[Mesh]:
+    """Join `world` ranks: NCCL where there are GPUs, else gloo. Everything is torn down on the way out."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(
+        backend, init_method=init_method, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+    )
+    try:
+        yield _axes(parallel, rank, world, device)
+        dist.barrier()  # a rank that leaves early can make a slower one abort
+    finally:
+        dist.destroy_process_group()
+
+
+def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Mesh:
+    replicate = parallel.dp_replicate
+    shard = world // replicate
+    ep = parallel.ep or shard
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        grid = init_device_mesh(
+            device.type,
+            (replicate, shard // ep, ep),
+            mesh_dim_names=("dp_replicate", "expert_data", "ep"),
+        )
+        dense = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    lend = None
+    for ranks in grid.mesh.reshape(-1, ep).tolist():
+        group = dist.new_group(ranks)
+        lend = group if rank in ranks else lend
+    assert lend is not None
+    expert = Expert(rank % ep, ep, grid.get_group("ep"), lend)
+    return Mesh(
+        rank=rank,
+        world=world,
+        device=device,
+        ep=expert,
+        dense=dense if replicate > 1 else dense["dp_shard"],
+        expert_data=grid["dp_replicate", "expert_data"] if replicate > 1 else grid["expert_data"],
+        dp_replicate=replicate,
+    )
+
+
+def from_env() -> tuple[int, int, int] | None:
+    """(rank, world, local_rank) as torchrun set them, or None outside of it."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))

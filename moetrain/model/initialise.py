@@ -1,0 +1,49 @@
+"""Initial weights that depend on the seed and the parameter's name alone: equal at every layout.
+
+Experts are drawn one by one, by their global number, so that a rank draws only its own.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from moetrain.model.transformer import Transformer
+from moetrain.moe.experts import Experts
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Fill all parameters in place. Normal(0, init_std); those that write to the residual stream, / sqrt(2 · layers)."""
+    std = model.options.init_std
+    small = std / math.sqrt(2 * model.options.num_layers)
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        scale = small if last == "down" or owner.endswith((".o", ".down")) else std
+        if parameter.ndim == 1:
+            value = torch.ones(parameter.shape)
+        elif owner in experts:
+            own = experts[owner].own_experts()
+            shape = parameter.shape[1:]
+            value = torch.stack([_draw(shape, scale, seed, f"{name}.{expert}") for expert in own])
+        else:
+            value = _draw(parameter.shape, scale, seed, name)
+        _copy(parameter, value)
+
+
+def _draw(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.randn(shape, generator=generator) * std
+
+
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.device)
+        whole = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(whole.to_local())
+    else:
+        parameter.copy_(value)

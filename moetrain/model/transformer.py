@@ -1,0 +1,163 @@
+"""A decoder-only Mixture-of-Experts transformer, built on one device; it knows no ranks.
+
+Cut so that its parameters map one to one onto Qwen3-MoE and OLMoE of Hugging Face (`docs/model.md` has the table).
+
+B sequences, L positions, T = B·L tokens, D model width, A heads, G key/value heads, C head width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moetrain import config
+from moetrain.moe.layer import LayerStats, MoE
+
+Run = Callable[..., Any]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU: leading dense layers and shared experts."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def rope_table(length: int, width: int, theta: float, device: torch.device) -> Tensor:
+    """[2, L, C] cosines and sines, fp32 (RoFormer, Eq. 15, halves as in Llama)."""
+    rate = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), rate)
+    return torch.stack([angle.cos(), angle.sin()]).repeat(1, 1, 2)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn [B, A, L, C] by position."""
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = rope.to(x.dtype)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional QK-norm."""
+
+    def __init__(self, m: config.Model) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = m.num_heads, m.num_kv_heads, m.head_dim
+        self.q = nn.Linear(m.dim, m.num_heads * m.head_dim, bias=False)
+        self.k = nn.Linear(m.dim, m.num_kv_heads * m.head_dim, bias=False)
+        self.v = nn.Linear(m.dim, m.num_kv_heads * m.head_dim, bias=False)
+        self.o = nn.Linear(m.num_heads * m.head_dim, m.dim, bias=False)
+        self.qk_norm = m.qk_norm
+        if m.qk_norm != "none":
+            full = m.qk_norm == "full"
+            self.q_norm = RMSNorm(m.head_dim * (m.num_heads if full else 1), m.norm_eps)
+            self.k_norm = RMSNorm(m.head_dim * (m.num_kv_heads if full else 1), m.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, L, D] -> [B, L, D]. `mask` [B, 1, L, L], true where a position may look; None: causal."""
+        batch, length, _ = x.shape
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.view(batch, length, -1, self.width) for y in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class Block(nn.Module):
+    """Attention, then experts or a dense MLP, each behind its norm and on the residual stream."""
+
+    def __init__(self, m: config.Model, router: config.Router, planner: config.Planner, dense: bool) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(m.dim, m.norm_eps)
+        self.attn = Attention(m)
+        self.ffn_norm = RMSNorm(m.dim, m.norm_eps)
+        self.mlp = MLP(m.dim, m.dense_hidden) if dense else None
+        shared = MLP(m.dim, m.num_shared_experts * m.expert_hidden) if m.num_shared_experts and not dense else None
+        self.moe = None if dense else MoE(m, router, planner, shared)
+
+    def forward(
+        self, x: Tensor, carry: Any, rope: Tensor, mask: Tensor | None, run: Run
+    ) -> tuple[Tensor, LayerStats | None, Any]:
+        """[B, L, D] -> [B, L, D]. `run(function, *args)` calls it, perhaps recomputing it in the backward."""
+        if self.moe is None:
+            return run(self._dense, x, rope, mask), None, carry
+        x, flat_TD, scores, carry = run(self._attend_and_route, x, carry, rope, mask)
+        decision = self.moe.decide(scores)
+        y_TD = run(self.moe.compute, flat_TD, scores, decision)
+        return x + y_TD.view_as(x), LayerStats.of(scores, decision), carry
+
+    def _dense(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.mlp is not None
+        x = x + self.attn(self.attn_norm(x), rope, mask)
+        return x + self.mlp(self.ffn_norm(x))
+
+    def _attend_and_route(self, x: Tensor, carry: Any, rope: Tensor, mask: Tensor | None) -> tuple:
+        assert self.moe is not None
+        x = x + self.attn(self.attn_norm(x), rope, mask)
+        flat_TD = self.ffn_norm(x).flatten(0, 1)
+        scores, carry = self.moe.route(flat_TD, carry)
+        return x, flat_TD, scores, carry
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+class Transformer(nn.Module):
+    def __init__(self, m: config.Model, router: config.Router, planner: config.Planner, recompute: str = "none"):
+        super().__init__()
+        assert m.vocab_size is not None
+        self.options = m
+        self.embed = nn.Embedding(m.vocab_size, m.dim)
+        self.layers = nn.ModuleList(Block(m, router, planner, i < m.num_dense_layers) for i in range(m.num_layers))
+        self.norm = RMSNorm(m.dim, m.norm_eps)
+        self.head = nn.Linear(m.dim, m.vocab_size, bias=False)
+        if m.tied_embeddings:
+            self.head.weight = self.embed.weight
+        self.run: Run = _call
+        if recompute == "full":
+            self.run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+    def forward(self, tokens: Tensor, document: Tensor | None = None) -> tuple[Tensor, list[LayerStats]]:
+        """[B, L] int64 -> logits [B, L, V] in the compute dtype, and the statistics of every MoE layer.
+
+        `document` [B, L] int: positions attend within equal numbers only; None: causal over everything.
+        """
+        rope = rope_table(tokens.shape[1], self.options.head_dim, self.options.rope_theta, tokens.device)
+        mask = None
+        if document is not None:
+            causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+            mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+        x, carry, stats = self.embed(tokens), None, []
+        run = self.run if torch.is_grad_enabled() else _call
+        for layer in self.layers:
+            x, layer_stats, carry = layer(x, carry, rope, mask, run)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.head(self.norm(x)), stats

@@ -1,0 +1,1 @@
+"""Routing, planning, moving load, and the experts themselves."""

@@ -1,0 +1,97 @@
+"""The MoE layer: route, decide, compute.
+
+The three steps are apart so that activation recompute runs `route` and `compute` a second time while what `decide`
+found (the choice and the plan) is replayed, never redone: statistics are taken once.
+
+T tokens here, D width, E experts, R ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetrain import config
+from moetrain.comm import all_gather
+from moetrain.moe.clock import Clock
+from moetrain.moe.experts import Experts
+from moetrain.moe.plan import Ints, Plan
+from moetrain.moe.planners import PLANNERS
+from moetrain.moe.router import ROUTERS, Choice, Scores
+
+Planner = Callable[..., Plan]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is replayed under recompute."""
+
+    choice: Choice
+    plan: Plan
+    most_per_token: int  # over the tokens here; known on the host
+    counts_E: Tensor  # int64: selections made here
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What one layer's routing on this rank contributes to losses and metrics."""
+
+    counts_E: Tensor  # int64
+    prob_sum_E: Tensor  # fp32, with gradient
+    z_sum: Tensor  # fp32, with gradient: Σ_t logsumexp(logits)²
+    entropy_sum: Tensor  # fp32: Σ_t entropy of the token's probabilities, nats
+    plan: Plan
+    clock: Clock
+
+    @classmethod
+    def of(cls, scores: Scores, decision: Decision) -> "LayerStats":
+        probs_TE = scores.probs_TE
+        entropy = -torch.special.xlogy(probs_TE.detach(), probs_TE.detach()).sum()
+        z_sum = scores.logits_TE.logsumexp(-1).square().sum()
+        return cls(decision.counts_E, probs_TE.sum(0), z_sum, entropy, decision.plan, decision.clock)
+
+
+class MoE(nn.Module):
+    """Router, experts and shared experts of one layer. Built on one device; `experts.shard(ep)` spreads it."""
+
+    def __init__(self, model: config.Model, router: config.Router, planner: config.Planner, shared: nn.Module | None):
+        super().__init__()
+        self.router = ROUTERS[router.name](model.dim, model.num_experts, router)
+        self.experts = Experts(model.dim, model.expert_hidden, model.num_experts)
+        self.shared = shared
+        self.planner: Planner = partial(PLANNERS[planner.name], **planner.options)
+
+    def forward(self, x_TD: Tensor, carry: Any = None) -> tuple[Tensor, LayerStats, Any]:
+        """[T, D] -> [T, D], the layer's statistics, and the router's carry for the next layer."""
+        scores, carry = self.route(x_TD, carry)
+        decision = self.decide(scores)
+        return self.compute(x_TD, scores, decision), LayerStats.of(scores, decision), carry
+
+    def route(self, x_TD: Tensor, carry: Any) -> tuple[Scores, Any]:
+        return self.router.score(x_TD, carry)
+
+    @torch.no_grad()
+    def decide(self, scores: Scores) -> Decision:
+        """Choose experts, count, plan. The layer's one host sync: the counts of all ranks of the expert group."""
+        clock = Clock(scores.logits_TE.device)
+        num_tokens, num_experts = scores.logits_TE.shape
+        with clock.phase("route"):
+            choice = self.router.choose(scores)
+            counts_E = torch.bincount(choice.expert_N, minlength=num_experts)
+            per_token = torch.bincount(choice.token_N, minlength=max(num_tokens, 1)).max()
+            ep = self.experts.ep
+            assert ep is not None, "experts.shard() comes first"
+            gathered = all_gather(torch.cat([counts_E, per_token[None]]), ep.rows).cpu().numpy()
+        with clock.phase("plan"):
+            counts_RE: Ints = gathered[:, :-1]
+            plan = self.planner(counts_RE, self.experts.home, None)
+        return Decision(choice, plan, int(gathered[ep.rank, -1]), counts_E, clock)
+
+    def compute(self, x_TD: Tensor, scores: Scores, decision: Decision) -> Tensor:
+        routing = self.router.weigh(scores, decision.choice)
+        y_TD = self.experts(x_TD, routing, decision.plan, decision.most_per_token, decision.clock)
+        return y_TD if self.shared is None else y_TD + self.shared(x_TD)

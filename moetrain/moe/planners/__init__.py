@@ -1,0 +1,27 @@
+"""Planners: pure functions from counted rows to a `Plan`, the same on every rank. No torch.
+
+`PLANNERS[name](counts, home, costs, limits=None, state=None, **options) -> Plan`; `options` are the planner's own,
+as keyword-only arguments.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+
+from moetrain.moe.plan import Ints, Plan
+from moetrain.moe.planners.home import home
+from moetrain.moe.planners.llep import llep
+
+PLANNERS: dict[str, Callable[..., Plan]] = {"home": home, "llep": llep}
+
+
+def planner_options(name: str) -> list[str]:
+    """The options a planner takes from the config."""
+    parameters = inspect.signature(PLANNERS[name]).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def default_home(num_experts: int, num_ranks: int) -> Ints:
+    """[E] the rank that owns each expert: consecutive blocks, `e // ceil(E / R)`."""
+    return np.arange(num_experts) // -(-num_experts // num_ranks)

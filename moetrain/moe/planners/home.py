@@ -1,0 +1,11 @@
+"""Standard expert parallelism: every row is computed at the home of its expert."""
+
+from typing import Any
+
+from moetrain.moe.plan import Ints, Plan
+
+
+def home(counts: Ints, home: Ints, costs: Any = None, limits: Any = None, state: Any = None) -> Plan:
+    """The plan that moves nothing. counts [R, E], home [E]."""
+    totals = counts.sum(0)
+    return Plan.of(counts, home, [(e, int(home[e]), int(totals[e])) for e in range(len(home))])
