@@ -36,11 +36,13 @@ def broadcast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def agree(flag: bool, device: torch.device) -> bool:
-    """True where it is true on every rank."""
-    vote = torch.tensor(int(flag), device=device)
-    dist.all_reduce(vote, dist.ReduceOp.MIN)
-    return bool(vote)
+def broadcast_text(text: str, device: torch.device) -> str:
+    """Rank 0's text."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = broadcast(torch.tensor(len(data), device=device))
+    if len(data) != int(size):
+        data = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    return bytes(broadcast(data).tolist()).decode()
 
 
 def barrier() -> None:

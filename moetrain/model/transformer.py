@@ -79,14 +79,14 @@ class Attention(nn.Module):
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.view(batch, length, -1, self.width) for y in (q, k, v))
+        q, k, v = (y.view(batch, length, y.shape[-1] // self.width, self.width) for y in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
-        return self.o(y.transpose(1, 2).reshape(batch, length, -1))
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

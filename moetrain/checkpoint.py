@@ -1,0 +1,170 @@
+"""Checkpoints: safetensors and JSON only, so that loading one can run no code.
+
+`checkpoints/step_N/` holds safetensors files, written by `torch.distributed.checkpoint`, every rank its shards, and
+`manifest.json`. One entry per parameter in its global shape, experts one by one under their global number, and the
+two moments of the optimizer beside each: `model/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`. The folder appears whole or
+not at all.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+import moetrain
+from moetrain.comm import barrier
+from moetrain.config import Config, ConfigError
+from moetrain.mesh import Mesh
+from moetrain.moe.experts import Experts
+
+FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run's folder."""
+    found = [p.parent for p in (folder / "checkpoints").glob("step_*/manifest.json")]
+    return max(found, key=_step_of, default=None)
+
+
+def to_resume(config: Config, folder: Path) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means, if any. Raises `ConfigError` where it is not there or foreign."""
+    choice = config.checkpoint.resume
+    if choice == "none":
+        return None
+    path = newest(folder) if choice == "auto" else Path(choice)
+    if path is None:
+        return None
+    if not (path / "manifest.json").is_file():
+        raise ConfigError(f"checkpoint.resume={choice}: must be auto, none or a folder step_N with a manifest.json")
+    check_fits(config, path)
+    return path
+
+
+def check_fits(config: Config, path: Path) -> None:
+    """The checkpoint's model must be the config's. Raises `ConfigError` that names the first difference."""
+    manifest = read_manifest(path)
+    theirs, ours = manifest["config"]["model"], config.model.model_dump(mode="json")
+    if ours["vocab_size"] is None:
+        ours["vocab_size"] = theirs["vocab_size"]
+    for field, value in ours.items():
+        if field not in ("init_std", "rope_theta", "norm_eps") and theirs.get(field) != value:
+            raise ConfigError(f"model.{field}={value}: the checkpoint {path} has {theirs.get(field)}")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "manifest.json").read_text())
+    except ValueError:
+        raise ConfigError(f"checkpoint={path}: manifest.json must be JSON; the file is damaged") from None
+
+
+def save(folder: Path, step: int, config: Config, mesh: Mesh, model: nn.Module, optimizer: Any) -> Path:
+    """Write `folder/checkpoints/step_N`; all ranks call it. Then forget all but the newest `checkpoint.keep`."""
+    path = folder / "checkpoints" / f"step_{step}"
+    unfinished = path.with_name(f".step_{step}.part")
+    if mesh.is_main:
+        for left in path.parent.glob(".step_*.part"):
+            shutil.rmtree(left)
+        unfinished.mkdir(parents=True)
+    barrier()
+    with _quiet():
+        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        dcp.save(_entries(model, optimizer, make=True), storage_writer=writer)
+    barrier()
+    if mesh.is_main:
+        manifest = {
+            "format": FORMAT,
+            "moetrain": moetrain.__version__,
+            "step": step,
+            "samples": step * config.train.global_batch,
+            "world": mesh.world,
+            "ep": mesh.ep.size,
+            "config": config.model_dump(mode="json"),
+        }
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(unfinished, path)
+        complete = sorted((p.parent for p in path.parent.glob("step_*/manifest.json")), key=_step_of)
+        for old in complete[: -config.checkpoint.keep]:
+            shutil.rmtree(old)
+    barrier()
+    return path
+
+
+def load(path: Path, model: nn.Module, optimizer: Any = None) -> int:
+    """Read a checkpoint into the model and, if given, the optimizer. Returns its step."""
+    step = int(read_manifest(path)["step"])
+    entries = _entries(model, optimizer, make=True)
+    with _quiet():
+        dcp.load(entries, storage_reader=HuggingFaceStorageReader(str(path)))
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            state["step"].fill_(step)
+    return step
+
+
+def _entries(model: nn.Module, optimizer: Any, make: bool) -> dict[str, Tensor]:
+    """Name -> tensor that shares its memory with the model's or the optimizer's."""
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    out: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        kinds: dict[str, Tensor] = {"model": parameter.detach()}
+        if optimizer is not None:
+            state = optimizer.state[parameter]
+            if make and not state:  # as AdamW would make it at its first step
+                state["step"] = torch.zeros((), dtype=torch.float32, device=_device(parameter))
+                state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            kinds |= {moment: state[moment] for moment in MOMENTS}
+        owner, _, last = name.rpartition(".")
+        for kind, tensor in kinds.items():
+            if owner in experts:
+                out |= {f"{kind}/{owner}.{e}.{last}": part for e, part in _by_expert(experts[owner], tensor)}
+            else:
+                out[f"{kind}/{name}"] = tensor
+    return out
+
+
+def _by_expert(experts: Experts, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(global number, its part) of the experts that lie on this rank: FSDP cuts between experts, never through one."""
+    own = experts.own_experts()
+    if isinstance(tensor, DTensor):
+        place, size = tensor.device_mesh.get_local_rank(-1), tensor.device_mesh.size(-1)
+        chunk = -(-len(own) // size)
+        own, tensor = own[place * chunk : (place + 1) * chunk], tensor.to_local()
+    yield from zip(own, tensor, strict=True)
+
+
+def _device(parameter: Tensor) -> torch.device:
+    return parameter.device
+
+
+def _step_of(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.name) or 0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(n) for n in ("torch.distributed.checkpoint", "torch.distributed.checkpoint.hf_storage")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,146 @@
+"""`moetrain VERB [overrides]`: one function per verb, each of them thin."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moetrain import __version__, config, runs
+from moetrain.config import Config, ConfigError
+from moetrain.observe.console import console
+
+TRAIN = """Train a model.
+
+examples:
+  moetrain train                                            the default job: model=small on local text
+  moetrain train model=tiny planner=home train.steps=50     any field of configs/config.yaml
+  moetrain train router.skew=4 run.name=skewed              imbalance on purpose
+  torchrun --nproc-per-node 2 -m moetrain train             workers started by torchrun
+"""
+EVAL = """Held-out loss of a run's newest checkpoint, per domain.
+
+example:
+  moetrain eval runs/demo
+"""
+GENERATE = """Text from a run's newest checkpoint.
+
+example:
+  moetrain generate runs/demo 'generate.prompt=def main(' generate.tokens=100
+"""
+DATA = """Prepare a corpus: tokenizer, token files, held-out split. `train` does it by itself where it is missing.
+
+examples:
+  moetrain data                                             the text of this Python installation
+  moetrain data data=folder data.path=books                 text files (folders are domains) or JSONL
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a failure, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="moetrain", description="Expert-parallel training of MoE language models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, text in (("train", TRAIN), ("eval", EVAL), ("generate", GENERATE), ("data", DATA)):
+        verb = verbs.add_parser(
+            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name in ("eval", "generate"):
+            verb.add_argument("run", nargs="?", help="a run's folder or name; the newest run if left out")
+        verb.add_argument("overrides", nargs="*", metavar="field=value", help="overrides of the configuration")
+        verb.add_argument("--json", action="store_true", help="machine-readable output")
+        if name in ("train", "data"):
+            verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    options.given = given
+    if getattr(options, "run", None) and "=" in options.run:  # an override where the run could have stood
+        options.overrides.insert(0, options.run)
+        options.run = None
+    try:
+        return {"train": _train, "eval": _eval, "generate": _generate, "data": _data}[options.verb](options)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(options: argparse.Namespace) -> int:
+    settings = config.load(options.overrides, options.config_dir)
+    _check_run(settings)
+    return _with_workers(options, settings, "train")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    return _with_workers(options, _of_run(options), "eval")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    return _with_workers(options, _of_run(options), "generate")
+
+
+def _data(options: argparse.Namespace) -> int:
+    from moetrain.data import prepare
+
+    settings = config.load(options.overrides, options.config_dir)
+    folder = prepare.ensure(settings.data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if options.json:
+        print(json.dumps({"folder": str(folder), **manifest}))
+        return 0
+    console.print(f"[bold]{folder}[/bold]: vocabulary {manifest['vocab_size']:,}")
+    for split, facts in manifest["splits"].items():
+        shares = ", ".join(f"{name} {count:,}" for name, count in facts["tokens_per_domain"].items())
+        console.print(f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens ({shares})")
+    return 0
+
+
+def _of_run(options: argparse.Namespace) -> Config:
+    from moetrain import checkpoint
+
+    folder = runs.find(options.run)
+    if checkpoint.newest(folder) is None:
+        raise ConfigError(f"run={folder}: has no complete checkpoint")
+    settings = config.load_resolved(folder / "config.yaml", options.overrides)
+    return settings.model_copy(
+        update={"run": settings.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})}
+    )
+
+
+def _check_run(settings: Config) -> None:
+    from moetrain import checkpoint
+
+    runs.check_writable(settings)
+    folder = Path(settings.run.dir) / (settings.run.name or "")
+    checkpoint.to_resume(settings, folder if settings.run.name else folder / "\0")
+
+
+def _with_workers(options: argparse.Namespace, settings: Config, verb: str) -> int:
+    """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
+    from moetrain import launcher, mesh
+
+    place = mesh.from_env()
+    if place is not None:
+        return launcher.work(lambda: _work(options, settings, verb, place))
+    workers = settings.parallel.nproc or mesh.auto_nproc()
+    config.check_world(settings, workers)
+    arguments = list(options.given)
+    if verb == "train" and settings.run.name is None:
+        arguments.append(f"run.name={runs.name_of(settings)}")
+    return launcher.launch(arguments, workers)
+
+
+def _work(options: argparse.Namespace, settings: Config, verb: str, place: tuple[int, int, int]) -> None:
+    import torch
+
+    from moetrain import mesh, tasks
+
+    rank, world, local_rank = place
+    config.check_world(settings, world)
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
+    with mesh.start(settings.parallel, rank=rank, world=world, local_rank=local_rank) as joined:
+        {"train": tasks.train_run, "eval": tasks.evaluate_run, "generate": tasks.generate_run}[verb](
+            settings, joined, options.json
+        )

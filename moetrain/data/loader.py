@@ -1,0 +1,122 @@
+"""Sequences of tokens as a pure function of (seed, global sample index).
+
+The same global batch at any number of ranks; resumed by one integer; a domain label for every token.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from moetrain.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """`tokens[:, :-1]` go in, `tokens[:, 1:]` are predicted. All [B, L + 1], int64."""
+
+    tokens: NDArray[np.int64]
+    domain: NDArray[np.int64]
+    document: NDArray[np.int64]  # equal numbers: the same document
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus (data/prepare.py), memory-mapped."""
+
+    folder: Path
+
+    @cached_property
+    def manifest(self) -> dict:
+        return json.loads((self.folder / "manifest.json").read_text())
+
+    @property
+    def domains(self) -> list[str]:
+        return self.manifest["domains"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["vocab_size"]
+
+    @property
+    def end_of_text(self) -> int:
+        return self.manifest["end_of_text"]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """[V] how many bytes of text a token stands for; special tokens none."""
+        special = self.tokenizer.get_added_tokens_decoder()
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for text, token in self.tokenizer.get_vocab().items():
+            lengths[token] = 0 if token in special else len(text)  # byte-level BPE: one character a byte
+        return lengths
+
+    def tokens(self, split: str) -> NDArray[np.integer]:
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        return np.memmap(self.folder / f"{split}.bin", dtype=dtype, mode="r")
+
+    def documents(self, split: str) -> NDArray[np.int64]:
+        """[documents, 3]: start, length, domain."""
+        return np.load(self.folder / f"{split}.docs.npy")
+
+
+class Packed:
+    """Documents in a shuffled order, back to back, cut into windows of L + 1 tokens, every token predicted once."""
+
+    def __init__(self, corpus: Corpus, split: str, seq_len: int, seed: int, domain: int | None = None) -> None:
+        self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
+        self.tokens = corpus.tokens(split)
+        table = corpus.documents(split)
+        if domain is not None:
+            table = table[table[:, 2] == domain]
+        self.table = table[np.random.Generator(np.random.Philox([seed, 0])).permutation(len(table))]
+        self.begins = np.cumsum(self.table[:, 1]) - self.table[:, 1]  # of each document in the packed stream
+        self.num_windows = max(0, (int(self.table[:, 1].sum()) - 1) // seq_len)
+
+    def window(self, number: int) -> tuple[NDArray, NDArray, NDArray]:
+        """Tokens, domains and document numbers [L + 1] of the stream from `number` · L on."""
+        begin, end = number * self.seq_len, number * self.seq_len + self.seq_len + 1
+        first = int(np.searchsorted(self.begins, begin, side="right")) - 1
+        last = int(np.searchsorted(self.begins, end, side="left"))
+        tokens, domains, numbers = [], [], []
+        for document in range(first, last):
+            start, length, domain = self.table[document]
+            low = max(0, begin - int(self.begins[document]))
+            high = min(int(length), end - int(self.begins[document]))
+            tokens.append(self.tokens[start + low : start + high])
+            domains.append(np.full(high - low, domain))
+            numbers.append(np.full(high - low, document))
+        return np.concatenate(tokens).astype(np.int64), np.concatenate(domains), np.concatenate(numbers)
+
+    def windows(self, numbers: list[int]) -> Sequences:
+        """[B, L + 1] of each; B may be 0."""
+        if not numbers:
+            empty = np.zeros((0, self.seq_len + 1), np.int64)
+            return Sequences(empty, empty, empty)
+        return Sequences(*(np.stack(part) for part in zip(*map(self.window, numbers), strict=True)))
+
+
+class Loader(Packed):
+    """Training sequences: epoch after epoch, each in its own order of windows."""
+
+    def __init__(self, corpus: Corpus, seq_len: int, seed: int) -> None:
+        super().__init__(corpus, "train", seq_len, seed)
+        if not self.num_windows:
+            raise ConfigError(f"train.seq_len={seq_len}: must be below the {len(self.tokens)} tokens of the corpus")
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.Generator(np.random.Philox([self.seed, 1 + epoch])).permutation(self.num_windows)
+
+    def samples(self, begin: int, end: int) -> Sequences:
+        """The global samples `begin` to `end` - 1, whoever asks."""
+        epochs = (divmod(index, self.num_windows) for index in range(begin, end))
+        return self.windows([int(self._order(epoch)[place]) for epoch, place in epochs])

@@ -1,0 +1,91 @@
+"""Held-out loss, for every domain and over all.
+
+E experts, L layers, C domains.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain.comm import all_reduce_sum
+from moetrain.config import Config
+from moetrain.data.loader import Corpus, Packed, Sequences
+from moetrain.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one domain's held-out text."""
+
+    nats: float
+    tokens: int
+    num_bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / max(1, self.num_bytes)
+
+
+def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
+    """The sequences that a domain is judged by: the same ones at every time and layout."""
+    packed = Packed(corpus, "held_out", config.train.seq_len, seed=0, domain=domain)
+    wanted = max(1, config.eval.tokens_per_domain // config.train.seq_len)
+    return packed.windows(list(range(min(wanted, packed.num_windows))))
+
+
+def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B, L] fp32: -log p of every target."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tuple[dict[str, Score], dict[str, float]]:
+    """Scores per domain (and `all`), and metrics. All ranks call it, and call the model equally often."""
+    device, size = mesh.device, config.train.micro_batch or -(-config.train.global_batch // mesh.world)
+    counts = torch.zeros(len(corpus.domains), config.model.num_moe_layers, config.model.num_experts, device=device)
+    sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
+    token_bytes = torch.from_numpy(corpus.token_bytes).to(device)
+    for domain in range(len(corpus.domains)):
+        windows = held_out_windows(corpus, config, domain)
+        for begin in range(0, len(windows.tokens), size * mesh.world):
+            mine = slice(begin + mesh.rank * size, begin + (mesh.rank + 1) * size)
+            tokens = torch.from_numpy(windows.tokens[mine]).to(device)
+            document = torch.from_numpy(windows.document[mine, :-1]).to(device)
+            logits, stats = model(tokens[:, :-1], document if config.data.attend_within_documents else None)
+            nats = token_nats(logits, tokens[:, 1:])
+            sums[domain] += torch.stack(
+                [nats.sum().double(), torch.tensor(float(nats.numel()), device=device), token_bytes[tokens[:, 1:]].sum()]
+            )
+            counts[domain] += torch.stack([s.counts_E for s in stats])
+    all_reduce_sum(sums)
+    all_reduce_sum(counts)
+    scores = {
+        name: Score(float(nats), int(tokens), int(size_))
+        for name, (nats, tokens, size_) in zip(corpus.domains, sums.tolist(), strict=True)
+    }
+    scores["all"] = Score(*(float(x) for x in sums.sum(0).tolist()))  # type: ignore[arg-type]
+    metrics = {"eval/loss": scores["all"].loss, "eval/ppl": math.exp(min(50.0, scores["all"].loss))}
+    metrics["eval/bits_per_byte"] = scores["all"].bits_per_byte
+    for name in corpus.domains:
+        metrics[f"eval/{name}/ppl"] = math.exp(min(50.0, scores[name].loss))
+        metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
+    for layer, information in enumerate(domain_information(counts.double().cpu().numpy())):
+        metrics[f"specialise/layer_{config.model.num_dense_layers + layer:02d}/domain_mi"] = information
+    return scores, metrics
+
+
+def domain_information(counts_CLE: np.ndarray) -> list[float]:
+    """[L] mutual information of domain and expert in bits, every domain weighted alike. 0: no specialisation."""
+    joint = counts_CLE / counts_CLE.sum(-1, keepdims=True).clip(min=1) / len(counts_CLE)
+    independent = joint.sum(0, keepdims=True) * joint.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(joint > 0, joint * np.log2(joint / independent), 0.0)
+    return terms.sum((0, 2)).tolist()

@@ -1,0 +1,26 @@
+"""The terminal: what a person reads goes to standard output and, during a run, to the run's `log.txt` as well."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Voice:
+    """Speaks on the terminal and into `log.txt`; `silent` ranks do neither."""
+
+    def __init__(self, log: Path | None, silent: bool = False) -> None:
+        self._file = log.open("a", encoding="utf-8") if log is not None and not silent else None
+        self._copies = [Console(file=self._file, width=120, highlight=False)] if self._file else []
+        self.silent = silent
+
+    def say(self, *what: Any) -> None:
+        if not self.silent:
+            for target in (console, *self._copies):
+                target.print(*what)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()

@@ -1,0 +1,81 @@
+"""Parameters and memory, worked out before anything is allocated; and the rate of large matrix products."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from moetrain.config import Config
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parameters are counted, bytes estimated: states are exact, activations rough (±30 %)."""
+
+    total: int  # parameters of the model
+    active: int  # of them used by one token
+    per_rank: int  # of them whose master copy lies on one rank
+    states: int  # bytes a rank: fp32 masters, two moments, gradients
+    gathered: int  # bytes a rank: parameters gathered for use, in the compute dtype
+    activations: int  # bytes a rank, of one micro-step under balanced routing
+    flops_per_token: int  # forward and backward, matrix products only
+
+    @property
+    def bytes(self) -> int:
+        return self.states + self.gathered + self.activations
+
+
+def estimate(config: Config, world: int) -> Estimate:
+    """Of the config's model, on each of `world` ranks. Needs model.vocab_size."""
+    m, t, p = config.model, config.train, config.parallel
+    assert m.vocab_size is not None
+    shard = world // p.dp_replicate
+    ep = p.ep or shard
+    norms = {"none": 0, "head": 2 * m.head_dim, "full": (m.num_heads + m.num_kv_heads) * m.head_dim}[m.qk_norm]
+    attention = 2 * m.dim * (m.num_heads + m.num_kv_heads) * m.head_dim + norms + 2 * m.dim
+    expert = 3 * m.dim * m.expert_hidden
+    shared = m.num_shared_experts * expert
+    router = m.dim * m.num_experts
+    embeddings = m.vocab_size * m.dim * (1 if m.tied_embeddings else 2) + m.dim
+    dense = embeddings + m.num_layers * attention + m.num_dense_layers * 3 * m.dim * m.dense_hidden
+    dense += m.num_moe_layers * shared
+    experts, routers = m.num_moe_layers * m.num_experts * expert, m.num_moe_layers * router
+    active = dense + routers + m.num_moe_layers * config.router.top_k * expert
+    per_rank = dense // shard + experts // shard + routers
+
+    width = 2 if t.dtype == "bf16" else 4
+    tokens = t.seq_len * (t.micro_batch or t.global_batch // world)
+    live = m.num_layers if not config.engine.reshard_after_forward else 1
+    block = (dense - embeddings + experts // ep) // m.num_layers
+    gathered = width * (embeddings + live * block)
+    rows = config.router.top_k * tokens
+    layer = width * (tokens * (8 * m.dim + 3 * m.num_heads * m.head_dim) + rows * (3 * m.dim + 4 * m.expert_hidden))
+    kept = m.num_layers * (width * 2 * tokens * m.dim if t.recompute == "full" else layer) + layer
+    activations = kept + tokens * m.vocab_size * (width + 8)
+    matrices = active - (0 if m.tied_embeddings else m.vocab_size * m.dim)
+    flops = 6 * matrices + 6 * m.num_layers * m.num_heads * m.head_dim * t.seq_len
+    return Estimate(
+        dense + experts + routers, active, per_rank, 16 * per_rank + width * block, gathered, activations, flops
+    )
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product, measured now: what `perf/mfu` is a share of."""
+    size = 8192 if device.type == "cuda" else 768
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a).sum().item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def short(number: float) -> str:
+    """12.3M, 6.9B."""
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g}{unit}"
+    return f"{number:.3g}"

@@ -1,0 +1,49 @@
+"""What a run is, printed at its start: layout, parameters and memory per rank."""
+
+from rich.table import Table
+
+from moetrain import __version__
+from moetrain.config import Config
+from moetrain.data.loader import Corpus
+from moetrain.mesh import Mesh
+from moetrain.observe.console import Voice
+from moetrain.observe.estimate import GIB, Estimate, short
+
+
+def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: Voice) -> None:
+    m, t = config.model, config.train
+    shard = mesh.world // mesh.dp_replicate
+    micro = t.micro_batch or t.global_batch // mesh.world
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, text in (
+        (
+            "layout",
+            f"{mesh.world} ranks on {mesh.device.type} = dp_replicate {mesh.dp_replicate} × dp_shard {shard}; "
+            f"ep {mesh.ep.size} × expert data {shard // mesh.ep.size}; planner {config.planner.name}, {t.dtype}",
+        ),
+        (
+            "model",
+            f"{short(size.total)} parameters, {short(size.active)} active a token; {m.num_layers} layers, width {m.dim}, "
+            f"{m.num_experts} experts, top-{config.router.top_k}",
+        ),
+        (
+            "per rank",
+            f"{short(size.per_rank)} parameters; about {size.bytes / GIB:.2f} GiB: states {size.states / GIB:.2f}, "
+            f"gathered {size.gathered / GIB:.2f}, activations {size.activations / GIB:.2f}",
+        ),
+        (
+            "data",
+            f"{corpus.folder}: {corpus.manifest['splits']['train']['tokens']:,} tokens in {len(corpus.domains)} domains "
+            f"({', '.join(corpus.domains)})",
+        ),
+        (
+            "batch",
+            f"{t.global_batch} sequences × {t.seq_len} tokens, {t.global_batch // (micro * mesh.world)} micro-step(s) of "
+            f"{micro} a rank; {t.steps} steps",
+        ),
+        ("run", f"{config.run.dir}/{config.run.name}"),
+    ):
+        table.add_row(f"[dim]{name}[/dim]", text)
+    voice.say(f"[bold]moetrain {__version__}")
+    voice.say(table)
+    voice.say()

@@ -1,0 +1,102 @@
+"""The end of a run, as a person enjoys reading it; and `summary.json` for machines."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.panel import Panel
+from rich.table import Table
+
+from moetrain.config import Config
+from moetrain.data.bigram import Bigram
+from moetrain.data.loader import Corpus, Loader
+from moetrain.evaluate import Score, held_out_windows
+from moetrain.observe.console import Voice
+from moetrain.observe.estimate import Estimate, short
+
+BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
+
+
+def bigram_scores(config: Config, corpus: Corpus, loader: Loader) -> dict[str, float] | None:
+    """Bits per byte of the baseline, per domain and over `all`; None where the run saw too much text to count."""
+    samples = config.train.steps * config.train.global_batch
+    if samples * config.train.seq_len > BIGRAM_MOST_TOKENS:
+        return None
+    bigram = Bigram(corpus.vocab_size)
+    for begin in range(0, samples, 256):
+        bigram.see(loader.samples(begin, min(samples, begin + 256)).tokens)
+    bigram.fit()
+    held_out = {name: held_out_windows(corpus, config, number).tokens for number, name in enumerate(corpus.domains)}
+    discount = bigram.tune(np.concatenate(list(held_out.values())))
+    nats = {name: float(bigram.nats(tokens, discount).sum()) for name, tokens in held_out.items()}
+    sizes = {name: int(corpus.token_bytes[tokens[:, 1:]].sum()) for name, tokens in held_out.items()}
+    scores = {name: nats[name] / math.log(2) / max(1, sizes[name]) for name in held_out}
+    scores["all"] = sum(nats.values()) / math.log(2) / max(1, sum(sizes.values()))
+    return scores
+
+
+def collect(
+    folder: Path, config: Config, size: Estimate, scores: dict[str, Score], bigram: dict[str, float] | None, texts: Any
+) -> dict[str, Any]:
+    """Everything the summary shows, from the run's own records; written to `summary.json`."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "train/loss" in row]
+    mean = lambda name: float(np.mean([row[name] for row in rows]))  # noqa: E731
+    found = {
+        "run": str(folder),
+        "steps": config.train.steps,
+        "tokens": config.train.steps * config.train.global_batch * config.train.seq_len,
+        "parameters": {"total": size.total, "active": size.active},
+        "loss": {"first": rows[0]["train/lm_loss"], "last": float(np.mean([r["train/lm_loss"] for r in rows[-10:]]))},
+        "bits_per_byte": {name: score.bits_per_byte for name, score in scores.items() if score.tokens},
+        "bigram_bits_per_byte": bigram,
+        "tokens_per_second": float(np.median([row["perf/tokens_per_second"] for row in rows])),
+        "imbalance": {"home": mean("balance/imbalance_home"), "planned": mean("balance/imbalance_planned")},
+        "guests": int(sum(row["balance/guests"] for row in rows)),
+        "rows_moved": int(sum(row["balance/rows_moved"] for row in rows)),
+        "rows_moved_fraction": mean("balance/rows_moved_fraction"),
+        "generated": texts,
+    }
+    (folder / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def show(found: dict[str, Any], voice: Voice) -> None:
+    table = Table(title="Held-out bits per byte (lower is better)", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("domain")
+    table.add_column("this model", justify="right")
+    table.add_column("bigram", justify="right")
+    for name, value in found["bits_per_byte"].items():
+        bigram = found["bigram_bits_per_byte"]
+        style = "bold" if name == "all" else ""
+        table.add_row(name, f"{value:.3f}", f"{bigram[name]:.3f}" if bigram else "–", style=style)
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    home, planned = found["imbalance"]["home"], found["imbalance"]["planned"]
+    for name, text in (
+        ("parameters", f"{short(found['parameters']['total'])}, of them {short(found['parameters']['active'])} active a token"),
+        ("trained on", f"{found['tokens']:,} tokens in {found['steps']} steps, {found['tokens_per_second']:,.0f} tokens/s"),
+        ("loss", f"{found['loss']['first']:.3f} → {found['loss']['last']:.3f} nats a token"),
+        ("imbalance", f"{home:.3f} at home → {planned:.3f} planned (largest device load over the mean)"),
+        (
+            "moved",
+            f"{found['guests']:,} guests lent, {found['rows_moved']:,} rows ({found['rows_moved_fraction']:.1%} of all)",
+        ),
+    ):
+        facts.add_row(f"[dim]{name}[/dim]", text)
+    voice.say()
+    voice.say(Panel(facts, title="[bold]Run complete", title_align="left", width=100))
+    voice.say(table)
+    if found["bigram_bits_per_byte"]:
+        voice.say("[dim]bigram: tuned on the held-out text, fitted on the very tokens the model saw[/dim]")
+    for item in found["generated"]:
+        voice.say(f"\n[bold]{item['title']}[/bold] [dim]prompt, then what the model wrote:[/dim]")
+        voice.say(_escape(item["prompt"]) + "[green]" + _escape(item["text"]) + "[/green]")
+    voice.say(f"\nEverything is in [bold]{found['run']}[/bold]: run.png, metrics.jsonl, checkpoints/, load_trace/, wandb/")
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

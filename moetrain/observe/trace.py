@@ -1,0 +1,59 @@
+"""The load trace: which source rank chose which expert, layer by layer, at sampled steps. `numpy` opens it.
+
+`load_trace/part_NNNNN.npz` has `step` [n], `counts` [n, L, R, E] (rows of each source rank for each expert, first
+micro-step, the expert group of rank 0) and `planned` [n, L, R] (rows computed on each rank). Parts are flushed as
+the run goes; each appears whole.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moetrain.moe.layer import LayerStats
+
+PART = 20  # samples
+
+
+class LoadTrace:
+    """Collects samples into parts. `every` = 0 records nothing."""
+
+    def __init__(self, folder: Path, every: int, first_step: int) -> None:
+        self._folder, self._every = folder, every
+        self._samples: list[tuple[int, np.ndarray, np.ndarray]] = []
+        if every:
+            folder.mkdir(exist_ok=True)
+            for part in folder.glob("part_*.npz"):  # what a resumed run will write again
+                with np.load(part) as old:
+                    stale = bool((old["step"] > first_step).any())
+                if stale:
+                    part.unlink()
+            self._next = 1 + max((int(p.stem.split("_")[1]) for p in folder.glob("part_*.npz")), default=-1)
+
+    def record(self, step: int, stats: Sequence[LayerStats]) -> None:
+        if self._every and (step % self._every == 0 or step == 1):
+            counts = np.stack([s.plan.counts for s in stats]).astype(np.int32)
+            self._samples.append((step, counts, np.stack([s.plan.loads() for s in stats]).astype(np.int32)))
+            if len(self._samples) >= PART:
+                self.flush()
+
+    def flush(self) -> None:
+        if not self._samples:
+            return
+        steps, counts, planned = zip(*self._samples, strict=True)
+        path = self._folder / f"part_{self._next:05d}.npz"
+        unfinished = self._folder / f".{path.name}"
+        with unfinished.open("wb") as out:
+            np.savez_compressed(out, step=np.array(steps), counts=np.stack(counts), planned=np.stack(planned))
+        os.rename(unfinished, path)
+        self._next += 1
+        self._samples = []
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """All parts of a run's trace, in order of step; empty arrays where there is none."""
+    parts = [np.load(p) for p in sorted((folder / "load_trace").glob("part_*.npz"))]
+    if not parts:
+        return {"step": np.zeros(0, int), "counts": np.zeros((0, 0, 0, 0), int), "planned": np.zeros((0, 0, 0), int)}
+    return {name: np.concatenate([p[name] for p in parts]) for name in ("step", "counts", "planned")}

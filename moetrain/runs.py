@@ -1,0 +1,51 @@
+"""A run's folder: `runs/NAME/` with `config.yaml`, `metrics.jsonl`, `load_trace/`, `checkpoints/`, `wandb/`, `log.txt`."""
+
+import os
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+from moetrain.config import Config, ConfigError, dump
+
+
+def name_of(config: Config) -> str:
+    """`run.name`, or one made of the planner and the time."""
+    return config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.planner.name}"
+
+
+def check_writable(config: Config) -> None:
+    """Raises `ConfigError` where the run's folder could not be written. Leaves nothing behind."""
+    folder = Path(config.run.dir) / (config.run.name or "")
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        field = f"run.name={config.run.name}" if config.run.name and folder == there else f"run.dir={config.run.dir}"
+        raise ConfigError(f"{field}: must be a folder that can be written ({error.strerror})") from None
+
+
+def create(config: Config) -> Path:
+    """Make the folder with the user's umask and write the resolved config into it."""
+    assert config.run.name is not None
+    folder = Path(config.run.dir) / config.run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / ".config.yaml.part"
+    unfinished.write_text(dump(config))
+    unfinished.rename(folder / "config.yaml")
+    return folder
+
+
+def find(name: str | None, directory: str = "runs") -> Path:
+    """A run by its folder, its name, or the newest one if nothing is named. Raises `ConfigError`."""
+    if name is None:
+        runs = sorted(Path(directory).glob("*/config.yaml"), key=os.path.getmtime)
+        if not runs:
+            raise ConfigError(f"run: there is none in {directory}; `moetrain train` makes one")
+        return runs[-1].parent
+    for folder in (Path(name), Path(directory) / name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"run={name}: must be a run's folder, or the name of one in {directory}")

@@ -1,0 +1,124 @@
+"""Training, from top to bottom: config -> mesh -> data -> model -> engine -> loop."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from moetrain import checkpoint, runs
+from moetrain.comm import barrier
+from moetrain.config import Config
+from moetrain.data import prepare
+from moetrain.data.loader import Corpus, Loader, Sequences
+from moetrain.engine.native import NativeEngine
+from moetrain.evaluate import evaluate, token_nats
+from moetrain.generate import generate, prompts_of
+from moetrain.mesh import Mesh
+from moetrain.model.transformer import Transformer
+from moetrain.moe.balance import router_losses
+from moetrain.observe import picture, summary
+from moetrain.observe.console import Voice
+from moetrain.observe.estimate import estimate, matmul_rate
+from moetrain.observe.layout import describe
+from moetrain.observe.meter import Meter
+from moetrain.observe.trace import LoadTrace
+from moetrain.observe.tracker import Bar, JsonLines, Tracker, Wandb
+from moetrain.optim import learning_rate
+
+
+def train(config: Config, mesh: Mesh) -> Path:
+    """Train on the ranks of `mesh`; all of them call it. Returns the run's folder. `config.run.name` is set."""
+    corpus = Corpus(prepare.ensure(config.data))
+    config = with_vocabulary(config, corpus)
+    folder = runs.create(config) if mesh.is_main else Path(config.run.dir, str(config.run.name))
+    barrier()
+    voice = Voice(folder / "log.txt", silent=not mesh.is_main)
+    size = estimate(config, mesh.world)
+    describe(config, mesh, corpus, size, voice)
+
+    loader = Loader(corpus, config.train.seq_len, config.train.seed)
+    engine = NativeEngine(build(config), mesh, config)
+    first = 0
+    if (saved := checkpoint.to_resume(config, folder)) is not None:
+        first = checkpoint.load(saved, engine.model, engine.optimizer)
+        voice.say(f"resumed from {saved}, {first} steps done")
+    tracker = Tracker([*sinks(config, folder, first)] if mesh.is_main else [])
+    trace = LoadTrace(folder / "load_trace", config.track.trace_every if mesh.is_main else 0, first)
+    peak = matmul_rate(mesh.device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+
+    tokens_in_batch = config.train.global_batch * config.train.seq_len
+    for step in range(first, config.train.steps):
+        began = time.perf_counter()
+        meter, seen_LE = Meter(config, mesh, corpus.domains), None
+        shares = list(micro_batches(config, mesh, loader, step))
+        for micro, share in enumerate(shares):
+            tokens, domain, document = (torch.from_numpy(x).to(mesh.device) for x in vars(share).values())
+            logits, stats = engine.model(
+                tokens[:, :-1], document[:, :-1] if config.data.attend_within_documents else None
+            )
+            nats = token_nats(logits, tokens[:, 1:])
+            added, balance, z, counts_LE = router_losses(stats, config.balance, tokens_in_batch, seen_LE)
+            engine.backward(nats.sum() / tokens_in_batch + added, last=micro == len(shares) - 1)
+            seen_LE = counts_LE if seen_LE is None else seen_LE + counts_LE
+            meter.add(nats, domain[:, 1:], balance, z, stats, counts_LE)
+            if micro == 0:
+                trace.record(step + 1, stats)
+        lr = learning_rate(config.optim, step, config.train.steps)
+        norm = engine.step(lr)
+
+        metrics = meter.metrics()
+        seconds = time.perf_counter() - began
+        metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": (step + 1) * tokens_in_batch}
+        metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
+        metrics["perf/mfu"] = size.flops_per_token * tokens_in_batch / seconds / (peak * mesh.world)
+        if (step + 1) % config.train.log_every == 0 or step + 1 == config.train.steps:
+            tracker.log(step + 1, metrics)
+        done = step + 1 == config.train.steps
+        if not done and config.eval.every and (step + 1) % config.eval.every == 0:
+            tracker.log(step + 1, evaluate(engine.model, corpus, config, mesh)[1])
+        if done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
+            checkpoint.save(folder, step + 1, config, mesh, engine.model, engine.optimizer)
+
+    scores, metrics = evaluate(engine.model, corpus, config, mesh)
+    tracker.log(config.train.steps, metrics)
+    prompts = prompts_of(corpus, config)
+    texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
+    trace.flush()
+    tracker.close()
+    if mesh.is_main:
+        picture.draw(folder)
+        written = [
+            {"title": title, "prompt": corpus.tokenizer.decode(prompt), "text": text}
+            for (title, prompt), text in zip(prompts, texts, strict=True)
+        ]
+        found = summary.collect(folder, config, size, scores, summary.bigram_scores(config, corpus, loader), written)
+        summary.show(found, voice)
+    voice.close()
+    return folder
+
+
+def build(config: Config) -> Transformer:
+    """The model, without memory; the engine gives it some."""
+    with torch.device("meta"):
+        return Transformer(config.model, config.router, config.planner, config.train.recompute)
+
+
+def with_vocabulary(config: Config, corpus: Corpus) -> Config:
+    """The config with the tokenizer's vocabulary, where the model did not ask for one."""
+    size = config.model.vocab_size or corpus.vocab_size
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def micro_batches(config: Config, mesh: Mesh, loader: Loader, step: int) -> Iterator[Sequences]:
+    """This rank's sequences of one optimizer step, micro-step by micro-step."""
+    size = config.train.micro_batch or config.train.global_batch // mesh.world
+    begin = step * config.train.global_batch
+    for first in range(begin, begin + config.train.global_batch, size * mesh.world):
+        yield loader.samples(first + mesh.rank * size, first + (mesh.rank + 1) * size)
+
+
+def sinks(config: Config, folder: Path, first: int) -> list:
+    """What the main rank reports to."""
+    out: list = [JsonLines(folder / "metrics.jsonl", first), Bar(first, config.train.steps)]
+    return [*out, Wandb(config, folder)] if config.track.wandb else out
