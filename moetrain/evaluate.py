@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
@@ -41,11 +40,6 @@ def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
     return packed.windows(list(range(min(wanted, packed.num_windows))))
 
 
-def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """[B, L] fp32: -log p of every target."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tuple[dict[str, Score], dict[str, float]]:
     """Scores per domain (and `all`), and metrics. All ranks call it, and call the model equally often."""
@@ -58,9 +52,10 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tu
         for begin in range(0, len(windows.tokens), size * mesh.world):
             mine = slice(begin + mesh.rank * size, begin + (mesh.rank + 1) * size)
             tokens = torch.from_numpy(windows.tokens[mine]).to(device)
-            document = torch.from_numpy(windows.document[mine, :-1]).to(device)
-            logits, stats = model(tokens[:, :-1], document if config.data.attend_within_documents else None)
-            nats = token_nats(logits, tokens[:, 1:])
+            within = None
+            if config.data.attend_within_documents:
+                within = torch.from_numpy(windows.document[mine, :-1]).to(device)
+            nats, stats = model(tokens[:, :-1], tokens[:, 1:], within)
             sums[domain] += torch.stack(
                 [nats.sum().double(), torch.tensor(float(nats.numel()), device=device), token_bytes[tokens[:, 1:]].sum()]
             )

@@ -12,7 +12,7 @@ from moetrain.config import Config
 from moetrain.data import prepare
 from moetrain.data.loader import Corpus, Loader, Sequences
 from moetrain.engine.native import NativeEngine
-from moetrain.evaluate import evaluate, token_nats
+from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
@@ -54,10 +54,8 @@ def train(config: Config, mesh: Mesh) -> Path:
         shares = list(micro_batches(config, mesh, loader, step))
         for micro, share in enumerate(shares):
             tokens, domain, document = (torch.from_numpy(x).to(mesh.device) for x in vars(share).values())
-            logits, stats = engine.model(
-                tokens[:, :-1], document[:, :-1] if config.data.attend_within_documents else None
-            )
-            nats = token_nats(logits, tokens[:, 1:])
+            within = document[:, :-1] if config.data.attend_within_documents else None
+            nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:], within)
             added, balance, z, counts_LE = router_losses(stats, config.balance, tokens_in_batch, seen_LE)
             engine.backward(nats.sum() / tokens_in_batch + added, last=micro == len(shares) - 1)
             seen_LE = counts_LE if seen_LE is None else seen_LE + counts_LE

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moetrain import config
+from moetrain.model.cross_entropy import linear_cross_entropy
 from moetrain.moe.layer import LayerStats, MoE
 
 Run = Callable[..., Any]
@@ -144,10 +145,13 @@ class Transformer(nn.Module):
         if recompute == "full":
             self.run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
-    def forward(self, tokens: Tensor, document: Tensor | None = None) -> tuple[Tensor, list[LayerStats]]:
-        """[B, L] int64 -> logits [B, L, V] in the compute dtype, and the statistics of every MoE layer.
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, document: Tensor | None = None
+    ) -> tuple[Tensor, list[LayerStats]]:
+        """[B, L] int64 -> -log p of `targets` [B, L] fp32, or logits [B, L, V] without targets; and statistics.
 
         `document` [B, L] int: positions attend within equal numbers only; None: causal over everything.
+        The statistics are those of every MoE layer, in order.
         """
         rope = rope_table(tokens.shape[1], self.options.head_dim, self.options.rope_theta, tokens.device)
         mask = None
@@ -160,4 +164,7 @@ class Transformer(nn.Module):
             x, layer_stats, carry = layer(x, carry, rope, mask, run)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        return self.head(self.norm(x)), stats
+        x = self.norm(x)
+        if targets is None:
+            return self.head(x), stats
+        return linear_cross_entropy(x, self.head.weight, targets), stats

@@ -1,0 +1,54 @@
+"""Cross entropy of a linear head without ever holding all logits.
+
+Logits of a chunk of tokens at a time, in forward and again in backward: memory is a chunk's, not tokens × vocabulary.
+
+T tokens, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 20  # logits held at a time
+
+
+def linear_cross_entropy(x: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
+    """fp32 nats, in the shape of `target` [...]: -log softmax(x W^T)[target]; x [..., D].
+
+    Products in the dtype of x, sums and exponentials in fp32.
+    """
+    return _LinearCrossEntropy.apply(x.flatten(0, -2), weight_VD, target)
+
+
+def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(begin, begin + size) for begin in range(0, num_tokens, size)]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
+        target_T = target.flatten()
+        nats_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
+        for part in _chunks(len(x_TD), len(weight_VD)):
+            logits_TV = (x_TD[part] @ weight_VD.T).float()
+            nats_T[part] = F.cross_entropy(logits_TV, target_T[part], reduction="none")
+        ctx.save_for_backward(x_TD, weight_VD, target_T)
+        return nats_T.reshape(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        grad_T = grad.flatten()
+        x_TD, weight_VD, target_T = ctx.saved_tensors
+        grad_x_TD = torch.empty_like(x_TD)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for part in _chunks(len(x_TD), len(weight_VD)):
+            grad_TV = (x_TD[part] @ weight_VD.T).softmax(1, dtype=torch.float32)
+            grad_TV.mul_(grad_T[part, None])
+            grad_TV.scatter_add_(1, target_T[part, None], -grad_T[part, None])
+            lean_TV = grad_TV.to(x_TD.dtype)
+            grad_x_TD[part] = lean_TV @ weight_VD
+            grad_weight_VD += lean_TV.T @ x_TD[part]
+        return grad_x_TD, grad_weight_VD.to(weight_VD.dtype), None
