@@ -31,12 +31,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
         target_T = target.flatten()
-        nats_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
+        nats = x_TD.new_empty(target.shape, dtype=torch.float32)
+        nats_T = nats.view(-1)
         for part in _chunks(len(x_TD), len(weight_VD)):
             logits_TV = (x_TD[part] @ weight_VD.T).float()
             nats_T[part] = F.cross_entropy(logits_TV, target_T[part], reduction="none")
         ctx.save_for_backward(x_TD, weight_VD, target_T)
-        return nats_T.reshape(target.shape)
+        return nats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]

@@ -1,0 +1,55 @@
+"""Fixtures: the pool of ranks, a small corpus, small configs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pool import Pool
+
+from moetrain import config
+
+TINY = ["model=tiny", "train.dtype=fp32", "train.seq_len=32", "train.global_batch=8", "track.wandb=false"]
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    ranks = Pool()
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _calm() -> None:
+    torch.set_num_threads(1)
+    os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(scope="session")
+def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small documents in two domains: counting, and letters."""
+    root = tmp_path_factory.mktemp("text")
+    for domain, words in (("numbers", "one two three four five six seven"), ("greek", "alpha beta gamma delta epsilon")):
+        (root / domain).mkdir()
+        for number in range(24):
+            turned = words.split()[number % 5 :] + words.split()[: number % 5]
+            (root / domain / f"{number:02d}.txt").write_text(" ".join(turned * (20 + number)) + f" end {number}\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(corpus_text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that point at the small corpus, prepared once."""
+    from moetrain.data import prepare
+
+    folder = tmp_path_factory.mktemp("corpora")
+    overrides = ["data=folder", f"data.path={corpus_text}", f"data.dir={folder}", "data.vocab_size=300"]
+    prepare.ensure(config.load(overrides).data)
+    return overrides
+
+
+@pytest.fixture
+def tiny(data: list[str], tmp_path: Path) -> list[str]:
+    """Overrides of a whole small run in a folder of its own."""
+    return [*TINY, *data, f"run.dir={tmp_path}", "eval.tokens_per_domain=256", "generate.tokens=4"]

@@ -1,0 +1,89 @@
+"""A pool of ranks that lives for the whole test session: real processes, real gloo, milliseconds a test.
+
+`pool.run(function, ranks, *args)` calls `function(mesh, *args)` in every rank, under a fresh process group, and
+returns what each returned. Every rank's traceback is collected; after a failure the ranks are replaced.
+"""
+
+import itertools
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+MOST = 4
+TIMEOUT_SECONDS = 120
+
+
+def _serve(rank: int, jobs: Any, results: Any) -> None:
+    import warnings
+
+    import torch
+
+    from moetrain import mesh
+
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    while (job := jobs.get()) is not None:
+        number, function, world, path, parallel, args = job
+        try:
+            with mesh.start(parallel, rank=rank, world=world, init_method=f"file://{path}", timeout=60) as joined:
+                result = function(joined, *args)
+            results.put((number, rank, True, result))
+        except BaseException:
+            results.put((number, rank, False, traceback.format_exc()))
+
+
+class Pool:
+    def __init__(self) -> None:
+        self._context = mp.get_context("spawn")
+        self._numbers = itertools.count()
+        self._ranks: list[Any] = []
+        self._folder = tempfile.mkdtemp(prefix="moetrain-pool-")
+
+    def _start(self) -> None:
+        self._results = self._context.Queue()
+        for rank in range(MOST):
+            jobs = self._context.Queue()
+            process = self._context.Process(target=_serve, args=(rank, jobs, self._results), daemon=True)
+            process.start()
+            self._ranks.append((process, jobs))
+
+    def stop(self) -> None:
+        for process, _ in self._ranks:
+            process.kill()
+            process.join()
+        self._ranks = []
+
+    def run(self, function: Callable[..., Any], ranks: int, *args: Any, ep: int | None = None, replicate: int = 1) -> list:
+        """[ranks] results. `function` is a module-level function of (mesh, *args)."""
+        from moetrain.config import Parallel
+
+        if not self._ranks:
+            self._start()
+        parallel = Parallel(nproc=ranks, ep=ep, dp_shard=None, dp_replicate=replicate)
+        number = next(self._numbers)
+        path = os.path.join(self._folder, f"rendezvous-{number}")
+        for _, jobs in self._ranks[:ranks]:
+            jobs.put((number, function, ranks, path, parallel, args))
+        found: dict[int, Any] = {}
+        failures: list[str] = []
+        while len(found) + len(failures) < ranks:
+            try:
+                job, rank, good, result = self._results.get(timeout=5 if failures else TIMEOUT_SECONDS)
+            except queue.Empty:
+                failures.append("some ranks gave no answer")
+                break
+            if job != number:
+                continue
+            if good:
+                found[rank] = result
+            else:
+                failures.append(f"rank {rank}:\n{result}")
+        if failures:
+            self.stop()
+            raise AssertionError("\n".join(failures))
+        return [found[rank] for rank in range(ranks)]

@@ -1,0 +1,105 @@
+"""The balance loss: the paper's values, and independence of how a batch is split."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetrain import config
+from moetrain.mesh import Mesh
+from moetrain.moe import balance
+from moetrain.moe.layer import LayerStats
+
+OPTIONS = config.load([]).balance
+
+
+def stats(probs_TE: torch.Tensor, expert_N: torch.Tensor) -> LayerStats:
+    """One layer's statistics from probabilities and choices."""
+    counts = torch.bincount(expert_N, minlength=probs_TE.shape[1])
+    zero = torch.zeros(())
+    return LayerStats(counts, probs_TE.sum(0), zero, zero, None, None)  # type: ignore[arg-type]
+
+
+def one_sided(mesh: Mesh, scope: str) -> float:
+    """Two ranks, four experts, top-1: rank 0 uses {0, 1} half and half, rank 1 {2, 3}, and P = f."""
+    half = torch.zeros(4)
+    half[2 * mesh.rank : 2 * mesh.rank + 2] = 0.5
+    here = stats(half.expand(8, 4), torch.arange(8) % 2 + 2 * mesh.rank)
+    options = OPTIONS.model_copy(update={"scope": scope})
+    return float(balance.router_losses([here], options, 16, None)[1])
+
+
+def test_micro_is_two_where_global_is_one(pool) -> None:
+    assert sum(pool.run(one_sided, 2, "micro")) == pytest.approx(2.0)
+    assert sum(pool.run(one_sided, 2, "global")) == pytest.approx(1.0)
+    assert sum(pool.run(one_sided, 2, "data")) == pytest.approx(1.0)
+
+
+def buffered(mesh: Mesh) -> list[float]:
+    """Four micro-steps, each sending everything to another expert, with P = 1 there."""
+    seen, values = None, []
+    for micro in range(4):
+        probs = torch.nn.functional.one_hot(torch.full((8,), micro), 4).float()
+        _, value, _, counts = balance.router_losses([stats(probs, torch.full((8,), micro))], OPTIONS, 8, seen)
+        seen = counts if seen is None else seen + counts
+        values.append(float(value))
+    return values
+
+
+def test_the_buffer_sees_four_two_four_thirds_one(pool) -> None:
+    assert pool.run(buffered, 1)[0] == pytest.approx([4, 2, 4 / 3, 1])
+
+
+def shares(mesh: Mesh, sizes: list[int], probs: torch.Tensor, expert: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Loss share and gradient of one rank's part of a batch; two layers."""
+    begin = sum(sizes[: mesh.rank])
+    mine = slice(begin, begin + sizes[mesh.rank])
+    p = probs[mine].clone().requires_grad_()
+    layers = [stats(p, expert[mine].flatten()), stats(p.flip(1), expert[mine, :1].flatten())]
+    _, value, _, counts = balance.router_losses(layers, OPTIONS, len(probs), None)
+    f, _ = balance.synchronise(layers, "global", None)
+    assert not f.requires_grad and torch.equal(counts.sum(1), torch.tensor([2 * len(probs), len(probs)]))
+    total = balance.balance_loss(layers, f, len(probs))
+    total.backward()
+    assert float(total.detach()) == pytest.approx(float(value))
+    return float(value), p.grad
+
+
+def run_split(pool: Any, sizes: list[int]) -> tuple[float, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    probs = torch.rand(24, 6, generator=generator).softmax(1)
+    expert = torch.randint(0, 6, (24, 2), generator=generator)
+    parts = pool.run(shares, len(sizes), sizes, probs, expert)
+    return sum(value for value, _ in parts), torch.cat([grad for _, grad in parts])
+
+
+@pytest.mark.parametrize("sizes", [[12, 12], [20, 4], [6, 6, 6, 6], [24, 0, 0, 0]], ids=str)
+def test_the_global_loss_does_not_depend_on_the_split(pool, sizes: list[int]) -> None:
+    value, grad = run_split(pool, [24])
+    ours, our_grad = run_split(pool, sizes)
+    assert ours == pytest.approx(value, rel=1e-6)
+    torch.testing.assert_close(our_grad, grad)
+
+
+@given(st.integers(2, 6), st.integers(2, 8), st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_micro_is_never_below_global(parts: int, experts: int, seed: int) -> None:
+    """With P = f (Jensen). Pure arithmetic, the same formula as `balance_loss`."""
+    f = np.random.default_rng(seed).dirichlet(np.ones(experts), parts)
+    micro, whole = experts * (f * f).sum(1).mean(), experts * (f.mean(0) ** 2).sum()
+    layers = [LayerStats(torch.zeros(experts), torch.tensor(p).float(), *([torch.zeros(())] * 2), None, None) for p in f]  # type: ignore[arg-type]
+    ours = sum(float(balance.balance_loss([s], torch.tensor(f.mean(0)).float()[None], parts)) for s in layers)
+    assert ours == pytest.approx(whole, rel=1e-4)
+    assert micro >= whole - 1e-9
+
+
+def test_z_loss_is_the_mean_squared_logsumexp() -> None:
+    logits = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    base = stats(logits.softmax(1), logits.argmax(1))
+    here = dataclasses.replace(base, z_sum=logits.logsumexp(1).square().sum())
+    expected = logits.logsumexp(1).square().mean()
+    torch.testing.assert_close(balance.z_loss([here, here], 10), 2 * expected)

@@ -1,0 +1,145 @@
+"""Whole runs in the pool's ranks: layouts and planners agree, recompute too; resume is bit-exact; experts are lent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moetrain import config, train
+from moetrain.mesh import Mesh
+
+
+def run(mesh: Mesh, overrides: list[str]) -> str:
+    return str(train.train(config.load(overrides), mesh))
+
+
+def losses(folder: str | Path) -> list[float]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row]
+
+
+def rows_of(folder: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+LAYOUTS = [
+    (1, 1, 1, "home", "none"),
+    (2, 1, 1, "home", "none"),
+    (2, 2, 1, "home", "none"),
+    (2, 2, 1, "llep", "full"),
+    (4, 2, 1, "llep", "none"),
+    (4, 4, 1, "llep", "none"),
+    (4, 1, 1, "home", "full"),
+    (4, 2, 2, "llep", "none"),
+]
+
+
+def test_every_layout_follows_the_same_curve(pool, tiny) -> None:
+    """Issue's tolerance: 1e-5 over the first 5 steps, 1e-3 over 40 (near-ties of the router may flip later)."""
+    curves = []
+    for ranks, ep, replicate, planner, recompute in LAYOUTS:
+        more = [f"run.name={ranks}-{ep}-{replicate}-{planner}-{recompute}", "train.steps=40", f"planner={planner}"]
+        more += [f"train.recompute={recompute}", "router.skew=0.5", "optim.warmup=10", "track.trace_every=0"]
+        more += ["planner.min_rows=1"] if planner == "llep" else []
+        folder = pool.run(run, ranks, [*tiny, *more], ep=ep, replicate=replicate)[0]
+        curves.append(losses(folder))
+        if planner == "llep":
+            assert sum(row.get("balance/guests", 0) for row in rows_of(folder)) > 0
+    for layout, curve in zip(LAYOUTS, curves, strict=True):
+        assert len(curve) == 40
+        for step, (ours, theirs) in enumerate(zip(curve, curves[0], strict=True)):
+            assert ours == pytest.approx(theirs, rel=1e-5 if step < 5 else 1e-3), (layout, step)
+
+
+def test_the_loss_falls_and_accumulation_is_the_same_batch(pool, tiny) -> None:
+    whole = pool.run(run, 2, [*tiny, "run.name=whole", "train.steps=30", "balance.coefficient=0"])[0]
+    parts = pool.run(run, 2, [*tiny, "run.name=parts", "train.steps=30", "balance.coefficient=0", "train.micro_batch=1"])[0]
+    assert losses(whole)[-1] < 0.8 * losses(whole)[0]
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
+    assert losses(parts)[:5] == pytest.approx(losses(whole)[:5], rel=1e-5)
+
+
+def test_resume_is_bit_exact(pool, tiny) -> None:
+    """40 steps, against 20 and 20 more: identical losses from 21 on, bf16, two ranks, experts lent."""
+    more = [*tiny, "train.dtype=bf16", "planner.min_rows=1", "checkpoint.every=20"]
+    whole = pool.run(run, 2, [*more, "run.name=whole", "train.steps=40"])[0]
+    part = Path(whole).with_name("part")
+    first = Path(whole) / "checkpoints" / "step_20"
+    assert first.is_dir()
+    pool.run(run, 2, [*more, "run.name=part", "train.steps=40", f"checkpoint.resume={first}"])
+    assert [row["step"] for row in rows_of(part) if "train/loss" in row] == list(range(21, 41))
+    assert losses(part) == losses(whole)[20:]
+    norms = [[row["train/grad_norm"] for row in rows_of(f) if row["step"] > 20 and "train/loss" in row] for f in (whole, part)]
+    assert norms[0] == norms[1]
+
+
+def test_a_run_stopped_and_started_again_continues(pool, tiny) -> None:
+    more = [*tiny, "run.name=again", "optim.schedule=wsd", "checkpoint.every=5"]
+    folder = Path(pool.run(run, 2, [*more, "train.steps=10"])[0])
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_10", "step_5"]
+    (folder / "checkpoints" / "step_10" / "manifest.json").unlink()  # a save that did not finish
+    before = losses(folder)
+    pool.run(run, 2, [*more, "train.steps=10"])
+    assert [row["step"] for row in rows_of(folder) if "train/loss" in row] == list(range(1, 11))
+    assert losses(folder) == before
+
+
+def test_skew_is_taken_away_by_the_planner(pool, tiny) -> None:
+    folder = pool.run(run, 2, [*tiny, "run.name=skew", "train.steps=4", "router.skew=6", "planner.min_rows=1"])[0]
+    for row in rows_of(folder):
+        if "train/loss" in row:
+            assert row["balance/imbalance_home"] > 1.8
+            assert row["balance/imbalance_planned"] < 1.02
+            assert row["balance/guests"] > 0
+
+
+def gradients(mesh: Mesh, overrides: list[str], plan_name: str) -> dict[str, torch.Tensor]:
+    """Full gradients of one step, gathered, under choices that do not depend on the layout (all experts, evenly)."""
+    from torch.distributed.tensor import DTensor
+
+    from moetrain.data import prepare
+    from moetrain.data.loader import Corpus, Loader
+    from moetrain.engine.native import NativeEngine
+    from moetrain.moe.balance import router_losses
+
+    settings = config.load([*overrides, f"planner={plan_name}"])
+    corpus = Corpus(prepare.ensure(settings.data))
+    settings = train.with_vocabulary(settings, corpus)
+    engine = NativeEngine(train.build(settings), mesh, settings)
+    shares = list(train.micro_batches(settings, mesh, Loader(corpus, settings.train.seq_len, 0), 0))
+    tokens_in_batch = settings.train.global_batch * settings.train.seq_len
+    seen = None
+    for number, share in enumerate(shares):
+        tokens = torch.from_numpy(share.tokens)
+        nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:])
+        added, _, _, counts = router_losses(stats, settings.balance, tokens_in_batch, seen)
+        engine.backward(nats.sum() / tokens_in_batch + added, last=number == len(shares) - 1)
+        seen = counts if seen is None else seen + counts
+    found = {}
+    for name, parameter in engine.model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        if ".experts." in name:
+            from moetrain.comm import all_gather
+
+            whole = all_gather(whole, mesh.ep.rows).flatten(0, 1)
+        found[name] = whole.clone()
+    return found
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+def test_one_step_has_the_same_gradients_on_every_layout(pool, tiny, micro) -> None:
+    """Every parameter's gradient, to fp32 rounding; the choices are pinned by the equal initial weights."""
+    more = [*tiny, "router.skew=0.5", "balance.coefficient=0.01" if micro is None else "balance.coefficient=0"]
+    size = [] if micro is None else [f"train.micro_batch={micro}"]
+    reference = pool.run(gradients, 1, more, "home")[0]
+    for ranks, ep, planner in ((1, 1, "home"), (2, 1, "home"), (2, 2, "llep"), (4, 2, "llep"), (4, 4, "llep")):
+        options = ["planner.min_rows=1"] if planner == "llep" else []
+        for found in pool.run(gradients, ranks, [*more, *size, *options], planner, ep=ep):
+            assert found.keys() == reference.keys()
+            for name, grad in found.items():
+                scale = reference[name].abs().max()
+                assert (grad - reference[name]).abs().max() <= 2e-5 * scale, (ranks, ep, planner, name)
