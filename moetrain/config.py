@@ -307,6 +307,7 @@ def _short(value: Any) -> str:
 
 def _plain(message: str) -> str:
     message = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    message = "must be given" if message == "Field required" else message
     message = re.sub(r"^a valid (\w+)(, .*)?$", r"must be a valid \1", message)
     return message if message.startswith("must") else f"must be {message}"
 
@@ -333,6 +334,8 @@ def _composition_error(error: Exception) -> str:
         return f"{found[1]}: no such field{_nearest(found[1])}"
     if found := re.search(r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '[^']*':\n([\s\S]*?)\nConfig", text):
         return f"{found[1]}={found[2]}: must be one of {', '.join(found[3].split())}"
-    if found := re.search(r"Missing mandatory value: (\S+)", text):
+    if found := re.search(r"Missing mandatory value: [\s\S]*?full_key: (\S+)", text):
         return f"{found[1]}: must be given"
+    if found := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", text):
+        return f"{found[1]}: an override reads field=value"
     return " ".join(text.split())

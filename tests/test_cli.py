@@ -1,0 +1,168 @@
+"""The command line as a user meets it: real processes, real workers, exit codes, the last words on the terminal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moetrain import checkpoint
+
+SMALL = ["train.steps=3", "parallel.nproc=2", "train.threads=1"]
+
+
+def moetrain(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "moetrain", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "120", **env},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run made by `moetrain train` with its own two workers, tracked by wandb offline, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    overrides = ["model=tiny", "train.seq_len=32", "train.global_batch=8", *data, *SMALL, "router.skew=4"]
+    overrides += ["eval.tokens_per_domain=256", "generate.tokens=4", f"run.dir={folder}", "run.name=first"]
+    done = moetrain("train", *overrides, "planner.min_rows=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "first", done.stdout
+
+
+def test_train_prints_layout_progress_and_summary(trained: tuple[Path, str]) -> None:
+    folder, printed = trained
+    for expected in (
+        "2 ranks on", "ep 2", "per rank", "GiB", "step     1/3", "imbalance", "Run complete", "active a token",
+        "guests lent", "bits per byte", "bigram", "greek", "numbers", "all", "what the model wrote", str(folder),
+    ):  # fmt: skip
+        assert expected in printed, expected
+
+
+def test_the_runs_folder_has_what_the_design_says(trained: tuple[Path, str]) -> None:
+    folder, printed = trained
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "run.png", "log.txt", "load_trace", "wandb"):
+        assert (folder / name).exists(), name
+    assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert "Run complete" in (folder / "log.txt").read_text()
+    files = {p.suffix for p in (folder / "checkpoints").rglob("*") if p.is_file()}
+    assert files == {".safetensors", ".json"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    for name in (
+        "train/loss", "train/lm_loss", "train/balance_loss", "train/z_loss", "train/grad_norm", "train/lr", "train/tokens",
+        "perf/tokens_per_second", "perf/step_seconds", "perf/mfu", "perf/peak_memory_gib", "perf/phase/route",
+        "perf/phase/plan", "perf/phase/lend", "perf/phase/dispatch", "perf/phase/experts", "perf/phase/combine",
+        "balance/imbalance_home", "balance/imbalance_planned", "balance/guests", "balance/rows_moved_fraction",
+        "balance/lend_bytes", "balance/layer_00/max_vio", "balance/layer_00/entropy", "balance/layer_00/dead_experts",
+        "balance/layer_00/load",
+    ):  # fmt: skip
+        assert name in rows[0], name
+    for name in ("eval/loss", "eval/ppl", "eval/greek/ppl", "specialise/layer_01/domain_mi"):
+        assert name in rows[-1], name
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["guests"] > 0 and summary["imbalance"]["home"] > 1.5 > 1.1 > summary["imbalance"]["planned"]
+
+
+def test_the_load_trace_is_what_was_routed(trained: tuple[Path, str]) -> None:
+    from moetrain.observe import trace
+
+    found = trace.read(trained[0])
+    assert found["step"].tolist() == [1]
+    assert found["counts"].shape == (1, 2, 2, 8)  # samples, layers, ranks, experts
+    assert (found["counts"].sum((2, 3)) == 8 * 32 * 2).all()
+    assert (found["planned"].sum(2) == 8 * 32 * 2).all()
+
+
+def test_wandbs_own_reader_lists_the_metrics(trained: tuple[Path, str]) -> None:
+    (offline,) = (trained[0] / "wandb").glob("offline-run-*")
+    reader = Path(sys.executable).with_name("wandb")
+    done = subprocess.run(
+        [str(reader), "leet", "inspect", "--json", str(offline)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("train/loss", "balance/imbalance_home", "balance/imbalance_planned", "eval/loss"):
+        assert name in done.stdout, name
+
+
+def test_run_again_trains_nothing_and_shows_the_same(trained: tuple[Path, str]) -> None:
+    folder, _ = trained
+    arguments = [f"run.dir={folder.parent}", "run.name=first"]
+    config = [line for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("  path:")]
+    assert config
+    before = (folder / "metrics.jsonl").read_text()
+    done = moetrain("eval", str(folder), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    last = json.loads(before.splitlines()[-1])
+    assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-3)
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert arguments
+
+
+def test_generate_continues_a_prompt(trained: tuple[Path, str]) -> None:
+    done = moetrain("generate", str(trained[0]), "generate.prompt=alpha beta", "generate.tokens=3", "--json")
+    assert done.returncode == 0, done.stderr
+    (item,) = json.loads(done.stdout.splitlines()[-1])["generated"]
+    assert item["prompt"] == "alpha beta" and item["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "train.stepz=1"], "error: train.stepz: no such field; did you mean train.steps?"),
+        (["train", "run.dir=/proc/nothing"], "error: run.dir=/proc/nothing: must be a folder that can be written"),
+        (["train", "checkpoint.resume=/nowhere"], "error: checkpoint.resume=/nowhere: must be auto, none or a folder"),
+        (["train", "data=folder", "data.path=/nowhere"], "error: data.path=/nowhere: there is no such file or folder"),
+        (["train", "parallel.nproc=2", "train.global_batch=5"], "error: train.global_batch=5: must be a multiple of 2 ranks"),
+        (["eval", "/nowhere"], "error: run=/nowhere: must be a run's folder"),
+        (["data", "data.dir=/proc/nothing"], "error: data.dir=/proc/nothing: must be a folder that can be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(arguments: list[str], line: str, tmp_path: Path) -> None:
+    done = moetrain(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (only,) = done.stderr.splitlines()
+    assert only.startswith(line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_under_torchrun_is_found_before_any_group(tmp_path: Path) -> None:
+    """A worker that torchrun started: its own line, exit code 2, no rendezvous with anybody."""
+    env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = moetrain("train", "train.global_batch=9", f"run.dir={tmp_path}", **env)
+    assert done.returncode == 2
+    assert done.stderr == "error: parallel.ep=3: must divide the number of experts, model.num_experts=8\n"
+
+
+def test_another_model_than_the_checkpoints_is_refused(trained: tuple[Path, str], data: list[str]) -> None:
+    saved = checkpoint.newest(trained[0])
+    done = moetrain("train", "model=small", *data, *SMALL, f"checkpoint.resume={saved}", f"run.dir={trained[0].parent}")
+    assert done.returncode == 2
+    assert done.stderr == f"error: model.dim=256: the checkpoint {saved} has 64\n"
+
+
+def test_a_worker_that_raises_has_the_last_word(trained: tuple[Path, str], data: list[str], tmp_path: Path) -> None:
+    """Rank 1 alone finds its shard of the checkpoint damaged: its traceback comes last, and all are gone in seconds."""
+    patch = tmp_path / "sitecustomize.py"
+    patch.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import moetrain.moe.layer as layer\n"
+        "    def broken(self, scores):\n"
+        "        raise ValueError('planted fault')\n"
+        "    layer.MoE.decide = broken\n"
+    )
+    overrides = ["model=tiny", "train.seq_len=32", "train.global_batch=8", *data, *SMALL, f"run.dir={tmp_path}/runs"]
+    done = moetrain("train", *overrides, "track.wandb=false", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    lines = done.stdout.strip().splitlines()
+    assert lines[-1] == "ValueError: planted fault"
+    assert "rank 1 failed:" in lines
+    assert "Connection" not in done.stdout + done.stderr

@@ -1,0 +1,102 @@
+"""Configuration: shipped YAML, golden files, and one clear line for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moetrain import config
+from moetrain.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+CASES = {
+    "default": [],
+    "tiny": ["model=tiny"],
+    "olmoe_1b7b": ["model=olmoe_1b7b"],
+    "home": ["planner=home"],
+    "folder": ["data=folder", "data.path=tests"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_resolved_config_is_the_golden_one(name: str, monkeypatch) -> None:
+    """`python tests/test_config.py` writes the golden files anew, for a review to see what a default became."""
+    monkeypatch.chdir(ROOT)
+    assert config.dump(config.load(CASES[name])) == (GOLDEN / f"{name}.yaml").read_text()
+
+
+def test_every_shipped_yaml_is_in_a_golden_config() -> None:
+    shipped = {p.stem for p in (ROOT / "configs").glob("*/*.yaml")}
+    assert shipped <= {"small", "local", "llep", "native", *CASES}
+
+
+def test_a_resolved_config_loads_again(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(config.load(["train.steps=7"])))
+    assert config.load_resolved(path, ["train.seed=3"]) == config.load(["train.steps=7", "train.seed=3"])
+
+
+def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    mine = {**yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()), "dim": 96}
+    (tmp_path / "model" / "mine.yaml").write_text(yaml.safe_dump(mine))
+    assert config.load(["model=mine"], str(tmp_path)).model.dim == 96
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["train.stepz=5"], "train.stepz: no such field; did you mean train.steps?"),
+        (["+train.extra=5"], "train.extra=5: no such field; did you mean train.threads?"),
+        (["train.steps=many"], "train.steps=many: must be a valid integer"),
+        (["train.steps=0"], "train.steps=0: must be greater than 0"),
+        (["train.dtype=fp8"], "train.dtype=fp8: must be 'fp32' or 'bf16'"),
+        (["optim.lr=-1"], "optim.lr=-1: must be greater than 0"),
+        (["optim.lr=nan"], "optim.lr=nan: must be a finite number"),
+        (["optim.betas=[0.9]"], "optim.betas.1=[0.9]: must be given"),
+        (["optim.min_lr=1"], "optim.min_lr=1.0: must be at most optim.lr=0.004"),
+        (["router.top_k=9"], "router.top_k=9: must be at most model.num_experts=8"),
+        (["router.name=nope"], "router.name=nope: known routers are topk"),
+        (["planner=best"], "planner=best: must be one of home, llep"),
+        (["planner.name=best"], "planner.name=best: known planners are home, llep"),
+        (["planner=home", "+planner.alpha=1.5"], "planner.alpha=1.5: the planner home has no such option"),
+        (["planner.alpha=0.5"], "planner.alpha=0.5: must be greater than or equal to 1"),
+        (["parallel.nproc=16"], "parallel.ep=16: needs at least as many experts, model.num_experts=8"),
+        (["parallel.nproc=3"], "parallel.ep=3: must divide the number of experts, model.num_experts=8"),
+        (["parallel.nproc=2", "parallel.ep=4"], "parallel.ep=4: must divide the ranks of one replica, 2"),
+        (["parallel.nproc=2", "parallel.dp_replicate=3"], "parallel.dp_replicate=3: must divide the number of ranks, 2"),
+        (
+            ["parallel.nproc=4", "parallel.dp_shard=2"],
+            "parallel.dp_shard=2: dp_replicate=1 × dp_shard must be the number of ranks, 4",
+        ),
+        (
+            ["parallel.nproc=2", "train.global_batch=7"],
+            "train.global_batch=7: must be a multiple of 2 ranks",
+        ),
+        (
+            ["parallel.nproc=2", "train.global_batch=8", "train.micro_batch=3"],
+            "train.global_batch=8: must be a multiple of 2 ranks × micro_batch=3",
+        ),
+        (["model.dim=100"], "model.dim=100: must be a multiple of 8 (grouped GEMM: 16-byte rows)"),
+        (["model.num_kv_heads=3"], "model.num_kv_heads=3: must divide model.num_heads=4"),
+        (
+            ["model.num_dense_layers=4"],
+            "model.num_dense_layers=4: must be below model.num_layers=4, so that one layer has experts",
+        ),
+        (["data=folder"], "data.path: must be given"),
+        (["data=folder", "data.path=/nowhere"], "data.path=/nowhere: there is no such file or folder"),
+        (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere: there is no such file"),
+        (["train.steps"], "train.steps: an override reads field=value"),
+    ],
+)
+def test_a_mistake_is_one_line_with_field_value_and_rule(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(overrides)
+    assert str(caught.value) == line
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name, overrides in CASES.items():
+        (GOLDEN / f"{name}.yaml").write_text(config.dump(config.load(overrides)))

@@ -1,0 +1,167 @@
+"""The transformer: parity with Hugging Face on tiny random models, initialisation, the chunked cross entropy."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moetrain import config
+from moetrain.mesh import Mesh
+from moetrain.model import cross_entropy
+from moetrain.model.initialise import initialise
+from moetrain.model.transformer import Transformer
+from moetrain.observe.estimate import estimate
+from moetrain.train import build
+
+HF_NAMES = [  # ours -> theirs; docs/model.md shows the same table
+    (r"^embed\.", "model.embed_tokens."),
+    (r"^norm\.", "model.norm."),
+    (r"^head\.", "lm_head."),
+    (r"^layers\.", "model.layers."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.attn\.([qkvo])\.", r".self_attn.\1_proj."),
+    (r"\.attn\.([qk])_norm\.", r".self_attn.\1_norm."),
+    (r"\.mlp\.(gate|up|down)\.", r".mlp.\1_proj."),
+    (r"\.moe\.router\.weight", ".mlp.gate.weight"),
+    (r"\.moe\.experts\.gate_up", ".mlp.experts.gate_up_proj"),
+    (r"\.moe\.experts\.down", ".mlp.experts.down_proj"),
+]
+
+
+def hf_name(name: str) -> str:
+    for pattern, replacement in HF_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def pair(kind: str) -> tuple[config.Config, Any]:
+    """Our config and a Hugging Face model of the same shape."""
+    import transformers
+
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "sdpa",
+    }
+    ours = ["model=tiny", "model.vocab_size=97", "model.dim=32", "model.head_dim=8", "model.expert_hidden=24"]
+    ours += ["model.tied_embeddings=false", "balance.coefficient=0", "balance.z_coefficient=0"]
+    torch.manual_seed(0)
+    if kind == "qwen3":
+        theirs = transformers.Qwen3MoeConfig(
+            **shape, head_dim=8, moe_intermediate_size=24, norm_topk_prob=True, rms_norm_eps=1e-6, mlp_only_layers=[],
+            decoder_sparse_step=1, intermediate_size=48,
+        )  # fmt: skip
+        return config.load([*ours, "model.qk_norm=head"]), transformers.Qwen3MoeForCausalLM(theirs)
+    theirs = transformers.OlmoeConfig(**shape, intermediate_size=24, norm_topk_prob=False, rms_norm_eps=1e-5)
+    more = ["model.qk_norm=full", "router.normalise=false", "model.norm_eps=1e-5"]
+    return config.load([*ours, *more]), transformers.OlmoeForCausalLM(theirs)
+
+
+def parity(mesh: Mesh, kind: str) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings, theirs = pair(kind)
+    ours = Transformer(settings.model, settings.router, settings.planner)
+    for block in ours.layers:
+        block.moe.experts.shard(mesh.ep)
+    source = dict(theirs.named_parameters())
+    assert {hf_name(name) for name, _ in ours.named_parameters()} == set(source)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(source[hf_name(name)])
+    tokens = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(1))
+    logits, _ = ours(tokens[:, :-1])
+    expected = theirs(tokens[:, :-1]).logits
+    torch.testing.assert_close(logits, expected)
+    nats, _ = ours(tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(nats, F.cross_entropy(expected.transpose(1, 2), tokens[:, 1:], reduction="none"))
+    nats.mean().backward()
+    F.cross_entropy(expected.transpose(1, 2), tokens[:, 1:]).backward()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, source[hf_name(name)].grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "olmoe"])
+def test_logits_and_gradients_equal_hugging_face(pool, kind: str) -> None:
+    pool.run(parity, 1, kind)
+
+
+def test_presets_build_and_the_estimate_counts_their_parameters() -> None:
+    for preset in ("tiny", "small", "olmoe_1b7b"):
+        for more in ([], ["model.num_shared_experts=2", "model.num_dense_layers=1"]):
+            settings = config.load([f"model={preset}", *more])
+            if settings.model.vocab_size is None:
+                settings = config.load([f"model={preset}", "model.vocab_size=4096", *more])
+            model = build(settings)
+            counted = sum(p.numel() for p in model.parameters())
+            found = estimate(settings, 1)
+            assert found.total == found.per_rank == counted
+            inactive = sum(
+                p[0].numel() * (settings.model.num_experts - settings.router.top_k)
+                for name, p in model.named_parameters()
+                if ".experts." in name
+            )
+            assert found.active == counted - inactive
+    assert estimate(config.load(["model=olmoe_1b7b"]), 1).total == 6_919_161_856  # as Hugging Face counts OLMoE-1B-7B
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    settings = config.load(["model=tiny", "model.vocab_size=50"])
+    models = []
+    for seed in (0, 0, 1):
+        model = Transformer(settings.model, settings.router, settings.planner)
+        initialise(model, seed)
+        models.append(dict(model.named_parameters()))
+    gate_up = models[0]["layers.0.moe.experts.gate_up"].detach()
+    assert all(torch.equal(a, models[1][name]) for name, a in models[0].items())
+    assert not torch.equal(gate_up, models[2]["layers.0.moe.experts.gate_up"])
+    assert not torch.equal(gate_up[0], gate_up[1])
+    assert gate_up.std() == pytest.approx(settings.model.init_std, rel=0.05)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_chunked_cross_entropy_equals_the_whole(monkeypatch, rows: int) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 33 * 7)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, upstream = (torch.randn(n, 16, generator=generator) for n in (rows, 33, rows))
+    target = torch.randint(0, 33, (rows,), generator=generator)
+    results = []
+    for function in (cross_entropy.linear_cross_entropy, lambda x, w, t: F.cross_entropy(x @ w.T, t, reduction="none")):
+        a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        nats = function(a, b, target)
+        (nats * upstream[:, 0]).sum().backward()
+        results.append((nats.detach(), a.grad, b.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def within_documents(mesh: Mesh) -> None:
+    """Two documents packed into one sequence give what each gives alone."""
+    settings = config.load(["model=tiny", "model.vocab_size=50"])
+    model = Transformer(settings.model, settings.router, settings.planner)
+    for block in model.layers:
+        block.moe.experts.shard(mesh.ep)
+    initialise(model, 0)
+    tokens = torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(0))
+    document = torch.tensor([[0] * 5 + [1] * 7])
+    packed = model(tokens, document=document)[0]
+    torch.testing.assert_close(packed[:, :5], model(tokens[:, :5])[0])
+    torch.testing.assert_close(packed[:, 5:], model(tokens[:, 5:])[0])  # RoPE is relative
+    assert not torch.allclose(model(tokens)[0][:, 5:], packed[:, 5:])
+
+
+def test_attention_stops_at_document_borders(pool) -> None:
+    pool.run(within_documents, 1)
