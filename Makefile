@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= demo
 
-.PHONY: help train test check format lint types clean
+.PHONY: help train test check check-static format clean
 
 help:
 	@echo "make train   train the default model on real text: two workers, about three minutes (RUN=name, ARGS=overrides)"
@@ -17,11 +17,12 @@ train: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
-check: .venv/installed-dev
+check: check-static test
+
+check-static: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .

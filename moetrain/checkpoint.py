@@ -33,6 +33,11 @@ FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def _step_of(path: Path) -> int:
+    """The step that a folder `step_N` is of."""
+    return int(re.sub(r"\D", "", path.name) or 0)
+
+
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run's folder."""
     found = [p.parent for p in (folder / "checkpoints").glob("step_*/manifest.json")]
@@ -82,7 +87,7 @@ def save(folder: Path, step: int, config: Config, mesh: Mesh, model: nn.Module, 
     barrier()
     with _quiet():
         writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-        dcp.save(_entries(model, optimizer, make=True), storage_writer=writer)
+        dcp.save(_entries(model, optimizer), storage_writer=writer)
     barrier()
     if mesh.is_main:
         manifest = {
@@ -104,19 +109,16 @@ def save(folder: Path, step: int, config: Config, mesh: Mesh, model: nn.Module, 
     return path
 
 
-def load(path: Path, model: nn.Module, optimizer: Any = None) -> int:
-    """Read a checkpoint into the model and, if given, the optimizer. Returns its step."""
-    step = int(read_manifest(path)["step"])
-    entries = _entries(model, optimizer, make=True)
+def load(path: Path, model: nn.Module, optimizer: Any = None) -> None:
+    """Read a checkpoint into the model and, if given, the optimizer."""
     with _quiet():
-        dcp.load(entries, storage_reader=HuggingFaceStorageReader(str(path)))
+        dcp.load(_entries(model, optimizer), storage_reader=HuggingFaceStorageReader(str(path)))
     if optimizer is not None:
         for state in optimizer.state.values():
-            state["step"].fill_(step)
-    return step
+            state["step"].fill_(int(read_manifest(path)["step"]))
 
 
-def _entries(model: nn.Module, optimizer: Any, make: bool) -> dict[str, Tensor]:
+def _entries(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Name -> tensor that shares its memory with the model's or the optimizer's."""
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     out: dict[str, Tensor] = {}
@@ -124,8 +126,8 @@ def _entries(model: nn.Module, optimizer: Any, make: bool) -> dict[str, Tensor]:
         kinds: dict[str, Tensor] = {"model": parameter.detach()}
         if optimizer is not None:
             state = optimizer.state[parameter]
-            if make and not state:  # as AdamW would make it at its first step
-                state["step"] = torch.zeros((), dtype=torch.float32, device=_device(parameter))
+            if not state:  # as AdamW would make it at its first step
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             kinds |= {moment: state[moment] for moment in MOMENTS}
         owner, _, last = name.rpartition(".")
@@ -147,17 +149,11 @@ def _by_expert(experts: Experts, tensor: Tensor) -> Iterator[tuple[int, Tensor]]
     yield from zip(own, tensor, strict=True)
 
 
-def _device(parameter: Tensor) -> torch.device:
-    return parameter.device
-
-
-def _step_of(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.name) or 0)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(n) for n in ("torch.distributed.checkpoint", "torch.distributed.checkpoint.hf_storage")]
+    loggers = [
+        logging.getLogger(n) for n in ("torch.distributed.checkpoint", "torch.distributed.checkpoint.hf_storage")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

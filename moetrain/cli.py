@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in (("train", TRAIN), ("eval", EVAL), ("generate", GENERATE), ("data", DATA)):
         verb = verbs.add_parser(
-            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name in ("eval", "generate"):
             verb.add_argument("run", nargs="?", help="a run's folder or name; the newest run if left out")

@@ -79,7 +79,7 @@ class _AllToAll(torch.autograd.Function):
         return start_all_to_all(rows, send, receive, group).wait()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return start_all_to_all(grad, *ctx.back).wait(), None, None, None
 
 

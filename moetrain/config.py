@@ -176,6 +176,10 @@ class Config(Section):
     planner: Planner
     engine: Engine
 
+    def micro_batch(self, world: int) -> int:
+        """Sequences per rank and micro-step."""
+        return self.train.micro_batch or max(1, self.train.global_batch // world)
+
 
 def config_dir() -> Path:
     """The shipped YAML: inside an installed package, or at the top of a checkout."""
@@ -257,7 +261,11 @@ def _check(c: Config) -> None:
     rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
     rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")
     rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")
-    rule(m.expert_hidden % 8 == 0, "model.expert_hidden", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")
+    rule(
+        m.expert_hidden % 8 == 0,
+        "model.expert_hidden",
+        "must be a multiple of 8 (grouped GEMM: 16-byte rows)",
+    )
     rule(
         m.num_dense_layers < m.num_layers,
         "model.num_dense_layers",
@@ -281,9 +289,8 @@ def check_world(c: Config, world: int) -> None:
         raise ConfigError(f"parallel.dp_replicate={p.dp_replicate}: must divide the number of ranks, {world}")
     shard = world // p.dp_replicate
     if p.dp_shard is not None and p.dp_shard != shard:
-        raise ConfigError(
-            f"parallel.dp_shard={p.dp_shard}: dp_replicate={p.dp_replicate} × dp_shard must be the number of ranks, {world}"
-        )
+        rule = f"dp_replicate={p.dp_replicate} × dp_shard must be the number of ranks, {world}"
+        raise ConfigError(f"parallel.dp_shard={p.dp_shard}: {rule}")
     ep = p.ep or shard
     if shard % ep:
         raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
@@ -332,7 +339,9 @@ def _composition_error(error: Exception) -> str:
         return f"{found[1]}: no such field{_nearest(found[1])}"
     if found := re.search(r"Key '[^']+' (?:is not in struct|not in)[\s\S]*?full_key: (\S+)", text):
         return f"{found[1]}: no such field{_nearest(found[1])}"
-    if found := re.search(r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '[^']*':\n([\s\S]*?)\nConfig", text):
+    if found := re.search(
+        r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '[^']*':\n([\s\S]*?)\nConfig", text
+    ):
         return f"{found[1]}={found[2]}: must be one of {', '.join(found[3].split())}"
     if found := re.search(r"Missing mandatory value: [\s\S]*?full_key: (\S+)", text):
         return f"{found[1]}: must be given"

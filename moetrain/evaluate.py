@@ -43,7 +43,7 @@ def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
 @torch.no_grad()
 def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tuple[dict[str, Score], dict[str, float]]:
     """Scores per domain (and `all`), and metrics. All ranks call it, and call the model equally often."""
-    device, size = mesh.device, config.train.micro_batch or -(-config.train.global_batch // mesh.world)
+    device, size = mesh.device, config.micro_batch(mesh.world)
     counts = torch.zeros(len(corpus.domains), config.model.num_moe_layers, config.model.num_experts, device=device)
     sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
     token_bytes = torch.from_numpy(corpus.token_bytes).to(device)
@@ -57,7 +57,11 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tu
                 within = torch.from_numpy(windows.document[mine, :-1]).to(device)
             nats, stats = model(tokens[:, :-1], tokens[:, 1:], within)
             sums[domain] += torch.stack(
-                [nats.sum().double(), torch.tensor(float(nats.numel()), device=device), token_bytes[tokens[:, 1:]].sum()]
+                [
+                    nats.sum().double(),
+                    torch.tensor(float(nats.numel()), device=device),
+                    token_bytes[tokens[:, 1:]].sum(),
+                ]
             )
             counts[domain] += torch.stack([s.counts_E for s in stats])
     all_reduce_sum(sums)

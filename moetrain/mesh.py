@@ -50,7 +50,13 @@ def auto_nproc() -> int:
 
 @contextmanager
 def start(
-    parallel: Parallel, *, rank: int, world: int, local_rank: int = 0, init_method: str = "env://", timeout: float = 600.0
+    parallel: Parallel,
+    *,
+    rank: int,
+    world: int,
+    local_rank: int = 0,
+    init_method: str = "env://",
+    timeout: float = 600.0,
 ) -> Iterator[Mesh]:
     """Join `world` ranks: NCCL where there are GPUs, else gloo. Everything is torn down on the way out."""
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A run's folder: `runs/NAME/` with `config.yaml`, `metrics.jsonl`, `load_trace/`, `checkpoints/`, `wandb/`, `log.txt`."""
+"""A run's folder, `runs/NAME/`: its config, metrics, load trace, checkpoints, wandb files and log."""
 
 import os
 import tempfile

@@ -43,7 +43,9 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     texts = generate(model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
     if not mesh.is_main:
         return
-    found = [{"title": t, "prompt": corpus.tokenizer.decode(p), "text": x} for (t, p), x in zip(prompts, texts, strict=True)]
+    found = [
+        {"title": t, "prompt": corpus.tokenizer.decode(p), "text": x} for (t, p), x in zip(prompts, texts, strict=True)
+    ]
     if as_json:
         print(json.dumps({"checkpoint": str(saved), "generated": found}))
         return

@@ -38,10 +38,15 @@ def train(config: Config, mesh: Mesh) -> Path:
     describe(config, mesh, corpus, size, voice)
 
     loader = Loader(corpus, config.train.seq_len, config.train.seed)
+    saved = checkpoint.to_resume(config, folder)
+    first = int(checkpoint.read_manifest(saved)["step"]) if saved else 0
+    if first >= config.train.steps and summary.is_there(folder):
+        voice.say(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
+        summary.show(summary.read(folder), voice)
+        return folder
     engine = NativeEngine(build(config), mesh, config)
-    first = 0
-    if (saved := checkpoint.to_resume(config, folder)) is not None:
-        first = checkpoint.load(saved, engine.model, engine.optimizer)
+    if saved is not None:
+        checkpoint.load(saved, engine.model, engine.optimizer)
         voice.say(f"resumed from {saved}, {first} steps done")
     tracker = Tracker([*sinks(config, folder, first)] if mesh.is_main else [])
     trace = LoadTrace(folder / "load_trace", config.track.trace_every if mesh.is_main else 0, first)
@@ -78,8 +83,8 @@ def train(config: Config, mesh: Mesh) -> Path:
         if done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
             checkpoint.save(folder, step + 1, config, mesh, engine.model, engine.optimizer)
 
-    scores, metrics = evaluate(engine.model, corpus, config, mesh)
-    tracker.log(config.train.steps, metrics)
+    scores, held_out = evaluate(engine.model, corpus, config, mesh)
+    tracker.log(config.train.steps, held_out)
     prompts = prompts_of(corpus, config)
     texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
     trace.flush()
@@ -110,7 +115,7 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
 
 def micro_batches(config: Config, mesh: Mesh, loader: Loader, step: int) -> Iterator[Sequences]:
     """This rank's sequences of one optimizer step, micro-step by micro-step."""
-    size = config.train.micro_batch or config.train.global_batch // mesh.world
+    size = config.micro_batch(mesh.world)
     begin = step * config.train.global_batch
     for first in range(begin, begin + config.train.global_batch, size * mesh.world):
         yield loader.samples(first + mesh.rank * size, first + (mesh.rank + 1) * size)

@@ -30,7 +30,10 @@ def _calm() -> None:
 def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of small documents in two domains: counting, and letters."""
     root = tmp_path_factory.mktemp("text")
-    for domain, words in (("numbers", "one two three four five six seven"), ("greek", "alpha beta gamma delta epsilon")):
+    for domain, words in (
+        ("numbers", "one two three four five six seven"),
+        ("greek", "alpha beta gamma delta epsilon"),
+    ):
         (root / domain).mkdir()
         for number in range(24):
             turned = words.split()[number % 5 :] + words.split()[: number % 5]

@@ -58,7 +58,9 @@ class Pool:
             process.join()
         self._ranks = []
 
-    def run(self, function: Callable[..., Any], ranks: int, *args: Any, ep: int | None = None, replicate: int = 1) -> list:
+    def run(
+        self, function: Callable[..., Any], ranks: int, *args: Any, ep: int | None = None, replicate: int = 1
+    ) -> list:
         """[ranks] results. `function` is a module-level function of (mesh, *args)."""
         from moetrain.config import Parallel
 

@@ -62,7 +62,8 @@ def shares(mesh: Mesh, sizes: list[int], probs: torch.Tensor, expert: torch.Tens
     layers = [stats(p, expert[mine].flatten()), stats(p.flip(1), expert[mine, :1].flatten())]
     _, value, _, counts = balance.router_losses(layers, OPTIONS, len(probs), None)
     f, _ = balance.synchronise(layers, "global", None)
-    assert not f.requires_grad and torch.equal(counts.sum(1), torch.tensor([2 * len(probs), len(probs)]))
+    assert not f.requires_grad
+    assert torch.equal(counts.sum(1), torch.tensor([2 * len(probs), len(probs)]))
     total = balance.balance_loss(layers, f, len(probs))
     total.backward()
     assert float(total.detach()) == pytest.approx(float(value))
@@ -91,7 +92,9 @@ def test_micro_is_never_below_global(parts: int, experts: int, seed: int) -> Non
     """With P = f (Jensen). Pure arithmetic, the same formula as `balance_loss`."""
     f = np.random.default_rng(seed).dirichlet(np.ones(experts), parts)
     micro, whole = experts * (f * f).sum(1).mean(), experts * (f.mean(0) ** 2).sum()
-    layers = [LayerStats(torch.zeros(experts), torch.tensor(p).float(), *([torch.zeros(())] * 2), None, None) for p in f]  # type: ignore[arg-type]
+    layers = [
+        LayerStats(torch.zeros(experts), torch.tensor(p).float(), *([torch.zeros(())] * 2), None, None) for p in f
+    ]  # type: ignore[arg-type]
     ours = sum(float(balance.balance_loss([s], torch.tensor(f.mean(0)).float()[None], parts)) for s in layers)
     assert ours == pytest.approx(whole, rel=1e-4)
     assert micro >= whole - 1e-9

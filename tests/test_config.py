@@ -55,7 +55,7 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["optim.lr=-1"], "optim.lr=-1: must be greater than 0"),
         (["optim.lr=nan"], "optim.lr=nan: must be a finite number"),
         (["optim.betas=[0.9]"], "optim.betas.1=[0.9]: must be given"),
-        (["optim.min_lr=1"], "optim.min_lr=1.0: must be at most optim.lr=0.004"),
+        (["optim.min_lr=1"], "optim.min_lr=1.0: must be at most optim.lr=0.006"),
         (["router.top_k=9"], "router.top_k=9: must be at most model.num_experts=8"),
         (["router.name=nope"], "router.name=nope: known routers are topk"),
         (["planner=best"], "planner=best: must be one of home, llep"),
@@ -65,7 +65,10 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["parallel.nproc=16"], "parallel.ep=16: needs at least as many experts, model.num_experts=8"),
         (["parallel.nproc=3"], "parallel.ep=3: must divide the number of experts, model.num_experts=8"),
         (["parallel.nproc=2", "parallel.ep=4"], "parallel.ep=4: must divide the ranks of one replica, 2"),
-        (["parallel.nproc=2", "parallel.dp_replicate=3"], "parallel.dp_replicate=3: must divide the number of ranks, 2"),
+        (
+            ["parallel.nproc=2", "parallel.dp_replicate=3"],
+            "parallel.dp_replicate=3: must divide the number of ranks, 2",
+        ),
         (
             ["parallel.nproc=4", "parallel.dp_shard=2"],
             "parallel.dp_shard=2: dp_replicate=1 × dp_shard must be the number of ranks, 4",

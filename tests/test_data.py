@@ -1,5 +1,6 @@
 """Corpora, preparation, and the loader as a pure function of (seed, global sample index)."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -62,7 +63,7 @@ def test_a_sample_does_not_depend_on_who_asks(small: Corpus, begin: int, sizes: 
     whole = loader.samples(begin, begin + sum(sizes))
     edges = begin + np.cumsum([0, *sizes])
     fresh = Loader(small, 16, seed=1)
-    parts = [fresh.samples(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [fresh.samples(int(a), int(b)) for a, b in itertools.pairwise(edges)]
     for name in ("tokens", "domain", "document"):
         assert (np.concatenate([getattr(p, name) for p in parts]) == getattr(whole, name)).all()
 
@@ -78,7 +79,10 @@ def test_epochs_and_seeds_differ(small: Corpus) -> None:
 
 
 def test_jsonl_with_and_without_domains(tmp_path: Path) -> None:
-    rows = [{"text": f"words {n} " * 20, "domain": "even"} if n % 2 == 0 else {"text": f"other {n} " * 20} for n in range(20)]
+    rows = [
+        {"text": f"words {n} " * 20, "domain": "even"} if n % 2 == 0 else {"text": f"other {n} " * 20}
+        for n in range(20)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     options = config.load(["data=folder", f"data.path={tmp_path}/a.jsonl", f"data.dir={tmp_path}/out"]).data
     assert {d.domain for d in corpus.documents(options)} == {"even", "text"}

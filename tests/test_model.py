@@ -139,7 +139,10 @@ def test_chunked_cross_entropy_equals_the_whole(monkeypatch, rows: int) -> None:
     x, weight, upstream = (torch.randn(n, 16, generator=generator) for n in (rows, 33, rows))
     target = torch.randint(0, 33, (rows,), generator=generator)
     results = []
-    for function in (cross_entropy.linear_cross_entropy, lambda x, w, t: F.cross_entropy(x @ w.T, t, reduction="none")):
+    for function in (
+        cross_entropy.linear_cross_entropy,
+        lambda x, w, t: F.cross_entropy(x @ w.T, t, reduction="none"),
+    ):
         a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
         nats = function(a, b, target)
         (nats * upstream[:, 0]).sum().backward()

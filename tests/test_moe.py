@@ -1,16 +1,16 @@
-"""The ladder of equivalences of the MoE layer: loop oracle = one rank = R ranks under any plan, forward and backward."""
+"""The ladder of equivalences of the MoE layer: loop = one rank = R ranks under any plan, forward and backward."""
 
 from functools import partial
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import oracle
 from moetrain.mesh import Mesh
 from moetrain.moe import dispatch, guests
 from moetrain.moe.clock import Clock
@@ -120,7 +120,9 @@ def check(pool: Any, tokens: list[int], kind: Any, plan_name: Any, recompute: bo
     got = pool.run(layer_on_ranks, len(tokens), tokens, kind, plan_name, recompute)
     for rank, (ours, theirs) in enumerate(zip(got, expected(tokens, kind), strict=True)):
         for name, value in theirs.items():
-            torch.testing.assert_close(ours[name].double(), value, rtol=2e-5, atol=2e-5, msg=lambda m: f"{rank} {name}: {m}")
+            torch.testing.assert_close(
+                ours[name].double(), value, rtol=2e-5, atol=2e-5, msg=lambda m, r=rank, n=name: f"{r} {n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -177,7 +179,9 @@ def test_gradients_of_the_index_functions_in_fp64() -> None:
 
 def test_a_loan_lists_what_leaves_and_what_comes() -> None:
     plan = Plan.of(
-        np.full((3, 3), 4), default_home(3, 3), [(0, 0, 4), (0, 2, 4), (0, 1, 4), (1, 1, 12), (2, 2, 8), (2, 0, 4)]
+        np.full((3, 3), 4),
+        default_home(3, 3),
+        [(0, 0, 4), (0, 2, 4), (0, 1, 4), (1, 1, 12), (2, 2, 8), (2, 0, 4)],
     )
     assert plan.guests() == [(0, 0, 1), (0, 0, 2), (2, 2, 0)]
     loan = guests.Loan.of(plan, 0)

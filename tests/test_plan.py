@@ -32,11 +32,15 @@ def chunks(plan, expert: int) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("min_rows", [1, 8])
 def test_llep_follows_the_papers_worked_examples(min_rows: int) -> None:
-    plan = PLANNERS["llep"](spread([40, 4, 4, 4, 4, 4, 2, 2], 4), default_home(8, 4), None, alpha=1.0, min_rows=min_rows)
+    plan = PLANNERS["llep"](
+        spread([40, 4, 4, 4, 4, 4, 2, 2], 4), default_home(8, 4), None, alpha=1.0, min_rows=min_rows
+    )
     assert chunks(plan, 0) == [(0, 0, 12), (3, 12, 24), (1, 24, 32), (2, 32, 40)]
     assert plan.loads().tolist() == [16, 16, 16, 16]
     assert len(plan.guests()) == 3
-    plan = PLANNERS["llep"](spread([60, 1, 1, 1, 0, 1, 0, 0], 4), default_home(8, 4), None, alpha=1.0, min_rows=min_rows)
+    plan = PLANNERS["llep"](
+        spread([60, 1, 1, 1, 0, 1, 0, 0], 4), default_home(8, 4), None, alpha=1.0, min_rows=min_rows
+    )
     assert chunks(plan, 0) == [(0, 0, 15), (3, 15, 31), (2, 31, 46), (1, 46, 60)]
 
 
@@ -105,13 +109,15 @@ def test_every_plan_conserves_rows(name: str, rows: list[list[int]]) -> None:
 @pytest.mark.parametrize("name", list(PLANNERS))
 def test_balanced_rows_stay_at_home(name: str) -> None:
     plan = PLANNERS[name](np.full((4, 8), 5), default_home(8, 4), None)
-    assert not plan.guests() and plan.moved() == 0
+    assert not plan.guests()
+    assert plan.moved() == 0
 
 
 @pytest.mark.parametrize("name", list(PLANNERS))
 def test_no_rows_at_all(name: str) -> None:
     plan = PLANNERS[name](np.zeros((2, 4), np.int64), default_home(4, 2), None)
-    assert plan.loads().tolist() == [0, 0] and not plan.guests()
+    assert plan.loads().tolist() == [0, 0]
+    assert not plan.guests()
 
 
 def test_options_are_the_keyword_arguments() -> None:

@@ -40,7 +40,11 @@ def test_every_layout_follows_the_same_curve(pool, tiny) -> None:
     """Issue's tolerance: 1e-5 over the first 5 steps, 1e-3 over 40 (near-ties of the router may flip later)."""
     curves = []
     for ranks, ep, replicate, planner, recompute in LAYOUTS:
-        more = [f"run.name={ranks}-{ep}-{replicate}-{planner}-{recompute}", "train.steps=40", f"planner={planner}"]
+        more = [
+            f"run.name={ranks}-{ep}-{replicate}-{planner}-{recompute}",
+            "train.steps=40",
+            f"planner={planner}",
+        ]
         more += [f"train.recompute={recompute}", "router.skew=0.5", "optim.warmup=10", "track.trace_every=0"]
         more += ["planner.min_rows=1"] if planner == "llep" else []
         folder = pool.run(run, ranks, [*tiny, *more], ep=ep, replicate=replicate)[0]
@@ -55,7 +59,9 @@ def test_every_layout_follows_the_same_curve(pool, tiny) -> None:
 
 def test_the_loss_falls_and_accumulation_is_the_same_batch(pool, tiny) -> None:
     whole = pool.run(run, 2, [*tiny, "run.name=whole", "train.steps=30", "balance.coefficient=0"])[0]
-    parts = pool.run(run, 2, [*tiny, "run.name=parts", "train.steps=30", "balance.coefficient=0", "train.micro_batch=1"])[0]
+    parts = pool.run(
+        run, 2, [*tiny, "run.name=parts", "train.steps=30", "balance.coefficient=0", "train.micro_batch=1"]
+    )[0]
     assert losses(whole)[-1] < 0.8 * losses(whole)[0]
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
     assert losses(parts)[:5] == pytest.approx(losses(whole)[:5], rel=1e-5)
@@ -71,7 +77,10 @@ def test_resume_is_bit_exact(pool, tiny) -> None:
     pool.run(run, 2, [*more, "run.name=part", "train.steps=40", f"checkpoint.resume={first}"])
     assert [row["step"] for row in rows_of(part) if "train/loss" in row] == list(range(21, 41))
     assert losses(part) == losses(whole)[20:]
-    norms = [[row["train/grad_norm"] for row in rows_of(f) if row["step"] > 20 and "train/loss" in row] for f in (whole, part)]
+    norms = [
+        [row["train/grad_norm"] for row in rows_of(f) if row["step"] > 20 and "train/loss" in row]
+        for f in (whole, part)
+    ]
     assert norms[0] == norms[1]
 
 
@@ -133,10 +142,20 @@ def gradients(mesh: Mesh, overrides: list[str], plan_name: str) -> dict[str, tor
 @pytest.mark.parametrize("micro", [None, 1])
 def test_one_step_has_the_same_gradients_on_every_layout(pool, tiny, micro) -> None:
     """Every parameter's gradient, to fp32 rounding; the choices are pinned by the equal initial weights."""
-    more = [*tiny, "router.skew=0.5", "balance.coefficient=0.01" if micro is None else "balance.coefficient=0"]
+    more = [
+        *tiny,
+        "router.skew=0.5",
+        "balance.coefficient=0.01" if micro is None else "balance.coefficient=0",
+    ]
     size = [] if micro is None else [f"train.micro_batch={micro}"]
     reference = pool.run(gradients, 1, more, "home")[0]
-    for ranks, ep, planner in ((1, 1, "home"), (2, 1, "home"), (2, 2, "llep"), (4, 2, "llep"), (4, 4, "llep")):
+    for ranks, ep, planner in (
+        (1, 1, "home"),
+        (2, 1, "home"),
+        (2, 2, "llep"),
+        (4, 2, "llep"),
+        (4, 4, "llep"),
+    ):
         options = ["planner.min_rows=1"] if planner == "llep" else []
         for found in pool.run(gradients, ranks, [*more, *size, *options], planner, ep=ep):
             assert found.keys() == reference.keys()

@@ -16,7 +16,22 @@ from typing import NamedTuple
 
 from moetrain.config import ConfigError, Data
 
-TEXT_SUFFIXES = {".txt", ".md", ".rst", ".text", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".json", ".yaml", ".yml", ".csv"}
+TEXT_SUFFIXES = {
+    ".txt",
+    ".md",
+    ".rst",
+    ".text",
+    ".py",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".csv",
+}
 MAX_FILE_BYTES = 1_000_000  # one huge file is not a document that teaches much
 MIN_CHARACTERS = 200
 
@@ -131,7 +146,7 @@ def _folder(path: Path) -> Iterator[Document]:
                 count += 1
                 yield Document(domain, text)
     if not count:
-        raise ConfigError(f"data.path={path}: must hold text files or JSONL with a \"text\" field")
+        raise ConfigError(f'data.path={path}: must hold text files or JSONL with a "text" field')
 
 
 def _jsonl(file: Path, domain: str) -> Iterator[Document]:

@@ -31,7 +31,10 @@ SPLITS = ("train", "held_out")
 
 def folder_of(options: Data) -> Path:
     """Where the corpus of these settings is, or will be."""
-    settings: dict[str, Any] = {**options.model_dump(exclude={"dir", "attend_within_documents"}), "version": VERSION}
+    settings: dict[str, Any] = {
+        **options.model_dump(exclude={"dir", "attend_within_documents"}),
+        "version": VERSION,
+    }
     if options.path is not None:
         settings["path"] = str(Path(options.path).resolve())
     if options.tokenizer is not None:
@@ -151,7 +154,12 @@ def _end_of_text(tokenizer: Tokenizer) -> int:
 
 
 def _write(
-    folder: Path, split: str, found: list[Document], domains: list[str], tokenizer: Tokenizer, progress: Progress
+    folder: Path,
+    split: str,
+    found: list[Document],
+    domains: list[str],
+    tokenizer: Tokenizer,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Tokens and the table of documents of one split; returns what the manifest says of it."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32

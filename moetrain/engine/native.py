@@ -101,7 +101,7 @@ def _routers(model: Transformer) -> list[nn.Parameter]:
 
 
 def _sharded(module: nn.Module, **options: object) -> None:
-    fully_shard(module, **options)  # type: ignore[arg-type, call-overload]
+    fully_shard(module, **options)  # type: ignore[call-overload]
     fsdp = cast(FSDPModule, module)
     fsdp.set_gradient_divide_factor(1.0)
     fsdp.set_force_sum_reduction_for_comms(True)

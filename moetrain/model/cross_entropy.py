@@ -40,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         grad_T = grad.flatten()
         x_TD, weight_VD, target_T = ctx.saved_tensors
         grad_x_TD = torch.empty_like(x_TD)

@@ -16,7 +16,7 @@ from moetrain.moe.experts import Experts
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Fill all parameters in place. Normal(0, init_std); those that write to the residual stream, / sqrt(2 · layers)."""
+    """Fill all parameters in place: normal(0, init_std), / sqrt(2 · layers) where they write to the residual stream."""
     std = model.options.init_std
     small = std / math.sqrt(2 * model.options.num_layers)
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}

@@ -27,7 +27,11 @@ def synchronise(stats: Sequence[LayerStats], scope: str, seen_LE: Tensor | None)
     """
     local_LE = torch.stack([s.counts_E for s in stats])
     counts_LE = all_reduce_sum(local_LE.clone())
-    basis = {"micro": local_LE, "data": counts_LE, "global": counts_LE if seen_LE is None else counts_LE + seen_LE}
+    basis = {
+        "micro": local_LE,
+        "data": counts_LE,
+        "global": counts_LE if seen_LE is None else counts_LE + seen_LE,
+    }
     total_LE = basis[scope].double()
     return (total_LE / total_LE.sum(1, keepdim=True).clamp(min=1)).float(), counts_LE
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from moetrain.comm import all_to_all
 from moetrain.mesh import Expert
 from moetrain.moe.plan import Ints, Plan
-from moetrain.moe.router import Choice
+from moetrain.moe.router import Choice, Routing
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Route:
     slot_rows: list[int]  # [S]
 
     @classmethod
-    def of(cls, choice: Choice, plan: Plan, rank: int, num_tokens: int, most_per_token: int) -> "Route":
+    def of(cls, choice: Choice | Routing, plan: Plan, rank: int, num_tokens: int, most_per_token: int) -> "Route":
         device = choice.expert_N.device
         sent_ER, received_RE = plan.rows(rank), plan.received(rank)
         slots_S = plan.slots(rank)
@@ -125,7 +125,7 @@ class _Gather(torch.autograd.Function):
         return x_TD[token_N]
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_ND: Tensor) -> Any:
         (row_TK,) = ctx.saved_tensors
         return _sum_rows(grad_ND, None, row_TK).to(grad_ND.dtype), None, None
 
@@ -139,7 +139,7 @@ class _WeightedSum(torch.autograd.Function):
         return _sum_rows(rows_ND, weight_N, row_TK).to(rows_ND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: Tensor) -> Any:
         rows_ND, weight_N, token_N = ctx.saved_tensors
         grad_ND = grad_TD[token_N]
         grad_weight_N = torch.linalg.vecdot(grad_ND.float(), rows_ND.float())
@@ -155,6 +155,6 @@ class _Permute(torch.autograd.Function):
         return rows_MD[index_M]
 
     @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_MD: Tensor) -> Any:
         (inverse_M,) = ctx.saved_tensors
         return grad_MD[inverse_M], None, None

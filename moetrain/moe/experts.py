@@ -55,19 +55,20 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing, plan: Plan, most_per_token: int, clock: Clock) -> Tensor:
         """[T, D] -> [T, D]: the weighted sum of every token's experts, wherever the plan has them computed."""
         assert self.ep is not None, "shard() comes first"
-        weights: tuple[Tensor, ...] = (self.gate_up, self.down)
+        gate_up: Tensor = self.gate_up
+        down: Tensor = self.down
         lends = bool(plan.guests())  # the same on every rank
         with clock.phase("lend"):
             if lends:
                 loan = guests.Loan.of(plan, self.ep.rank)
-                pending = guests.start(weights, loan, self.ep)
+                pending = guests.start((gate_up, down), loan, self.ep)
         with clock.phase("dispatch"):
             route = Route.of(routing, plan, self.ep.rank, len(x_TD), most_per_token)
             rows_MD = dispatch(x_TD, route, self.ep)
         with clock.phase("lend"):
             if lends:
-                weights = guests.finish(weights, pending, loan, self.ep)
+                gate_up, down = guests.finish((gate_up, down), pending, loan, self.ep)
         with clock.phase("experts"):
-            out_MD = swiglu(rows_MD, *weights, route.slot_rows)
+            out_MD = swiglu(rows_MD, gate_up, down, route.slot_rows)
         with clock.phase("combine"):
             return combine(out_MD, routing.weight_N, route, self.ep)

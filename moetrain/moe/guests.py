@@ -56,7 +56,7 @@ class _Lend(torch.autograd.Function):
         return tuple(torch.cat([w, g]) for w, g in zip(weights, guests, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         loan: Loan = ctx.loan
         num_home = grads[0].shape[0] - sum(loan.receive)
         away = _pack([g[num_home:] for g in grads])

@@ -93,7 +93,7 @@ class Plan:
         first = last - self.counts[:, self.expert[here]]
         part = np.clip(np.minimum(end, last) - np.maximum(begin, first), 0, None)
         out = np.zeros_like(self.counts)
-        np.add.at(out, (slice(None), self.expert[here]), part)
+        np.add.at(out.T, self.expert[here], part.T)
         return out
 
     def slots(self, rank: int) -> list[int]:

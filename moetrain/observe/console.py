@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-console = Console(highlight=False, soft_wrap=True)
+_terminal = Console().is_terminal
+console = Console(highlight=False, soft_wrap=True, width=None if _terminal else 110)
 
 
 class Voice:

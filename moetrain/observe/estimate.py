@@ -46,7 +46,7 @@ def estimate(config: Config, world: int) -> Estimate:
     per_rank = dense // shard + experts // shard + routers
 
     width = 2 if t.dtype == "bf16" else 4
-    tokens = t.seq_len * (t.micro_batch or t.global_batch // world)
+    tokens = t.seq_len * config.micro_batch(world)
     live = m.num_layers if not config.engine.reshard_after_forward else 1
     block = (dense - embeddings + experts // ep) // m.num_layers
     gathered = width * (embeddings + live * block)
@@ -57,7 +57,13 @@ def estimate(config: Config, world: int) -> Estimate:
     matrices = active - (0 if m.tied_embeddings else m.vocab_size * m.dim)
     flops = 6 * matrices + 6 * m.num_layers * m.num_heads * m.head_dim * t.seq_len
     return Estimate(
-        dense + experts + routers, active, per_rank, 16 * per_rank + width * block, gathered, activations, flops
+        dense + experts + routers,
+        active,
+        per_rank,
+        16 * per_rank + width * block,
+        gathered,
+        activations,
+        flops,
     )
 
 

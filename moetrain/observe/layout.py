@@ -13,7 +13,7 @@ from moetrain.observe.estimate import GIB, Estimate, short
 def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: Voice) -> None:
     m, t = config.model, config.train
     shard = mesh.world // mesh.dp_replicate
-    micro = t.micro_batch or t.global_batch // mesh.world
+    micro = config.micro_batch(mesh.world)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in (
         (
@@ -23,8 +23,8 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: 
         ),
         (
             "model",
-            f"{short(size.total)} parameters, {short(size.active)} active a token; {m.num_layers} layers, width {m.dim}, "
-            f"{m.num_experts} experts, top-{config.router.top_k}",
+            f"{short(size.total)} parameters, {short(size.active)} active a token; {m.num_layers} layers, "
+            f"width {m.dim}, {m.num_experts} experts, top-{config.router.top_k}",
         ),
         (
             "per rank",
@@ -33,13 +33,13 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: 
         ),
         (
             "data",
-            f"{corpus.folder}: {corpus.manifest['splits']['train']['tokens']:,} tokens in {len(corpus.domains)} domains "
-            f"({', '.join(corpus.domains)})",
+            f"{corpus.folder}: {corpus.manifest['splits']['train']['tokens']:,} tokens in the domains "
+            f"{', '.join(corpus.domains)}",
         ),
         (
             "batch",
-            f"{t.global_batch} sequences × {t.seq_len} tokens, {t.global_batch // (micro * mesh.world)} micro-step(s) of "
-            f"{micro} a rank; {t.steps} steps",
+            f"{t.global_batch} sequences × {t.seq_len} tokens in {t.global_batch // (micro * mesh.world)} "
+            f"micro-step(s) of {micro} a rank; {t.steps} steps",
         ),
         ("run", f"{config.run.dir}/{config.run.name}"),
     ):

@@ -39,7 +39,13 @@ class Meter:
 
     @torch.no_grad()
     def add(
-        self, nats: Tensor, domain: Tensor, balance: Tensor, z: Tensor, stats: Sequence[LayerStats], counts_LE: Tensor
+        self,
+        nats: Tensor,
+        domain: Tensor,
+        balance: Tensor,
+        z: Tensor,
+        stats: Sequence[LayerStats],
+        counts_LE: Tensor,
     ) -> None:
         """One micro-step: nats [B, L] per token, domain [B, L] its label, this rank's shares of the losses."""
         flat = domain.flatten()
@@ -57,15 +63,26 @@ class Meter:
         for s in self._stats:
             home, planned = s.plan.home_loads(), s.plan.loads()
             self._plans += torch.tensor(
-                [imbalance(home), imbalance(planned), len(s.plan.guests()), s.plan.moved()], device=self._plans.device
+                [imbalance(home), imbalance(planned), len(s.plan.guests()), s.plan.moved()],
+                device=self._plans.device,
             )
             self._rows += int(home.sum())
             self._loads[:, self._mesh.rank] += torch.tensor([int(home[ep.rank]), int(planned[ep.rank])])
             self._lent_bytes += expert_bytes * len(s.plan.guests())
             for index, name in enumerate(PHASES):
                 self._phases[index] += s.clock.seconds().get(name, 0.0)
-        parts = [self._nats_C, self._tokens_C, self._router, self._entropy_L, self._plans, self._loads.flatten()]
-        parts += [self._phases, torch.tensor([self._rows, self._lent_bytes], device=self._phases.device).double()]
+        parts = [
+            self._nats_C,
+            self._tokens_C,
+            self._router,
+            self._entropy_L,
+            self._plans,
+            self._loads.flatten(),
+        ]
+        parts += [
+            self._phases,
+            torch.tensor([self._rows, self._lent_bytes], device=self._phases.device).double(),
+        ]
         parts = [part.cpu() for part in all_reduce_sum(torch.cat(parts)).split([len(p) for p in parts])]
         nats, tokens, router, entropy, plans, loads, phases, (rows, lent) = parts
         world, num_plans = self._mesh.world, len(self._stats) * self._mesh.world
@@ -75,7 +92,9 @@ class Meter:
         coefficients = self._config.balance
         lm_loss = float(nats.sum() / tokens.sum())
         out: dict[str, float | list[float]] = {
-            "train/loss": lm_loss + coefficients.coefficient * float(router[0]) + coefficients.z_coefficient * float(router[1]),
+            "train/loss": lm_loss
+            + coefficients.coefficient * float(router[0])
+            + coefficients.z_coefficient * float(router[1]),
             "train/lm_loss": lm_loss,
             "train/balance_loss": float(router[0]) / len(counts_LE),
             "train/z_loss": float(router[1]) / len(counts_LE),

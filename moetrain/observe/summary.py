@@ -38,7 +38,12 @@ def bigram_scores(config: Config, corpus: Corpus, loader: Loader) -> dict[str, f
 
 
 def collect(
-    folder: Path, config: Config, size: Estimate, scores: dict[str, Score], bigram: dict[str, float] | None, texts: Any
+    folder: Path,
+    config: Config,
+    size: Estimate,
+    scores: dict[str, Score],
+    bigram: dict[str, float] | None,
+    texts: Any,
 ) -> dict[str, Any]:
     """Everything the summary shows, from the run's own records; written to `summary.json`."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -49,7 +54,10 @@ def collect(
         "steps": config.train.steps,
         "tokens": config.train.steps * config.train.global_batch * config.train.seq_len,
         "parameters": {"total": size.total, "active": size.active},
-        "loss": {"first": rows[0]["train/lm_loss"], "last": float(np.mean([r["train/lm_loss"] for r in rows[-10:]]))},
+        "loss": {
+            "first": rows[0]["train/lm_loss"],
+            "last": float(np.mean([r["train/lm_loss"] for r in rows[-10:]])),
+        },
         "bits_per_byte": {name: score.bits_per_byte for name, score in scores.items() if score.tokens},
         "bigram_bits_per_byte": bigram,
         "tokens_per_second": float(np.median([row["perf/tokens_per_second"] for row in rows])),
@@ -63,8 +71,18 @@ def collect(
     return found
 
 
+def is_there(folder: Path) -> bool:
+    return (folder / "summary.json").is_file()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
 def show(found: dict[str, Any], voice: Voice) -> None:
-    table = Table(title="Held-out bits per byte (lower is better)", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title="Held-out bits per byte (lower is better)", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
     table.add_column("domain")
     table.add_column("this model", justify="right")
     table.add_column("bigram", justify="right")
@@ -75,13 +93,20 @@ def show(found: dict[str, Any], voice: Voice) -> None:
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     home, planned = found["imbalance"]["home"], found["imbalance"]["planned"]
     for name, text in (
-        ("parameters", f"{short(found['parameters']['total'])}, of them {short(found['parameters']['active'])} active a token"),
-        ("trained on", f"{found['tokens']:,} tokens in {found['steps']} steps, {found['tokens_per_second']:,.0f} tokens/s"),
+        (
+            "parameters",
+            f"{short(found['parameters']['total'])}, of them {short(found['parameters']['active'])} active a token",
+        ),
+        (
+            "trained on",
+            f"{found['tokens']:,} tokens in {found['steps']} steps, {found['tokens_per_second']:,.0f} tokens/s",
+        ),
         ("loss", f"{found['loss']['first']:.3f} → {found['loss']['last']:.3f} nats a token"),
         ("imbalance", f"{home:.3f} at home → {planned:.3f} planned (largest device load over the mean)"),
         (
             "moved",
-            f"{found['guests']:,} guests lent, {found['rows_moved']:,} rows ({found['rows_moved_fraction']:.1%} of all)",
+            f"{found['guests']:,} guests lent, {found['rows_moved']:,} rows "
+            f"({found['rows_moved_fraction']:.1%} of all)",
         ),
     ):
         facts.add_row(f"[dim]{name}[/dim]", text)
@@ -93,7 +118,9 @@ def show(found: dict[str, Any], voice: Voice) -> None:
     for item in found["generated"]:
         voice.say(f"\n[bold]{item['title']}[/bold] [dim]prompt, then what the model wrote:[/dim]")
         voice.say(_escape(item["prompt"]) + "[green]" + _escape(item["text"]) + "[/green]")
-    voice.say(f"\nEverything is in [bold]{found['run']}[/bold]: run.png, metrics.jsonl, checkpoints/, load_trace/, wandb/")
+    voice.say(
+        f"\nEverything is in [bold]{found['run']}[/bold]: run.png, metrics.jsonl, checkpoints/, load_trace/, wandb/"
+    )
 
 
 def _escape(text: str) -> str:

@@ -55,5 +55,9 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     """All parts of a run's trace, in order of step; empty arrays where there is none."""
     parts = [np.load(p) for p in sorted((folder / "load_trace").glob("part_*.npz"))]
     if not parts:
-        return {"step": np.zeros(0, int), "counts": np.zeros((0, 0, 0, 0), int), "planned": np.zeros((0, 0, 0), int)}
+        return {
+            "step": np.zeros(0, int),
+            "counts": np.zeros((0, 0, 0, 0), int),
+            "planned": np.zeros((0, 0, 0), int),
+        }
     return {name: np.concatenate([p[name] for p in parts]) for name in ("step", "counts", "planned")}

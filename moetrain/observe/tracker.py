@@ -79,8 +79,8 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        import wandb
         import numpy as np
+        import wandb
 
         def shown(value: Any) -> Any:
             if not isinstance(value, list):

@@ -1,0 +1,57 @@
+"""The package as a newcomer gets it: the wheel outside a checkout, torchrun, the README's map."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, cwd=cwd, env={**os.environ, "COLUMNS": "120", **env}
+    )
+
+
+def test_the_wheel_trains_in_an_empty_folder(data: list[str], tmp_path: Path) -> None:
+    """Built as pip builds it, unpacked away from the checkout, run with nothing else around."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    built = run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)], tmp_path)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    assert run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], tmp_path).returncode == 0
+    empty.mkdir()
+    env = {"PYTHONPATH": str(site)}
+    where = run([sys.executable, "-c", "import moetrain; print(moetrain.__file__)"], empty, **env)
+    assert where.stdout.startswith(str(site))
+    overrides = ["model=tiny", "train.seq_len=32", "train.global_batch=4", "train.steps=2", "parallel.nproc=2"]
+    overrides += [*data, "eval.tokens_per_domain=64", "generate.tokens=2", "run.name=wheel", "track.wandb=false"]
+    done = run([sys.executable, "-m", "moetrain", "train", *overrides], empty, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (empty / "runs" / "wheel" / "summary.json").is_file()
+
+
+def test_torchrun_starts_the_same_program(data: list[str], tmp_path: Path) -> None:
+    overrides = ["model=tiny", "train.seq_len=32", "train.global_batch=4", "train.steps=2", "track.wandb=false"]
+    overrides += [*data, "eval.tokens_per_domain=64", "generate.tokens=2", f"run.dir={tmp_path}/runs"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = run(["bash", str(ROOT / "launch" / "local.sh"), "2", *overrides], tmp_path, PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()  # both ranks agreed on a name
+    assert (folder / "summary.json").is_file()
+
+
+def test_the_readme_maps_every_file() -> None:
+    """One line each, none of them gone."""
+    text = (ROOT / "README.md").read_text()
+    mapped = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE))
+    shown = {"moetrain/*.py", "moetrain/**/*.py", "docs/*.md", "launch/*", "scripts/*", "configs/*/", "tests/*.py"}
+    actual = {p.relative_to(ROOT).as_posix() for pattern in shown for p in ROOT.glob(pattern)}
+    actual = {name for name in actual if "__pycache__" not in name and not name.endswith("__init__.py")}
+    files = {name.rstrip("/") for name in mapped if (ROOT / name).exists()}
+    missing = {name.rstrip("/") for name in mapped if "/" in name} - files
+    assert not missing, f"in the map, but not there: {missing}"
+    assert actual <= files, f"not in the map: {actual - files}"
