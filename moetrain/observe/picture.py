@@ -21,8 +21,8 @@ def draw(folder: Path) -> Path:
     steps = [row["step"] for row in rows]
     figure, (loss, balance, device) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=[5, 4, 3])
 
-    domains = sorted({k.split("/")[1] for row in rows for k in row if k.startswith("train/") and k.endswith("/loss")})
-    for name in domains:
+    per_domain = {key for row in rows for key in row if key.startswith("train/") and key.count("/") == 2}
+    for name in sorted(key.split("/")[1] for key in per_domain):
         loss.plot(steps, _smooth([row.get(f"train/{name}/loss", np.nan) for row in rows]), label=name, lw=1.5)
     loss.plot(steps, _smooth([row["train/lm_loss"] for row in rows]), label="all", color="black", lw=2)
     loss.set(title="Training loss per domain (nats a token)", xlabel="step")
@@ -34,16 +34,16 @@ def draw(folder: Path) -> Path:
     balance.set(title="Device imbalance (max / mean load)", xlabel="step")
     balance.legend(frameon=False)
 
-    loads = _worst_layer(folder)
-    if loads is not None:
-        home, planned, layer = loads
+    if (worst := _worst_sample(folder)) is not None:
+        step, layer, home, planned = worst
         place = np.arange(len(home))
         device.bar(place - 0.2, home, 0.4, label="at home", color="tab:red")
         device.bar(place + 0.2, planned, 0.4, label="planned", color="tab:green")
         device.axhline(1, color="gray", lw=0.8, ls=":")
-        device.set(title=f"Load of each device, layer {layer}", xlabel="device", ylabel="of the mean load")
+        device.set(title=f"Most lopsided: layer {layer}, step {step}", xlabel="device", ylabel="load / mean load")
+        device.set_ylim(0, 1.25 * max(home))
         device.set_xticks(place)
-        device.legend(frameon=False, loc="lower right")
+        device.legend(frameon=False, loc="upper right", ncols=2)
     for axis in (loss, balance, device):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -53,18 +53,17 @@ def draw(folder: Path) -> Path:
     return path
 
 
-def _worst_layer(folder: Path) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """[R] load at home and planned, in mean loads, at the sample and layer that was most lopsided; its layer."""
+def _worst_sample(folder: Path) -> tuple[int, int, np.ndarray, np.ndarray] | None:
+    """(step, layer, [R] load at home, [R] planned), in mean loads, of the most lopsided sample of the load trace."""
     found = trace.read(folder)
     if not len(found["step"]):
         return None
     counts, planned = found["counts"], found["planned"]
     owner = default_home(counts.shape[-1], counts.shape[-2])
     home = np.stack([counts.sum(2)[..., owner == rank].sum(-1) for rank in range(counts.shape[-2])], axis=-1)
-    share = home / home.mean(-1, keepdims=True).clip(min=1e-9)
+    share, after = (x / x.mean(-1, keepdims=True).clip(min=1e-9) for x in (home, planned))
     sample, layer = np.unravel_index(share.max(-1).argmax(), share.shape[:2])
-    after = planned[sample, layer] / planned[sample, layer].mean().clip(min=1e-9)
-    return share[sample, layer], after, int(layer)
+    return int(found["step"][sample]), int(layer), share[sample, layer], after[sample, layer]
 
 
 def _smooth(values: list[float]) -> np.ndarray:
