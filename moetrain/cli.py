@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moetrain import __version__, config, runs
 from moetrain.config import Config, ConfigError
-from moetrain.observe.console import console
+from moetrain.observe.console import console, errors
 
 TRAIN = """Train a model.
 
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     options.given = given
+    console.quiet = options.json
     if getattr(options, "run", None) and "=" in options.run:  # an override where the run could have stood
         options.overrides.insert(0, options.run)
         options.run = None
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"train": _train, "eval": _eval, "generate": _generate, "data": _data}[options.verb](options)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            errors.print(f"error: {error}", markup=False)
         return 2
 
 

@@ -34,10 +34,11 @@ class Score:
 
 
 def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
-    """The sequences that a domain is judged by: the same ones at every time and layout."""
+    """The sequences that a domain is judged by, from all over its held-out text: the same at every time and layout."""
     packed = Packed(corpus, "held_out", config.train.seq_len, seed=0, domain=domain)
     wanted = max(1, config.eval.tokens_per_domain // config.train.seq_len)
-    return packed.windows(list(range(min(wanted, packed.num_windows))))
+    spread = np.linspace(0, packed.num_windows, min(wanted, packed.num_windows), endpoint=False).astype(int)
+    return packed.windows(spread.tolist())
 
 
 @torch.no_grad()

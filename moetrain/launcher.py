@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moetrain.config import ConfigError
 from moetrain.mesh import from_env
-from moetrain.observe.console import console
+from moetrain.observe.console import errors
 
 BAD_INPUT = 2
 PEER_GONE = re.compile(r"connection (closed|reset)|gloo|nccl|socket|broken pipe", re.IGNORECASE)
@@ -55,7 +55,7 @@ def launch(arguments: Sequence[str], workers: int) -> int:
             _report(rank, failure.message, failure.exitcode)
         return BAD_INPUT if failure.exitcode == BAD_INPUT else 1
     except (SignalException, KeyboardInterrupt):
-        console.print("interrupted")
+        errors.print("interrupted")
         return 130
     return 0
 
@@ -68,7 +68,7 @@ def work(body: Callable[[], None]) -> int:
         body()
     except ConfigError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            errors.print(f"error: {error}", markup=False)
         return BAD_INPUT
     except KeyboardInterrupt:
         return 130
@@ -78,7 +78,7 @@ def work(body: Callable[[], None]) -> int:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             get_error_handler().record_exception(error)
         else:
-            console.print(f"rank {rank} failed:\n{traceback.format_exc()}", markup=False)
+            errors.print(f"rank {rank} failed:\n{traceback.format_exc()}", markup=False)
         return 1
     return 0
 
@@ -88,4 +88,4 @@ def _report(rank: int, message: object, code: int) -> None:
         message = message.get("extraInfo", {}).get("py_callstack") or message.get("message")
     elif code < 0:
         message = f"the process was killed by signal {-code}"
-    console.print(f"[bold red]rank {rank} failed:[/bold red]\n{escape(str(message))}")
+    errors.print(f"[bold red]rank {rank} failed:[/bold red]\n{escape(str(message))}")

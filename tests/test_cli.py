@@ -106,7 +106,7 @@ def test_run_again_trains_nothing_and_shows_the_same(trained: tuple[Path, str], 
 def test_eval_finds_what_the_run_ended_with(trained: tuple[Path, str]) -> None:
     done = moetrain("eval", str(trained[0]), "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout)
     last = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
     assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
 
@@ -114,7 +114,7 @@ def test_eval_finds_what_the_run_ended_with(trained: tuple[Path, str]) -> None:
 def test_generate_continues_a_prompt(trained: tuple[Path, str]) -> None:
     done = moetrain("generate", str(trained[0]), "generate.prompt=alpha beta", "generate.tokens=3", "--json")
     assert done.returncode == 0, done.stderr
-    (item,) = json.loads(done.stdout.splitlines()[-1])["generated"]
+    (item,) = json.loads(done.stdout)["generated"]
     assert item["prompt"] == "alpha beta"
     assert item["text"]
 
@@ -191,7 +191,7 @@ def test_a_worker_that_raises_has_the_last_word(trained: tuple[Path, str], data:
     ]
     done = moetrain("train", *overrides, "track.wandb=false", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
-    lines = done.stdout.strip().splitlines()
+    lines = done.stderr.strip().splitlines()
     assert lines[-1] == "ValueError: planted fault"
     assert "rank 1 failed:" in lines
     assert "Connection" not in done.stdout + done.stderr

@@ -83,7 +83,7 @@ def _local(options: Data) -> Iterator[Document]:
             base = name.rpartition("/")[2]
             if Path(base).suffix.lower() in suffixes or base.upper().startswith(names or ("\0",)):
                 text = _read(files[name])
-                if text is not None and len(text) <= limit // 8 and (domain != "data" or _is_worded(text)):
+                if text is not None and len(text) <= limit // 8 and _is_worded(text):
                     yield Document(domain, text)
                     if (taken := taken + len(text)) > limit:
                         break

@@ -24,7 +24,7 @@ from moetrain.config import ConfigError, Data
 from moetrain.data.corpus import Document, documents, held_out
 from moetrain.observe.console import console
 
-VERSION = 1  # of this format
+VERSION = 2  # of this format
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "held_out")
 

@@ -1,4 +1,7 @@
-"""The terminal: what a person reads goes to standard output and, during a run, to the run's `log.txt` as well."""
+"""The terminal: what a person reads goes to standard output and, during a run, to the run's `log.txt` as well.
+
+Errors go to standard error. `console.quiet` leaves standard output to machines (`--json`).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from rich.console import Console
 
 _terminal = Console().is_terminal
 console = Console(highlight=False, soft_wrap=True, width=None if _terminal else 110)
+errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
 class Voice:
