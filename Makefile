@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= demo
+INSTALL := $(BIN)/pip install --quiet --quiet --disable-pip-version-check
 
 .PHONY: help train test check check-static format clean
 
@@ -29,15 +30,17 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit("moetrain needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit(f"moetrain needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --quiet --disable-pip-version-check -e .
+	@echo "installing moetrain and its packages into .venv, once (a minute or two)"
+	@$(INSTALL) -e .
 	@touch $@
 
 .venv/installed-dev: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --quiet --disable-pip-version-check -e ".[dev]"
+	@echo "installing moetrain and what its tests need into .venv, once (a minute or two)"
+	@$(INSTALL) -e ".[dev]"
 	@touch $@ .venv/installed
 
 clean:

@@ -72,7 +72,7 @@ class Parallel(Section):
 
 
 class Router(Section):
-    name: str
+    name: Literal["topk"]  # the keys of moe.router.ROUTERS
     top_k: Positive
     scores: Literal["softmax", "sigmoid"]
     normalise: bool
@@ -242,7 +242,6 @@ def from_tree(tree: Any) -> Config:
 
 def _check(c: Config) -> None:
     from moetrain.moe.planners import PLANNERS, planner_options
-    from moetrain.moe.router import ROUTERS
 
     def rule(holds: bool, field: str, text: str) -> None:
         if not holds:
@@ -256,7 +255,6 @@ def _check(c: Config) -> None:
     allowed = planner_options(c.planner.name)
     for option in c.planner.options:
         rule(option in allowed, f"planner.{option}", f"the planner {c.planner.name} has no such option")
-    rule(c.router.name in ROUTERS, "router.name", f"known routers are {', '.join(ROUTERS)}")
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
     rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")

@@ -32,8 +32,8 @@ PATIENCE_SECONDS = 5.0  # for which a rank that lost its peer leaves the first w
 
 def launch(arguments: Sequence[str], workers: int) -> int:
     """Run `python -m moetrain ARGUMENTS` in `workers` processes on this host. Returns the exit code."""
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     plan = LaunchConfig(
