@@ -55,6 +55,8 @@ def to_resume(config: Config, folder: Path) -> Path | None:
     if not (path / "manifest.json").is_file():
         raise ConfigError(f"checkpoint.resume={choice}: must be auto, none or a folder step_N with a manifest.json")
     check_fits(config, path)
+    if choice != "auto" and (step := progress(path)[0]) >= config.train.steps:
+        raise ConfigError(f"train.steps={config.train.steps}: must be above the {step} steps of {path}")
     return path
 
 
@@ -76,7 +78,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ConfigError(f"checkpoint={path}: manifest.json must be JSON; the file is damaged") from None
 
 
-def save(folder: Path, step: int, config: Config, mesh: Mesh, model: nn.Module, optimizer: Any) -> Path:
+def progress(path: Path | None) -> tuple[int, int]:
+    """(optimizer steps done, global samples seen) of a checkpoint; nothing yet for none."""
+    if path is None:
+        return 0, 0
+    manifest = read_manifest(path)
+    return int(manifest["step"]), int(manifest["samples"])
+
+
+def save(folder: Path, step: int, samples: int, config: Config, mesh: Mesh, model: nn.Module, optimizer: Any) -> Path:
     """Write `folder/checkpoints/step_N`; all ranks call it. Then forget all but the newest `checkpoint.keep`."""
     path = folder / "checkpoints" / f"step_{step}"
     unfinished = path.with_name(f".step_{step}.part")
@@ -94,7 +104,7 @@ def save(folder: Path, step: int, config: Config, mesh: Mesh, model: nn.Module, 
             "format": FORMAT,
             "moetrain": moetrain.__version__,
             "step": step,
-            "samples": step * config.train.global_batch,
+            "samples": samples,
             "world": mesh.world,
             "ep": mesh.ep.size,
             "config": config.model_dump(mode="json"),
@@ -115,7 +125,7 @@ def load(path: Path, model: nn.Module, optimizer: Any = None) -> None:
         dcp.load(_entries(model, optimizer), storage_reader=HuggingFaceStorageReader(str(path)))
     if optimizer is not None:
         for state in optimizer.state.values():
-            state["step"].fill_(int(read_manifest(path)["step"]))
+            state["step"].fill_(progress(path)[0])
 
 
 def _entries(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def train(config: Config, mesh: Mesh) -> Path:
 
     loader = Loader(corpus, config.train.seq_len, config.train.seed)
     saved = checkpoint.to_resume(config, folder)
-    first = int(checkpoint.read_manifest(saved)["step"]) if saved else 0
+    first, position = checkpoint.progress(saved)
     if first >= config.train.steps and summary.is_there(folder):
         voice.say(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
         summary.show(summary.read(folder), voice)
@@ -56,7 +56,7 @@ def train(config: Config, mesh: Mesh) -> Path:
     for step in range(first, config.train.steps):
         began = time.perf_counter()
         meter, seen_LE = Meter(config, mesh, corpus.domains), None
-        shares = list(micro_batches(config, mesh, loader, step))
+        shares = list(micro_batches(config, mesh, loader, position))
         for micro, share in enumerate(shares):
             tokens, domain, document = (torch.from_numpy(x).to(mesh.device) for x in vars(share).values())
             within = document[:, :-1] if config.data.attend_within_documents else None
@@ -67,12 +67,13 @@ def train(config: Config, mesh: Mesh) -> Path:
             meter.add(nats, domain[:, 1:], balance, z, stats, counts_LE)
             if micro == 0:
                 trace.record(step + 1, stats)
+        position += config.train.global_batch
         lr = learning_rate(config.optim, step, config.train.steps)
         norm = engine.step(lr)
 
         metrics = meter.metrics()
         seconds = time.perf_counter() - began
-        metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": (step + 1) * tokens_in_batch}
+        metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": position * config.train.seq_len}
         metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
         metrics["perf/mfu"] = size.flops_per_token * tokens_in_batch / seconds / (peak * mesh.world)
         if (step + 1) % config.train.log_every == 0 or step + 1 == config.train.steps:
@@ -81,7 +82,7 @@ def train(config: Config, mesh: Mesh) -> Path:
         if not done and config.eval.every and (step + 1) % config.eval.every == 0:
             tracker.log(step + 1, evaluate(engine.model, corpus, config, mesh)[1])
         if done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
-            checkpoint.save(folder, step + 1, config, mesh, engine.model, engine.optimizer)
+            checkpoint.save(folder, step + 1, position, config, mesh, engine.model, engine.optimizer)
 
     scores, held_out = evaluate(engine.model, corpus, config, mesh)
     tracker.log(config.train.steps, held_out)
@@ -95,7 +96,8 @@ def train(config: Config, mesh: Mesh) -> Path:
             {"title": title, "prompt": corpus.tokenizer.decode(prompt), "text": text}
             for (title, prompt), text in zip(prompts, texts, strict=True)
         ]
-        found = summary.collect(folder, config, size, scores, summary.bigram_scores(config, corpus, loader), written)
+        bigram = summary.bigram_scores(config, corpus, loader, position)
+        found = summary.collect(folder, config, size, scores, bigram, written)
         summary.show(found, voice)
     voice.close()
     return folder
@@ -113,11 +115,10 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def micro_batches(config: Config, mesh: Mesh, loader: Loader, step: int) -> Iterator[Sequences]:
-    """This rank's sequences of one optimizer step, micro-step by micro-step."""
+def micro_batches(config: Config, mesh: Mesh, loader: Loader, position: int) -> Iterator[Sequences]:
+    """This rank's sequences of one optimizer step, micro-step by micro-step; `position`: its first global sample."""
     size = config.micro_batch(mesh.world)
-    begin = step * config.train.global_batch
-    for first in range(begin, begin + config.train.global_batch, size * mesh.world):
+    for first in range(position, position + config.train.global_batch, size * mesh.world):
         yield loader.samples(first + mesh.rank * size, first + (mesh.rank + 1) * size)
 
 

@@ -84,6 +84,17 @@ def test_resume_is_bit_exact(pool, tiny) -> None:
     assert norms[0] == norms[1]
 
 
+def test_a_checkpoint_loads_at_other_layouts(pool, tiny) -> None:
+    """Saved at ep 2 on two ranks; the next steps at ep 1, 2 and 4 follow the uninterrupted run, moments included."""
+    more = [*tiny, "planner.min_rows=1", "checkpoint.every=10", "train.steps=15"]
+    whole = pool.run(run, 2, [*more, "run.name=whole"])[0]
+    saved = Path(whole) / "checkpoints" / "step_10"
+    for ranks, ep, replicate in ((1, 1, 1), (2, 1, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)):
+        name = f"run.name={ranks}-{ep}-{replicate}"
+        part = pool.run(run, ranks, [*more, name, f"checkpoint.resume={saved}"], ep=ep, replicate=replicate)[0]
+        assert losses(part) == pytest.approx(losses(whole)[10:], rel=1e-4)
+
+
 def test_a_run_stopped_and_started_again_continues(pool, tiny) -> None:
     more = [*tiny, "run.name=again", "optim.schedule=wsd", "checkpoint.every=5"]
     folder = Path(pool.run(run, 2, [*more, "train.steps=10"])[0])

@@ -19,9 +19,11 @@ from moetrain.observe.estimate import Estimate, short
 BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
 
 
-def bigram_scores(config: Config, corpus: Corpus, loader: Loader) -> dict[str, float] | None:
-    """Bits per byte of the baseline, per domain and over `all`; None where the run saw too much text to count."""
-    samples = config.train.steps * config.train.global_batch
+def bigram_scores(config: Config, corpus: Corpus, loader: Loader, samples: int) -> dict[str, float] | None:
+    """Bits per byte of the baseline after the first `samples`, per domain and over `all`.
+
+    None where that is too much text to count pairs in.
+    """
     if samples * config.train.seq_len > BIGRAM_MOST_TOKENS:
         return None
     bigram = Bigram(corpus.vocab_size)
@@ -52,7 +54,7 @@ def collect(
     found = {
         "run": str(folder),
         "steps": config.train.steps,
-        "tokens": config.train.steps * config.train.global_batch * config.train.seq_len,
+        "tokens": rows[-1]["train/tokens"],
         "parameters": {"total": size.total, "active": size.active},
         "loss": {
             "first": rows[0]["train/lm_loss"],
