@@ -21,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import moetrain
@@ -44,38 +45,58 @@ def newest(folder: Path) -> Path | None:
     return max(found, key=_step_of, default=None)
 
 
-def to_resume(config: Config, folder: Path) -> Path | None:
-    """The checkpoint that `checkpoint.resume` means, if any. Raises `ConfigError` where it is not there or foreign."""
+def to_resume(config: Config, folder: Path | None) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means for a run in `folder`, if any.
+
+    Raises `ConfigError` where it is not there or foreign, or where going on from it would mix two runs in one folder.
+    """
     choice = config.checkpoint.resume
-    if choice == "none":
-        return None
-    path = newest(folder) if choice == "auto" else Path(choice)
-    if path is None:
-        return None
-    if not (path / "manifest.json").is_file():
-        raise ConfigError(f"checkpoint.resume={choice}: must be auto, none or a folder step_N with a manifest.json")
-    check_fits(config, path)
-    if choice != "auto" and (step := progress(path)[0]) >= config.train.steps:
-        raise ConfigError(f"train.steps={config.train.steps}: must be above the {step} steps of {path}")
+    present = newest(folder) if folder is not None else None
+    if choice == "auto":
+        if present is not None:
+            check_fits(config, present, same_run=True)
+        return present
+    path = None if choice == "none" else Path(choice)
+    if path is not None:
+        if not (path / "manifest.json").is_file():
+            raise ConfigError(f"checkpoint.resume={choice}: must be auto, none or a folder step_N with a manifest.json")
+        check_fits(config, path, same_run=False)
+        if (step := progress(path)[0]) >= config.train.steps:
+            raise ConfigError(f"train.steps={config.train.steps}: must be above the {step} steps of {path}")
+    if present is not None and progress(present)[0] > progress(path)[0]:
+        later = progress(present)[0]
+        raise ConfigError(f"run.name={config.run.name}: has a checkpoint of step {later} already; take another name")
     return path
 
 
-def check_fits(config: Config, path: Path) -> None:
-    """The checkpoint's model must be the config's. Raises `ConfigError` that names the first difference."""
-    manifest = read_manifest(path)
-    theirs, ours = manifest["config"]["model"], config.model.model_dump(mode="json")
-    if ours["vocab_size"] is None:
-        ours["vocab_size"] = theirs["vocab_size"]
-    for field, value in ours.items():
-        if field not in ("init_std", "rope_theta", "norm_eps") and theirs.get(field) != value:
-            raise ConfigError(f"model.{field}={value}: the checkpoint {path} has {theirs.get(field)}")
+def check_fits(config: Config, path: Path, same_run: bool) -> None:
+    """The checkpoint must be of this model; and of this data where a run goes on.
+
+    Raises `ConfigError` that names the first difference.
+    """
+    theirs = read_manifest(path)["config"]
+    ours = config.model_dump(mode="json")
+    sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - {"skew"}}
+    if same_run:
+        sections |= {"train": {"seed", "seq_len"}, "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out"}}
+    for section, fields in sections.items():
+        for field in ours[section]:
+            value, other = ours[section][field], theirs[section].get(field)
+            if field in fields and value != other and not (field == "vocab_size" and value is None):
+                raise ConfigError(f"{section}.{field}={value}: the checkpoint {path} has {other}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises `ConfigError` where it is damaged or of another format."""
     try:
-        return json.loads((path / "manifest.json").read_text())
-    except ValueError:
-        raise ConfigError(f"checkpoint={path}: manifest.json must be JSON; the file is damaged") from None
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise ConfigError(f"checkpoint={path}: must have format {FORMAT}, this one has {manifest['format']}")
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"checkpoint={path}: manifest.json must be a manifest; the file is damaged") from None
+    return manifest
 
 
 def progress(path: Path | None) -> tuple[int, int]:
@@ -110,13 +131,19 @@ def save(folder: Path, step: int, samples: int, config: Config, mesh: Mesh, mode
             "config": config.model_dump(mode="json"),
         }
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
         os.rename(unfinished, path)
         complete = sorted((p.parent for p in path.parent.glob("step_*/manifest.json")), key=_step_of)
         for old in complete[: -config.checkpoint.keep]:
-            shutil.rmtree(old)
+            _remove(old)
     barrier()
     return path
+
+
+def _remove(path: Path) -> None:
+    """Manifest first, so that what is left of an interrupted removal is not taken for a checkpoint."""
+    (path / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def load(path: Path, model: nn.Module, optimizer: Any = None) -> None:
@@ -130,11 +157,17 @@ def load(path: Path, model: nn.Module, optimizer: Any = None) -> None:
 
 def _entries(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Name -> tensor that shares its memory with the model's or the optimizer's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without gradient may have left parameters gathered
+    known = {p for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     out: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         kinds: dict[str, Tensor] = {"model": parameter.detach()}
         if optimizer is not None:
+            if parameter not in known:
+                raise RuntimeError(f"{name}: the optimizer does not know this parameter; nothing was saved")
             state = optimizer.state[parameter]
             if not state:  # as AdamW would make it at its first step
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

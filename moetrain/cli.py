@@ -5,11 +5,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from moetrain import __version__, config, runs
 from moetrain.config import Config, ConfigError
-from moetrain.observe.console import console, errors
+from moetrain.observe.console import console, say_bad_input
 
 TRAIN = """Train a model.
 
@@ -56,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in ("train", "data"):
             verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given)
+    options, more = parser.parse_known_args(given)
+    if unknown := [word for word in more if "=" not in word or word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += more
     options.given = given
     console.quiet = options.json
     if getattr(options, "run", None) and "=" in options.run:  # an override where the run could have stood
@@ -65,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return {"train": _train, "eval": _eval, "generate": _generate, "data": _data}[options.verb](options)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            errors.print(f"error: {error}", markup=False)
-        return 2
+        return say_bad_input(error)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -104,9 +104,11 @@ def _of_run(options: argparse.Namespace) -> Config:
     from moetrain import checkpoint
 
     folder = runs.find(options.run)
-    if checkpoint.newest(folder) is None:
+    saved = checkpoint.newest(folder)
+    if saved is None:
         raise ConfigError(f"run={folder}: has no complete checkpoint")
     settings = config.load_resolved(folder / "config.yaml", options.overrides)
+    checkpoint.check_fits(settings, saved, same_run=True)
     return settings.model_copy(
         update={"run": settings.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})}
     )
@@ -116,22 +118,23 @@ def _check_run(settings: Config) -> None:
     from moetrain import checkpoint
 
     runs.check_writable(settings)
-    folder = Path(settings.run.dir) / (settings.run.name or "")
-    checkpoint.to_resume(settings, folder if settings.run.name else folder / "\0")
+    checkpoint.to_resume(settings, runs.folder_of(settings) if settings.run.name else None)
 
 
 def _with_workers(options: argparse.Namespace, settings: Config, verb: str) -> int:
     """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
-    from moetrain import launcher, mesh
+    from moetrain import launcher, mesh, train
 
-    place = mesh.from_env()
-    if place is not None:
+    if (place := mesh.from_env()) is not None:
+        settings.layout(place[1])
+        train.open_data(settings)
         return launcher.work(lambda: _work(options, settings, verb, place))
     workers = settings.parallel.nproc or mesh.auto_nproc()
-    config.check_world(settings, workers)
+    settings.layout(workers)
+    train.open_data(settings)
     arguments = list(options.given)
     if verb == "train" and settings.run.name is None:
-        arguments.append(f"run.name={runs.name_of(settings)}")
+        arguments.insert(1, f"run.name={runs.name_of(settings)}")
     return launcher.launch(arguments, workers)
 
 
@@ -141,10 +144,9 @@ def _work(options: argparse.Namespace, settings: Config, verb: str, place: tuple
     from moetrain import mesh, tasks
 
     rank, world, local_rank = place
-    config.check_world(settings, world)
-    if settings.train.threads:
-        torch.set_num_threads(settings.train.threads)
-    with mesh.start(settings.parallel, rank=rank, world=world, local_rank=local_rank) as joined:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    torch.set_num_threads(settings.train.threads or max(1, (os.cpu_count() or 1) // here))
+    with mesh.start(settings.layout(world), rank=rank, world=world, local_rank=local_rank) as joined:
         {"train": tasks.train_run, "eval": tasks.evaluate_run, "generate": tasks.generate_run}[verb](
             settings, joined, options.json
         )

@@ -6,6 +6,7 @@ value and the rule. Below `train.py` nobody sees a `DictConfig`, and nothing cha
 
 import difflib
 import logging
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -32,7 +33,14 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
 
 
 class Run(Section):
@@ -180,6 +188,13 @@ class Config(Section):
         """Sequences per rank and micro-step."""
         return self.train.micro_batch or max(1, self.train.global_batch // world)
 
+    def layout(self, world: int) -> Parallel:
+        """`parallel` with `ep` and `dp_shard` filled in; raises `ConfigError` where it does not fit `world` ranks."""
+        check_world(self, world)
+        shard = world // self.parallel.dp_replicate
+        ep = self.parallel.ep or math.gcd(shard, self.model.num_experts)
+        return self.parallel.model_copy(update={"dp_shard": shard, "ep": ep})
+
 
 def config_dir() -> Path:
     """The shipped YAML: inside an installed package, or at the top of a checkout."""
@@ -219,7 +234,10 @@ def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
             key, equals, value = override.partition("=")
             if not equals:
                 raise ConfigError(f"{override}: an override reads field=value")
-            OmegaConf.update(tree, key, yaml.safe_load(value), merge=True)
+            if OmegaConf.is_config(OmegaConf.select(tree, key)):
+                raise ConfigError(f"{override}: a run's groups are fixed; override a single field, {key}.FIELD=VALUE")
+            parsed = value if _takes_text(key) and value != "null" else yaml.safe_load(value)
+            OmegaConf.update(tree, key, parsed, merge=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_composition_error(error)) from None
     return from_tree(OmegaConf.to_container(tree))
@@ -289,7 +307,7 @@ def check_world(c: Config, world: int) -> None:
     if p.dp_shard is not None and p.dp_shard != shard:
         rule = f"dp_replicate={p.dp_replicate} × dp_shard must be the number of ranks, {world}"
         raise ConfigError(f"parallel.dp_shard={p.dp_shard}: {rule}")
-    ep = p.ep or shard
+    ep = p.ep or math.gcd(shard, c.model.num_experts)
     if shard % ep:
         raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
     if c.model.num_experts % ep:
@@ -315,6 +333,17 @@ def _plain(message: str) -> str:
     message = "must be given" if message == "Field required" else message
     message = re.sub(r"^a valid (\w+)(, .*)?$", r"must be a valid \1", message)
     return message if message.startswith("must") else f"must be {message}"
+
+
+def _takes_text(field: str) -> bool:
+    """Whether `field` holds text, so that what a user writes is meant literally."""
+    section: Any = Config
+    *path, last = field.split(".")
+    for part in path:
+        section = getattr(section, "model_fields", {}).get(part)
+        section = section.annotation if section else None
+    found = getattr(section, "model_fields", {}).get(last)
+    return found is not None and found.annotation in (str, str | None)
 
 
 def _fields(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

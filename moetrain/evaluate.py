@@ -74,7 +74,7 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tu
     scores["all"] = Score(*(float(x) for x in sums.sum(0).tolist()))  # type: ignore[arg-type]
     metrics = {"eval/loss": scores["all"].loss, "eval/ppl": math.exp(min(50.0, scores["all"].loss))}
     metrics["eval/bits_per_byte"] = scores["all"].bits_per_byte
-    for name in corpus.domains:
+    for name in (n for n in corpus.domains if scores[n].tokens):  # a tiny domain may not fill one held-out window
         metrics[f"eval/{name}/ppl"] = math.exp(min(50.0, scores[name].loss))
         metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
     for layer, information in enumerate(domain_information(counts.double().cpu().numpy())):

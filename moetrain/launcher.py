@@ -19,9 +19,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moetrain.config import ConfigError
 from moetrain.mesh import from_env
-from moetrain.observe.console import errors
+from moetrain.observe.console import BAD_INPUT, errors, say_bad_input
 
-BAD_INPUT = 2
 PEER_GONE = re.compile(r"connection (closed|reset)|gloo|nccl|socket|broken pipe", re.IGNORECASE)
 MALLOC = (  # keep big blocks, on huge pages: faulting them in anew in every step costs a CPU run a quarter of its time
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:"
@@ -67,9 +66,7 @@ def work(body: Callable[[], None]) -> int:
     try:
         body()
     except ConfigError as error:
-        if rank == 0:
-            errors.print(f"error: {error}", markup=False)
-        return BAD_INPUT
+        return say_bad_input(error)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -27,15 +27,25 @@ def check_writable(config: Config) -> None:
         raise ConfigError(f"{field}: must be a folder that can be written ({error.strerror})") from None
 
 
-def create(config: Config) -> Path:
+def folder_of(config: Config) -> Path:
+    """The run's folder; `run.name` is set."""
+    return Path(config.run.dir, str(config.run.name))
+
+
+def absolute(config: Config) -> Config:
+    """With the data's places in full, so that the run is found complete from any folder."""
+    places = {field: getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
+    places = {field: os.path.abspath(place) if place else place for field, place in places.items()}
+    return config.model_copy(update={"data": config.data.model_copy(update=places)})
+
+
+def create(config: Config) -> None:
     """Make the folder with the user's umask and write the resolved config into it."""
-    assert config.run.name is not None
-    folder = Path(config.run.dir) / config.run.name
+    folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / ".config.yaml.part"
     unfinished.write_text(dump(config))
     unfinished.rename(folder / "config.yaml")
-    return folder
 
 
 def find(name: str | None, directory: str = "runs") -> Path:

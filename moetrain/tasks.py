@@ -8,7 +8,6 @@ from torch import nn
 from moetrain import checkpoint, runs, train
 from moetrain.comm import broadcast_text
 from moetrain.config import Config
-from moetrain.data import prepare
 from moetrain.data.loader import Corpus
 from moetrain.engine.native import NativeEngine
 from moetrain.evaluate import evaluate
@@ -56,11 +55,10 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 def _restore(config: Config, mesh: Mesh) -> tuple[nn.Module, Corpus, Path]:
     """The newest checkpoint of `config.run`, on these ranks."""
-    corpus = Corpus(prepare.ensure(config.data))
+    corpus, _ = train.open_data(config)
     config = train.with_vocabulary(config, corpus)
-    saved = checkpoint.newest(Path(config.run.dir, str(config.run.name)))
-    assert saved is not None  # the command line has looked
-    checkpoint.check_fits(config, saved)
+    newest = checkpoint.newest(runs.folder_of(config)) if mesh.is_main else None
+    saved = Path(broadcast_text(str(newest or ""), mesh.device))
     engine = NativeEngine(train.build(config), mesh, config)
     checkpoint.load(saved, engine.model)
     return engine.model, corpus, saved

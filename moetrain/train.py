@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from moetrain import checkpoint, runs
-from moetrain.comm import barrier
-from moetrain.config import Config
+from moetrain.comm import barrier, broadcast_text
+from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
 from moetrain.data.loader import Corpus, Loader, Sequences
 from moetrain.engine.native import NativeEngine
@@ -29,18 +29,19 @@ from moetrain.optim import learning_rate
 
 def train(config: Config, mesh: Mesh) -> Path:
     """Train on the ranks of `mesh`; all of them call it. Returns the run's folder. `config.run.name` is set."""
-    corpus = Corpus(prepare.ensure(config.data))
-    config = with_vocabulary(config, corpus)
-    folder = runs.create(config) if mesh.is_main else Path(config.run.dir, str(config.run.name))
+    corpus, loader = open_data(config)
+    config = with_vocabulary(runs.absolute(config), corpus)
+    folder = runs.folder_of(config)
+    saved, finished = decide(config, folder, mesh)
+    if not finished and mesh.is_main:
+        runs.create(config)
     barrier()
     voice = Voice(folder / "log.txt", silent=not mesh.is_main)
     size = estimate(config, mesh.world)
     describe(config, mesh, corpus, size, voice)
 
-    loader = Loader(corpus, config.train.seq_len, config.train.seed)
-    saved = checkpoint.to_resume(config, folder)
     first, position = checkpoint.progress(saved)
-    if first >= config.train.steps and summary.is_there(folder):
+    if finished:
         voice.say(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
         summary.show(summary.read(folder), voice)
         return folder
@@ -82,6 +83,7 @@ def train(config: Config, mesh: Mesh) -> Path:
         if not done and config.eval.every and (step + 1) % config.eval.every == 0:
             tracker.log(step + 1, evaluate(engine.model, corpus, config, mesh)[1])
         if done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
+            trace.flush()
             checkpoint.save(folder, step + 1, position, config, mesh, engine.model, engine.optimizer)
 
     scores, held_out = evaluate(engine.model, corpus, config, mesh)
@@ -109,9 +111,27 @@ def build(config: Config) -> Transformer:
         return Transformer(config.model, config.router, config.planner, config.train.recompute)
 
 
+def open_data(config: Config) -> tuple[Corpus, Loader]:
+    """The corpus, prepared now if it is not yet, and its loader. Raises `ConfigError`; needs no process group."""
+    corpus = Corpus(prepare.ensure(config.data))
+    with_vocabulary(config, corpus)
+    return corpus, Loader(corpus, config.train.seq_len, config.train.seed)
+
+
+def decide(config: Config, folder: Path, mesh: Mesh) -> tuple[Path | None, bool]:
+    """(checkpoint to go on from, whether the run is complete already): rank 0 looks, all agree."""
+    saved = checkpoint.to_resume(config, folder) if mesh.is_main else None
+    path = broadcast_text(str(saved or ""), mesh.device)
+    done = bool(saved) and checkpoint.progress(saved)[0] >= config.train.steps and summary.is_there(folder)
+    finished = broadcast_text("finished" if done else "", mesh.device)
+    return Path(path) if path else None, bool(finished)
+
+
 def with_vocabulary(config: Config, corpus: Corpus) -> Config:
-    """The config with the tokenizer's vocabulary, where the model did not ask for one."""
+    """The config with the tokenizer's vocabulary, where the model did not ask for one. Raises `ConfigError`."""
     size = config.model.vocab_size or corpus.vocab_size
+    if size < corpus.vocab_size:
+        raise ConfigError(f"model.vocab_size={size}: must be at least the tokenizer's {corpus.vocab_size}")
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 

@@ -4,11 +4,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from pool import Pool
 
 from moetrain import config
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 TINY = ["model=tiny", "train.dtype=fp32", "train.seq_len=32", "train.global_batch=8", "track.wandb=false"]
 

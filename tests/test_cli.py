@@ -96,6 +96,9 @@ def test_wandbs_own_reader_lists_the_metrics(trained: tuple[Path, str]) -> None:
 def test_run_again_trains_nothing_and_shows_the_same(trained: tuple[Path, str], overrides: list[str]) -> None:
     folder, printed = trained
     before = (folder / "metrics.jsonl").read_text()
+    as_json = moetrain("train", overrides[0], "--json", *overrides[1:])
+    assert as_json.returncode == 0, as_json.stderr
+    assert json.loads(as_json.stdout) == json.loads((folder / "summary.json").read_text())
     done = moetrain("train", *overrides)
     assert done.returncode == 0, done.stderr
     assert "has its 3 steps already" in done.stdout
@@ -158,7 +161,7 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments: list[str], line: str
 def test_bad_input_under_torchrun_is_found_before_any_group(tmp_path: Path) -> None:
     """A worker that torchrun started: its own line, exit code 2, no rendezvous with anybody."""
     env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    done = moetrain("train", "train.global_batch=9", f"run.dir={tmp_path}", **env)
+    done = moetrain("train", "train.global_batch=9", "parallel.ep=3", f"run.dir={tmp_path}", **env)
     assert done.returncode == 2
     assert done.stderr == "error: parallel.ep=3: must divide the number of experts, model.num_experts=8\n"
 
@@ -168,6 +171,15 @@ def test_another_model_than_the_checkpoints_is_refused(trained: tuple[Path, str]
     done = moetrain("train", "model=small", *data, *SMALL, f"checkpoint.resume={saved}", f"run.dir={trained[0].parent}")
     assert done.returncode == 2
     assert done.stderr == f"error: model.dim=256: the checkpoint {saved} has 64\n"
+
+
+def test_two_runs_are_never_mixed_in_one_folder(trained: tuple[Path, str], overrides: list[str]) -> None:
+    done = moetrain("train", *overrides, "checkpoint.resume=none")
+    assert done.returncode == 2
+    assert done.stderr == "error: run.name=first: has a checkpoint of step 3 already; take another name\n"
+    done = moetrain("train", *overrides, "router.top_k=1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: router.top_k=1: the checkpoint ")
 
 
 def test_a_worker_that_raises_has_the_last_word(trained: tuple[Path, str], data: list[str], tmp_path: Path) -> None:

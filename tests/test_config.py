@@ -37,6 +37,16 @@ def test_a_resolved_config_loads_again(tmp_path: Path) -> None:
     assert config.load_resolved(path, ["train.seed=3"]) == config.load(["train.steps=7", "train.seed=3"])
 
 
+def test_text_is_taken_literally(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(config.load(["run.name=2024"])))
+    assert config.load_resolved(path).run.name == "2024"
+    for prompt in ("def main():", "# hello", "12", "a: b"):
+        assert config.load_resolved(path, [f"generate.prompt={prompt}"]).generate.prompt == prompt
+    with pytest.raises(ConfigError, match="planner=home: a run's groups are fixed"):
+        config.load_resolved(path, ["planner=home"])
+
+
 def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     mine = {**yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()), "dim": 96}
@@ -50,6 +60,7 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["train.stepz=5"], "train.stepz: no such field; did you mean train.steps?"),
         (["+train.extra=5"], "train.extra=5: no such field; did you mean train.threads?"),
         (["train.steps=many"], "train.steps=many: must be a valid integer"),
+        (["train.steps=true"], "train.steps=True: must not be true or false"),
         (["train.steps=0"], "train.steps=0: must be greater than 0"),
         (["train.dtype=fp8"], "train.dtype=fp8: must be 'fp32' or 'bf16'"),
         (["optim.lr=-1"], "optim.lr=-1: must be greater than 0"),
@@ -62,8 +73,14 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["planner.name=best"], "planner.name=best: known planners are home, llep"),
         (["planner=home", "+planner.alpha=1.5"], "planner.alpha=1.5: the planner home has no such option"),
         (["planner.alpha=0.5"], "planner.alpha=0.5: must be greater than or equal to 1"),
-        (["parallel.nproc=16"], "parallel.ep=16: needs at least as many experts, model.num_experts=8"),
-        (["parallel.nproc=3"], "parallel.ep=3: must divide the number of experts, model.num_experts=8"),
+        (
+            ["parallel.nproc=16", "parallel.ep=16"],
+            "parallel.ep=16: needs at least as many experts, model.num_experts=8",
+        ),
+        (
+            ["parallel.nproc=3", "parallel.ep=3"],
+            "parallel.ep=3: must divide the number of experts, model.num_experts=8",
+        ),
         (["parallel.nproc=2", "parallel.ep=4"], "parallel.ep=4: must divide the ranks of one replica, 2"),
         (
             ["parallel.nproc=2", "parallel.dp_replicate=3"],

@@ -104,7 +104,7 @@ def expected(tokens: list[int], kind: Any) -> list[dict[str, Tensor]]:
         x64 = x.detach().double().requires_grad_()
         weight64 = routing.weight_N.detach().double().requires_grad_()
         y = oracle.moe(x64, routing._replace(weight_N=weight64), gate_up, down)
-        if count:
+        if y.requires_grad:  # not where no token chose any expert
             y.backward(upstream.double())
         none = torch.zeros_like
         found.append({"y": y.detach(), "x": none(x64) if x64.grad is None else x64.grad})
@@ -144,6 +144,36 @@ def test_any_plan_on_any_ranks_equals_the_loop(pool, tokens, kind, plan_name, re
 @settings(max_examples=25, deadline=None)
 def test_random_plans_equal_the_loop(pool, tokens: list[int], kind: Any, seed: int) -> None:
     check(pool, tokens, kind, seed)
+
+
+def whole_layer(mesh: Mesh, router_options: list[str]) -> None:
+    """The contract `router(x, carry) -> (Routing, carry)`, and the layer as one call, against the loop."""
+    from moetrain import config
+    from moetrain.moe.layer import MoE
+
+    settings = config.load(["model=tiny", "planner.min_rows=1", *router_options])
+    layer = MoE(settings.model, settings.router, settings.planner, None)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    gate_up, down = layer.experts.gate_up.detach(), layer.experts.down.detach()
+    layer.experts.shard(mesh.ep)
+    x = torch.randn(20, settings.model.dim, generator=torch.Generator().manual_seed(mesh.rank))
+    routing, carry = layer.router(x)
+    assert carry is None
+    assert (routing.token_N.diff() >= 0).all()
+    torch.testing.assert_close(routing.probs_TE.sum(1), torch.ones(20))
+    y, stats, _ = layer(x)
+    torch.testing.assert_close(y, oracle.moe(x, routing, gate_up, down))
+    assert torch.equal(stats.counts_E, torch.bincount(routing.expert_N, minlength=E))
+    torch.testing.assert_close(stats.prob_sum_E, routing.probs_TE.sum(0))
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["router.scores=sigmoid"], ["router.normalise=false", "router.skew=2"]], ids=str
+)
+def test_the_whole_layer_equals_the_loop(pool, options: list[str]) -> None:
+    pool.run(whole_layer, 2, options)
 
 
 def repeat(mesh: Mesh) -> list[bool]:

@@ -69,7 +69,7 @@ def test_the_loss_falls_and_accumulation_is_the_same_batch(pool, tiny) -> None:
 
 def test_resume_is_bit_exact(pool, tiny) -> None:
     """40 steps, against 20 and 20 more: identical losses from 21 on, bf16, two ranks, experts lent."""
-    more = [*tiny, "train.dtype=bf16", "planner.min_rows=1", "checkpoint.every=20"]
+    more = [*tiny, "train.dtype=bf16", "planner.min_rows=1", "checkpoint.every=20", "eval.every=10"]
     whole = pool.run(run, 2, [*more, "run.name=whole", "train.steps=40"])[0]
     part = Path(whole).with_name("part")
     first = Path(whole) / "checkpoints" / "step_20"
@@ -113,6 +113,11 @@ def test_skew_is_taken_away_by_the_planner(pool, tiny) -> None:
             assert row["balance/imbalance_home"] > 1.8
             assert row["balance/imbalance_planned"] < 1.02
             assert row["balance/guests"] > 0
+
+
+def test_a_run_that_diverges_stops_before_it_spoils_anything(pool, tiny) -> None:
+    with pytest.raises(AssertionError, match="FloatingPointError: the gradient norm is nan, nothing was updated"):
+        pool.run(run, 2, [*tiny, "run.name=nan", "train.steps=20", "optim.lr=1e30", "optim.clip=0", "optim.warmup=0"])
 
 
 def gradients(mesh: Mesh, overrides: list[str], plan_name: str) -> dict[str, torch.Tensor]:

@@ -53,10 +53,12 @@ class Corpus:
     @cached_property
     def token_bytes(self) -> NDArray[np.int64]:
         """[V] how many bytes of text a token stands for; special tokens none."""
-        special = self.tokenizer.get_added_tokens_decoder()
+        added = self.tokenizer.get_added_tokens_decoder()
         lengths = np.zeros(self.vocab_size, np.int64)
         for text, token in self.tokenizer.get_vocab().items():
-            lengths[token] = 0 if token in special else len(text)  # byte-level BPE: one character a byte
+            lengths[token] = len(text)  # byte-level BPE: one character a byte
+        for token, entry in added.items():
+            lengths[token] = 0 if entry.special else len(entry.content.encode())
         return lengths
 
     def tokens(self, split: str) -> NDArray[np.integer]:

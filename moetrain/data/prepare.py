@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -97,6 +98,11 @@ def _prepare(options: Data, folder: Path) -> None:
         progress.remove_task(task)
 
         domains = sorted({d.domain for d in found})
+        for domain in domains:
+            if not re.fullmatch(r"[\w.-]+", domain) or domain == "all":
+                raise ConfigError(
+                    f"data: the domain {domain!r} must be a word of letters, digits, . _ and -, not 'all'"
+                )
         texts: dict[str, list[Document]] = {split: [] for split in SPLITS}
         for document in found:
             texts["held_out" if held_out(document, options.held_out) else "train"].append(document)
@@ -128,9 +134,12 @@ def _move_one_if_empty(texts: dict[str, list[Document]], domain: str) -> None:
 def _tokenizer(options: Data, texts: list[str], progress: Progress) -> Tokenizer:
     if options.tokenizer is not None:
         try:
-            return Tokenizer.from_file(options.tokenizer)
+            given = Tokenizer.from_file(options.tokenizer)
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"data.tokenizer={options.tokenizer}: {error}") from None
+        if not set(pre_tokenizers.ByteLevel.alphabet()) <= given.get_vocab().keys():
+            raise ConfigError(f"data.tokenizer={options.tokenizer}: must be byte-level, so that bytes can be counted")
+        return given
     task = progress.add_task(f"training a tokenizer of {options.vocab_size} tokens", total=None)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

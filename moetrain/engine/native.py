@@ -73,10 +73,15 @@ class NativeEngine:
                 parameter.grad = part.view_as(parameter)
 
     def step(self, lr: float) -> float:
-        """Clip by the global norm, update, forget the gradients. Returns the norm before clipping."""
+        """Clip by the global norm, update, forget the gradients. Returns the norm before clipping.
+
+        Raises `FloatingPointError` on every rank, before anything is updated, where the norm is not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self.grad_norm()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}, nothing was updated; a lower optim.lr may help")
         if self.clip and norm > self.clip:
             torch._foreach_mul_([_local(g) for g in self._grads()], self.clip / (norm + 1e-6))
         self.optimizer.step()

@@ -14,6 +14,11 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
+        self._running = True
+
+    def stop(self) -> None:
+        """The forward is over: what a recompute does is not counted again."""
+        self._running = False
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -24,6 +29,9 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        if not self._running:
+            yield
+            return
         begin = self._now()
         yield
         self._marks.append((name, begin, self._now()))

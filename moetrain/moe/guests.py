@@ -47,7 +47,7 @@ def finish(weights: tuple[Tensor, ...], pending: Pending, loan: Loan, ep: Expert
 
 
 class _Lend(torch.autograd.Function):
-    """Gradient: each guest's goes to its home and is added there, copy by copy in a fixed order."""
+    """Gradient: each guest's goes to its home in fp32 and is added there, copy by copy in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, pending: Pending, loan: Loan, ep: Expert, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -59,14 +59,14 @@ class _Lend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         loan: Loan = ctx.loan
         num_home = grads[0].shape[0] - sum(loan.receive)
-        away = _pack([g[num_home:] for g in grads])
+        away = _pack([g[num_home:].float() for g in grads])
         returned = start_all_to_all(away, loan.receive, loan.send, ctx.ep.lend)
-        home = [g[:num_home].clone() for g in grads]
+        home = [g[:num_home].to(torch.float32, copy=True) for g in grads]
         back = _unpack(returned.wait(), home)
         for copy, slot in enumerate(loan.lent_L):
             for total, part in zip(home, back, strict=True):
                 total[slot] += part[copy]
-        return None, None, None, *home
+        return None, None, None, *(h.to(g.dtype) for h, g in zip(home, grads, strict=True))
 
 
 def _pack(weights: list[Tensor]) -> Tensor:

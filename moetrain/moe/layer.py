@@ -49,9 +49,11 @@ class LayerStats:
 
     @classmethod
     def of(cls, scores: Scores, decision: Decision) -> "LayerStats":
+        """After `compute`: ends the layer's clock."""
         probs_TE = scores.probs_TE
         entropy = -torch.special.xlogy(probs_TE.detach(), probs_TE.detach()).sum()
         z_sum = scores.logits_TE.logsumexp(-1).square().sum()
+        decision.clock.stop()
         return cls(decision.counts_E, probs_TE.sum(0), z_sum, entropy, decision.plan, decision.clock)
 
 

@@ -3,6 +3,8 @@
 Errors go to standard error. `console.quiet` leaves standard output to machines (`--json`).
 """
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,18 @@ from rich.console import Console
 _terminal = Console().is_terminal
 console = Console(highlight=False, soft_wrap=True, width=None if _terminal else 110)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+BAD_INPUT = 2  # exit code
+
+
+def say_bad_input(error: Exception) -> int:
+    """One line, once, however many workers found the same mistake. Returns the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        errors.print(f"error: {error}", markup=False)
+    else:
+        time.sleep(2)  # a launcher ends all workers when the first one exits: leave rank 0 the time to speak
+    return BAD_INPUT
 
 
 class Voice:

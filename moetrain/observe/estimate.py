@@ -31,8 +31,7 @@ def estimate(config: Config, world: int) -> Estimate:
     """Of the config's model, on each of `world` ranks. Needs model.vocab_size."""
     m, t, p = config.model, config.train, config.parallel
     assert m.vocab_size is not None
-    shard = world // p.dp_replicate
-    ep = p.ep or shard
+    shard, ep = world // p.dp_replicate, config.layout(world).ep or 1
     norms = {"none": 0, "head": 2 * m.head_dim, "full": (m.num_heads + m.num_kv_heads) * m.head_dim}[m.qk_norm]
     attention = 2 * m.dim * (m.num_heads + m.num_kv_heads) * m.head_dim + norms + 2 * m.dim
     expert = 3 * m.dim * m.expert_hidden

@@ -67,10 +67,12 @@ class Meter:
                 device=self._plans.device,
             )
             self._rows += int(home.sum())
-            self._loads[:, self._mesh.rank] += torch.tensor([int(home[ep.rank]), int(planned[ep.rank])])
+            self._loads[:, self._mesh.rank] += torch.tensor(
+                [int(home[ep.rank]), int(planned[ep.rank])], device=self._loads.device
+            )
             self._lent_bytes += expert_bytes * len(s.plan.guests())
-            for index, name in enumerate(PHASES):
-                self._phases[index] += s.clock.seconds().get(name, 0.0)
+            seconds = s.clock.seconds()
+            self._phases += torch.tensor([seconds.get(name, 0.0) for name in PHASES], device=self._phases.device)
         parts = [
             self._nats_C,
             self._tokens_C,

@@ -64,8 +64,8 @@ def collect(
         "bigram_bits_per_byte": bigram,
         "tokens_per_second": float(np.median([row["perf/tokens_per_second"] for row in rows])),
         "imbalance": {"home": mean("balance/imbalance_home"), "planned": mean("balance/imbalance_planned")},
-        "guests": int(sum(row["balance/guests"] for row in rows)),
-        "rows_moved": int(sum(row["balance/rows_moved"] for row in rows)),
+        "guests": round(mean("balance/guests") * config.train.steps),
+        "rows_moved": round(mean("balance/rows_moved") * config.train.steps),
         "rows_moved_fraction": mean("balance/rows_moved_fraction"),
         "generated": texts,
     }

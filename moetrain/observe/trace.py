@@ -24,11 +24,13 @@ class LoadTrace:
         self._samples: list[tuple[int, np.ndarray, np.ndarray]] = []
         if every:
             folder.mkdir(exist_ok=True)
-            for part in folder.glob("part_*.npz"):  # what a resumed run will write again
+            for part in folder.glob("part_*.npz"):  # without what a resumed run will write again
                 with np.load(part) as old:
-                    stale = bool((old["step"] > first_step).any())
-                if stale:
+                    samples = list(zip(old["step"].tolist(), old["counts"], old["planned"], strict=True))
+                kept = [sample for sample in samples if sample[0] <= first_step]
+                if len(kept) < len(samples):
                     part.unlink()
+                    self._samples += kept
             self._next = 1 + max((int(p.stem.split("_")[1]) for p in folder.glob("part_*.npz")), default=-1)
 
     def record(self, step: int, stats: Sequence[LayerStats]) -> None:
