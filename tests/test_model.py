@@ -115,7 +115,9 @@ def test_presets_build_and_the_estimate_counts_their_parameters() -> None:
                 if ".experts." in name
             )
             assert found.active == counted - inactive
-    assert estimate(config.load(["model=olmoe_1b7b"]), 1).total == 6_919_161_856  # as Hugging Face counts OLMoE-1B-7B
+    olmoe = estimate(config.load(["model=olmoe_1b7b"]), 1)
+    assert olmoe.total == 6_919_161_856  # as Hugging Face counts OLMoE-1B-7B
+    assert olmoe.active == pytest.approx(1.28e9, rel=0.01)  # as its paper says
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
