@@ -7,7 +7,7 @@ INSTALL := $(BIN)/pip install --quiet --quiet --disable-pip-version-check
 .PHONY: help train test check check-static format clean
 
 help:
-	@echo "make train   train the default model on real text: two workers, about three minutes (RUN=name, ARGS=overrides)"
+	@echo "make train   train the default model on real text: two workers, three to four minutes (RUN=name, ARGS=overrides)"
 	@echo "make test    run the whole test suite"
 	@echo "make check   format, lint, types, tests"
 	@echo "make format  rewrite the sources in the house format"

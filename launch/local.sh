@@ -14,4 +14,8 @@ bin=""
 here=$(cd "$(dirname "$0")/.." && pwd)
 if [[ -x "$here/.venv/bin/torchrun" ]]; then bin="$here/.venv/bin/"; fi
 
+# As `moetrain train` sets them for its own workers (docs/launch.md, CPU runs).
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + workers - 1) / workers))}
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:glibc.malloc.arena_max=1:glibc.malloc.top_pad=67108864}
+
 exec "${bin}torchrun" --standalone --nproc-per-node "$workers" -m moetrain train "$@"

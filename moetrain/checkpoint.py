@@ -83,7 +83,8 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
         for field in ours[section]:
             value, other = ours[section][field], theirs[section].get(field)
             if field in fields and value != other and not (field == "vocab_size" and value is None):
-                raise ConfigError(f"{section}.{field}={value}: the checkpoint {path} has {other}")
+                advice = "; another run.name starts a new run" if same_run else ""
+                raise ConfigError(f"{section}.{field}={value}: the checkpoint {path} has {other}{advice}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

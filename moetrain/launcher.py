@@ -69,6 +69,9 @@ def work(body: Callable[[], None]) -> int:
         return say_bad_input(error)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)):
             time.sleep(PATIENCE_SECONDS)

@@ -103,7 +103,10 @@ def show(found: dict[str, Any], voice: Voice) -> None:
             "trained on",
             f"{found['tokens']:,} tokens in {found['steps']} steps, {found['tokens_per_second']:,.0f} tokens/s",
         ),
-        ("loss", f"{found['loss']['first']:.3f} → {found['loss']['last']:.3f} nats a token"),
+        (
+            "loss",
+            f"{found['loss']['first']:.3f} → {found['loss']['last']:.3f} nats a token, mean of the last ten steps",
+        ),
         ("imbalance", f"{home:.3f} at home → {planned:.3f} planned (largest device load over the mean)"),
         (
             "moved",

@@ -112,10 +112,10 @@ class Bar:
         self._progress.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        if "train/loss" not in metrics:
+        if "train/lm_loss" not in metrics:
             return
         line = (
-            f"loss {metrics['train/loss']:.3f} · {metrics['perf/tokens_per_second']:,.0f} tokens/s · imbalance "
+            f"loss {metrics['train/lm_loss']:.3f} · {metrics['perf/tokens_per_second']:,.0f} tokens/s · imbalance "
             f"{metrics['balance/imbalance_home']:.2f} → {metrics['balance/imbalance_planned']:.2f}"
         )
         self._progress.update(self._task, completed=step, line=line)
