@@ -1,18 +1,98 @@
 """A `Plan` says which rank computes which rows of one MoE layer in one micro-step. Pure data, no torch.
 
 Dimensions: R expert-parallel ranks, E experts, C chunks. A *row* is one selection: one token for one expert.
-The rows of an expert stand in a global order: by source rank, then in the source's own order. A chunk is a
-consecutive run of them that one rank computes.
+A chunk is a number of rows of one expert that one rank computes. Which source's rows they are follows from `near`:
+the sources nearest to the rank give theirs first, the others in the order of ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+ANYWHERE: tuple[Ints, ...] = ()
+
+
+@njit(cache=True)
+def pair(supply, rank, demand, order, begin, near, taken):  # type: ignore[no-untyped-def]
+    """Give the rows of one expert to its chunks: in every stage, near sources only, in the order of ranks.
+
+    supply [R] rows at each source and demand [C] rows of each chunk, both used up; rank [C]. `order`, `begin`, `near`
+    [stages, R(+1)] as `stages` makes them. Writes (source, chunk, rows) to taken [stages · (R + C), 3]; returns how
+    many.
+    """
+    used = 0
+    first = np.empty(begin.shape[1], np.int64)
+    for stage in range(near.shape[0]):
+        num_labels = near[stage].max() + 1
+        first[:num_labels] = begin[stage, :num_labels]
+        for c in range(len(rank)):
+            label = near[stage, rank[c]]
+            at = first[label]
+            while demand[c] > 0 and at < begin[stage, label + 1]:
+                source = order[stage, at]
+                part = min(supply[source], demand[c])
+                if part > 0:
+                    taken[used, 0], taken[used, 1], taken[used, 2] = source, c, part
+                    used += 1
+                    supply[source] -= part
+                    demand[c] -= part
+                if supply[source] == 0:
+                    at += 1
+            first[label] = at
+    return used
+
+
+@njit(cache=True)
+def stages(near):  # type: ignore[no-untyped-def]
+    """Per stage, the ranks sorted by label, and where each label begins. near [stages, R], labels below R."""
+    num_stages, num_ranks = near.shape
+    order = np.empty((num_stages, num_ranks), np.int64)
+    begin = np.zeros((num_stages, num_ranks + 1), np.int64)
+    for stage in range(num_stages):
+        for r in range(num_ranks):
+            begin[stage, near[stage, r] + 1] += 1
+        for r in range(num_ranks):
+            begin[stage, r + 1] += begin[stage, r]
+        place = begin[stage].copy()
+        for r in range(num_ranks):
+            order[stage, place[near[stage, r]]] = r
+            place[near[stage, r]] += 1
+    return order, begin
+
+
+@njit(cache=True)
+def _match(counts, expert, rank, num_rows, near, me):  # type: ignore[no-untyped-def]
+    """([R, R] traffic, [E, R] rows that `me` sends, [R, E] rows that `me` gets)."""
+    num_ranks, num_experts = counts.shape
+    order, begin = stages(near)
+    traffic = np.zeros((num_ranks, num_ranks), np.int64)
+    sent = np.zeros((num_experts, num_ranks), np.int64)
+    received = np.zeros((num_ranks, num_experts), np.int64)
+    taken = np.empty((0, 3), np.int64)
+    c = 0
+    while c < len(expert):
+        e, end = expert[c], c + 1
+        while end < len(expert) and expert[end] == e:
+            end += 1
+        if len(taken) < len(near) * (num_ranks + end - c):
+            taken = np.empty((len(near) * (num_ranks + end - c), 3), np.int64)
+        used = pair(counts[:, e].copy(), rank[c:end].copy(), num_rows[c:end].copy(), order, begin, near, taken)
+        for s, at, part in taken[:used]:
+            q = rank[c + at]
+            traffic[s, q] += part
+            if s == me:
+                sent[e, q] += part
+            if q == me:
+                received[s, e] += part
+        c = end
+    return traffic, sent, received
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,16 +101,24 @@ class Plan:
 
     counts: Ints  # [R, E] rows held by source rank r that chose expert e
     home: Ints  # [E] the rank that owns each expert
-    expert: Ints  # [C] ascending; the chunks of an expert in the order of its rows
+    expert: Ints  # [C] ascending
     rank: Ints  # [C] who computes the chunk
     num_rows: Ints  # [C] at least one
+    near: tuple[Ints, ...] = ANYWHERE  # [R] each: ranks of equal number are near each other; the narrowest first
+    _shares: dict[int, tuple[Ints, Ints]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, counts: Ints, home: Ints, chunks: Sequence[tuple[int, int, int]]) -> "Plan":
-        """From `(expert, rank, rows)`, the chunks of one expert in the order of its rows; empty ones go."""
+    def of(
+        cls,
+        counts: Ints,
+        home: Ints,
+        chunks: Sequence[tuple[int, int, int]],
+        near: tuple[Ints, ...] = ANYWHERE,
+    ) -> "Plan":
+        """From `(expert, rank, rows)`; the chunks of one expert in the order in which they take rows."""
         kept = sorted((c for c in chunks if c[2] > 0), key=lambda c: c[0])
         table = np.array(kept, dtype=np.int64).reshape(-1, 3)
-        return cls(counts, home, table[:, 0], table[:, 1], table[:, 2])
+        return cls(counts, home, *np.ascontiguousarray(table.T), near)
 
     @property
     def num_ranks(self) -> int:
@@ -50,17 +138,13 @@ class Plan:
 
     @cached_property
     def _guests(self) -> list[tuple[int, int, int]]:
-        away = self.rank != self.home[self.expert]
-        triples = zip(
-            self.expert[away].tolist(),
-            self.home[self.expert[away]].tolist(),
-            self.rank[away].tolist(),
-            strict=True,
-        )
+        owner = self.home[self.expert]
+        away = np.flatnonzero(self.rank != owner)
+        triples = zip(self.expert[away].tolist(), owner[away].tolist(), self.rank[away].tolist(), strict=True)
         return sorted(set(triples))
 
     def guests(self) -> list[tuple[int, int, int]]:
-        """`(expert, home_rank, guest_rank)` of every expert copy lent, sorted."""
+        """`(expert, home_rank, guest_rank)` of every expert copy that computes rows away from home, sorted."""
         return self._guests
 
     def moved(self) -> int:
@@ -68,43 +152,40 @@ class Plan:
         return int(self.num_rows[self.rank != self.home[self.expert]].sum())
 
     @cached_property
-    def _spans(self) -> tuple[Ints, Ints]:
-        """[C] first and last-plus-one row of each chunk in its expert's global order."""
-        end = np.cumsum(self.num_rows)
-        before = np.cumsum(self.counts.sum(0)) - self.counts.sum(0)
-        end = end - before[self.expert]
-        return end - self.num_rows, end
+    def traffic(self) -> Ints:
+        """[R, R] rows that go from each source to each rank; the diagonal stays where it is."""
+        return self._match(-1)[0]
+
+    def crossing(self) -> int:
+        """Rows computed on another rank than the one that holds them."""
+        return int(self.traffic.sum() - self.traffic.trace())
 
     def rows(self, source: int) -> Ints:
         """[E, R] how many of its rows of each expert `source` sends to each rank."""
-        begin, end = self._spans
-        last = np.cumsum(self.counts, axis=0)[source][self.expert]
-        first = last - self.counts[source][self.expert]
-        part = np.clip(np.minimum(end, last) - np.maximum(begin, first), 0, None)
-        out = np.zeros((self.num_experts, self.num_ranks), np.int64)
-        np.add.at(out, (self.expert, self.rank), part)
-        return out
+        return self._share(source)[0]
 
     def received(self, rank: int) -> Ints:
         """[R, E] how many rows of each expert `rank` gets from each source."""
-        here = self.rank == rank
-        begin, end = (x[here] for x in self._spans)
-        last = np.cumsum(self.counts, axis=0)[:, self.expert[here]]
-        first = last - self.counts[:, self.expert[here]]
-        part = np.clip(np.minimum(end, last) - np.maximum(begin, first), 0, None)
-        out = np.zeros_like(self.counts)
-        np.add.at(out.T, self.expert[here], part.T)
-        return out
+        return self._share(rank)[1]
 
     def slots(self, rank: int) -> list[int]:
         """The experts that `rank` computes, in the order of its slots: its own, then its guests."""
         return np.flatnonzero(self.home == rank).tolist() + [e for e, _, guest in self._guests if guest == rank]
 
+    def _share(self, rank: int) -> tuple[Ints, Ints]:
+        if rank not in self._shares:
+            self._shares[rank] = self._match(rank)[1:]
+        return self._shares[rank]
+
+    def _match(self, me: int) -> tuple[Ints, Ints, Ints]:
+        near = np.zeros((len(self.near) + 1, self.num_ranks), np.int64)
+        for stage, labels in enumerate(self.near):
+            near[stage] = labels
+        return _match(np.ascontiguousarray(self.counts, np.int64), self.expert, self.rank, self.num_rows, near, me)
+
 
 def _sum_at(index: Ints, values: Ints, size: int) -> Ints:
-    out = np.zeros(size, np.int64)
-    np.add.at(out, index, values)
-    return out
+    return np.bincount(index, values, size).astype(np.int64)
 
 
 def imbalance(loads: Ints) -> float:

@@ -12,8 +12,9 @@ import numpy as np
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners.home import home
 from moetrain.moe.planners.llep import llep
+from moetrain.moe.planners.makespan import makespan
 
-PLANNERS: dict[str, Callable[..., Plan]] = {"home": home, "llep": llep}
+PLANNERS: dict[str, Callable[..., Plan]] = {"home": home, "llep": llep, "makespan": makespan}
 
 
 def planner_options(name: str) -> list[str]:

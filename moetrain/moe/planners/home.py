@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import numpy as np
+
 from moetrain.moe.plan import Ints, Plan
 
 
 def home(counts: Ints, home: Ints, costs: Any = None, limits: Any = None, state: Any = None) -> Plan:
     """The plan that moves nothing. counts [R, E], home [E]."""
     totals = counts.sum(0)
-    return Plan.of(counts, home, [(e, int(home[e]), int(totals[e])) for e in range(len(home))])
+    expert = np.flatnonzero(totals)
+    return Plan(counts, home, expert, home[expert], totals[expert])

@@ -7,8 +7,55 @@ every chunk. A capacity m_α that is no whole number leaves rows over; the least
 
 from typing import Any
 
+import numpy as np
+from numba import njit
+
 from moetrain.moe.plan import Ints, Plan, imbalance
 from moetrain.moe.planners.home import home as stay_home
+
+
+@njit(cache=True)
+def _helper(rest, native, capacity, load, min_rows):  # type: ignore[no-untyped-def]
+    """(rank, rows): the least loaded other rank, which has the most room: for all of `rest` or for `min_rows` of it,
+    or else it is made to take them."""
+    rank = -1
+    for r in range(len(load)):
+        if r != native and (rank < 0 or load[r] < load[rank]):
+            rank = r
+    part = min(rest, int(capacity - load[rank]))
+    return rank, part if part > 0 and (part >= min_rows or rest <= part) else rest
+
+
+@njit(cache=True)
+def spread(load, home, num_ranks, alpha, min_rows):  # type: ignore[no-untyped-def]
+    """LLA: (expert, rank, rows) of the chunks, experts ascending. load [E], home [E]."""
+    num_experts = len(load)
+    capacity = alpha * load.sum() / num_ranks
+    pending = np.zeros(num_ranks, np.int64)  # g_p: rows of experts not placed yet, at their homes
+    assigned = np.zeros(num_ranks, np.int64)  # g_a
+    for e in range(num_experts):
+        pending[home[e]] += load[e]
+    size = num_experts + 2 * num_ranks
+    table = np.empty((size, 3), np.int64)
+    used = 0
+    for e in np.argsort(-load, kind="mergesort"):
+        rest, native = load[e], home[e]
+        pending[native] -= rest
+        rank, part = native, min(rest, int(capacity - assigned[native] - pending[native]))
+        while True:
+            if part > 0:
+                if used == len(table):
+                    table = np.concatenate((table, np.empty_like(table)))
+                table[used, 0], table[used, 1], table[used, 2] = e, rank, part
+                used += 1
+                assigned[rank] += part
+                rest -= part
+            if rest <= 0:
+                break
+            rank, part = _helper(rest, native, capacity, assigned + pending, min_rows)  # LLAS
+    table = table[:used]
+    by_expert = np.argsort(table[:, 0], kind="mergesort")
+    return table[by_expert, 0], table[by_expert, 1], table[by_expert, 2]
 
 
 def llep(
@@ -28,37 +75,7 @@ def llep(
     `threshold` its λ: below this max/mean device load, the plan of `home`.
     """
     plan = stay_home(counts, home)
-    if imbalance(plan.loads()) < threshold or counts.shape[0] == 1:
+    if imbalance(plan.home_loads()) < threshold or counts.shape[0] == 1:
         return plan
-    num_ranks = counts.shape[0]
-    load = counts.sum(0).tolist()
-    owner = home.tolist()
-    capacity = alpha * sum(load) / num_ranks
-    pending = plan.loads().tolist()  # g_p: rows of experts not placed yet, at their homes
-    assigned = [0] * num_ranks  # g_a
-    chunks: list[tuple[int, int, int]] = []
-
-    def place(expert: int, rank: int, rows: int) -> None:
-        chunks.append((expert, rank, rows))
-        assigned[rank] += rows
-
-    for expert in sorted(range(len(load)), key=lambda e: (-load[e], e)):
-        rest, native = load[expert], owner[expert]
-        pending[native] -= rest
-        room = int(capacity - assigned[native] - pending[native])
-        if room > 0:
-            place(expert, native, min(room, rest))
-            rest -= min(room, rest)
-        while rest > 0:  # LLAS
-            helpers = sorted((r for r in range(num_ranks) if r != native), key=lambda r: (assigned[r] + pending[r], r))
-            for rank in helpers:
-                part = min(rest, int(capacity - assigned[rank] - pending[rank]))
-                if part <= 0 or (part < min_rows and rest > part):
-                    continue
-                place(expert, rank, part)
-                rest -= part
-                break
-            else:
-                place(expert, helpers[0], rest)
-                rest = 0
-    return Plan.of(counts, home, chunks)
+    load = counts.sum(0)
+    return Plan(counts, home, *spread(load, home, counts.shape[0], alpha, min_rows))
