@@ -62,12 +62,15 @@ class Pending:
         return self._out
 
 
-def start_all_to_all(rows: Tensor, send: Splits, receive: Splits, group: dist.ProcessGroup) -> Pending:
+def start_all_to_all(
+    rows: Tensor, send: Splits, receive: Splits, group: dist.ProcessGroup, out: Tensor | None = None
+) -> Pending:
     """Begin to send `rows` [sum(send), ...], `send[r]` of them to rank r. No gradient."""
     if group.size() == 1:
         return Pending(rows, None)
     rows = rows.contiguous()
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
+    if out is None:
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
     work = dist.all_to_all_single(out, rows, list(receive), list(send), group=group, async_op=True)
     return Pending(out, work)
 

@@ -1,160 +1,171 @@
-"""Dispatch and combine: rows travel to the ranks that the plan names, and back, and are summed per token.
+"""Dispatch and combine: tokens travel to the ranks that the plan names, partial sums come back.
 
-The dispatcher holds no parameters. `Route.of` turns a routing and a plan into index tables; `dispatch` and
-`combine` obey them and never ask who made the plan. Sums run in fp32 and in a fixed order: no atomic adds, so that
-a repeat is equal bit for bit on any device.
+A token goes to a rank once, however many of its experts are computed there; what is computed where it lies does not
+travel at all. Every rank announces its selections (which of the copies it sends, and the weight), so that partial
+sums are formed where the experts are. The two directions are each other's transpose: `spread` brings a [T, D]
+tensor to the rows of the slots, `gather` sums rows back into [T, D]; the backward uses them the other way round.
 
-T tokens here, D width, N rows sent, M rows received, S slots on this rank, R ranks, E experts, K most rows a token.
+The dispatcher holds no parameters and never asks who made the plan. Sums run in fp32 and in a fixed order, without
+atomic adds, so that a repeat is equal bit for bit on any device.
+
+T tokens here, D width, N selections made here, C copies sent, P pool: T own tokens, then the copies that arrived,
+M rows computed here, S slots here, R ranks, E experts.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.comm import all_to_all
+from moetrain.comm import Pending, start_all_to_all
 from moetrain.mesh import Expert
+from moetrain.moe import kernels
+from moetrain.moe.kernels import Bags
 from moetrain.moe.plan import Ints, Plan
-from moetrain.moe.router import Choice, Routing
+from moetrain.moe.router import Routing
 
 
 @dataclass(frozen=True)
 class Route:
     """One rank's tables for one layer and micro-step."""
 
-    selection_N: Tensor  # which selection is the n-th row sent (by rank, then expert)
-    token_N: Tensor  # its token
-    row_TK: Tensor  # where the rows of a token stand among those sent; N where it has fewer than K
-    send: list[int]  # [R]
-    receive: list[int]  # [R]
-    to_slots_M: Tensor  # arrival order (by source, then expert) -> slot order
-    from_slots_M: Tensor  # and back
+    ep: Expert
+    selection_N: Tensor  # which selection is the n-th announced (by rank, then expert)
+    note_N: Tensor  # where its announcement stands
+    announced: list[int]  # [R] selections announced to each rank, and one header
+    heard: list[int]  # [R] what each rank announced here
+    arrived_M: Tensor  # where the announcement of each row stands among those heard; rows slot by slot
+    token_C: Tensor  # tokens whose copies leave, by rank
+    copies_out: list[int]  # [R]
+    copies_in: list[int]  # [R]
+    pool_M: Tensor  # which entry of the pool each row reads
+    weight_M: Tensor  # fp32
     slot_rows: list[int]  # [S]
+    rows_of_pool: Bags  # the rows that read each entry of the pool
+    copies_of_token: Bags
 
     @classmethod
-    def of(cls, choice: Choice | Routing, plan: Plan, rank: int, num_tokens: int, most_per_token: int) -> "Route":
-        device = choice.expert_N.device
-        sent_ER, received_RE = plan.rows(rank), plan.received(rank)
-        slots_S = plan.slots(rank)
+    def of(cls, routing: Routing, plan: Plan, ep: Expert, num_tokens: int, most: int) -> "Route":
+        """Announces the selections to the ranks that compute them. One host sync: how many copies come and go.
+
+        `most`: selections of a token, on any rank. weight_N fp32, by selection.
+        """
+        me, device = ep.rank, routing.expert_N.device
+        sent_ER, received_RE, slots_S = plan.rows(me), plan.received(me), plan.slots(me)
 
         # Selections sorted by expert; then each expert's run is cut into what every rank gets.
-        by_expert_N = choice.expert_N.argsort(stable=True)
-        selection_N = by_expert_N[_regroup(sent_ER, device)]
-        token_N = choice.token_N[selection_N]
-        to_slots_M = _regroup(received_RE, device, slots_S)
+        selection_N = kernels.stable_argsort(routing.expert_N).index_select(0, _regroup(sent_ER, device))
+        token_N = routing.token_N.index_select(0, selection_N)
+        to_rank = sent_ER.sum(0)
+        rank_N = _repeat(np.arange(ep.size), to_rank, device)
+        goes_RT = torch.zeros(ep.size * num_tokens, dtype=torch.bool, device=device)
+        goes_RT[rank_N * num_tokens + token_N] = True
+        goes_RT = goes_RT.view(ep.size, num_tokens)
+        goes_RT[me] = False
+        place_RT = goes_RT.cumsum(1, dtype=torch.int32)
+        copies_R = place_RT[:, -1] if num_tokens else place_RT.new_zeros(ep.size)
+        place_N = place_RT.view(-1).index_select(0, rank_N * num_tokens + token_N) - 1
+        begin = int(to_rank[:me].sum())
+        place_N[begin : begin + int(to_rank[me])] = token_N[begin : begin + int(to_rank[me])].int()
+
+        announced, heard = (to_rank + 1).tolist(), (received_RE.sum(1) + 1).tolist()
+        note_N = rank_N + torch.arange(1, len(rank_N) + 1, device=device)  # a header stands before every rank's
+        notes = torch.empty(sum(announced), 2, dtype=torch.int32, device=device)
+        notes[_starts(announced, device), 0] = copies_R
+        notes[note_N] = torch.stack(
+            [place_N, routing.weight_N.detach().index_select(0, selection_N).view(torch.int32)], 1
+        )
+        notes = start_all_to_all(notes, announced, heard, ep.rows).wait()
+
+        copies_out, copies_in = torch.stack([copies_R, notes[_starts(heard, device), 0]]).tolist()  # the host sync
+        copies_in[me] = 0
+        base = np.cumsum([num_tokens, *copies_in])[:-1]
+        base[me] = 0
+        arrived_M = _regroup(received_RE, device, slots_S, np.cumsum(heard) - heard + 1)
+        source_M = _repeat(np.tile(base, len(slots_S)), received_RE[:, slots_S].T.ravel(), device)
+        note_M2 = notes.index_select(0, arrived_M)
+        pool_M = note_M2[:, 0] + source_M
+        token_C = kernels.positions(goes_RT.view(-1), sum(copies_out)) % max(num_tokens, 1)
         return cls(
+            ep=ep,
             selection_N=selection_N,
-            token_N=token_N,
-            row_TK=_rows_of_tokens(choice.token_N, _inverse(selection_N), num_tokens, most_per_token),
-            send=sent_ER.sum(0).tolist(),
-            receive=received_RE.sum(1).tolist(),
-            to_slots_M=to_slots_M,
-            from_slots_M=_inverse(to_slots_M),
+            note_N=note_N,
+            announced=announced,
+            heard=heard,
+            arrived_M=arrived_M,
+            token_C=token_C,
+            copies_out=copies_out,
+            copies_in=copies_in,
+            pool_M=pool_M,
+            weight_M=note_M2[:, 1].contiguous().view(torch.float32),
             slot_rows=received_RE[:, slots_S].sum(0).tolist(),
+            rows_of_pool=Bags.of(pool_M, num_tokens + sum(copies_in), most),
+            copies_of_token=Bags.of(token_C, num_tokens, min(most, ep.size - 1)),
         )
 
+    def start_spread(self, x_TD: Tensor) -> tuple[Tensor, Pending]:
+        """Begin to fill the pool [P, D]: own tokens, and the copies under way."""
+        if self.ep.size == 1:
+            return x_TD, Pending(x_TD, None)
+        pool_PD = x_TD.new_empty(len(x_TD) + sum(self.copies_in), x_TD.shape[1])
+        leaving_CD = x_TD.index_select(0, self.token_C)
+        pending = start_all_to_all(leaving_CD, self.copies_out, self.copies_in, self.ep.rows, out=pool_PD[len(x_TD) :])
+        pool_PD[: len(x_TD)] = x_TD
+        return pool_PD, pending
 
-def dispatch(x_TD: Tensor, route: Route, ep: Expert) -> Tensor:
-    """[T, D] tokens -> [M, D] rows of this rank's slots, slot by slot."""
-    rows_ND = _Gather.apply(x_TD, route.token_N, route.row_TK)
-    arrived_MD = all_to_all(rows_ND, route.send, route.receive, ep.rows)
-    return _Permute.apply(arrived_MD, route.to_slots_M, route.from_slots_M)
+    def start_gather(self, rows_MD: Tensor, weight_M: Tensor | None) -> tuple[Tensor, Pending]:
+        """Sum the rows of every entry of the pool; send the sums of others' copies back. ([T, D], the rest pending)"""
+        sums_PD = kernels.sum_rows(rows_MD, weight_M, self.rows_of_pool, rows_MD.dtype)
+        num_tokens = len(sums_PD) - sum(self.copies_in)
+        back = start_all_to_all(sums_PD[num_tokens:], self.copies_in, self.copies_out, self.ep.rows)
+        return sums_PD[:num_tokens], back
+
+    def finish_gather(self, own_TD: Tensor, pending: Pending) -> Tensor:
+        """[T, D]: own sums, and those that came back."""
+        if self.ep.size == 1:
+            return own_TD
+        return kernels.add_rows(own_TD, pending.wait(), self.copies_of_token)
+
+    def start_return(self, value_M: Tensor) -> Pending:
+        """Send a number per row back to where its selection was made, headers and all."""
+        heard = value_M.new_zeros(sum(self.heard))
+        heard[self.arrived_M] = value_M
+        return start_all_to_all(heard, self.heard, self.announced, self.ep.rows)
+
+    def finish_return(self, pending: Pending) -> Tensor:
+        """[N] the numbers, by selection."""
+        came = pending.wait()
+        out_N = came.new_empty(len(self.selection_N))
+        out_N[self.selection_N] = came.index_select(0, self.note_N)
+        return out_N
 
 
-def combine(rows_MD: Tensor, weight_N: Tensor, route: Route, ep: Expert) -> Tensor:
-    """[M, D] expert outputs -> [T, D]: every token's rows, weighted and summed in fp32. weight_N by selection."""
-    arrived_MD = _Permute.apply(rows_MD, route.from_slots_M, route.to_slots_M)
-    rows_ND = all_to_all(arrived_MD, route.receive, route.send, ep.rows)
-    return _WeightedSum.apply(rows_ND, weight_N[route.selection_N], route.token_N, route.row_TK)
-
-
-def _regroup(sizes: Ints, device: torch.device, second: list[int] | None = None) -> Tensor:
+def _regroup(
+    sizes: Ints, device: torch.device, second: list[int] | None = None, first_at: Ints | None = None
+) -> Tensor:
     """Index that turns an order by (first, second) into one by (second, first).
 
-    `sizes` [first, second] are run lengths; `second` the order of the second key, ascending if None.
+    `sizes` [first, second] are run lengths; `second` the order of the second key, ascending if None; `first_at`
+    where each first key's runs begin, one after another if None.
     """
-    start = np.cumsum(sizes).reshape(sizes.shape) - sizes
+    ends = np.cumsum(sizes, 1)
+    if first_at is None:
+        first_at = np.cumsum(ends[:, -1]) - ends[:, -1]
     columns = slice(None) if second is None else second
-    moved, begin = sizes[:, columns].T.ravel(), start[:, columns].T.ravel()
-    shift = begin - (np.cumsum(moved) - moved)
-    index = np.arange(moved.sum()) + np.repeat(shift, moved)
-    return torch.from_numpy(index).to(device, non_blocking=True)
+    start = (ends - sizes + first_at[:, None])[:, columns].T.ravel()
+    moved = sizes[:, columns].T.ravel()
+    shift = _repeat(start - (np.cumsum(moved) - moved), moved, device)
+    return shift.add_(torch.arange(len(shift), device=device))
 
 
-def _inverse(index_N: Tensor) -> Tensor:
-    out = torch.empty_like(index_N)
-    out[index_N] = torch.arange(len(index_N), device=index_N.device)
-    return out
+def _starts(sizes: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *sizes[:-1]]).cumsum(0).to(device, non_blocking=True)
 
 
-def _rows_of_tokens(token_N: Tensor, row_N: Tensor, num_tokens: int, most: int) -> Tensor:
-    """[T, K] the sent rows of each token, in the order of its selections; filled up with N."""
-    if len(token_N) == num_tokens * most:  # every token has K: they stand in order already
-        return row_N.view(num_tokens, most)
-    first_T = torch.searchsorted(token_N, torch.arange(num_tokens, device=token_N.device))
-    place_N = torch.arange(len(token_N), device=token_N.device) - first_T[token_N]
-    out = row_N.new_full((num_tokens, most), len(token_N))
-    out[token_N, place_N] = row_N
-    return out
-
-
-def _sum_rows(rows_ND: Tensor, weight_N: Tensor | None, row_TK: Tensor) -> Tensor:
-    """[T, D] fp32: the sum of each token's rows, one after another."""
-    total_TD = rows_ND.new_zeros(row_TK.shape[0], rows_ND.shape[1], dtype=torch.float32)
-    if not len(rows_ND):
-        return total_TD
-    ragged = row_TK.numel() != len(rows_ND)
-    for row_T in row_TK.unbind(1):
-        index_T = row_T.clamp(max=len(rows_ND) - 1) if ragged else row_T
-        part_TD = rows_ND[index_T].float()
-        weight_T = weight_N[index_T] if weight_N is not None else part_TD.new_ones(len(index_T))
-        if ragged:
-            weight_T = torch.where(row_T < len(rows_ND), weight_T, 0.0)
-        total_TD.addcmul_(part_TD, weight_T[:, None])
-    return total_TD
-
-
-class _Gather(torch.autograd.Function):
-    """[T, D] -> [N, D], a row for every selection. Gradient: the sum over a token's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_TK)
-        return x_TD[token_N]
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> Any:
-        (row_TK,) = ctx.saved_tensors
-        return _sum_rows(grad_ND, None, row_TK).to(grad_ND.dtype), None, None
-
-
-class _WeightedSum(torch.autograd.Function):
-    """[N, D] -> [T, D], the weighted sum of a token's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, weight_N: Tensor, token_N: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_ND, weight_N, token_N)
-        return _sum_rows(rows_ND, weight_N, row_TK).to(rows_ND.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> Any:
-        rows_ND, weight_N, token_N = ctx.saved_tensors
-        grad_ND = grad_TD[token_N]
-        grad_weight_N = torch.linalg.vecdot(grad_ND.float(), rows_ND.float())
-        return grad_ND * weight_N[:, None].to(grad_ND.dtype), grad_weight_N, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order. Gradient: the inverse permutation, gathered as well."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_MD: Tensor, index_M: Tensor, inverse_M: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_M)
-        return rows_MD[index_M]
-
-    @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> Any:
-        (inverse_M,) = ctx.saved_tensors
-        return grad_MD[inverse_M], None, None
+def _repeat(values: Ints, times: Ints, device: torch.device) -> Tensor:
+    """Each value so many times; the total is known on the host."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.repeat(values, times))
+    values_times = torch.from_numpy(np.stack([values, times])).to(device, non_blocking=True)
+    return values_times[0].repeat_interleave(values_times[1], output_size=int(times.sum()))

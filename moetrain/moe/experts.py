@@ -1,26 +1,30 @@
-"""The experts of one MoE layer: SwiGLU by grouped GEMM, over home slots and guest slots.
+"""The experts of one MoE layer: SwiGLU by grouped GEMM over home slots and guest slots, with their own backward.
 
-T tokens here, D width, H expert hidden width, M rows here, S slots here.
+In the autograd graph a layer is two nodes. `_Leave` sends tokens off, `_Work` waits for them, computes and combines;
+what is computed between the two (shared experts) runs while rows are under way. Backward, `_Work` has the rows'
+gradients on their way home before the weights' gradients are computed, and `_Leave` waits for them at the end.
+
+T tokens here, D width, H expert hidden width, N selections here, M rows computed here, S slots here, W parameters of
+an expert.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moetrain.comm import Pending
 from moetrain.mesh import Expert
-from moetrain.moe import guests
+from moetrain.moe import guests, kernels
 from moetrain.moe.clock import Clock
-from moetrain.moe.dispatch import Route, combine, dispatch
+from moetrain.moe.dispatch import Route
+from moetrain.moe.guests import Loan, Store
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import default_home
 from moetrain.moe.router import Routing
-
-
-def swiglu(rows_MD: Tensor, gate_up: Tensor, down: Tensor, slot_rows: list[int]) -> Tensor:
-    """[M, D] -> [M, D]: `down(silu(gate(x)) * up(x))`, slot by slot. gate_up [S, 2H, D], down [S, D, H]."""
-    ends = torch.tensor(slot_rows, device=rows_MD.device).cumsum(0).to(torch.int32)
-    gate_MH, up_MH = F.grouped_mm(rows_MD, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate_MH) * up_MH, down.transpose(1, 2), offs=ends)
 
 
 class Experts(nn.Module):
@@ -35,10 +39,15 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.ep: Expert | None = None
+        self.max_rows: int | None = None
 
-    def shard(self, ep: Expert) -> None:
-        """Keep the experts whose home is `ep.rank`."""
-        self.ep = ep
+    def shard(self, ep: Expert, guest_slots: int = 0, max_rows: int | None = None) -> None:
+        """Keep the experts whose home is `ep.rank`.
+
+        `guest_slots`: guests that stay here between forward and backward; `max_rows`: rows computed at a time.
+        """
+        self.ep, self.max_rows = ep, max_rows
+        self.store = Store.empty(guest_slots, ep.size, self.num_experts)
         if ep.size > 1:
             self.gate_up = nn.Parameter(self.gate_up.detach()[self.own_experts()].clone())
             self.down = nn.Parameter(self.down.detach()[self.own_experts()].clone())
@@ -52,23 +61,208 @@ class Experts(nn.Module):
         """Global numbers of the experts kept here, in the order of their slots."""
         return (self.home == (self.ep.rank if self.ep else 0)).nonzero()[0].tolist()
 
-    def forward(self, x_TD: Tensor, routing: Routing, plan: Plan, most_per_token: int, clock: Clock) -> Tensor:
-        """[T, D] -> [T, D]: the weighted sum of every token's experts, wherever the plan has them computed."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        plan: Plan,
+        most_per_token: int,
+        clock: Clock,
+        meanwhile: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """[T, D] -> [T, D]: the weighted sum of every token's experts, wherever the plan has them computed.
+
+        `most_per_token`: selections of any token on any rank. `meanwhile(x_TD)` is added; it runs while rows travel.
+        """
         assert self.ep is not None, "shard() comes first"
-        gate_up: Tensor = self.gate_up
-        down: Tensor = self.down
-        lends = bool(plan.guests())  # the same on every rank
+        trip = Trip(self, plan, clock)
         with clock.phase("lend"):
-            if lends:
-                loan = guests.Loan.of(plan, self.ep.rank)
-                pending = guests.start((gate_up, down), loan, self.ep)
+            trip.start_lending((self.gate_up, self.down))
         with clock.phase("dispatch"):
-            route = Route.of(routing, plan, self.ep.rank, len(x_TD), most_per_token)
-            rows_MD = dispatch(x_TD, route, self.ep)
-        with clock.phase("lend"):
-            if lends:
-                gate_up, down = guests.finish((gate_up, down), pending, loan, self.ep)
-        with clock.phase("experts"):
-            out_MD = swiglu(rows_MD, gate_up, down, route.slot_rows)
+            trip.route = Route.of(routing, plan, self.ep, len(x_TD), most_per_token)
+            ticket = _Leave.apply(x_TD, routing.weight_N, trip)
+        shared_TD = None if meanwhile is None else meanwhile(x_TD)
+        y_TD = _Work.apply(ticket, self.gate_up, self.down, trip)
+        return y_TD if shared_TD is None else y_TD + shared_TD
+
+
+class Trip:
+    """One micro-step's rows and guests of one layer on this rank, forward and backward."""
+
+    route: Route
+    pool: tuple[Tensor, Pending] | None
+    sums: tuple[Tensor, Pending]
+    grad_weights: Pending
+
+    def __init__(self, experts: Experts, plan: Plan, clock: Clock) -> None:
+        assert experts.ep is not None
+        self.ep, self.store, self.home, self.max_rows = experts.ep, experts.store, experts.home, experts.max_rows
+        self.plan, self.clock = plan, clock
+        self.first = int(np.searchsorted(self.home, self.ep.rank))  # the expert in slot 0
+        self.guests_here = [e for e, _, guest in plan.guests() if guest == self.ep.rank]
+        self._lending: tuple[Loan, Pending] | None = None
+
+    def start_lending(self, weights: Sequence[Tensor]) -> None:
+        missing = self.store.missing(self.plan)
+        if missing:  # the same on every rank
+            loan = Loan.of(missing, self.ep)
+            self._lending = loan, guests.start_lending(weights, self.first, loan, self.ep)
+
+    def guest_weights(self, like: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """gate_up and down of each guest here; waits for those that are lent just now."""
+        came: dict[int, Tensor] = {}
+        if self._lending is not None:
+            loan, pending = self._lending
+            came = dict(zip(loan.borrowed_G, pending.wait(), strict=True))
+            stay = [e for e in came if self.store.keeps_RE[self.ep.rank, e]]
+            for expert in stay:  # of its own, where others of the same message will go
+                self.store.weights[expert] = came[expert] if len(stay) == len(came) else came[expert].clone()
+            for expert, _, guest in self.store.missing(self.plan):
+                self.store.has_RE[guest, expert] = self.store.keeps_RE[guest, expert]
+            self._lending = None
+        packed = [came[e] if e in came else self.store.weights[e] for e in self.guests_here]
+        split = [guests.split(p, like) for p in packed]
+        return [gate_up for gate_up, _ in split], [down for _, down in split]
+
+    def keeps_hidden(self) -> bool:
+        """Whether the hidden activations stay for the backward: not where rows are computed piece by piece."""
+        return self.max_rows is None or sum(self.route.slot_rows) <= self.max_rows
+
+    def send_home(self, grads_GW: Tensor) -> tuple[Loan, Pending] | None:
+        """Gradients of the guests here, in their order: they add up or leave. None where no rank's do."""
+        store, leaving = self.store, self.store.leaving(self.plan, self.home)
+        loan = Loan.of(leaving, self.ep)
+        own = dict(zip(self.guests_here, grads_GW, strict=True))
+        for expert in own.keys() - set(loan.borrowed_G):
+            store.grads[expert] = own[expert].float() + store.grads.get(expert, 0)
+        if leaving and (store.grown or loan.borrowed_G != self.guests_here):
+            dtype = torch.float32 if store.grown else grads_GW.dtype
+            sent_GW = grads_GW.new_zeros(len(loan.borrowed_G), grads_GW.shape[1], dtype=dtype)
+            for row, expert in zip(sent_GW, loan.borrowed_G, strict=True):
+                for part in (store.grads.get(expert), own.get(expert)):
+                    if part is not None:
+                        row += part
+            grads_GW = sent_GW
+        store.close()
+        return (loan, guests.start_returning(grads_GW, loan, self.ep)) if leaving else None
+
+    def pieces(self) -> list["Piece"]:
+        """The rows here: those of the home slots, then those of the guests, each cut at `max_rows`."""
+        ends = np.cumsum([0, *self.route.slot_rows])
+        num_home = len(self.route.slot_rows) - len(self.guests_here)
+        out = []
+        for slots in (slice(0, num_home), slice(num_home, len(self.route.slot_rows))):
+            first, last = int(ends[slots.start]), int(ends[slots.stop])
+            step = self.max_rows or max(last - first, 1)
+            for begin in range(first, max(last, first + 1), step):
+                rows = slice(begin, min(begin + step, last))
+                cut = np.clip(ends[slots.start : slots.stop + 1], rows.start, rows.stop)
+                out.append(Piece(rows, np.diff(cut).tolist(), away=slots.start == num_home))
+        return out
+
+
+class Piece(NamedTuple):
+    """Rows that are computed at a time."""
+
+    rows: slice
+    sizes: list[int]  # rows of each home slot, or of each guest slot
+    away: bool
+
+
+class _Leave(torch.autograd.Function):
+    """Tokens set off; backward, their gradients and those of their weights have come back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_N: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        trip.pool = trip.route.start_spread(x_TD)
+        return x_TD.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, ticket: Tensor) -> Any:
+        trip: Trip = ctx.trip
+        grad_TD = trip.route.finish_gather(*trip.sums)
+        return grad_TD, trip.route.finish_return(trip.grad_weights), None
+
+
+class _Work(torch.autograd.Function):
+    """The rows' way through the experts, and home again."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, gate_up: Tensor, down: Tensor, trip: Trip) -> Tensor:
+        route, clock = trip.route, trip.clock
+        with clock.phase("dispatch"):
+            assert trip.pool is not None
+            pool_PD, pending = trip.pool
+            pending.wait()
+            rows_MD = pool_PD.index_select(0, route.pool_M)
+            trip.pool = pool_PD = pending = None
+        width = gate_up.shape[1]
+        keep = trip.keeps_hidden()
+        gate_up_MH2 = rows_MD.new_empty(len(rows_MD) if keep else 0, width)
+        out_MD = torch.empty_like(rows_MD)
+        weights = (gate_up, down)
+        for piece in trip.pieces():
+            if piece.away and weights[0] is gate_up:
+                with clock.phase("lend"):
+                    weights = trip.guest_weights((gate_up, down))
+            with clock.phase("experts"):
+                part = gate_up_MH2[piece.rows] if keep else rows_MD.new_empty(sum(piece.sizes), width)
+                kernels.segment_mm(rows_MD[piece.rows], weights[0], piece.sizes, part, transpose=True)
+                hidden_MH = kernels.swiglu(part)
+                kernels.segment_mm(hidden_MH, weights[1], piece.sizes, out_MD[piece.rows], transpose=True)
+        ctx.trip = trip
+        ctx.save_for_backward(rows_MD, gate_up_MH2, gate_up, down)
         with clock.phase("combine"):
-            return combine(out_MD, routing.weight_N, route, self.ep)
+            return route.finish_gather(*route.start_gather(out_MD, route.weight_M))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> Any:
+        rows_MD, gate_up_MH2, gate_up, down = ctx.saved_tensors
+        trip: Trip = ctx.trip
+        route = trip.route
+        trip.start_lending((gate_up, down))  # those that did not stay
+        pool_PD, pending = route.start_spread(grad_TD)
+        pending.wait()
+        grad_MD = pool_PD.index_select(0, route.pool_M)
+        del pool_PD
+        lent = trip.guest_weights((gate_up, down))
+
+        keep = len(gate_up_MH2) == len(rows_MD)
+        grads = [torch.empty_like(w) if keep else torch.zeros_like(w) for w in (gate_up, down)]
+        packed_GW = (torch.empty if keep else torch.zeros)(
+            len(lent[0]), sum(w[0].numel() for w in grads), dtype=gate_up.dtype, device=gate_up.device
+        )
+        lent_grads = list(zip(*(guests.split(row, grads) for row in packed_GW), strict=True)) or [(), ()]
+        back_MD, grad_weight_M = torch.empty_like(rows_MD), route.weight_M.new_empty(len(rows_MD))
+        later: list[Callable[[], None]] = []  # weight gradients, when the rows' gradients are on their way
+        for piece in trip.pieces():
+            rows, sizes = piece.rows, piece.sizes
+            weights, totals = (lent, lent_grads) if piece.away else ((gate_up, down), grads)
+            part_MH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), gate_up.shape[1])
+            if not keep:
+                kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_MH2, transpose=True)
+            hidden_MH = rows_MD.new_empty(sum(sizes), down.shape[2])  # its gradient first
+            kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_MH, transpose=False)
+            grad_weight_M[rows] = kernels.swiglu_backward(part_MH2, hidden_MH, route.weight_M[rows])
+            kernels.segment_mm(part_MH2, weights[0], sizes, back_MD[rows], transpose=False)
+            pairs = ((part_MH2, rows_MD[rows], totals[0]), (grad_MD[rows], hidden_MH, totals[1]))
+            outer = partial(_outer, pairs, sizes, add=not keep)
+            later.append(outer) if keep else outer()
+        torch.autograd.graph.increment_version(gate_up_MH2)  # a second backward has to fail
+        trip.grad_weights = route.start_return(grad_weight_M)
+        trip.sums = route.start_gather(back_MD, None)
+        del back_MD
+        for outer in later[1:]:
+            outer()
+        returning = trip.send_home(packed_GW)
+        for outer in later[:1]:
+            outer()
+        if returning is not None:
+            guests.add_returned(grads, returning[1].wait(), trip.first, returning[0])
+        return None, *grads, None
+
+
+def _outer(pairs: tuple, sizes: list[int], add: bool) -> None:
+    for left_MA, right_MB, totals in pairs:
+        kernels.segment_outer(left_MA, right_MB, sizes, totals, add)

@@ -1,78 +1,112 @@
-"""Guests: expert weights lent to another rank for a while, and their gradients on the way home.
+"""Guests: copies of experts on other ranks than their home, and the way home of their gradients.
 
-Lending runs on a communicator of its own and starts before the rows leave, so that both travel together. Every
-rank of the group enters it whenever the plan lends anything, in forward and in backward.
+Lending runs on a communicator of its own, so that weights travel while rows do. Weights do not change between the
+micro-steps of an optimizer step: within a limit a guest stays until the last backward of the step, its gradient
+adding up here in fp32. Beyond the limit its weights go after the forward and are lent again in the backward, and its
+gradient goes home at once. What every rank lends and keeps follows from the plans alone, so all ranks agree.
 
-S home experts here, G guests here, L copies lent from here.
+E experts, R ranks, G guests here, L copies lent from here, W parameters of an expert.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moetrain.comm import Pending, start_all_to_all
 from moetrain.mesh import Expert
-from moetrain.moe.plan import Plan
+from moetrain.moe.plan import Ints, Plan
+
+Copy = tuple[int, int, int]  # (expert, home rank, guest rank)
 
 
 @dataclass(frozen=True)
 class Loan:
-    """Who lends what to whom, as one rank sees it."""
+    """Copies under way between homes and guests, as one rank sees them."""
 
-    lent_L: list[int]  # home slots of the copies that leave, by borrower, then expert
+    lent_L: list[int]  # experts whose copies leave, by guest rank, then expert
+    borrowed_G: list[int]  # experts that come, by home rank, then expert
     send: list[int]  # [R] copies
     receive: list[int]  # [R]
 
     @classmethod
-    def of(cls, plan: Plan, rank: int) -> "Loan":
-        own = {expert: slot for slot, expert in enumerate(plan.slots(rank))}
-        out = sorted((guest, expert) for expert, home, guest in plan.guests() if home == rank)
-        send, receive = [0] * plan.num_ranks, [0] * plan.num_ranks
-        for _, home, guest in plan.guests():
-            send[guest] += home == rank
-            receive[home] += guest == rank
-        return cls([own[expert] for _, expert in out], send, receive)
+    def of(cls, copies: Sequence[Copy], ep: Expert) -> "Loan":
+        lent = sorted((guest, expert) for expert, home, guest in copies if home == ep.rank)
+        borrowed = sorted((home, expert) for expert, home, guest in copies if guest == ep.rank)
+        count = lambda pairs: np.bincount([rank for rank, _ in pairs], minlength=ep.size).tolist()  # noqa: E731
+        return cls([e for _, e in lent], [e for _, e in borrowed], count(lent), count(borrowed))
 
 
-def start(weights: tuple[Tensor, ...], loan: Loan, ep: Expert) -> Pending:
-    """Send the lent experts' weights; each expert's matrices travel as one row."""
-    return start_all_to_all(_pack([w.detach()[loan.lent_L] for w in weights]), loan.send, loan.receive, ep.lend)
+@dataclass
+class Store:
+    """The guests of one layer that stay, here and, by number, on all ranks of the group."""
+
+    slots: int  # guests that a rank keeps at most
+    keeps_RE: Ints
+    has_RE: Ints  # those whose weights have come
+    weights: dict[int, Tensor] = field(default_factory=dict)  # expert -> [W]
+    grads: dict[int, Tensor] = field(default_factory=dict)  # expert -> [W] fp32, the sum so far
+    grown: bool = False  # gradients of earlier micro-steps wait here or on another rank
+    last: bool = True  # the next backward is the last of this optimizer step
+
+    @classmethod
+    def empty(cls, slots: int, num_ranks: int, num_experts: int) -> "Store":
+        return cls(slots, *(np.zeros((num_ranks, num_experts), np.int64) for _ in range(2)))
+
+    def admit(self, plan: Plan) -> None:
+        """Keep the guests of `plan`, as far as there is room."""
+        for expert, _, guest in plan.guests():
+            if not self.keeps_RE[guest, expert] and self.keeps_RE[guest].sum() < self.slots:
+                self.keeps_RE[guest, expert] = 1
+
+    def missing(self, plan: Plan) -> list[Copy]:
+        """Guests of `plan` whose weights have to come."""
+        return [copy for copy in plan.guests() if not self.has_RE[copy[2], copy[0]]]
+
+    def leaving(self, plan: Plan, home: Ints) -> list[Copy]:
+        """Guests whose gradients go home with this backward: those that do not stay, and at the last one all."""
+        copies = {copy for copy in plan.guests() if self.last or not self.has_RE[copy[2], copy[0]]}
+        if self.last:
+            copies |= {(e, int(home[e]), r) for r, e in np.argwhere(self.has_RE).tolist()}
+        return sorted(copies)
+
+    def close(self) -> None:
+        """A backward is over; after the last one of the optimizer step nobody stays."""
+        self.grown = not self.last
+        if not self.last:
+            return
+        self.keeps_RE[:] = 0
+        self.has_RE[:] = 0
+        self.weights.clear()
+        self.grads.clear()
 
 
-def finish(weights: tuple[Tensor, ...], pending: Pending, loan: Loan, ep: Expert) -> tuple[Tensor, ...]:
-    """The weights of all slots here: the home experts' and, behind them, the guests'. Each [S + G, ...]."""
-    return _Lend.apply(pending, loan, ep, *weights)
+def start_lending(weights: Sequence[Tensor], first: int, loan: Loan, ep: Expert) -> Pending:
+    """Send the lent experts; `first`: the expert in slot 0 of `weights`. What comes is [G, W]."""
+    size = sum(w[0].numel() for w in weights)
+    packed_LW = weights[0].new_empty(len(loan.lent_L), size)
+    for row_W, expert in zip(packed_LW, loan.lent_L, strict=True):
+        torch.cat([w.detach()[expert - first].flatten() for w in weights], out=row_W)
+    return start_all_to_all(packed_LW, loan.send, loan.receive, ep.lend)
 
 
-class _Lend(torch.autograd.Function):
-    """Gradient: each guest's goes to its home in fp32 and is added there, copy by copy in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, pending: Pending, loan: Loan, ep: Expert, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.loan, ctx.ep = loan, ep
-        guests = _unpack(pending.wait(), weights)
-        return tuple(torch.cat([w, g]) for w, g in zip(weights, guests, strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        loan: Loan = ctx.loan
-        num_home = grads[0].shape[0] - sum(loan.receive)
-        away = _pack([g[num_home:].float() for g in grads])
-        returned = start_all_to_all(away, loan.receive, loan.send, ctx.ep.lend)
-        home = [g[:num_home].to(torch.float32, copy=True) for g in grads]
-        back = _unpack(returned.wait(), home)
-        for copy, slot in enumerate(loan.lent_L):
-            for total, part in zip(home, back, strict=True):
-                total[slot] += part[copy]
-        return None, None, None, *(h.to(g.dtype) for h, g in zip(home, grads, strict=True))
+def start_returning(grads_GW: Tensor, loan: Loan, ep: Expert) -> Pending:
+    """Send the guests' gradients home. What comes is [L, W], by guest rank, then expert."""
+    return start_all_to_all(grads_GW, loan.receive, loan.send, ep.lend)
 
 
-def _pack(weights: list[Tensor]) -> Tensor:
-    return torch.cat([w.flatten(1) for w in weights], dim=1)
+def add_returned(grads: Sequence[Tensor], returned_LW: Tensor, first: int, loan: Loan) -> None:
+    """Add what came home to the experts' own gradients: in fp32, copy by copy in the order of the guests' ranks."""
+    for expert in sorted(set(loan.lent_L)):
+        copies = [split(returned_LW[at], grads) for at, lent in enumerate(loan.lent_L) if lent == expert]
+        for grad, *parts in zip(grads, *copies, strict=True):
+            total = grad[expert - first]
+            total.copy_(sum(parts[1:], parts[0].float()).add_(total))
 
 
-def _unpack(rows: Tensor, like: Any) -> list[Tensor]:
-    parts = rows.split([w[0].numel() for w in like], dim=1)
-    return [part.reshape(-1, *w.shape[1:]) for part, w in zip(parts, like, strict=True)]
+def split(packed_W: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices of one packed expert, as views; `like`: [S, ...] each."""
+    parts = packed_W.split([w[0].numel() for w in like])
+    return [part.view(w.shape[1:]) for part, w in zip(parts, like, strict=True)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moetrain import config
 from moetrain.comm import all_gather
 from moetrain.moe.clock import Clock
+from moetrain.moe.cost import Costs, Limits, State
 from moetrain.moe.experts import Experts
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import PLANNERS
@@ -31,7 +32,7 @@ class Decision:
 
     choice: Choice
     plan: Plan
-    most_per_token: int  # over the tokens here; known on the host
+    most_per_token: int  # selections of any token on any rank of the expert group
     counts_E: Tensor  # int64: selections made here
     clock: Clock
 
@@ -66,6 +67,7 @@ class MoE(nn.Module):
         self.experts = Experts(model.dim, model.expert_hidden, model.num_experts)
         self.shared = shared
         self.planner: Planner = partial(PLANNERS[planner.name], **planner.options)
+        self.costs: Costs | None = None  # of this machine; None: those of the reference machine
 
     def forward(self, x_TD: Tensor, carry: Any = None) -> tuple[Tensor, LayerStats, Any]:
         """[T, D] -> [T, D], the layer's statistics, and the router's carry for the next layer."""
@@ -76,9 +78,9 @@ class MoE(nn.Module):
     def route(self, x_TD: Tensor, carry: Any) -> tuple[Scores, Any]:
         return self.router.score(x_TD, carry)
 
-    @torch.no_grad()
     def decide(self, scores: Scores) -> Decision:
         """Choose experts, count, plan. The layer's one host sync: the counts of all ranks of the expert group."""
+        scores = Scores(*(x.detach() for x in scores))
         clock = Clock(scores.logits_TE.device)
         num_tokens, num_experts = scores.logits_TE.shape
         with clock.phase("route"):
@@ -90,10 +92,13 @@ class MoE(nn.Module):
             gathered = all_gather(torch.cat([counts_E, per_token[None]]), ep.rows).cpu().numpy()
         with clock.phase("plan"):
             counts_RE: Ints = gathered[:, :-1]
-            plan = self.planner(counts_RE, self.experts.home, None)
-        return Decision(choice, plan, int(gathered[ep.rank, -1]), counts_E, clock)
+            store, home = self.experts.store, self.experts.home
+            limits = Limits(rows=self.experts.max_rows)
+            plan = self.planner(counts_RE, home, self.costs, limits, State(resident=store.keeps_RE))
+            if torch.is_grad_enabled():
+                store.admit(plan)
+        return Decision(choice, plan, int(gathered[:, -1].max()), counts_E, clock)
 
     def compute(self, x_TD: Tensor, scores: Scores, decision: Decision) -> Tensor:
         routing = self.router.weigh(scores, decision.choice)
-        y_TD = self.experts(x_TD, routing, decision.plan, decision.most_per_token, decision.clock)
-        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
+        return self.experts(x_TD, routing, decision.plan, decision.most_per_token, decision.clock, self.shared)

@@ -1,0 +1,130 @@
+"""The arithmetic around the grouped GEMMs, in plain torch: what every device can do.
+
+All sums run in fp32 and in a fixed order. `kernels_cpu` has the same for the CPU in fewer passes over memory.
+
+M rows, D width, H expert hidden width, S slots, B bags.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetrain.moe import kernels_cpu
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Which rows belong to which of B bags: `row_M[begin_B[b] : begin_B[b + 1]]`, in their order."""
+
+    row_M: Tensor
+    begin_B: Tensor  # [B + 1]
+    most: int  # no bag has more rows
+
+    @classmethod
+    def of(cls, bag_M: Tensor, num_bags: int, most: int) -> "Bags":
+        begin_B = torch.zeros(num_bags + 1, dtype=torch.int64, device=bag_M.device)
+        torch.cumsum(torch.bincount(bag_M, minlength=num_bags), 0, out=begin_B[1:])
+        return cls(stable_argsort(bag_M), begin_B, most)
+
+
+def stable_argsort(key_M: Tensor) -> Tensor:
+    return key_M.argsort(stable=True)
+
+
+def positions(mask: Tensor, count: int) -> Tensor:
+    """Where a mask is true, when it is known how often: no host sync."""
+    return torch.nonzero_static(mask, size=count).view(-1)
+
+
+def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, bags: Bags, dtype: torch.dtype) -> Tensor:
+    """[B, D]: the sum of each bag's rows, weighted, one after another in fp32."""
+    if kernels_cpu.fits(rows_MD) and dtype == rows_MD.dtype:
+        return kernels_cpu.sum_rows(rows_MD, weight_M, bags.row_M, bags.begin_B, None)
+    total = rows_MD.new_zeros(len(bags.begin_B) - 1, rows_MD.shape[1], dtype=torch.float32)
+    return _accumulate(total, rows_MD, weight_M, bags).to(dtype)
+
+
+def add_rows(own_BD: Tensor, rows_MD: Tensor, bags: Bags) -> Tensor:
+    """[B, D]: each bag's own row plus the sum of its rows."""
+    if kernels_cpu.fits(rows_MD, own_BD):
+        return kernels_cpu.sum_rows(rows_MD, None, bags.row_M, bags.begin_B, own_BD)
+    return _accumulate(own_BD.float().clone(), rows_MD, None, bags).to(own_BD.dtype)
+
+
+def _accumulate(total_BD: Tensor, rows_MD: Tensor, weight_M: Tensor | None, bags: Bags) -> Tensor:
+    """Adds the first rows of all bags, then the second ones, and so on."""
+    last = len(rows_MD) - 1
+    size_B = bags.begin_B.diff()
+    for place in range(bags.most if last >= 0 else 0):
+        row_B = bags.row_M[(bags.begin_B[:-1] + place).clamp(max=last)]
+        scale_B = (size_B > place).float()
+        if weight_M is not None:
+            scale_B *= weight_M[row_B]
+        total_BD.addcmul_(rows_MD.index_select(0, row_B).float(), scale_B[:, None])
+    return total_BD
+
+
+def segment_mm(rows_MA: Tensor, weights: Sequence[Tensor], sizes: list[int], out_MB: Tensor, transpose: bool) -> None:
+    """out = rows @ weight of the row's segment (or its transpose). weights: [S] matrices."""
+    if rows_MA.device.type == "cpu":
+        begin = 0
+        for weight, size in zip(weights, sizes, strict=True):
+            end = begin + size
+            torch.mm(rows_MA[begin:end], weight.t() if transpose else weight, out=out_MB[begin:end])
+            begin = end
+    elif len(rows_MA):
+        stacked = weights if isinstance(weights, Tensor) else torch.stack(list(weights))
+        out_MB.copy_(F.grouped_mm(rows_MA, stacked.mT if transpose else stacked, offs=_ends(sizes, rows_MA.device)))
+
+
+def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Sequence[Tensor], add: bool) -> None:
+    """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients."""
+    if left_MA.device.type == "cpu":
+        begin = 0
+        for out_AB, size in zip(out_SAB, sizes, strict=True):
+            end = begin + size
+            if add:
+                out_AB.addmm_(left_MA[begin:end].t(), right_MB[begin:end])
+            else:
+                torch.mm(left_MA[begin:end].t(), right_MB[begin:end], out=out_AB)
+            begin = end
+    elif len(out_SAB):
+        found_SAB = F.grouped_mm(left_MA.t(), right_MB, offs=_ends(sizes, left_MA.device))
+        put = torch._foreach_add_ if add else torch._foreach_copy_
+        put(list(out_SAB), list(found_SAB))
+
+
+def _ends(sizes: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(sizes).cumsum(0).to(torch.int32).to(device, non_blocking=True)
+
+
+def swiglu(gate_up_MH2: Tensor) -> Tensor:
+    """[M, 2H] -> [M, H]: silu(gate) * up."""
+    if kernels_cpu.fits(gate_up_MH2):
+        return kernels_cpu.swiglu(gate_up_MH2)
+    gate_MH, up_MH = gate_up_MH2.chunk(2, dim=1)
+    return F.silu(gate_MH).mul_(up_MH)
+
+
+def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> Tensor:
+    """Backward of rows that are weighted later. In place: gate_up becomes its gradient, `grad_MH` the weighted hidden.
+
+    With h = silu(gate) · up and `grad_MH` the gradient of h for weight one: returns [M] fp32 Σ grad · h, the
+    gradient of the weights; writes weight · h to `grad_MH`.
+    """
+    if kernels_cpu.fits(gate_up_MH2, grad_MH):
+        return kernels_cpu.swiglu_backward(gate_up_MH2, grad_MH, weight_M)
+    gate_MH, up_MH = gate_up_MH2.chunk(2, dim=1)
+    weight_M1 = weight_M[:, None].to(grad_MH.dtype)
+    silu_MH = F.silu(gate_MH)
+    hidden_MH = silu_MH * up_MH
+    grad_weight_M = torch.linalg.vecdot(grad_MH.float(), hidden_MH.float())
+    weighted_MH = grad_MH * weight_M1
+    grad_gate_MH = torch.ops.aten.silu_backward(weighted_MH * up_MH, gate_MH)
+    gate_up_MH2[:, gate_MH.shape[1] :] = weighted_MH.mul_(silu_MH)
+    gate_up_MH2[:, : gate_MH.shape[1]] = grad_gate_MH
+    torch.mul(hidden_MH, weight_M1, out=grad_MH)
+    return grad_weight_M

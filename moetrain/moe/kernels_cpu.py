@@ -1,0 +1,165 @@
+"""The sums and the SwiGLU of `kernels`, for the CPU: one pass over memory, compiled by numba; fp32 and bf16.
+
+bf16 comes as its bits (uint16), is widened to fp32 and rounded back. Work is split over torch's threads by rows, so
+results do not depend on their number.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[Any]
+_compiled = partial(njit, cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})
+
+
+def _wide(x: Any) -> Any:
+    """An element as fp32."""
+
+
+def _narrow(x: Any, like: Any) -> Any:
+    """fp32 as an element: bf16 rounded to the nearest even, not-a-number staying one."""
+
+
+@overload(_wide, inline="always")
+def _(x):  # type: ignore[no-untyped-def]
+    if x == types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+@overload(_narrow)
+def _(x, like):  # type: ignore[no-untyped-def]
+    if like != types.uint16:
+        return lambda x, like: x
+
+    def narrow(x, like):  # type: ignore[no-untyped-def]
+        bits = np.float32(x).view(np.uint32)
+        odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+        rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
+        return np.uint16(np.uint32(rounded >> np.uint32(16))) if x == x else np.uint16(0x7FC0)
+
+    return narrow
+
+
+@_compiled()
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + 2^(-x log2 e)): the whole part of the exponent as bits, the rest as a polynomial (error 2e-7)."""
+    t = min(max(x * np.float32(-1.4426950408889634), np.float32(-126.0)), np.float32(126.0))
+    whole = np.int32(np.int32(t + np.float32(126.5)) - np.int32(126))  # t + 126.5 is positive: to the nearest
+    f = t - np.float32(whole)
+    p = np.float32(1.5403530393381609e-4)
+    p = p * f + np.float32(1.3333558146428443e-3)
+    p = p * f + np.float32(9.6181291076284770e-3)
+    p = p * f + np.float32(5.5504108664821580e-2)
+    p = p * f + np.float32(2.4022650695910072e-1)
+    p = p * f + np.float32(6.9314718055994530e-1)
+    p = p * f + np.float32(1.0)
+    power = np.uint32(np.uint32(np.int32(whole + np.int32(127))) << np.uint32(23)).view(np.float32)
+    return np.float32(1.0) / (np.float32(1.0) + p * power)
+
+
+@_compiled()
+def _swiglu(begin, end, gate_up, out):  # type: ignore[no-untyped-def]
+    width = out.shape[1]
+    for m in range(begin, end):
+        for j in range(width):
+            gate, up = _wide(gate_up[m, j]), _wide(gate_up[m, width + j])
+            out[m, j] = _narrow(gate * _sigmoid(gate) * up, out[m, j])
+
+
+@_compiled()
+def _swiglu_backward(begin, end, gate_up, grad, weight, grad_weight):  # type: ignore[no-untyped-def]
+    width = grad.shape[1]
+    for m in range(begin, end):
+        w, total = weight[m], np.float32(0.0)
+        for j in range(width):
+            gate, up, g = _wide(gate_up[m, j]), _wide(gate_up[m, width + j]), _wide(grad[m, j])
+            sigmoid = _sigmoid(gate)
+            silu = gate * sigmoid
+            hidden = silu * up
+            total += g * hidden
+            slope = sigmoid + silu * (np.float32(1.0) - sigmoid)
+            gate_up[m, j] = _narrow(w * g * up * slope, gate_up[m, j])
+            gate_up[m, width + j] = _narrow(w * g * silu, gate_up[m, j])
+            grad[m, j] = _narrow(w * hidden, grad[m, j])
+        grad_weight[m] = total
+
+
+@_compiled()
+def _sum_rows(begin, end, rows, weight, row_of, begin_of, own, out):  # type: ignore[no-untyped-def]
+    """weight [M], or [0] for none; own [B, D], or [0, D] for none."""
+    width = rows.shape[1]
+    total = np.empty(width, np.float32)
+    for b in range(begin, end):
+        first, last = begin_of[b], begin_of[b + 1]
+        if len(own):
+            for j in range(width):
+                total[j] = _wide(own[b, j])
+        else:
+            total[:] = np.float32(0.0)
+        for at in range(first, last):
+            row = row_of[at]
+            w = weight[row] if len(weight) else np.float32(1.0)
+            for j in range(width):
+                total[j] += w * _wide(rows[row, j])
+        for j in range(width):
+            out[b, j] = _narrow(total[j], out[b, j])
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether these kernels take them: on the CPU, all bf16 or all fp32, rows one after another."""
+    return all(t.device.type == "cpu" and t.dtype == tensors[0].dtype and t.is_contiguous() for t in tensors) and (
+        tensors[0].dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def swiglu(gate_up_MH2: Tensor) -> Tensor:
+    """[M, 2H] -> [M, H]."""
+    out = gate_up_MH2.new_empty(len(gate_up_MH2), gate_up_MH2.shape[1] // 2)
+    _by_rows(len(out), _swiglu, _array(gate_up_MH2), _array(out))
+    return out
+
+
+def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> Tensor:
+    """As `kernels.swiglu_backward`, in place."""
+    out = torch.empty_like(weight_M)
+    arrays = _array(gate_up_MH2), _array(grad_MH), _array(weight_M), _array(out)
+    _by_rows(len(out), _swiglu_backward, *arrays)
+    return out
+
+
+def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, row_M: Tensor, begin_B: Tensor, own_BD: Tensor | None) -> Tensor:
+    """[B, D]: own row, if any, and the bag's rows, weighted, in order."""
+    out = rows_MD.new_empty(len(begin_B) - 1, rows_MD.shape[1])
+    weight = torch.empty(0) if weight_M is None else weight_M
+    own = rows_MD.new_empty(0, rows_MD.shape[1]) if own_BD is None else own_BD
+    arrays = [_array(t) for t in (rows_MD, weight, row_M, begin_B, own, out)]
+    _by_rows(len(out), _sum_rows, *arrays)
+    return out
+
+
+def _array(tensor: Tensor) -> Array:
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _by_rows(count: int, kernel: Callable[..., None], *arguments: Any) -> None:
+    threads = torch.get_num_threads()
+    if threads == 1 or count < 64 * threads:
+        kernel(0, count, *arguments)
+        return
+    cuts = [count * i // threads for i in range(threads + 1)]
+    list(_pool(threads).map(lambda i: kernel(cuts[i], cuts[i + 1], *arguments), range(threads)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "moetrain-kernels")
