@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON only, so that loading one can run no code.
 
-`checkpoints/step_N/` holds safetensors files, written by `torch.distributed.checkpoint`, every rank its shards, and
-`manifest.json`. One entry per parameter in its global shape, experts one by one under their global number, and the
-two moments of the optimizer beside each: `model/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`. The folder appears whole or
-not at all.
+`checkpoints/step_N/` holds safetensors files, written by `torch.distributed.checkpoint`, every rank its shards; the
+planner's `costs.json`; and `manifest.json`. One entry per parameter in its global shape, experts one by one under
+their global number, and the two moments of the optimizer beside each: `model/NAME`, `exp_avg/NAME`,
+`exp_avg_sq/NAME`. The folder appears whole or not at all.
 """
 
 import json
@@ -29,6 +29,7 @@ from moetrain.comm import barrier
 from moetrain.config import Config, ConfigError
 from moetrain.mesh import Mesh
 from moetrain.moe.experts import Experts
+from moetrain.profile import COSTS
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -131,6 +132,7 @@ def save(folder: Path, step: int, samples: int, config: Config, mesh: Mesh, mode
             "ep": mesh.ep.size,
             "config": config.model_dump(mode="json"),
         }
+        shutil.copy(folder / COSTS, unfinished / COSTS)
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         _remove(path)
         os.rename(unfinished, path)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from moetrain import __version__, config, runs
+from moetrain.bench import options as layer_options
 from moetrain.config import Config, ConfigError
 from moetrain.observe.console import console, say_bad_input
 
@@ -34,6 +35,16 @@ examples:
   moetrain data                                             the text of this Python installation
   moetrain data data=folder data.path=books                 text files (folders are domains) or JSONL
 """
+BENCH = """Measure a part by itself.
+
+examples:
+  moetrain bench plan                                       planning time and plan quality, every planner, many loads
+  moetrain bench plan --json                                the same as one JSON list
+  moetrain bench layer --quick                              speed and memory of one layer, every routing and planner
+  moetrain bench layer --help                               the whole grid, published shapes, many virtual ranks
+"""
+PLAN = "Planning time and plan quality, every planner, many loads."
+VERBS = {"train": TRAIN, "eval": EVAL, "generate": GENERATE, "data": DATA, "bench": BENCH}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moetrain", description="Expert-parallel training of MoE language models.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, text in (("train", TRAIN), ("eval", EVAL), ("generate", GENERATE), ("data", DATA)):
+    for name, text in VERBS.items():
         verb = verbs.add_parser(
             name,
             help=text.splitlines()[0],
@@ -50,13 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if name in ("eval", "generate"):
             verb.add_argument("run", nargs="?", help="a run's folder or name; the newest run if left out")
+        if name == "bench":
+            _benchmarks(verb)
+            continue
         verb.add_argument("overrides", nargs="*", metavar="field=value", help="overrides of the configuration")
         verb.add_argument("--json", action="store_true", help="machine-readable output")
         if name in ("train", "data"):
             verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(given)
-    if unknown := [word for word in more if "=" not in word or word.startswith("-")]:
+    takes_overrides = options.verb != "bench"
+    if unknown := [word for word in more if not takes_overrides or "=" not in word or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += more
     options.given = given
@@ -65,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides.insert(0, options.run)
         options.run = None
     try:
-        return {"train": _train, "eval": _eval, "generate": _generate, "data": _data}[options.verb](options)
+        functions = {"train": _train, "eval": _eval, "generate": _generate, "data": _data, "bench": _bench}
+        return functions[options.verb](options)
     except ConfigError as error:
         return say_bad_input(error)
 
@@ -97,6 +113,37 @@ def _data(options: argparse.Namespace) -> int:
     for split, facts in manifest["splits"].items():
         shares = ", ".join(f"{name} {count:,}" for name, count in facts["tokens_per_domain"].items())
         console.print(f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens ({shares})")
+    return 0
+
+
+def _benchmarks(verb: argparse.ArgumentParser) -> None:
+    """The options of `bench WHAT`: no configuration, hence no overrides."""
+    verb.set_defaults(overrides=[])
+    what = verb.add_subparsers(dest="what", required=True, metavar="WHAT")
+    plan = what.add_parser("plan", help=PLAN, description=PLAN)
+    plan.add_argument("--json", action="store_true", help="machine-readable output")
+    layer_options.add_to(
+        what.add_parser(
+            "layer",
+            help=layer_options.LAYER.splitlines()[0],
+            description=layer_options.LAYER,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.what == "layer":
+        from moetrain.bench import layer
+
+        return layer.run(options)
+    from moetrain.bench import plan
+
+    records = plan.records()
+    if options.json:
+        print(json.dumps(records))
+    else:
+        plan.show(records)
     return 0
 
 

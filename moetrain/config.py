@@ -157,6 +157,7 @@ class Planner(Section):
     alpha: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     min_rows: NonNegative | None = None
     threshold: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    replicas: Positive | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -166,6 +167,8 @@ class Planner(Section):
 class Engine(Section):
     name: Literal["native"]
     reshard_after_forward: bool
+    guest_memory_mib: NonNegative
+    max_rows: Positive | None
 
 
 class Config(Section):
@@ -187,6 +190,10 @@ class Config(Section):
     def micro_batch(self, world: int) -> int:
         """Sequences per rank and micro-step."""
         return self.train.micro_batch or max(1, self.train.global_batch // world)
+
+    def micro_steps(self, world: int) -> int:
+        """Micro-steps of an optimizer step."""
+        return self.train.global_batch // (self.micro_batch(world) * world)
 
     def layout(self, world: int) -> Parallel:
         """`parallel` with `ep` and `dp_shard` filled in; raises `ConfigError` where it does not fit `world` ranks."""
@@ -356,6 +363,8 @@ def _fields(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def _nearest(field: str) -> str:
+    if field in _fields():
+        return f" in this {field.partition('.')[0]} preset"
     close = difflib.get_close_matches(field, _fields(), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from moetrain import checkpoint, runs, train
+from moetrain import checkpoint, profile, runs, train
 from moetrain.comm import broadcast_text
 from moetrain.config import Config
 from moetrain.data.loader import Corpus
@@ -61,4 +61,5 @@ def _restore(config: Config, mesh: Mesh) -> tuple[nn.Module, Corpus, Path]:
     saved = Path(broadcast_text(str(newest or ""), mesh.device))
     engine = NativeEngine(train.build(config), mesh, config)
     checkpoint.load(saved, engine.model)
+    engine.plan_with(profile.of_checkpoint(saved))
     return engine.model, corpus, saved

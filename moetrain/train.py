@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moetrain import checkpoint, runs
+from moetrain import checkpoint, profile, runs
 from moetrain.comm import barrier, broadcast_text
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
@@ -49,9 +49,10 @@ def train(config: Config, mesh: Mesh) -> Path:
     if saved is not None:
         checkpoint.load(saved, engine.model, engine.optimizer)
         voice.say(f"resumed from {saved}, {first} steps done")
+    engine.plan_with(profile.obtain(mesh, config.model.dim, config.model.expert_hidden, engine.dtype, folder, saved))
     tracker = Tracker([*sinks(config, folder, first)] if mesh.is_main else [])
     trace = LoadTrace(folder / "load_trace", config.track.trace_every if mesh.is_main else 0, first)
-    peak = matmul_rate(mesh.device, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+    peak = matmul_rate(mesh.device, engine.dtype)
 
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     for step in range(first, config.train.steps):

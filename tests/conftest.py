@@ -1,6 +1,7 @@
 """Fixtures: the pool of ranks, a small corpus, small configs."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def pool() -> Iterator[Pool]:
 def _calm() -> None:
     torch.set_num_threads(1)
     os.environ["WANDB_MODE"] = "offline"
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moetrain-cache-")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def overrides(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list
     folder = tmp_path_factory.mktemp("runs")
     shape = ["model=tiny", "train.seq_len=32", "train.global_batch=8", *data, *SMALL, "router.skew=4"]
     shape += ["eval.tokens_per_domain=256", "generate.tokens=4", f"run.dir={folder}", "run.name=first"]
-    return [*shape, "planner.min_rows=1"]
+    return [*shape, "planner=llep", "planner.min_rows=1"]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ CASES = {
     "tiny": ["model=tiny"],
     "olmoe_1b7b": ["model=olmoe_1b7b"],
     "home": ["planner=home"],
+    "makespan": ["planner=makespan"],
+    "eplb": ["planner=eplb"],
     "folder": ["data=folder", "data.path=tests"],
 }
 
@@ -69,10 +71,13 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["optim.min_lr=1"], "optim.min_lr=1.0: must be at most optim.lr=0.005"),
         (["router.top_k=9"], "router.top_k=9: must be at most model.num_experts=8"),
         (["router.name=nope"], "router.name=nope: must be 'topk'"),
-        (["planner=best"], "planner=best: must be one of home, llep"),
-        (["planner.name=best"], "planner.name=best: known planners are home, llep"),
+        (["planner=best"], "planner=best: must be one of eplb, home, llep, makespan"),
+        (["planner.name=best"], "planner.name=best: known planners are home, llep, makespan, eplb"),
         (["planner=home", "+planner.alpha=1.5"], "planner.alpha=1.5: the planner home has no such option"),
-        (["planner.alpha=0.5"], "planner.alpha=0.5: must be greater than or equal to 1"),
+        (["planner.alpha=1.5"], "planner.alpha: no such field in this planner preset"),
+        (["engine.max_rows=0"], "engine.max_rows=0: must be greater than 0"),
+        (["engine.guest_memory_mib=-1"], "engine.guest_memory_mib=-1: must be greater than or equal to 0"),
+        (["planner=llep", "planner.alpha=0.5"], "planner.alpha=0.5: must be greater than or equal to 1"),
         (
             ["parallel.nproc=16", "parallel.ep=16"],
             "parallel.ep=16: needs at least as many experts, model.num_experts=8",

@@ -242,7 +242,7 @@ def whole_layer(mesh: Mesh, router_options: list[str]) -> None:
     from moetrain import config
     from moetrain.moe.layer import MoE
 
-    settings = config.load(["model=tiny", "planner.min_rows=1", *router_options])
+    settings = config.load(["model=tiny", "planner=llep", "planner.min_rows=1", *router_options])
     layer = MoE(settings.model, settings.router, settings.planner, None)
     with torch.no_grad():
         for parameter in layer.parameters():

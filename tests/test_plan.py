@@ -1,12 +1,18 @@
 """Plans and planners: the paper's worked examples, and what holds for every input."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetrain import cli
+from moetrain.bench import plan as bench
+from moetrain.moe.cost import Limits, State
 from moetrain.moe.plan import imbalance
 from moetrain.moe.planners import PLANNERS, default_home, planner_options
+from moetrain.moe.planners.eplb import place
 
 OPTIONS = {"llep": {"min_rows": 4, "threshold": 1.0}}
 
@@ -120,6 +126,53 @@ def test_no_rows_at_all(name: str) -> None:
     assert not plan.guests()
 
 
+def test_eplb_copies_what_was_hot() -> None:
+    """Two ranks, two experts each, a slot each; past loads 60, 10, 20, 10. Expert 0 is copied first; 30 per copy would
+    still be the most, but every rank has it: so expert 2."""
+    counts, home = np.array([[5, 1, 0, 0], [6, 0, 3, 2]]), default_home(4, 2)
+    state = State(past=np.array([60.0, 10.0, 20.0, 10.0]))
+    plan = PLANNERS["eplb"](counts, home, None, None, state)
+    assert plan.guests() == [(0, 0, 1), (2, 1, 0)]
+    assert chunks(plan, 0) == [(0, 0, 6), (1, 6, 11)]  # 11 rows, the odd one at home
+    assert chunks(plan, 2) == [(1, 0, 2), (0, 2, 3)]
+    assert plan.rows(0)[0].tolist() == [5, 0]  # local first
+    assert not PLANNERS["eplb"](counts, home, None, Limits(guests=0), state).guests()
+    assert not PLANNERS["eplb"](counts, home, None, None, State()).guests()
+
+
+@given(
+    past=st.lists(st.sampled_from([0.0, 0.5, 1.0, 7.0, 300.0]), min_size=12, max_size=12), replicas=st.integers(0, 5)
+)
+@settings(max_examples=60)
+def test_eplb_fills_slots_with_distinct_experts(past: list[float], replicas: int) -> None:
+    home = default_home(12, 4)
+    holders = place(np.array(past), home, 4, replicas)
+    assert [ranks[0] for ranks in holders] == home.tolist()
+    assert all(len(ranks) == len(set(ranks)) for ranks in holders)
+    guests = [q for ranks in holders for q in ranks[1:]]
+    assert all(guests.count(q) <= replicas for q in range(4))
+    assert all(len(ranks) == 1 for ranks, load in zip(holders, past, strict=True) if load == 0)
+
+
+def test_bench_plan_measures_every_planner(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench, "SIZES", ((2, 8),))
+    assert cli.main(["bench", "plan", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert {r["planner"] for r in records} == set(PLANNERS)
+    assert len({r["scenario"] for r in records}) == len(records) / len(PLANNERS) >= 15
+    for r in records:
+        assert r["plan_us"] > 0
+        assert r["imbalance"] >= 1
+        assert r["ratio_to_best"] >= 1
+    assert cli.main(["bench", "plan"]) == 0
+    assert "one hot expert a rank" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "plan", "train.steps=3"])
+    assert stop.value.code == 2
+
+
 def test_options_are_the_keyword_arguments() -> None:
     assert planner_options("home") == []
     assert planner_options("llep") == ["alpha", "min_rows", "threshold"]
+    assert planner_options("makespan") == []
+    assert planner_options("eplb") == ["replicas"]

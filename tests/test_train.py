@@ -27,24 +27,22 @@ def rows_of(folder: str | Path) -> list[dict[str, Any]]:
 LAYOUTS = [
     (1, 1, 1, "home", "none"),
     (2, 1, 1, "home", "none"),
-    (2, 2, 1, "home", "none"),
+    (2, 2, 1, "home", "none", "engine.max_rows=20"),
     (2, 2, 1, "llep", "full"),
     (4, 2, 1, "llep", "none"),
-    (4, 4, 1, "llep", "none"),
+    (4, 4, 1, "llep", "full", "engine.guest_memory_mib=0"),
     (4, 1, 1, "home", "full"),
     (4, 2, 2, "llep", "none"),
+    (4, 4, 1, "makespan", "none"),
 ]
 
 
 def test_every_layout_follows_the_same_curve(pool, tiny) -> None:
     """Issue's tolerance: 1e-5 over the first 5 steps, 1e-3 over 40 (near-ties of the router may flip later)."""
     curves = []
-    for ranks, ep, replicate, planner, recompute in LAYOUTS:
-        more = [
-            f"run.name={ranks}-{ep}-{replicate}-{planner}-{recompute}",
-            "train.steps=40",
-            f"planner={planner}",
-        ]
+    for ranks, ep, replicate, planner, recompute, *rest in LAYOUTS:
+        name = f"run.name={ranks}-{ep}-{replicate}-{planner}-{recompute}"
+        more = [name, "train.steps=40", f"planner={planner}", *rest]
         more += [f"train.recompute={recompute}", "router.skew=0.5", "optim.warmup=10", "track.trace_every=0"]
         more += ["planner.min_rows=1"] if planner == "llep" else []
         folder = pool.run(run, ranks, [*tiny, *more], ep=ep, replicate=replicate)[0]
@@ -58,10 +56,9 @@ def test_every_layout_follows_the_same_curve(pool, tiny) -> None:
 
 
 def test_the_loss_falls_and_accumulation_is_the_same_batch(pool, tiny) -> None:
-    whole = pool.run(run, 2, [*tiny, "run.name=whole", "train.steps=30", "balance.coefficient=0"])[0]
-    parts = pool.run(
-        run, 2, [*tiny, "run.name=parts", "train.steps=30", "balance.coefficient=0", "train.micro_batch=1"]
-    )[0]
+    more = [*tiny, "train.steps=30", "balance.coefficient=0", "planner=llep", "planner.min_rows=1", "router.skew=2"]
+    whole = pool.run(run, 2, [*more, "run.name=whole"])[0]
+    parts = pool.run(run, 2, [*more, "run.name=parts", "train.micro_batch=1"])[0]
     assert losses(whole)[-1] < 0.8 * losses(whole)[0]
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
     assert losses(parts)[:5] == pytest.approx(losses(whole)[:5], rel=1e-5)
@@ -69,7 +66,7 @@ def test_the_loss_falls_and_accumulation_is_the_same_batch(pool, tiny) -> None:
 
 def test_resume_is_bit_exact(pool, tiny) -> None:
     """40 steps, against 20 and 20 more: identical losses from 21 on, bf16, two ranks, experts lent."""
-    more = [*tiny, "train.dtype=bf16", "planner.min_rows=1", "checkpoint.every=20", "eval.every=10"]
+    more = [*tiny, "train.dtype=bf16", "planner=llep", "planner.min_rows=1", "checkpoint.every=20", "eval.every=10"]
     whole = pool.run(run, 2, [*more, "run.name=whole", "train.steps=40"])[0]
     part = Path(whole).with_name("part")
     first = Path(whole) / "checkpoints" / "step_20"
@@ -86,7 +83,7 @@ def test_resume_is_bit_exact(pool, tiny) -> None:
 
 def test_a_checkpoint_loads_at_other_layouts(pool, tiny) -> None:
     """Saved at ep 2 on two ranks; the next steps at ep 1, 2 and 4 follow the uninterrupted run, moments included."""
-    more = [*tiny, "planner.min_rows=1", "checkpoint.every=10", "train.steps=15"]
+    more = [*tiny, "planner=llep", "planner.min_rows=1", "checkpoint.every=10", "train.steps=15"]
     whole = pool.run(run, 2, [*more, "run.name=whole"])[0]
     saved = Path(whole) / "checkpoints" / "step_10"
     for ranks, ep, replicate in ((1, 1, 1), (2, 1, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)):
@@ -107,7 +104,9 @@ def test_a_run_stopped_and_started_again_continues(pool, tiny) -> None:
 
 
 def test_skew_is_taken_away_by_the_planner(pool, tiny) -> None:
-    folder = pool.run(run, 2, [*tiny, "run.name=skew", "train.steps=4", "router.skew=6", "planner.min_rows=1"])[0]
+    folder = pool.run(
+        run, 2, [*tiny, "run.name=skew", "train.steps=4", "router.skew=6", "planner=llep", "planner.min_rows=1"]
+    )[0]
     for row in rows_of(folder):
         if "train/loss" in row:
             assert row["balance/imbalance_home"] > 1.8

@@ -11,6 +11,7 @@ Master weights and optimizer states are fp32; under bf16, FSDP2 casts what it ga
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ from moetrain.config import Config
 from moetrain.mesh import Mesh
 from moetrain.model.initialise import initialise
 from moetrain.model.transformer import Block, Transformer
+from moetrain.moe.cost import Costs
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoE
 
@@ -32,6 +34,7 @@ class NativeEngine:
 
     def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
         self.mesh, self.clip = mesh, config.optim.clip
+        self.dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32  # of computation
         self.model = model
         self._shard(config)
         model.to_empty(device=mesh.device)
@@ -47,7 +50,7 @@ class NativeEngine:
 
     def _shard(self, config: Config) -> None:
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if config.train.dtype == "bf16" else None,
+            param_dtype=self.dtype if self.dtype != torch.float32 else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
@@ -55,14 +58,21 @@ class NativeEngine:
         dense = {"mesh": self.mesh.dense, "mp_policy": policy, "ignored_params": set(_routers(self.model))}
         for block in self.model.layers:
             if (moe := cast(Block, block).moe) is not None:
-                moe.experts.shard(self.mesh.ep)
+                moe.experts.shard(self.mesh.ep, guest_slots(config, self.mesh.world), config.engine.max_rows)
                 _sharded(moe.experts, mesh=self.mesh.expert_data, mp_policy=policy, reshard_after_forward=reshard)
             _sharded(block, reshard_after_forward=reshard, **dense)
         _sharded(self.model, reshard_after_forward=False, **dense)
 
+    def plan_with(self, costs: Costs) -> None:
+        """What the planner decides with from now on."""
+        for moe in _moes(self.model):
+            moe.costs = replace(costs, lends=1 if moe.experts.store.slots else 2)
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `last`: of this optimizer step's micro-steps, reduce them over the ranks."""
         cast(FSDPModule, self.model).set_requires_gradient_sync(last)
+        for moe in _moes(self.model):
+            moe.experts.store.last = last
         loss.backward()
         if last:
             for parameter in self._routers:
@@ -101,8 +111,20 @@ class NativeEngine:
         return (p.grad for p in self.model.parameters() if p.grad is not None)
 
 
+def guest_slots(config: Config, world: int) -> int:
+    """Guests of a layer that may stay on a rank between forward and backward: weights, and gradients adding up."""
+    width = 2 if config.train.dtype == "bf16" else 4
+    gradient = width if config.micro_steps(world) == 1 else 4
+    guest = 3 * config.model.dim * config.model.expert_hidden * (width + gradient)
+    return (config.engine.guest_memory_mib << 20) // (guest * config.model.num_moe_layers)
+
+
+def _moes(model: Transformer) -> list[MoE]:
+    return [m for m in model.modules() if isinstance(m, MoE)]
+
+
 def _routers(model: Transformer) -> list[nn.Parameter]:
-    return [p for m in model.modules() if isinstance(m, MoE) for p in m.router.parameters()]
+    return [p for moe in _moes(model) for p in moe.router.parameters()]
 
 
 def _sharded(module: nn.Module, **options: object) -> None:

@@ -5,27 +5,106 @@ The model, with everything measured by `moetrain profile`:
 - compute: the slowest rank's rows times the seconds of a row, plus a fixed time for every expert it computes;
 - dispatch and combine: rows that cross a link, forward (x out, y back) and backward (dy out, dx back). A rank's time
   is that of its fuller direction; links inside a node and between nodes work at the same time;
-- lend: expert weights to their guests and fp32 gradients home, minus what the guests' own rows hide.
+- lend: expert weights to their guests and fp32 gradients home, minus what the guests' own rows hide. An expert with
+  many guests is relayed: its owner sends every guest another slice, and the guests exchange slices.
 
 R ranks, E experts.
 """
 
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 from moetrain.moe.plan import Floats, Ints, Plan
 
+RELAY_FROM = 3  # guests of one expert; for two, the second phase takes half of what the owner's link gains
+
 
 @njit(cache=True)
-def count(copies, owner, guest, near, free):  # type: ignore[no-untyped-def]
-    """Add one guest to copies [6, R]: lent out and in, inside a node and between; and guests, new or not."""
-    if not free:
-        copies[0 if near else 2, owner] += 1
-        copies[1 if near else 3, guest] += 1
-        copies[4, guest] += 1
-    copies[5, guest] += 1
+def count(copies, owner, guests, node):  # type: ignore[no-untyped-def]
+    """Add the loan of one expert from `owner` to the ranks `guests` [G] that do not have it yet. node [R].
+
+    copies [2 phases, 4, R], in experts: out and in, inside a node and between. Below `RELAY_FROM` guests, the owner
+    sends each of them the whole expert. From there on it sends each a slice of 1/G of its own, and then every guest
+    sends its slice to the G - 1 others: one expert out of the owner; 1/G and (G - 1)/G into each guest, (G - 1)/G out.
+    """
+    num_guests = len(guests)
+    in_node = np.zeros(len(node), np.int64)
+    for q in guests:
+        in_node[node[q]] += 1
+    relayed = num_guests >= RELAY_FROM
+    part = 1 / num_guests if relayed else 1.0
+    copies[0, 0, owner] += in_node[node[owner]] * part
+    copies[0, 2, owner] += (num_guests - in_node[node[owner]]) * part
+    for q in guests:
+        copies[0, 1 if node[q] == node[owner] else 3, q] += part
+        if relayed:
+            beside = in_node[node[q]] - 1
+            for way in range(2):
+                copies[1, way, q] += beside * part
+                copies[1, 2 + way, q] += (num_guests - 1 - beside) * part
+
+
+@njit(cache=True)
+def cross(flow, node, source, rank, rows):  # type: ignore[no-untyped-def]
+    """Add rows from `source` to `rank` to flow [4, R]: out and in, inside a node and between."""
+    if source != rank:
+        far = 0 if node[source] == node[rank] else 2
+        flow[far, source] += rows
+        flow[far + 1, rank] += rows
+
+
+@njit(cache=True)
+def travel(counts_ER, node, chunks_C3, local_first, flow):  # type: ignore[no-untyped-def]
+    """Add the rows of these chunks to flow [4, R], as `seconds` takes it.
+
+    counts_ER [E, R] rows at each source; chunks_C3 (expert, rank, rows), experts ascending. The same rows as
+    `plan.pair` gives, but only how many cross what: those left over inside a node go to other nodes, no matter which.
+    """
+    num_ranks = len(node)
+    supply, demand = np.empty(num_ranks, np.int64), np.empty(len(chunks_C3), np.int64)  # llep may visit a rank twice
+    given, wanted = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)  # in each node
+    at = 0
+    while at < len(chunks_C3):
+        e = chunks_C3[at, 0]
+        for s in range(num_ranks):
+            supply[s] = counts_ER[e, s]
+            given[node[s]] = wanted[node[s]] = 0
+        if not local_first:  # sources and chunks in their order
+            source: Any = np.int64(0)
+            while at < len(chunks_C3) and chunks_C3[at, 0] == e:
+                q, rest = chunks_C3[at, 1], chunks_C3[at, 2]
+                while rest > 0:
+                    part = min(supply[source], rest)
+                    cross(flow, node, source, q, part)
+                    supply[source] -= part
+                    rest -= part
+                    source += supply[source] == 0
+                at += 1
+            continue
+        first = at
+        while at < len(chunks_C3) and chunks_C3[at, 0] == e:
+            q = chunks_C3[at, 1]
+            own = min(supply[q], chunks_C3[at, 2])
+            supply[q] -= own
+            demand[at - first] = chunks_C3[at, 2] - own
+            wanted[node[q]] += demand[at - first]
+            at += 1
+        for s in range(num_ranks):
+            part = min(supply[s], wanted[node[s]])
+            wanted[node[s]] -= part
+            given[node[s]] += part
+            flow[0, s] += part
+            flow[2, s] += supply[s] - part
+        for c in range(at - first):
+            q = chunks_C3[first + c, 1]
+            part = min(demand[c], given[node[q]])
+            given[node[q]] -= part
+            flow[1, q] += part
+            flow[3, q] += demand[c] - part
 
 
 @njit(cache=True)
@@ -33,34 +112,39 @@ def seconds(loads, at_home, segments, flow, copies, costs):  # type: ignore[no-u
     """(dispatch, lend, compute, combine).
 
     loads, at_home, segments [R]: rows, rows of own experts, experts with rows. flow [4, R]: rows out and in, inside
-    the node and between nodes. copies [6, R] as `count` makes them.
+    the node and between nodes. copies [2, 4, R] as `count` makes them. A phase takes as long as the fullest direction
+    of the slowest rank; the second starts after the first. Gradients come home the same ways, backwards.
     """
     row, row_back, segment, segment_back, row_bytes, weight, gradient = costs[:7]
     near_wait, near_rate, far_wait, far_rate, overlap, lends = costs[7:]
-    compute = travel = lend = 0.0
-    wait = lend_wait = 0.0
-    idle = np.inf  # the least own work that a borrower can do while it waits
+    compute, idle = 0.0, np.inf  # idle: the least own work that a borrower can do while it waits
     for r in range(len(loads)):
         compute = max(compute, loads[r] * (row + row_back) + segments[r] * (segment + segment_back))
-        inside, outside = max(flow[0, r], flow[1, r]), max(flow[2, r], flow[3, r])
-        if inside:
-            wait = max(wait, near_wait)
-        if outside:
-            wait = max(wait, far_wait)
-        travel = max(travel, inside * row_bytes / near_rate, outside * row_bytes / far_rate)
-        inside, outside = max(copies[0, r], copies[1, r]), max(copies[2, r], copies[3, r])
-        if inside:
-            lend_wait = max(lend_wait, near_wait)
-        if outside:
-            lend_wait = max(lend_wait, far_wait)
-        lend = max(lend, inside / near_rate, outside / far_rate)
-        if copies[4, r]:
+        if copies[0, 1, r] or copies[0, 3, r]:
             idle = min(idle, at_home[r] * (row + row_back))
-    exposed = lend * (lends * weight + gradient) + (lends + 1) * lend_wait
-    if lend > 0:
+    wait, travel = _slowest(flow, near_wait, near_rate, far_wait, far_rate)
+    way = 2 * (wait + row_bytes * travel)  # there and back cost the same: out and in change places
+    exposed = 0.0
+    for phase in range(2):
+        wait, travel = _slowest(copies[phase], near_wait, near_rate, far_wait, far_rate)
+        exposed += (lends + 1) * wait + (lends * weight + gradient) * travel
+    if exposed > 0:
         exposed -= min(overlap * exposed, idle)
-    way = 2 * (wait + travel)  # there and back cost the same: out and in change places
     return np.array([way, exposed, compute, way])
+
+
+@njit(cache=True)
+def _slowest(amounts, near_wait, near_rate, far_wait, far_rate):  # type: ignore[no-untyped-def]
+    """(latency, seconds for one byte of each unit) where amounts [4, R] go out and in, inside nodes and between."""
+    wait = travel = 0.0
+    for r in range(amounts.shape[1]):
+        inside, outside = max(amounts[0, r], amounts[1, r]), max(amounts[2, r], amounts[3, r])
+        if inside > 0:
+            wait = max(wait, near_wait)
+        if outside > 0:
+            wait = max(wait, far_wait)
+        travel = max(travel, inside / near_rate, outside / far_rate)
+    return wait, travel
 
 
 @dataclass(frozen=True)
@@ -180,8 +264,8 @@ def layer_time(plan: Plan, counts: Ints, home: Ints, costs: Costs, resident: Int
     np.add.at(segments, placed[1], 1)
     local = plan.rank == home[plan.expert]
     np.add.at(at_home, plan.rank[local], plan.num_rows[local])
-    copies = np.zeros((6, num_ranks), np.int64)
-    for expert, owner, guest in plan.guests():
-        free = resident is not None and bool(resident[guest, expert])
-        count(copies, owner, guest, bool(near[owner, guest]), free)
+    copies = np.zeros((2, 4, num_ranks))
+    for expert, loans in groupby(plan.guests(), lambda guest: guest[0]):
+        new = [guest for _, _, guest in loans if resident is None or not resident[guest, expert]]
+        count(copies, home[expert], np.array(new, np.int64), node)
     return LayerTime(*seconds(plan.loads(), at_home, segments, flow, copies, costs.vector()).tolist())

@@ -117,6 +117,8 @@ class Route:
     def start_gather(self, rows_MD: Tensor, weight_M: Tensor | None) -> tuple[Tensor, Pending]:
         """Sum the rows of every entry of the pool; send the sums of others' copies back. ([T, D], the rest pending)"""
         sums_PD = kernels.sum_rows(rows_MD, weight_M, self.rows_of_pool, rows_MD.dtype)
+        if self.ep.size == 1:
+            return sums_PD, Pending(sums_PD, None)
         num_tokens = len(sums_PD) - sum(self.copies_in)
         back = start_all_to_all(sums_PD[num_tokens:], self.copies_in, self.copies_out, self.ep.rows)
         return sums_PD[:num_tokens], back

@@ -22,6 +22,7 @@ from moetrain.moe import guests, kernels
 from moetrain.moe.clock import Clock
 from moetrain.moe.dispatch import Route
 from moetrain.moe.guests import Loan, Store
+from moetrain.moe.kernels import Matrices
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import default_home
 from moetrain.moe.router import Routing
@@ -196,12 +197,13 @@ class _Work(torch.autograd.Function):
             pool_PD, pending = trip.pool
             pending.wait()
             rows_MD = pool_PD.index_select(0, route.pool_M)
-            trip.pool = pool_PD = pending = None
+            trip.pool = None
+            del pool_PD, pending
         width = gate_up.shape[1]
         keep = trip.keeps_hidden()
         gate_up_MH2 = rows_MD.new_empty(len(rows_MD) if keep else 0, width)
         out_MD = torch.empty_like(rows_MD)
-        weights = (gate_up, down)
+        weights: tuple[Matrices, Matrices] = (gate_up, down)
         for piece in trip.pieces():
             if piece.away and weights[0] is gate_up:
                 with clock.phase("lend"):
@@ -253,11 +255,11 @@ class _Work(torch.autograd.Function):
         trip.grad_weights = route.start_return(grad_weight_M)
         trip.sums = route.start_gather(back_MD, None)
         del back_MD
-        for outer in later[1:]:
-            outer()
+        for run in later[1:]:
+            run()
         returning = trip.send_home(packed_GW)
-        for outer in later[:1]:
-            outer()
+        for run in later[:1]:
+            run()
         if returning is not None:
             guests.add_returned(grads, returning[1].wait(), trip.first, returning[0])
         return None, *grads, None

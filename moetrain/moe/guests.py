@@ -53,7 +53,8 @@ class Store:
 
     @classmethod
     def empty(cls, slots: int, num_ranks: int, num_experts: int) -> "Store":
-        return cls(slots, *(np.zeros((num_ranks, num_experts), np.int64) for _ in range(2)))
+        nobody = np.zeros((num_ranks, num_experts), np.int64)
+        return cls(slots, nobody, nobody.copy())
 
     def admit(self, plan: Plan) -> None:
         """Keep the guests of `plan`, as far as there is room."""

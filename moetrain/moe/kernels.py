@@ -14,6 +14,8 @@ from torch import Tensor
 
 from moetrain.moe import kernels_cpu
 
+Matrices = Tensor | Sequence[Tensor]  # [S] of them
+
 
 @dataclass(frozen=True)
 class Bags:
@@ -67,7 +69,7 @@ def _accumulate(total_BD: Tensor, rows_MD: Tensor, weight_M: Tensor | None, bags
     return total_BD
 
 
-def segment_mm(rows_MA: Tensor, weights: Sequence[Tensor], sizes: list[int], out_MB: Tensor, transpose: bool) -> None:
+def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Tensor, transpose: bool) -> None:
     """out = rows @ weight of the row's segment (or its transpose). weights: [S] matrices."""
     if rows_MA.device.type == "cpu":
         begin = 0
@@ -80,7 +82,7 @@ def segment_mm(rows_MA: Tensor, weights: Sequence[Tensor], sizes: list[int], out
         out_MB.copy_(F.grouped_mm(rows_MA, stacked.mT if transpose else stacked, offs=_ends(sizes, rows_MA.device)))
 
 
-def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Sequence[Tensor], add: bool) -> None:
+def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool) -> None:
     """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients."""
     if left_MA.device.type == "cpu":
         begin = 0

@@ -117,8 +117,8 @@ class Plan:
     ) -> "Plan":
         """From `(expert, rank, rows)`; the chunks of one expert in the order in which they take rows."""
         kept = sorted((c for c in chunks if c[2] > 0), key=lambda c: c[0])
-        table = np.array(kept, dtype=np.int64).reshape(-1, 3)
-        return cls(counts, home, *np.ascontiguousarray(table.T), near)
+        expert, rank, num_rows = np.ascontiguousarray(np.array(kept, dtype=np.int64).reshape(-1, 3).T)
+        return cls(counts, home, expert, rank, num_rows, near)
 
     @property
     def num_ranks(self) -> int:

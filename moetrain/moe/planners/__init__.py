@@ -10,11 +10,12 @@ from collections.abc import Callable
 import numpy as np
 
 from moetrain.moe.plan import Ints, Plan
+from moetrain.moe.planners.eplb import eplb
 from moetrain.moe.planners.home import home
 from moetrain.moe.planners.llep import llep
 from moetrain.moe.planners.makespan import makespan
 
-PLANNERS: dict[str, Callable[..., Plan]] = {"home": home, "llep": llep, "makespan": makespan}
+PLANNERS: dict[str, Callable[..., Plan]] = {"home": home, "llep": llep, "makespan": makespan, "eplb": eplb}
 
 
 def planner_options(name: str) -> list[str]:

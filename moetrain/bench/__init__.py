@@ -1,0 +1,1 @@
+"""Benchmarks: `moetrain bench WHAT`, a module each, with `records()` for machines and `show()` for people."""

@@ -1,0 +1,211 @@
+"""What this machine does in a second: the costs that the planner decides with, measured and kept.
+
+All ranks measure at the same time, as they work in training. A figure is that of the slowest rank, and every rank gets
+the same ones. They are kept per machine, group and layer shape, and with each run, so that a repeat plans alike.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moetrain.comm import all_gather, barrier, broadcast_text, start_all_to_all
+from moetrain.mesh import Mesh
+from moetrain.moe import kernels
+from moetrain.moe.cost import Costs, Link
+
+COSTS = "costs.json"  # in a run's folder and in its checkpoints
+SEGMENTS = 4
+FLOPS = 2e9  # of one timed computation: milliseconds on a CPU core
+MESSAGE_BYTES = (1 << 10, 1 << 21)  # to every peer: what is mostly latency, and what is mostly bandwidth
+REPEATS = 11
+
+
+def folder() -> Path:
+    """Where profiles are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain" / "profiles"
+
+
+def obtain(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, run: Path, saved: Path | None = None) -> Costs:
+    """The costs of the checkpoint `saved` or of the run; else the machine's stored ones; else measured now. They are
+    written to the run's folder, and kept for the machine."""
+    own, stored = run / COSTS, folder() / f"{_key(mesh, dim, hidden, dtype)}.json"
+    places = [*([saved / COSTS] if saved is not None else []), own, stored]
+    found = next((p.read_text() for p in places if p.is_file()), "") if mesh.is_main else ""
+    text = broadcast_text(found, mesh.device) or to_json(measure(mesh, dim, hidden, dtype))
+    if mesh.is_main:
+        own.write_text(text)
+        if not stored.is_file():
+            _keep(stored, text)
+    return dataclasses.replace(from_json(text), nodes=_nodes(mesh))
+
+
+def of_checkpoint(saved: Path) -> Costs:
+    """The costs that a checkpoint's run was planned with."""
+    return from_json((saved / COSTS).read_text())
+
+
+def _keep(path: Path, text: str) -> None:
+    """Whole or not at all; where a cache cannot be written, none is kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(text)
+        part.rename(path)
+    except OSError:
+        return
+
+
+def store(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Costs) -> Path:
+    """Keep costs as the machine's, in place of what was there. Returns the file."""
+    path = folder() / f"{_key(mesh, dim, hidden, dtype)}.json"
+    if mesh.is_main:
+        _keep(path, to_json(costs))
+    return path
+
+
+def to_json(costs: Costs) -> str:
+    return json.dumps(dataclasses.asdict(costs), indent=1)
+
+
+def from_json(text: str) -> Costs:
+    tree = json.loads(text)
+    links = {name: Link(**tree[name]) for name in ("inside", "between")}
+    return Costs(**{**tree, **links, "nodes": tuple(tree["nodes"])})
+
+
+def measure(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> Costs:
+    """Costs of one layer of `dim` and `hidden` on the ranks of `mesh.ep`. All ranks call it; a second or two."""
+    weights = 3 * dim * hidden
+    many = max(64, int(FLOPS / (6 * weights * SEGMENTS)))
+    few = max(8, many // 16)
+    (forward_many, backward_many), (forward_few, backward_few) = (
+        _experts(mesh, dim, hidden, dtype, rows) for rows in (many, few)
+    )
+    row_forward = max(forward_many - forward_few, 1e-9) / (SEGMENTS * (many - few))
+    row_backward = max(backward_many - backward_few, 1e-9) / (SEGMENTS * (many - few))
+    nodes = _nodes(mesh)
+    same = [nodes[r] == nodes[mesh.ep.rank] for r in range(mesh.ep.size)]
+    same[mesh.ep.rank] = False
+    apart = [node != nodes[mesh.ep.rank] for node in nodes]
+    inside, between = _link(mesh, same), _link(mesh, apart)
+    costs = Costs(
+        row_forward=row_forward,
+        row_backward=row_backward,
+        segment_forward=max(forward_few / SEGMENTS - few * row_forward, 0.0),
+        segment_backward=max(backward_few / SEGMENTS - few * row_backward, 0.0),
+        row_bytes=dim * dtype.itemsize,
+        weight_bytes=weights * dtype.itemsize,
+        gradient_bytes=weights * dtype.itemsize,
+        inside=inside or between or Link(0.0, 1e12),
+        between=between or inside or Link(0.0, 1e12),
+        overlap=_overlap(mesh, dim, hidden, dtype, many),
+    )
+    costs = from_json(broadcast_text(to_json(costs), mesh.device))
+    return dataclasses.replace(costs, nodes=nodes)
+
+
+def _experts(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, rows: int) -> tuple[float, float]:
+    """Seconds forward and backward of SEGMENTS experts with `rows` rows each, gathering and summing rows included."""
+    sizes, total = [rows] * SEGMENTS, rows * SEGMENTS
+    new = lambda *shape: torch.randn(shape, device=mesh.device).mul_(0.1).to(dtype)  # noqa: E731
+    gate_up, down, x = new(SEGMENTS, 2 * hidden, dim), new(SEGMENTS, dim, hidden), new(total, dim)
+    inner, back, outer = new(total, 2 * hidden), new(total, dim), new(total, hidden)
+    grads, index = (torch.empty_like(gate_up), torch.empty_like(down)), torch.arange(total, device=mesh.device)
+    weight, bags = torch.ones(total, device=mesh.device), kernels.Bags.of(index // 2, (total + 1) // 2, 2)
+
+    def forward() -> None:
+        rows_MD = x.index_select(0, index)
+        kernels.segment_mm(rows_MD, gate_up, sizes, inner, transpose=True)
+        kernels.segment_mm(kernels.swiglu(inner), down, sizes, back, transpose=True)
+        kernels.sum_rows(back, weight, bags, dtype)
+
+    def backward() -> None:
+        rows_MD = x.index_select(0, index)
+        kernels.segment_mm(rows_MD, down, sizes, outer, transpose=False)
+        part = inner.clone()
+        kernels.swiglu_backward(part, outer, weight)
+        kernels.segment_mm(part, gate_up, sizes, back, transpose=False)
+        kernels.segment_outer(part, rows_MD, sizes, grads[0], add=False)
+        kernels.segment_outer(rows_MD, outer, sizes, grads[1], add=False)
+        kernels.sum_rows(back, None, bags, dtype)
+
+    return _time(mesh, forward), _time(mesh, backward)
+
+
+def _link(mesh: Mesh, peers: list[bool]) -> Link | None:
+    """The link to each of `peers` [R], all at once; None where there are none."""
+    times = []
+    for size in MESSAGE_BYTES:
+        splits = [size if peer else 0 for peer in peers]
+        message = torch.ones(sum(splits), dtype=torch.uint8, device=mesh.device)
+        times.append(
+            _time(mesh, lambda m=message, s=splits: start_all_to_all(m, s, s, mesh.ep.rows).wait())  # type: ignore[misc]
+        )
+    count = max(_gather(mesh, sum(peers)))
+    if not count:
+        return None
+    return Link(times[0], count * MESSAGE_BYTES[1] / max(times[1] - times[0], times[1] / 2))
+
+
+def _overlap(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, rows: int) -> float:
+    """Share of a transfer that passes while experts are computed."""
+    splits = [0 if r == mesh.ep.rank else MESSAGE_BYTES[1] for r in range(mesh.ep.size)]
+    message = torch.ones(sum(splits), dtype=torch.uint8, device=mesh.device)
+    x, weight = (
+        torch.randn(rows, dim, device=mesh.device).to(dtype),
+        torch.randn(dim, hidden, device=mesh.device).to(dtype),
+    )
+    products = lambda: [x @ weight for _ in range(3 * SEGMENTS)]  # noqa: E731
+    travel = lambda: start_all_to_all(message, splits, splits, mesh.ep.lend)  # noqa: E731
+
+    def both() -> None:
+        pending = travel()
+        products()
+        pending.wait()
+
+    computing, travelling = _time(mesh, products), _time(mesh, lambda: travel().wait())
+    hidden_part = computing + travelling - _time(mesh, both)
+    return min(max(hidden_part / max(min(computing, travelling), 1e-9), 0.0), 1.0)
+
+
+def _time(mesh: Mesh, work: Callable[[], object]) -> float:
+    """Seconds of the slowest rank; on each the quickest of REPEATS after a warm-up: others disturb, nothing helps."""
+    times = []
+    for _ in range(REPEATS + 2):
+        barrier()
+        began = time.perf_counter()
+        work()
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return max(_gather(mesh, min(times[2:])))
+
+
+def _gather(mesh: Mesh, value: float) -> list[float]:
+    local: Tensor = torch.tensor([value], dtype=torch.float64, device=mesh.device)
+    return all_gather(local, mesh.ep.rows).flatten().tolist()
+
+
+def _nodes(mesh: Mesh) -> tuple[int, ...]:
+    """[R] the host of each rank of the expert group, numbered from 0."""
+    name = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:6], "big")
+    hosts = [int(x) for x in _gather(mesh, float(name))]
+    order = list(dict.fromkeys(hosts))
+    return tuple(order.index(host) for host in hosts)
+
+
+def _key(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> str:
+    if mesh.device.type == "cuda":
+        device = torch.cuda.get_device_name(mesh.device)
+    else:
+        device = f"{socket.gethostname()} {os.cpu_count()} cores {torch.get_num_threads()} threads"
+    facts = f"{device} {torch.__version__} {_nodes(mesh)} {mesh.world} {dim} {hidden} {dtype}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
