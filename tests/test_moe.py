@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.mesh import Expert, Mesh
+from moetrain.mesh import Mesh
 from moetrain.moe import dispatch, guests, kernels, kernels_cpu
 from moetrain.moe.clock import Clock
 from moetrain.moe.experts import Experts
@@ -321,7 +321,17 @@ def test_a_loan_lists_what_leaves_and_what_comes() -> None:
         [(0, 0, 4), (0, 2, 4), (0, 1, 4), (1, 1, 12), (2, 2, 8), (2, 0, 4)],
     )
     assert plan.guests() == [(0, 0, 1), (0, 0, 2), (2, 2, 0)]
-    ep = Expert(0, 3, None, None)
-    loan = guests.Loan.of(plan.guests(), ep)
-    assert (loan.lent_L, loan.borrowed_G, loan.send, loan.receive) == ([0, 0], [2], [0, 1, 1], [0, 0, 1])
+    first, second = guests.ways(plan.guests(), 10)
+    assert first == [(0, 1, 0, 0, 10), (0, 2, 0, 0, 10), (2, 0, 2, 0, 10)]
+    assert second == []
+    first, second = guests.ways([(5, 0, 1), (5, 0, 2), (5, 0, 3)], 10)  # one slice to each, which passes it on
+    assert first == [(0, 1, 5, 0, 3), (0, 2, 5, 3, 6), (0, 3, 5, 6, 10)]
+    assert second == [
+        (1, 2, 5, 0, 3),
+        (1, 3, 5, 0, 3),
+        (2, 1, 5, 3, 6),
+        (2, 3, 5, 3, 6),
+        (3, 1, 5, 6, 10),
+        (3, 2, 5, 6, 10),
+    ]
     assert plan.slots(0) == [0, 2]

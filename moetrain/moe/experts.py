@@ -20,8 +20,9 @@ from moetrain.comm import Pending
 from moetrain.mesh import Expert
 from moetrain.moe import guests, kernels
 from moetrain.moe.clock import Clock
+from moetrain.moe.cost import RELAY_FROM
 from moetrain.moe.dispatch import Route
-from moetrain.moe.guests import Loan, Store
+from moetrain.moe.guests import Lending, Returning, Store
 from moetrain.moe.kernels import Matrices
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import default_home
@@ -101,26 +102,27 @@ class Trip:
         self.plan, self.clock = plan, clock
         self.first = int(np.searchsorted(self.home, self.ep.rank))  # the expert in slot 0
         self.guests_here = [e for e, _, guest in plan.guests() if guest == self.ep.rank]
-        self._lending: tuple[Loan, Pending] | None = None
+        self._lending: Lending | None = None
 
     def start_lending(self, weights: Sequence[Tensor]) -> None:
         missing = self.store.missing(self.plan)
         if missing:  # the same on every rank
-            loan = Loan.of(missing, self.ep)
-            self._lending = loan, guests.start_lending(weights, self.first, loan, self.ep)
+            self._lending = Lending(weights, self.first, missing, self.ep)
+
+    def relay(self) -> None:
+        if self._lending is not None:
+            self._lending.relay()
 
     def guest_weights(self, like: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """gate_up and down of each guest here; waits for those that are lent just now."""
         came: dict[int, Tensor] = {}
         if self._lending is not None:
-            loan, pending = self._lending
-            came = dict(zip(loan.borrowed_G, pending.wait(), strict=True))
+            came, self._lending = self._lending.finish(), None
             stay = [e for e in came if self.store.keeps_RE[self.ep.rank, e]]
             for expert in stay:  # of its own, where others of the same message will go
                 self.store.weights[expert] = came[expert] if len(stay) == len(came) else came[expert].clone()
             for expert, _, guest in self.store.missing(self.plan):
                 self.store.has_RE[guest, expert] = self.store.keeps_RE[guest, expert]
-            self._lending = None
         packed = [came[e] if e in came else self.store.weights[e] for e in self.guests_here]
         split = [guests.split(p, like) for p in packed]
         return [gate_up for gate_up, _ in split], [down for _, down in split]
@@ -129,23 +131,17 @@ class Trip:
         """Whether the hidden activations stay for the backward: not where rows are computed piece by piece."""
         return self.max_rows is None or sum(self.route.slot_rows) <= self.max_rows
 
-    def send_home(self, grads_GW: Tensor) -> tuple[Loan, Pending] | None:
-        """Gradients of the guests here, in their order: they add up or leave. None where no rank's do."""
+    def send_home(self, grads_GW: Tensor) -> Returning | None:
+        """Gradients of the guests here, in their order: they add up or leave. None where no rank's leave."""
         store, leaving = self.store, self.store.leaving(self.plan, self.home)
-        loan = Loan.of(leaving, self.ep)
         own = dict(zip(self.guests_here, grads_GW, strict=True))
-        for expert in own.keys() - set(loan.borrowed_G):
-            store.grads[expert] = own[expert].float() + store.grads.get(expert, 0)
-        if leaving and (store.grown or loan.borrowed_G != self.guests_here):
-            dtype = torch.float32 if store.grown else grads_GW.dtype
-            sent_GW = grads_GW.new_zeros(len(loan.borrowed_G), grads_GW.shape[1], dtype=dtype)
-            for row, expert in zip(sent_GW, loan.borrowed_G, strict=True):
-                for part in (store.grads.get(expert), own.get(expert)):
-                    if part is not None:
-                        row += part
-            grads_GW = sent_GW
+        going = {expert for expert, _, guest in leaving if guest == self.ep.rank}
+        for expert, grad in store.grads.items():
+            own[expert] = own[expert] + grad if expert in own else grad
+        store.grads |= {expert: grad.float() for expert, grad in own.items() if expert not in going}
+        like = grads_GW.new_empty(0, dtype=torch.float32) if store.grown or len(leaving) >= RELAY_FROM else grads_GW
         store.close()
-        return (loan, guests.start_returning(grads_GW, loan, self.ep)) if leaving else None
+        return Returning(own, leaving, like, grads_GW.shape[1], self.ep) if leaving else None
 
     def pieces(self) -> list["Piece"]:
         """The rows here: those of the home slots, then those of the guests, each cut at `max_rows`."""
@@ -199,6 +195,8 @@ class _Work(torch.autograd.Function):
             rows_MD = pool_PD.index_select(0, route.pool_M)
             trip.pool = None
             del pool_PD, pending
+        with clock.phase("lend"):
+            trip.relay()
         width = gate_up.shape[1]
         keep = trip.keeps_hidden()
         gate_up_MH2 = rows_MD.new_empty(len(rows_MD) if keep else 0, width)
@@ -228,6 +226,7 @@ class _Work(torch.autograd.Function):
         pending.wait()
         grad_MD = pool_PD.index_select(0, route.pool_M)
         del pool_PD
+        trip.relay()
         lent = trip.guest_weights((gate_up, down))
 
         keep = len(gate_up_MH2) == len(rows_MD)
@@ -261,7 +260,8 @@ class _Work(torch.autograd.Function):
         for run in later[:1]:
             run()
         if returning is not None:
-            guests.add_returned(grads, returning[1].wait(), trip.first, returning[0])
+            returning.relay()
+            returning.finish(grads, trip.first)
         return None, *grads, None
 
 

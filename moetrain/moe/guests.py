@@ -1,42 +1,181 @@
 """Guests: copies of experts on other ranks than their home, and the way home of their gradients.
 
-Lending runs on a communicator of its own, so that weights travel while rows do. Weights do not change between the
-micro-steps of an optimizer step: within a limit a guest stays until the last backward of the step, its gradient
-adding up here in fp32. Beyond the limit its weights go after the forward and are lent again in the backward, and its
-gradient goes home at once. What every rank lends and keeps follows from the plans alone, so all ranks agree.
+Lending runs on a communicator of its own, so that weights travel while rows do. An expert with many guests is not
+sent to each of them by its owner: every guest gets another slice from it, and passes that on to the others; gradients
+take the same ways back, every guest summing one slice on the way (`cost.RELAY_FROM`).
 
-E experts, R ranks, G guests here, L copies lent from here, W parameters of an expert.
+Weights do not change between the micro-steps of an optimizer step: within a limit a guest stays until the last
+backward of the step, its gradient adding up here in fp32. Beyond the limit its weights go after the forward and are
+lent again in the backward, and its gradient goes home at once. What every rank lends and keeps follows from the plans
+alone, so all ranks agree.
+
+E experts, R ranks, W parameters of an expert, its matrices one after another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from moetrain.comm import Pending, start_all_to_all
+from moetrain.comm import start_all_to_all
 from moetrain.mesh import Expert
+from moetrain.moe.cost import RELAY_FROM
 from moetrain.moe.plan import Ints, Plan
 
 Copy = tuple[int, int, int]  # (expert, home rank, guest rank)
 
 
-@dataclass(frozen=True)
-class Loan:
-    """Copies under way between homes and guests, as one rank sees them."""
+class Parcel(NamedTuple):
+    """A part of one packed expert, on its way."""
 
-    lent_L: list[int]  # experts whose copies leave, by guest rank, then expert
-    borrowed_G: list[int]  # experts that come, by home rank, then expert
-    send: list[int]  # [R] copies
-    receive: list[int]  # [R]
+    source: int
+    target: int
+    expert: int
+    begin: int
+    end: int
 
-    @classmethod
-    def of(cls, copies: Sequence[Copy], ep: Expert) -> "Loan":
-        lent = sorted((guest, expert) for expert, home, guest in copies if home == ep.rank)
-        borrowed = sorted((home, expert) for expert, home, guest in copies if guest == ep.rank)
-        count = lambda pairs: np.bincount([rank for rank, _ in pairs], minlength=ep.size).tolist()  # noqa: E731
-        return cls([e for _, e in lent], [e for _, e in borrowed], count(lent), count(borrowed))
+    def back(self) -> "Parcel":
+        return self._replace(source=self.target, target=self.source)
+
+
+def ways(copies: Sequence[Copy], size: int) -> tuple[list[Parcel], list[Parcel]]:
+    """What owners send to guests, and what guests pass on to each other. `copies` sorted, `size` = W."""
+    first, second = [], []
+    for (expert, home), group in groupby(copies, lambda copy: copy[:2]):
+        guests = [guest for _, _, guest in group]
+        if len(guests) < RELAY_FROM:
+            first += [Parcel(home, guest, expert, 0, size) for guest in guests]
+            continue
+        cuts = [size * i // len(guests) for i in range(len(guests) + 1)]
+        for guest, begin, end in zip(guests, cuts, cuts[1:], strict=False):
+            first.append(Parcel(home, guest, expert, begin, end))
+            second += [Parcel(guest, other, expert, begin, end) for other in guests if other != guest]
+    return first, second
+
+
+class Mail:
+    """Parcels under way on the lending communicator; every rank sends the same list."""
+
+    def __init__(self, parcels: list[Parcel], write: Callable[[Parcel, Tensor], None], like: Tensor, ep: Expert):
+        """`write(parcel, out)` fills in what leaves here; `like` gives dtype and device."""
+        leaving = sorted((p for p in parcels if p.source == ep.rank), key=lambda p: (p.target, p.expert, p.begin))
+        self._coming = sorted((p for p in parcels if p.target == ep.rank), key=lambda p: (p.source, p.expert, p.begin))
+        send, receive = [0] * ep.size, [0] * ep.size
+        for parcel in leaving:
+            send[parcel.target] += parcel.end - parcel.begin
+        for parcel in self._coming:
+            receive[parcel.source] += parcel.end - parcel.begin
+        out = like.new_empty(sum(send))
+        for parcel, part in zip(leaving, out.split([p.end - p.begin for p in leaving]), strict=True):
+            write(parcel, part)
+        self._pending = start_all_to_all(out, send, receive, ep.lend)
+
+    def open(self) -> list[tuple[Parcel, Tensor]]:
+        """What came, by source, then expert."""
+        came = self._pending.wait().split([p.end - p.begin for p in self._coming])
+        return list(zip(self._coming, came, strict=True))
+
+
+class Lending:
+    """Weights on their way to their guests: `start`, then `relay`, then `finish`."""
+
+    def __init__(self, weights: Sequence[Tensor], first: int, copies: Sequence[Copy], ep: Expert) -> None:
+        """`first`: the expert in slot 0 of `weights`."""
+        self._ep, self._like = ep, weights[0]
+        self._size = sum(w[0].numel() for w in weights)
+        parcels, self._second = ways(copies, self._size)
+        self._mail = Mail(
+            parcels, lambda p, out: _copy([w.detach()[p.expert - first] for w in weights], p, out), self._like, ep
+        )
+        self._guests: dict[int, Tensor] = {}
+
+    def relay(self) -> None:
+        """Pass on what the owners sent in slices."""
+        for parcel, part in self._mail.open():
+            if len(part) == self._size:
+                self._guests[parcel.expert] = part
+            else:
+                whole = self._guests.setdefault(parcel.expert, part.new_empty(self._size))
+                whole[parcel.begin : parcel.end] = part
+        if self._second:  # the same on every rank
+            self._mail = Mail(
+                self._second, lambda p, out: _copy([self._guests[p.expert]], p, out), self._like, self._ep
+            )
+
+    def finish(self) -> dict[int, Tensor]:
+        """The guests that came here: expert -> [W]."""
+        if self._second:
+            for parcel, part in self._mail.open():
+                self._guests[parcel.expert][parcel.begin : parcel.end] = part
+        return self._guests
+
+
+class Returning:
+    """Gradients on their way home: `finish` adds them there. Sums run in fp32, in the order of the guests' ranks."""
+
+    def __init__(self, grads: dict[int, Tensor], copies: Sequence[Copy], like: Tensor, size: int, ep: Expert) -> None:
+        """`grads`: [W] of each guest here that leaves. `like` gives the dtype they travel in."""
+        self._ep, self._like, self._size = ep, like, size
+        out, across = ways(copies, size)
+        self._home = [p.back() for p in out]
+        self._across = [p.back() for p in across]
+        self._grads = grads
+        write = lambda p, out: _copy([grads[p.expert]], p, out)  # noqa: E731
+        self._mail = Mail(self._across or self._home, write, like, ep)
+
+    def relay(self) -> None:
+        """Sum the slice that is due here, and send it home."""
+        if not self._across:  # the same on every rank
+            return
+        sums: dict[int, list[tuple[int, Tensor]]] = {}
+        for parcel, part in self._mail.open():
+            own = self._grads[parcel.expert][parcel.begin : parcel.end]
+            sums.setdefault(parcel.expert, [(self._ep.rank, own)]).append((parcel.source, part))
+        done = {e: _sum([part for _, part in sorted(parts, key=lambda x: x[0])]) for e, parts in sums.items()}
+
+        def write(parcel: Parcel, out: Tensor) -> None:
+            if parcel.expert in done:
+                out.copy_(done[parcel.expert])
+            else:
+                _copy([self._grads[parcel.expert]], parcel, out)
+
+        self._mail = Mail(self._home, write, self._like, self._ep)
+
+    def finish(self, grads: Sequence[Tensor], first: int) -> None:
+        """Add what came home to the own gradients of its experts; `first`: the expert in slot 0 of `grads`."""
+        parts: dict[tuple[int, int, int], list[Tensor]] = {}
+        for parcel, part in self._mail.open():
+            parts.setdefault((parcel.expert, parcel.begin, parcel.end), []).append(part)
+        for (expert, begin, end), copies in sorted(parts.items(), key=lambda item: item[0]):
+            total, at = _sum(copies), 0
+            for grad in grads:
+                own = grad[expert - first].view(-1)
+                low, high = max(begin, at), min(end, at + len(own))
+                if low < high:
+                    own[low - at : high - at] += total[low - begin : high - begin]
+                at += len(own)
+
+
+def _copy(matrices: Sequence[Tensor], parcel: Parcel, out: Tensor) -> None:
+    """The parcel's part of the packed matrices."""
+    at = 0
+    for matrix in matrices:
+        flat = matrix.reshape(-1)
+        low, high = max(parcel.begin, at), min(parcel.end, at + len(flat))
+        if low < high:
+            out[low - parcel.begin : high - parcel.begin] = flat[low - at : high - at]
+        at += len(flat)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """One after another in fp32; a single one as it is."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.float() + part
+    return total
 
 
 @dataclass
@@ -82,29 +221,6 @@ class Store:
         self.has_RE[:] = 0
         self.weights.clear()
         self.grads.clear()
-
-
-def start_lending(weights: Sequence[Tensor], first: int, loan: Loan, ep: Expert) -> Pending:
-    """Send the lent experts; `first`: the expert in slot 0 of `weights`. What comes is [G, W]."""
-    size = sum(w[0].numel() for w in weights)
-    packed_LW = weights[0].new_empty(len(loan.lent_L), size)
-    for row_W, expert in zip(packed_LW, loan.lent_L, strict=True):
-        torch.cat([w.detach()[expert - first].flatten() for w in weights], out=row_W)
-    return start_all_to_all(packed_LW, loan.send, loan.receive, ep.lend)
-
-
-def start_returning(grads_GW: Tensor, loan: Loan, ep: Expert) -> Pending:
-    """Send the guests' gradients home. What comes is [L, W], by guest rank, then expert."""
-    return start_all_to_all(grads_GW, loan.receive, loan.send, ep.lend)
-
-
-def add_returned(grads: Sequence[Tensor], returned_LW: Tensor, first: int, loan: Loan) -> None:
-    """Add what came home to the experts' own gradients: in fp32, copy by copy in the order of the guests' ranks."""
-    for expert in sorted(set(loan.lent_L)):
-        copies = [split(returned_LW[at], grads) for at, lent in enumerate(loan.lent_L) if lent == expert]
-        for grad, *parts in zip(grads, *copies, strict=True):
-            total = grad[expert - first]
-            total.copy_(sum(parts[1:], parts[0].float()).add_(total))
 
 
 def split(packed_W: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
