@@ -5,8 +5,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from moetrain import __version__, config, runs
+from moetrain.bench import gpu_options, step_options
 from moetrain.bench import options as layer_options
 from moetrain.config import Config, ConfigError
 from moetrain.observe.console import console, say_bad_input
@@ -42,9 +44,17 @@ examples:
   moetrain bench plan --json                                the same as one JSON list
   moetrain bench layer --quick                              speed and memory of one layer, every routing and planner
   moetrain bench layer --help                               the whole grid, published shapes, many virtual ranks
+  moetrain bench step --by-domain                           whole training steps: percent of perfect balance
+  moetrain bench gpu                                        grouped GEMMs of published models on this device
+"""
+PROFILE = """Measure what the planner has to know of this machine, and keep it. Training does so by itself where it is missing.
+
+examples:
+  moetrain profile                                          for the default model
+  moetrain profile model=olmoe_1b7b                         for the shape and dtype of another layer
 """
 PLAN = "Planning time and plan quality, every planner, many loads."
-VERBS = {"train": TRAIN, "eval": EVAL, "generate": GENERATE, "data": DATA, "bench": BENCH}
+VERBS = {"train": TRAIN, "eval": EVAL, "generate": GENERATE, "data": DATA, "profile": PROFILE, "bench": BENCH}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,11 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         verb.add_argument("overrides", nargs="*", metavar="field=value", help="overrides of the configuration")
         verb.add_argument("--json", action="store_true", help="machine-readable output")
-        if name in ("train", "data"):
+        if name in ("train", "data", "profile"):
             verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(given)
-    takes_overrides = options.verb != "bench"
+    takes_overrides = options.verb != "bench" or options.what == "step"
     if unknown := [word for word in more if not takes_overrides or "=" not in word or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += more
@@ -80,7 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides.insert(0, options.run)
         options.run = None
     try:
-        functions = {"train": _train, "eval": _eval, "generate": _generate, "data": _data, "bench": _bench}
+        functions = {
+            "train": _train,
+            "eval": _eval,
+            "generate": _generate,
+            "data": _data,
+            "profile": _profile,
+            "bench": _bench,
+        }
         return functions[options.verb](options)
     except ConfigError as error:
         return say_bad_input(error)
@@ -116,20 +133,24 @@ def _data(options: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(options: argparse.Namespace) -> int:
+    return _with_workers(options, config.load(options.overrides, options.config_dir), "profile")
+
+
 def _benchmarks(verb: argparse.ArgumentParser) -> None:
-    """The options of `bench WHAT`: no configuration, hence no overrides."""
+    """The options of `bench WHAT`. Only `step` has a configuration, hence overrides."""
     verb.set_defaults(overrides=[])
     what = verb.add_subparsers(dest="what", required=True, metavar="WHAT")
     plan = what.add_parser("plan", help=PLAN, description=PLAN)
     plan.add_argument("--json", action="store_true", help="machine-readable output")
-    layer_options.add_to(
-        what.add_parser(
-            "layer",
-            help=layer_options.LAYER.splitlines()[0],
-            description=layer_options.LAYER,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
+    plan.add_argument("--out", metavar="FOLDER", help="write plan.json and plan.png there")
+    for name, text, add_to in (
+        ("layer", layer_options.LAYER, layer_options.add_to),
+        ("step", step_options.STEP, step_options.add_to),
+        ("gpu", gpu_options.GPU, gpu_options.add_to),
+    ):
+        raw = argparse.RawDescriptionHelpFormatter
+        add_to(what.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=raw))
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -137,14 +158,31 @@ def _bench(options: argparse.Namespace) -> int:
         from moetrain.bench import layer
 
         return layer.run(options)
+    if options.what == "step":
+        return _bench_step(options)
+    if options.what == "gpu":
+        from moetrain.bench import gpu
+
+        return gpu.run(options)
     from moetrain.bench import plan
 
     records = plan.records()
+    if options.out:
+        plan.write(records, Path(options.out))
     if options.json:
         print(json.dumps(records))
     else:
         plan.show(records)
     return 0
+
+
+def _bench_step(options: argparse.Namespace) -> int:
+    from moetrain.bench import step
+
+    settings = config.load(options.overrides)
+    step_options.Options.of(options)
+    step.starting_point(settings)
+    return _with_workers(options, settings, "bench")
 
 
 def _of_run(options: argparse.Namespace) -> Config:
@@ -174,11 +212,13 @@ def _with_workers(options: argparse.Namespace, settings: Config, verb: str) -> i
 
     if (place := mesh.from_env()) is not None:
         settings.layout(place[1])
-        train.open_data(settings)
+        if verb != "profile":
+            train.open_data(settings)
         return launcher.work(lambda: _work(options, settings, verb, place))
     workers = settings.parallel.nproc or mesh.auto_nproc()
     settings.layout(workers)
-    train.open_data(settings)
+    if verb != "profile":
+        train.open_data(settings)
     arguments = list(options.given)
     if verb == "train" and settings.run.name is None:
         arguments.insert(1, f"run.name={runs.name_of(settings)}")
@@ -189,11 +229,19 @@ def _work(options: argparse.Namespace, settings: Config, verb: str, place: tuple
     import torch
 
     from moetrain import mesh, tasks
+    from moetrain.bench import step
 
     rank, world, local_rank = place
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     torch.set_num_threads(settings.train.threads or max(1, (os.cpu_count() or 1) // here))
     with mesh.start(settings.layout(world), rank=rank, world=world, local_rank=local_rank) as joined:
-        {"train": tasks.train_run, "eval": tasks.evaluate_run, "generate": tasks.generate_run}[verb](
-            settings, joined, options.json
-        )
+        if verb == "bench":
+            step.run(settings, joined, options)
+            return
+        work = {
+            "train": tasks.train_run,
+            "eval": tasks.evaluate_run,
+            "generate": tasks.generate_run,
+            "profile": tasks.profile_run,
+        }
+        work[verb](settings, joined, options.json)

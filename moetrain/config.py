@@ -80,7 +80,7 @@ class Parallel(Section):
 
 
 class Router(Section):
-    name: Literal["topk"]  # the keys of moe.router.ROUTERS
+    name: Literal["topk", "round_robin"]  # the keys of moe.router.ROUTERS
     top_k: Positive
     scores: Literal["softmax", "sigmoid"]
     normalise: bool

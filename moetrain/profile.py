@@ -43,7 +43,7 @@ def obtain(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, run: Path, sav
     if mesh.is_main:
         own.write_text(text)
         if not stored.is_file():
-            _keep(stored, text)
+            _write(stored, text)
     return dataclasses.replace(from_json(text), nodes=_nodes(mesh))
 
 
@@ -52,7 +52,7 @@ def of_checkpoint(saved: Path) -> Costs:
     return from_json((saved / COSTS).read_text())
 
 
-def _keep(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     """Whole or not at all; where a cache cannot be written, none is kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,11 +63,11 @@ def _keep(path: Path, text: str) -> None:
         return
 
 
-def store(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Costs) -> Path:
+def keep(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Costs) -> Path:
     """Keep costs as the machine's, in place of what was there. Returns the file."""
     path = folder() / f"{_key(mesh, dim, hidden, dtype)}.json"
     if mesh.is_main:
-        _keep(path, to_json(costs))
+        _write(path, to_json(costs))
     return path
 
 

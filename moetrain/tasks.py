@@ -1,8 +1,10 @@
 """What the workers do for each verb, once they have joined."""
 
 import json
+import time
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from moetrain import checkpoint, profile, runs, train
@@ -21,6 +23,30 @@ def train_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     folder = train.train(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}), mesh)
     if as_json and mesh.is_main:
         print(json.dumps(json.loads((folder / "summary.json").read_text())))
+
+
+def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
+    """Measure the layer of the config's model on these ranks and keep it in place of what was known."""
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    began, m = time.perf_counter(), config.model
+    costs = profile.measure(mesh, m.dim, m.expert_hidden, dtype)
+    path = profile.keep(mesh, m.dim, m.expert_hidden, dtype, costs)
+    if not mesh.is_main:
+        return
+    if as_json:
+        print(profile.to_json(costs))
+        return
+    console.print(f"[bold]{path}[/bold], measured in {time.perf_counter() - began:.1f} s")
+    console.print(f"layer      width {m.dim}, hidden {m.expert_hidden}, {config.train.dtype}, {mesh.ep.size} ranks")
+    console.print(f"row        {1e6 * costs.row_forward:.2f} µs forward, {1e6 * costs.row_backward:.2f} µs backward")
+    console.print(
+        f"expert     {1e6 * costs.segment_forward:.0f} µs forward, {1e6 * costs.segment_backward:.0f} µs backward, "
+        f"besides its rows; {costs.weight_bytes / 2**20:.2f} MiB to lend"
+    )
+    for name, link in (("inside", costs.inside), ("between", costs.between)):
+        where = "in a node" if name == "inside" else "between nodes"
+        console.print(f"link       {link.bandwidth / 1e9:.2f} GB/s and {1e6 * link.latency:.0f} µs a message {where}")
+    console.print(f"overlap    {costs.overlap:.0%} of a transfer passes while rows are computed")
 
 
 def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:

@@ -1,10 +1,12 @@
 """Training, from top to bottom: config -> mesh -> data -> model -> engine -> loop."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from moetrain import checkpoint, profile, runs
 from moetrain.comm import barrier, broadcast_text
@@ -17,6 +19,7 @@ from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
 from moetrain.moe.balance import router_losses
+from moetrain.moe.layer import LayerStats
 from moetrain.observe import picture, summary
 from moetrain.observe.console import Voice
 from moetrain.observe.estimate import estimate, matmul_rate
@@ -57,22 +60,15 @@ def train(config: Config, mesh: Mesh) -> Path:
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     for step in range(first, config.train.steps):
         began = time.perf_counter()
-        meter, seen_LE = Meter(config, mesh, corpus.domains), None
         shares = list(micro_batches(config, mesh, loader, position))
-        for micro, share in enumerate(shares):
-            tokens, domain, document = (torch.from_numpy(x).to(mesh.device) for x in vars(share).values())
-            within = document[:, :-1] if config.data.attend_within_documents else None
-            nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:], within)
-            added, balance, z, counts_LE = router_losses(stats, config.balance, tokens_in_batch, seen_LE)
-            engine.backward(nats.sum() / tokens_in_batch + added, last=micro == len(shares) - 1)
-            seen_LE = counts_LE if seen_LE is None else seen_LE + counts_LE
-            meter.add(nats, domain[:, 1:], balance, z, stats, counts_LE)
-            if micro == 0:
-                trace.record(step + 1, stats)
-        position += config.train.global_batch
         lr = learning_rate(config.optim, step, config.train.steps)
-        norm = engine.step(lr)
+        parts, norm = optimizer_step(engine, config, shares, lr)
+        position += config.train.global_batch
 
+        trace.record(step + 1, parts[0].stats)
+        meter = Meter(config, mesh, corpus.domains)
+        for part in parts:
+            meter.add(*part)
         metrics = meter.metrics()
         seconds = time.perf_counter() - began
         metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": position * config.train.seq_len}
@@ -104,6 +100,35 @@ def train(config: Config, mesh: Mesh) -> Path:
         summary.show(found, voice)
     voice.close()
     return folder
+
+
+class Part(NamedTuple):
+    """What one micro-step contributes to the metrics."""
+
+    nats: Tensor  # [B, L] per target token
+    domain: Tensor  # [B, L] of the target tokens
+    balance: Tensor  # this rank's share of the balance loss
+    z: Tensor  # of the z-loss
+    stats: list[LayerStats]
+    counts_LE: Tensor  # selections on all ranks
+
+
+def optimizer_step(
+    engine: NativeEngine, config: Config, shares: Sequence[Sequences], lr: float
+) -> tuple[list[Part], float]:
+    """Forward, losses and backward of every micro-step, then the update: (parts, norm of the gradient)."""
+    tokens_in_batch = config.train.global_batch * config.train.seq_len
+    parts: list[Part] = []
+    seen_LE = None  # selections so far
+    for share in shares:
+        tokens, domain, document = (torch.from_numpy(x).to(engine.mesh.device) for x in vars(share).values())
+        within = document[:, :-1] if config.data.attend_within_documents else None
+        nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:], within)
+        added, balance, z, counts_LE = router_losses(stats, config.balance, tokens_in_batch, seen_LE)
+        engine.backward(nats.sum() / tokens_in_batch + added, last=len(parts) == len(shares) - 1)
+        seen_LE = counts_LE if seen_LE is None else seen_LE + counts_LE
+        parts.append(Part(nats.detach(), domain[:, 1:], balance, z, stats, counts_LE))
+    return parts, engine.step(lr)
 
 
 def build(config: Config) -> Transformer:

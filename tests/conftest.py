@@ -18,6 +18,24 @@ hypothesis.settings.load_profile("repeatable")
 TINY = ["model=tiny", "train.dtype=fp32", "train.seq_len=32", "train.global_batch=8", "track.wandb=false"]
 
 
+ON_GPU = "test_gpu.py"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help=f"{ON_GPU} alone, on a GPU; all other tests run without one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several gloo ranks: a machine with a GPU tests the same
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.suffix != ".py":
+        return None
+    return (collection_path.name == ON_GPU) != config.getoption("--gpu") or None
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     ranks = Pool()

@@ -26,6 +26,7 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
     from moetrain import mesh
 
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")  # on a GPU
     torch.set_num_threads(1)
     while (job := jobs.get()) is not None:
         number, function, world, path, parallel, args = job

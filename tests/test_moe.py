@@ -261,10 +261,32 @@ def whole_layer(mesh: Mesh, router_options: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["router.scores=sigmoid"], ["router.normalise=false", "router.skew=2"]], ids=str
+    "options",
+    [[], ["router.scores=sigmoid"], ["router.normalise=false", "router.skew=2"], ["router.name=round_robin"]],
+    ids=str,
 )
 def test_the_whole_layer_equals_the_loop(pool, options: list[str]) -> None:
     pool.run(whole_layer, 2, options)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_round_robin_is_even_and_trains_the_router(top_k: int) -> None:
+    """Exactly even counts, K different experts a token, TopK's weights of them."""
+    from moetrain import config
+    from moetrain.moe.router import ROUTERS
+
+    options = config.load(["model=tiny", "router.name=round_robin", f"router.top_k={top_k}", "router.skew=3"]).router
+    router = ROUTERS[options.name](D, E, options)
+    torch.nn.init.normal_(router.weight)
+    routing, _ = router(torch.randn(5 * E, D))
+    assert (torch.bincount(routing.expert_N, minlength=E) == 5 * top_k).all()
+    chosen_TK = routing.expert_N.view(-1, top_k)
+    assert all(len(set(row)) == top_k for row in chosen_TK.tolist())
+    weight_TK = routing.probs_TE.gather(1, chosen_TK)
+    torch.testing.assert_close(routing.weight_N.view(-1, top_k), weight_TK / weight_TK.sum(1, keepdim=True))
+    routing.weight_N.square().sum().backward()
+    assert router.weight.grad is not None
+    assert (router.weight.grad.abs().sum() > 0) == (top_k > 1)  # one weight, normalised, is a constant
 
 
 def repeat(mesh: Mesh) -> list[bool]:

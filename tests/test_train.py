@@ -29,7 +29,7 @@ LAYOUTS = [
     (2, 1, 1, "home", "none"),
     (2, 2, 1, "home", "none", "engine.max_rows=20"),
     (2, 2, 1, "llep", "full"),
-    (4, 2, 1, "llep", "none"),
+    (4, 2, 1, "llep", "none", "engine.reshard_after_forward=true"),
     (4, 4, 1, "llep", "full", "engine.guest_memory_mib=0"),
     (4, 1, 1, "home", "full"),
     (4, 2, 2, "llep", "none"),

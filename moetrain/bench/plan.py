@@ -3,10 +3,12 @@
 R ranks, E experts. All loads are drawn with a fixed seed; EPLB sees another sample of the same distribution as past.
 """
 
+import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,15 @@ def measure(num_ranks: int, num_experts: int) -> list[dict[str, Any]]:
         best = min(record["predicted_ms"] for record in group)
         out += [{**record, "ratio_to_best": record["predicted_ms"] / best} for record in group]
     return out
+
+
+def write(found: list[dict[str, Any]], folder: Path) -> None:
+    """`plan.json` and `plan.png`."""
+    from moetrain.bench.plan_picture import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(folder / "plan.png")
 
 
 def timed(call: Callable[[], Plan]) -> tuple[Plan, float]:

@@ -107,10 +107,10 @@ class Packed:
 
 
 class Loader(Packed):
-    """Training sequences: epoch after epoch, each in its own order of windows."""
+    """Training sequences, of one domain if it is given: epoch after epoch, each in its own order of windows."""
 
-    def __init__(self, corpus: Corpus, seq_len: int, seed: int) -> None:
-        super().__init__(corpus, "train", seq_len, seed)
+    def __init__(self, corpus: Corpus, seq_len: int, seed: int, domain: int | None = None) -> None:
+        super().__init__(corpus, "train", seq_len, seed, domain)
         if not self.num_windows:
             raise ConfigError(f"train.seq_len={seq_len}: must be below the {len(self.tokens)} tokens of the corpus")
         self._order = lru_cache(maxsize=2)(self._permutation)

@@ -70,4 +70,18 @@ class TopK(nn.Module):
         return Routing(*choice, weight_TK.flatten(), scores.probs_TE)
 
 
-ROUTERS: dict[str, type[TopK]] = {"topk": TopK}
+class RoundRobin(TopK):
+    """The ideal to measure against: experts are dealt out in turn, so that every one gets the same number of rows.
+
+    Scores and weights are those of `TopK`; a token's K experts differ, as K ≤ E. Counts are exactly even where E
+    divides T·K.
+    """
+
+    @torch.no_grad()
+    def choose(self, scores: Scores) -> Choice:
+        (num_tokens, num_experts), k = scores.logits_TE.shape, self.options.top_k
+        turn_N = torch.arange(num_tokens * k, device=scores.logits_TE.device)
+        return Choice(turn_N // k, turn_N % num_experts)
+
+
+ROUTERS: dict[str, type[TopK]] = {"topk": TopK, "round_robin": RoundRobin}

@@ -29,7 +29,7 @@ class Meter:
         self._nats_C, self._tokens_C = zeros(len(domains)), zeros(len(domains))
         self._router = zeros(2)  # balance and z
         self._entropy_L = zeros(layers)
-        self._plans = zeros(4)  # imbalance at home, planned, guests, rows moved
+        self._plans = zeros(5)  # imbalance at home, planned, guests, rows moved, rows crossing
         self._rows = 0
         self._loads = zeros(2, mesh.world)  # at home, planned
         self._phases = zeros(len(PHASES))
@@ -63,7 +63,7 @@ class Meter:
         for s in self._stats:
             home, planned = s.plan.home_loads(), s.plan.loads()
             self._plans += torch.tensor(
-                [imbalance(home), imbalance(planned), len(s.plan.guests()), s.plan.moved()],
+                [imbalance(home), imbalance(planned), len(s.plan.guests()), s.plan.moved(), s.plan.crossing()],
                 device=self._plans.device,
             )
             self._rows += int(home.sum())
@@ -88,7 +88,7 @@ class Meter:
         parts = [part.cpu() for part in all_reduce_sum(torch.cat(parts)).split([len(p) for p in parts])]
         nats, tokens, router, entropy, plans, loads, phases, (rows, lent) = parts
         world, num_plans = self._mesh.world, len(self._stats) * self._mesh.world
-        home, planned, guests, moved = plans.tolist()
+        home, planned, guests, moved, crossing = plans.tolist()
         assert self._counts_LE is not None
         counts_LE = self._counts_LE.double().cpu()
         coefficients = self._config.balance
@@ -105,6 +105,7 @@ class Meter:
             "balance/guests": guests / self._mesh.ep.size,
             "balance/rows_moved": moved / self._mesh.ep.size,
             "balance/rows_moved_fraction": moved / max(float(rows), 1),
+            "balance/rows_crossing_fraction": crossing / max(float(rows), 1),
             "balance/lend_bytes": float(lent) / self._mesh.ep.size,
             "balance/device_load_home": loads[:world].tolist(),
             "balance/device_load_planned": loads[world:].tolist(),

@@ -48,7 +48,9 @@ class JsonLines:
                     kept += [line] if json.loads(line)["step"] <= first_step else []
                 except (ValueError, KeyError):
                     continue  # the torn last line of a run that was killed
-        path.write_text("".join(line + "\n" for line in kept))
+        whole = path.with_name(f".{path.name}.part")
+        whole.write_text("".join(line + "\n" for line in kept))
+        whole.rename(path)
         self._file = path.open("a")
 
     def log(self, step: int, metrics: Metrics) -> None:

@@ -1,0 +1,223 @@
+"""What one rank runs when a layer is timed: the layer under one routing and planner, and its ceiling, the bare GEMMs.
+
+T tokens here, D width, H expert hidden width, N selections here, E experts, S experts here.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain import profile
+from moetrain.bench import cases
+from moetrain.bench.cases import Shape
+from moetrain.comm import all_gather
+from moetrain.mesh import Expert, Mesh
+from moetrain.moe.clock import Clock
+from moetrain.moe.cost import Costs, Limits, State
+from moetrain.moe.dispatch import Route
+from moetrain.moe.experts import Experts
+from moetrain.moe.plan import Ints, Plan
+from moetrain.moe.planners import PLANNERS
+from moetrain.moe.router import Routing
+
+GUEST_SLOTS = 8  # guests that stay between forward and backward
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NOTE_BYTES = 8  # an announced selection: which copy, and its weight
+WEIGHT_GRADIENT_BYTES = 4  # its gradient, on the way back
+
+
+def now(device: torch.device) -> float:
+    """Seconds; what the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def draw(*shape: int, like: Shape, device: torch.device, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, device=device).mul_(scale).to(DTYPES[like.dtype])
+
+
+def build(shape: Shape, ep: Expert, device: torch.device) -> Experts:
+    """The experts of one rank, random; nobody ever holds all of them."""
+    with torch.device("meta"):
+        experts = Experts(shape.dim, shape.hidden, shape.experts)
+    experts.shard(ep, guest_slots=GUEST_SLOTS)
+    for name, parameter in list(experts.named_parameters()):
+        setattr(experts, name, nn.Parameter(draw(*parameter.shape, like=shape, device=device, scale=0.03)))
+    return experts
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A rank's tokens, the weights of their selections, and the upstream gradient."""
+
+    x_TD: Tensor
+    weight_N: Tensor
+    token_N: Tensor
+    upstream_TD: Tensor
+
+    @classmethod
+    def of(cls, shape: Shape, device: torch.device) -> "Inputs":
+        x_TD, upstream_TD = (draw(shape.tokens, shape.dim, like=shape, device=device) for _ in range(2))
+        weight_N = torch.rand(shape.tokens * shape.top_k, device=device).requires_grad_()
+        token_N = torch.arange(shape.tokens, device=device).repeat_interleave(shape.top_k)
+        return cls(x_TD.requires_grad_(), weight_N, token_N, upstream_TD)
+
+
+@dataclass
+class Cell:
+    """One rank's layer under one routing and one planner."""
+
+    shape: Shape
+    experts: Experts
+    inputs: Inputs
+    expert_N: Tensor
+    planner: str
+    costs: Costs
+
+    @classmethod
+    def of(
+        cls, scenario: str, planner: str, shape: Shape, experts: Experts, inputs: Inputs, costs: Costs, seed: int
+    ) -> "Cell":
+        assert experts.ep is not None
+        drawn = cases.selections(scenario, experts.ep.rank, experts.ep.size, shape, seed)
+        return cls(shape, experts, inputs, torch.from_numpy(drawn).to(inputs.x_TD.device), planner, costs)
+
+    @property
+    def routing(self) -> Routing:
+        probs_TE = self.inputs.weight_N.new_empty(0, self.shape.experts)  # for the balance loss: not part of this
+        return Routing(self.inputs.token_N, self.expert_N, self.inputs.weight_N, probs_TE)
+
+    def decide(self) -> Plan:
+        """Counts of all ranks, then the plan; what a training step does after its choice of experts."""
+        ep = self.experts.ep
+        assert ep is not None
+        counts_E = torch.bincount(self.expert_N, minlength=self.shape.experts)
+        return self.plan(all_gather(counts_E, ep.rows).cpu().numpy())
+
+    def plan(self, counts_RE: Ints) -> Plan:
+        state = State(resident=self.experts.store.keeps_RE)
+        return PLANNERS[self.planner](counts_RE, self.experts.home, self.costs, Limits(), state)
+
+    def forward(self, plan: Plan) -> Tensor:
+        self.experts.store.admit(plan)
+        clock = Clock(self.inputs.x_TD.device)
+        return self.experts(self.inputs.x_TD, self.routing, plan, self.shape.top_k, clock)
+
+    def run(self, plan: Plan | None = None) -> tuple[float, float]:
+        """(seconds until the forward is over, seconds in all); `plan`: as decided before."""
+        device = self.inputs.x_TD.device
+        began = now(device)
+        y_TD = self.forward(plan or self.decide())
+        between = now(device)
+        y_TD.backward(self.inputs.upstream_TD)
+        ended = now(device)
+        self.drop_gradients()
+        return between - began, ended - began
+
+    def drop_gradients(self) -> None:
+        self.inputs.x_TD.grad = self.inputs.weight_N.grad = None
+        self.experts.gate_up.grad = self.experts.down.grad = None
+
+    def hold(self, plan: Plan | None = None) -> list[Tensor]:
+        """Forward and backward; returns the gradients of this rank's own experts, the same size under any plan."""
+        self.forward(plan or self.decide()).backward(self.inputs.upstream_TD)
+        grads = [self.experts.gate_up.grad, self.experts.down.grad]
+        self.drop_gradients()
+        return [grad for grad in grads if grad is not None]
+
+    def bytes_sent(self, plan: Plan) -> int:
+        """Payload that leaves this rank in forward and backward: rows, announcements, weights and gradients on loan."""
+        ep, store = self.experts.ep, self.experts.store
+        assert ep is not None
+        route = Route.of(self.routing, plan, ep, self.shape.tokens, self.shape.top_k)
+        row = self.inputs.x_TD.element_size() * self.shape.dim
+        told, heard = (sum(n for r, n in enumerate(by) if r != ep.rank) for by in (route.announced, route.heard))
+        copies = 2 * (sum(route.copies_out) + sum(route.copies_in)) * row  # x out, sums back; both again backward
+        expert = self.shape.weights * self.inputs.x_TD.element_size()
+        loans = 0
+        store.admit(plan)
+        for number, home, guest in plan.guests():
+            if home == ep.rank:
+                loans += 1 if store.keeps_RE[guest, number] else 2  # those that do not stay are lent again
+            loans += guest == ep.rank  # its gradient
+        store.close()
+        return copies + told * NOTE_BYTES + heard * WEIGHT_GRADIENT_BYTES + loans * expert
+
+
+class Gemms:
+    """The expert GEMMs of a balanced layer by themselves, forward and backward: `grouped_mm`, full precision."""
+
+    def __init__(self, shape: Shape, num_ranks: int, device: torch.device) -> None:
+        num_own, rows = shape.experts // num_ranks, shape.tokens * shape.top_k
+        new = lambda *size, scale=1.0: draw(*size, like=shape, device=device, scale=scale)  # noqa: E731
+        self.device = device
+        self.x_MD, self.hidden_MH = new(rows, shape.dim).requires_grad_(), new(rows, shape.hidden).requires_grad_()
+        self.gate_up = new(num_own, 2 * shape.hidden, shape.dim, scale=0.03).requires_grad_()
+        self.down = new(num_own, shape.dim, shape.hidden, scale=0.03).requires_grad_()
+        self.upstream = [new(rows, 2 * shape.hidden), new(rows, shape.dim)]
+        ends = np.arange(1, num_own + 1) * rows // num_own
+        self.ends = torch.from_numpy(ends.astype(np.int32)).to(device)
+
+    def run(self) -> tuple[float, float]:
+        """(seconds until the forward is over, seconds in all)."""
+        began = now(self.device)
+        out = [
+            F.grouped_mm(self.x_MD, self.gate_up.mT, offs=self.ends),
+            F.grouped_mm(self.hidden_MH, self.down.mT, offs=self.ends),
+        ]
+        between = now(self.device)
+        torch.autograd.backward(out, self.upstream)
+        ended = now(self.device)
+        self.x_MD.grad = self.hidden_MH.grad = self.gate_up.grad = self.down.grad = None
+        return between - began, ended - began
+
+
+@dataclass
+class Setup:
+    """What all cells of a shape share on one rank, and what they are compared with."""
+
+    shape: Shape
+    experts: Experts
+    inputs: Inputs
+    costs: Costs
+    seed: int
+    gemms: Gemms
+    reference: Cell  # our layer, balanced; rows move nowhere
+
+    @classmethod
+    def of(cls, mesh: Mesh, shape: Shape, seed: int) -> "Setup":
+        torch.manual_seed(seed + mesh.rank)
+        costs = profile.measure(mesh, dim=shape.dim, hidden=shape.hidden, dtype=DTYPES[shape.dtype])
+        experts, inputs = build(shape, mesh.ep, mesh.device), Inputs.of(shape, mesh.device)
+        gemms = Gemms(shape, mesh.ep.size, mesh.device)
+        reference = Cell.of(cases.BALANCED, "home", shape, experts, inputs, costs, seed)
+        return cls(shape, experts, inputs, costs, seed, gemms, reference)
+
+    def cell(self, scenario: str, planner: str) -> Cell:
+        return Cell.of(scenario, planner, self.shape, self.experts, self.inputs, self.costs, self.seed)
+
+
+Timed = Callable[[], tuple[float, float]]
+
+
+def interleave(runs: list[Timed], repeats: int, ep: Expert, device: torch.device) -> np.ndarray:
+    """[repeats, runs, 2] seconds (forward, in all) of the slowest rank; one run after another, each after a barrier."""
+    times = []
+    for _ in range(repeats):
+        row = []
+        for run in runs:
+            barrier(ep, device)
+            row.append(run())
+        times.append(row)
+    local = torch.tensor(times, dtype=torch.float64, device=device)
+    return all_gather(local, ep.rows).amax(0).cpu().numpy()
+
+
+def barrier(ep: Expert, device: torch.device) -> None:
+    all_gather(torch.zeros(1, device=device), ep.rows).cpu()

@@ -1,0 +1,123 @@
+"""`moetrain bench gpu`: the expert GEMMs of published models on one device, against its rate for large matrices.
+
+No ranks: what one of RANKS has to compute when loads are even. This is the ceiling of the layer's own kernels;
+`bench layer --virtual-ranks` measures those.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from moetrain.bench.cases import PRESETS, Shape
+from moetrain.bench.cell import Gemms, now
+from moetrain.observe.console import console
+
+Records = list[dict[str, Any]]
+RANKS, TOKENS = 8, 8192  # of the cluster that the device stands for; of each rank
+LARGE = {"cuda": 8192, "cpu": 1024}  # side of the square product that is the measure
+PRODUCTS = 4  # of them between two looks at the clock
+SETTLE = 3
+
+
+def run(options: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scale = options.scale or (1 if device.type == "cuda" else 16)
+    found = [measure(name, shape_of(name, scale), device, options.repeats) for name in options.shape]
+    if options.json:
+        print(json.dumps(found))
+    console.print(table(found))
+    console.print(LEGEND)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.out / "gpu.md").write_text(markdown(found))
+        console.print(f"written: {options.out}/gpu.json, gpu.md")
+    return 0
+
+
+def shape_of(name: str, scale: int) -> Shape:
+    """A published layer, its widths and tokens divided (widths to multiples of 8, as a grouped GEMM wants them)."""
+    dim, hidden, experts, top_k = PRESETS[name]
+    tokens, dim, hidden = max(1, TOKENS // scale), *(max(8, size // scale // 8 * 8) for size in (dim, hidden))
+    return Shape(tokens, dim, hidden, experts, top_k, "bf16")
+
+
+def measure(name: str, shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Rates in floating-point operations a second, medians; shares of the large product's rate, in %."""
+    torch.manual_seed(0)
+    gemms, side = Gemms(shape, RANKS, device), LARGE[device.type]
+    left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(left)
+    times = []
+    for _ in range(SETTLE + repeats):
+        began = now(device)
+        for _ in range(PRODUCTS):
+            torch.mm(left, right, out=out)
+        large = now(device) - began
+        forward, total = gemms.run()
+        times.append((large, forward, total - forward, total))
+    flops = 2 * shape.tokens * shape.top_k * shape.weights  # of the forward; the backward takes twice as many
+    work = np.array([PRODUCTS * 2 * side**3, flops, 2 * flops, 3 * flops])
+    rates = work / np.array(times[SETTLE:])
+    shares = 100 * rates / rates[:, :1]
+    found: dict[str, Any] = {
+        "model": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        **vars(shape),
+        "experts_here": shape.experts // RANKS,
+        "rows_here": shape.tokens * shape.top_k,
+        "repeats": repeats,
+        "large_side": side,
+    }
+    for part, label in enumerate(("large", "forward", "backward", "total")):
+        found[f"{label}_ms"] = 1e3 * float(np.median(np.array(times[SETTLE:])[:, part]))
+        found[f"{label}_tflops"] = float(np.median(rates[:, part])) / 1e12
+        if part:
+            low, middle, high = np.quantile(shares[:, part], (0.25, 0.5, 0.75)).tolist()
+            found |= {f"{label}_percent": middle, f"{label}_quartiles": [low, high]}
+    return found
+
+
+COLUMNS = ("model", "D × H", "experts", "rows", "large", "forward", "backward", "both")
+LEGEND = "D × H: width × hidden width. experts, rows: of this device. large: TFLOP/s of the large product."
+
+
+def title(found: Records) -> str:
+    r = found[0]
+    return (
+        f"bf16 grouped GEMMs of one of {RANKS} ranks on {r['device']}, torch {r['torch']}, {r['repeats']} repeats: "
+        f"% of the rate of {r['large_side']}³ products"
+    )
+
+
+def rows(found: Records) -> list[list[str]]:
+    return [
+        [
+            r["model"],
+            f"{r['dim']} × {r['hidden']}",
+            f"{r['experts_here']}",
+            f"{r['rows_here']:,}",
+            f"{r['large_tflops']:,.3g}",
+            *(f"{r[f'{part}_percent']:.1f} % ({r[f'{part}_ms']:,.1f} ms)" for part in ("forward", "backward", "total")),
+        ]
+        for r in found
+    ]
+
+
+def table(found: Records) -> Table:
+    out = Table(title=title(found))
+    for number, column in enumerate(COLUMNS):
+        out.add_column(column, justify="right" if number else "left")
+    for row in rows(found):
+        out.add_row(*row)
+    return out
+
+
+def markdown(found: Records) -> str:
+    lines = [" | ".join(COLUMNS), "|".join(["---"] * len(COLUMNS)), *(" | ".join(row) for row in rows(found))]
+    return f"# Grouped GEMMs\n\n{title(found)}\n\n" + "\n".join(f"| {line} |" for line in lines) + f"\n\n{LEGEND}\n"

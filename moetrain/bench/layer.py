@@ -1,0 +1,147 @@
+"""`moetrain bench layer`: one MoE layer on real ranks, every routing and planner of a grid.
+
+For every cell each repetition runs the bare GEMMs, our layer under balanced routing, and the cell; the slowest rank's
+time counts. Percentages are medians of the ratios of such neighbours.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moetrain import launcher
+from moetrain.bench import cases, layer_report, peers, virtual
+from moetrain.bench.cases import Shape
+from moetrain.bench.cell import Setup, interleave
+from moetrain.bench.memory import peak_bytes
+from moetrain.bench.options import Grid
+from moetrain.comm import all_gather
+from moetrain.config import ConfigError, Parallel
+from moetrain.mesh import Mesh, auto_nproc, from_env, start
+from moetrain.observe.console import errors
+
+Records = list[dict[str, Any]]
+SETTLE = 2  # runs of a cell before it is timed
+
+
+def run(options: argparse.Namespace) -> int:
+    """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
+    place = from_env()
+    workers = place[1] if place else 1 if options.virtual_ranks else options.nproc or auto_nproc()
+    grid = Grid.of(options, options.virtual_ranks or workers)
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {options.out}: {error.strerror}") from None
+    if place is None:
+        return launcher.launch(options.given, workers)
+    return launcher.work(lambda: _work(options, grid, place))
+
+
+def _work(options: argparse.Namespace, grid: Grid, place: tuple[int, int, int]) -> None:
+    rank, world, local_rank = place
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # One thread for a virtual rank: on a busy machine several wait for each other longer than they compute.
+    torch.set_num_threads(1 if options.virtual_ranks else max(1, (os.cpu_count() or 1) // here))
+    parallel = Parallel(nproc=world, ep=None, dp_shard=None, dp_replicate=1)
+    with start(parallel, rank=rank, world=world, local_rank=local_rank) as mesh:
+        if options.virtual_ranks:
+            found, report = virtual.records(mesh, grid, options.virtual_ranks), virtual.report
+        else:
+            found, report = records(mesh, grid), layer_report.report
+        others = peers.records(mesh, grid) if options.peers else []
+    if not mesh.is_main:
+        return
+    if options.json:
+        print(json.dumps(found + others))
+    report(found, options.out)
+    peers.show(others)
+
+
+def records(mesh: Mesh, grid: Grid) -> Records:
+    """One record for every shape, scenario and planner, the same on every rank."""
+    names = [(shape, cases.chosen(grid.patterns, shape.experts)) for shape in grid.shapes]
+    total = sum(len(scenarios) for _, scenarios in names) * len(grid.planners)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    found: Records = []
+    with Progress(
+        *columns, console=errors, transient=True, auto_refresh=False, disable=not mesh.is_main
+    ) as progress:  # no thread of its own: it would share a core with a rank
+        task = progress.add_task("", total=total)
+
+        def tell(what: str, done: int) -> None:
+            progress.update(task, description=what, advance=done)
+            progress.refresh()
+
+        for shape, scenarios in names:
+            found += measure(mesh, shape, scenarios, grid, tell)
+    return found
+
+
+def measure(mesh: Mesh, shape: Shape, scenarios: list[str], grid: Grid, tell: Callable[[str, int], None]) -> Records:
+    """The records of one shape."""
+    ep, device = mesh.ep, mesh.device
+    tell(f"{shape}: warming up", 0)
+    setup = Setup.of(mesh, shape, grid.seed)
+    gemms, reference = setup.gemms, setup.reference
+    for _ in range(grid.warmup):  # until the heap has its size
+        gemms.run()
+        reference.run()
+    balanced_peak = _worst(peak_bytes(reference.hold, device), mesh)
+    found: Records = []
+    for scenario in scenarios:
+        for planner in grid.planners:
+            tell(f"{shape}: {scenario}, {planner}", 0)
+            cell = setup.cell(scenario, planner)
+            for _ in range(SETTLE):
+                cell.run()
+            times = interleave([gemms.run, reference.run, cell.run], grid.repeats, ep, device)
+            gemm, balanced, this = times[:, :, 1].T
+            plan = cell.decide()
+            sent = _all(cell.bytes_sent(plan), mesh)
+            cell.run(plan)
+            peak = _worst(peak_bytes(cell.hold, device), mesh)
+            found.append(
+                {
+                    "scenario": scenario,
+                    "planner": planner,
+                    "ranks": ep.size,
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                    **vars(shape),
+                    "repeats": grid.repeats,
+                    "forward_ms": 1e3 * float(np.median(times[:, 2, 0])),
+                    "total_ms": 1e3 * float(np.median(this)),
+                    "percent_of_balanced": 100 * float(np.median(balanced / this)),
+                    "spread": 100 * _spread(balanced / this),
+                    "percent_of_gemm": 100 * float(np.median(gemm / this)),
+                    "gemm_spread": 100 * _spread(gemm / this),
+                    "max_over_mean": float(plan.loads().max() / plan.loads().mean()),
+                    "rows_crossing": plan.crossing(),
+                    "bytes_crossing": sum(sent),
+                    "guests": len(plan.guests()),
+                    "peak_memory_mib": peak / 2**20,
+                    "memory_ratio": peak / balanced_peak,
+                }
+            )
+            tell(f"{shape}: {scenario}, {planner}", 1)
+    return found
+
+
+def _spread(ratios: np.ndarray) -> float:
+    """Distance of the quartiles."""
+    low, high = np.quantile(ratios, (0.25, 0.75))
+    return float(high - low)
+
+
+def _all(value: int, mesh: Mesh) -> list[int]:
+    return all_gather(torch.tensor([value], device=mesh.device), mesh.ep.rows).flatten().tolist()
+
+
+def _worst(value: int, mesh: Mesh) -> int:
+    return max(_all(value, mesh))

@@ -1,0 +1,162 @@
+"""What `moetrain bench layer` found, for people: tables, a summary, Markdown, a picture."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from moetrain.bench.cases import BALANCED
+from moetrain.observe.console import console
+
+Records = list[dict[str, Any]]
+COLORS = {"home": "tab:red", "llep": "tab:orange", "makespan": "tab:green", "eplb": "tab:purple"}
+WORST = 3  # cells that are named
+LEGEND = "ms forward and backward · % of our own layer under balanced routing, in pairs, ± half the quartiles' distance"
+
+
+def report(records: Records, out: Path | None) -> None:
+    """Print; with a folder, write layer.json, layer.md and layer.png."""
+    for group in by_shape(records):
+        for table in tables(group):
+            console.print(table)
+    console.print(LEGEND)
+    for line in summary(records):
+        console.print(line)
+    if out is not None:
+        write(records, markdown(records), out)
+
+
+def write(records: Records, text: str, out: Path) -> None:
+    (out / "layer.json").write_text(json.dumps(records, indent=1) + "\n")
+    (out / "layer.md").write_text(text)
+    draw(records, out / "layer.png")
+    console.print(f"written: {out}/layer.json, layer.md, layer.png")
+
+
+def by_shape(records: Records) -> list[Records]:
+    """The records of each dtype and number of experts."""
+    groups: dict[tuple[str, int], Records] = {}
+    for record in records:
+        groups.setdefault((record["dtype"], record["experts"]), []).append(record)
+    return list(groups.values())
+
+
+def title(group: Records) -> str:
+    r = group[0]
+    return (
+        f"{r['dtype']}, {r['experts']} experts, top-{r['top_k']}, {r['tokens']:,} tokens a rank, "
+        f"{r['dim']} × {r['hidden']}, {r['ranks']} ranks on {r['device']}"
+    )
+
+
+def tables(group: Records) -> list[Table]:
+    """Speed, then what it costs."""
+    planners = list(dict.fromkeys(r["planner"] for r in group))
+    speed = Table("routing", title=title(group))
+    cost = Table("routing", title="of the GEMMs alone · rows crossing · guests · peak memory × balanced")
+    for planner in planners:
+        speed.add_column(planner, justify="right")
+        cost.add_column(planner, justify="right")
+    for scenario in dict.fromkeys(r["scenario"] for r in group):
+        cells = [r for p in planners for r in group if r["scenario"] == scenario and r["planner"] == p]
+        speed.add_row(scenario, *(_speed(r) for r in cells))
+        cost.add_row(scenario, *(_cost(r) for r in cells))
+    return [speed, cost]
+
+
+def _speed(r: dict[str, Any]) -> str:
+    return f"{r['total_ms']:,.0f} ms  {r['percent_of_balanced']:5.1f} % ±{r['spread'] / 2:.1f}"
+
+
+def _cost(r: dict[str, Any]) -> str:
+    return f"{r['percent_of_gemm']:.1f} % · {r['rows_crossing']:,} · {r['guests']} · {r['memory_ratio']:.2f}"
+
+
+def summary(records: Records) -> list[str]:
+    """Per dtype: the balanced layer beside its GEMMs, and each planner over the whole grid."""
+    lines = []
+    for dtype in dict.fromkeys(r["dtype"] for r in records):
+        own = [r for r in records if r["dtype"] == dtype]
+        for r in own:
+            if r["scenario"] == BALANCED and r["planner"] == "home" and "percent_of_gemm" in r:
+                share = f"{r['percent_of_gemm']:.1f} % of the speed of the GEMMs alone (±{r['gemm_spread'] / 2:.1f})"
+                lines.append(f"{dtype}, {r['experts']} experts, balanced: {share}")
+        for planner in dict.fromkeys(r["planner"] for r in own):
+            cells = sorted((r for r in own if r["planner"] == planner), key=lambda r: r["percent_of_balanced"])
+            mean = statistics.mean(r["percent_of_balanced"] for r in cells)
+            memory = max(cells, key=lambda r: r["memory_ratio"])
+            worst = ", ".join(f"{r['percent_of_balanced']:.1f} % ({_name(r)})" for r in cells[:WORST])
+            lines.append(
+                f"{dtype} {planner}: mean {mean:.1f} % of balanced over {len(cells)} cells; worst {worst}; "
+                f"memory at most {memory['memory_ratio']:.2f} × ({_name(memory)})"
+            )
+    return lines
+
+
+def _name(r: dict[str, Any]) -> str:
+    return f"{r['scenario']}, {r['experts']} experts"
+
+
+def markdown(records: Records) -> str:
+    """The tables and the summary."""
+    parts = ["# One MoE layer, forward and backward\n"]
+    for group in by_shape(records):
+        planners = list(dict.fromkeys(r["planner"] for r in group))
+        parts.append(f"## {title(group)}\n")
+        parts.append(f"{group[0]['repeats']} repeats. {LEGEND}. Then: % of the GEMMs alone, rows crossing, guests, ")
+        parts.append("peak memory as a multiple of balanced.\n")
+        parts.append("| routing | " + " | ".join(planners) + " |")
+        parts.append("|---|" + "---|" * len(planners))
+        for scenario in dict.fromkeys(r["scenario"] for r in group):
+            cells = [r for p in planners for r in group if r["scenario"] == scenario and r["planner"] == p]
+            parts.append(f"| {scenario} | " + " | ".join(f"{_speed(r)}<br>{_cost(r)}" for r in cells) + " |")
+        parts.append("")
+    parts += [f"- {line}" for line in summary(records)]
+    return "\n".join(parts) + "\n"
+
+
+def draw(records: Records, path: Path) -> None:
+    """One panel for each dtype: speed as a share of balanced, by routing, a bar for each planner."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    dtypes = list(dict.fromkeys(r["dtype"] for r in records))
+    figure, axes = plt.subplots(len(dtypes), 1, figsize=(13, 4.2 * len(dtypes)), squeeze=False)
+    for dtype, axis in zip(dtypes, axes[:, 0], strict=True):
+        own = [r for r in records if r["dtype"] == dtype]
+        planners = list(dict.fromkeys(r["planner"] for r in own))
+        cells = list(dict.fromkeys((r["experts"], r["scenario"]) for r in own))
+        width = 0.8 / len(planners)
+        for number, planner in enumerate(planners):
+            found = {(r["experts"], r["scenario"]): r for r in own if r["planner"] == planner}
+            place = [at + (number - (len(planners) - 1) / 2) * width for at in range(len(cells))]
+            axis.bar(
+                place,
+                [found[c]["percent_of_balanced"] for c in cells],
+                width,
+                yerr=[found[c].get("spread", 0) / 2 for c in cells],
+                error_kw={"lw": 0.8},
+                label=planner,
+                color=COLORS.get(planner),
+            )
+        axis.axhline(100, color="black", lw=0.8)
+        axis.set_xticks(range(len(cells)), [f"{s}\n{e} experts" for e, s in cells], rotation=60, ha="right", fontsize=8)
+        axis.set(ylabel="% of balanced speed")
+        axis.set_title(f"{dtype}: {_headline(own)}", pad=24)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, ncols=len(planners), loc="lower left", bbox_to_anchor=(0, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _headline(records: Records) -> str:
+    found = [r for r in records if r["scenario"] == BALANCED and r["planner"] == "home" and "percent_of_gemm" in r]
+    shares = ", ".join(f"{r['percent_of_gemm']:.0f} % ({r['experts']} experts)" for r in found)
+    r = records[0]
+    place = f"{r['tokens']:,} tokens a rank, {r['dim']} × {r['hidden']}, top-{r['top_k']}, {r['ranks']} ranks"
+    return f"{place}; balanced runs at {shares} of its GEMMs" if shares else place

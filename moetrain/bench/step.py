@@ -1,0 +1,240 @@
+"""`moetrain bench step`: whole training steps, natural routing against perfect balance.
+
+One engine, one model, one set of process groups. A variant is a router's choice and a planner; both are put into the
+layers between two steps. The slowest rank's time counts.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from moetrain import checkpoint, config, profile, train
+from moetrain.bench.cell import now
+from moetrain.bench.step_options import Options
+from moetrain.comm import all_reduce_sum, barrier
+from moetrain.config import Config, ConfigError
+from moetrain.data.loader import Corpus, Loader
+from moetrain.engine.native import NativeEngine
+from moetrain.mesh import Mesh
+from moetrain.moe.layer import MoE
+from moetrain.moe.plan import imbalance
+from moetrain.moe.planners import PLANNERS
+from moetrain.moe.router import ROUTERS
+from moetrain.observe.console import console
+from moetrain.observe.meter import PHASES
+from moetrain.optim import learning_rate
+
+Records = list[dict[str, Any]]
+IDEAL = "round_robin"
+SETTLE = 2  # steps of every variant before any is timed
+
+
+@dataclass(frozen=True)
+class Variant:
+    router: str  # whose choices
+    planner: config.Planner
+
+    def install(self, layers: Sequence[MoE]) -> None:
+        for moe in layers:
+            moe.planner = partial(PLANNERS[self.planner.name], **self.planner.options)
+            moe.router.choose = partial(ROUTERS[self.router].choose, moe.router)  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model in training whose next steps are measured."""
+
+    config: Config
+    mesh: Mesh
+    engine: NativeEngine
+    loader: Loader
+    position: int  # first global sample of the next step
+
+    @classmethod
+    def of(cls, settings: Config, mesh: Mesh, options: Options) -> "Bench":
+        """After the warm-up: ordinary steps from scratch; from a checkpoint, steps that change nothing."""
+        corpus, loader = train.open_data(settings)
+        settings = train.with_vocabulary(settings, corpus)
+        saved = starting_point(settings)
+        engine = NativeEngine(train.build(settings), mesh, settings)
+        if saved is not None:
+            checkpoint.load(saved, engine.model, engine.optimizer)
+        with tempfile.TemporaryDirectory() as folder:
+            m = settings.model
+            engine.plan_with(profile.obtain(mesh, m.dim, m.expert_hidden, engine.dtype, Path(folder), saved))
+        _, position = checkpoint.progress(saved)
+        for step in range(options.warmup):
+            lr = learning_rate(settings.optim, step, settings.train.steps) if saved is None else 0.0
+            train.optimizer_step(engine, settings, list(train.micro_batches(settings, mesh, loader, position)), lr)
+            position += settings.train.global_batch
+        if options.by_domain:
+            domain = own_domain(corpus, settings.train.seq_len, mesh.rank)
+            loader = Loader(corpus, settings.train.seq_len, settings.train.seed, domain)
+        return cls(settings, mesh, engine, loader, position)
+
+    def measure(self, variants: list[Variant], repeats: int) -> tuple[np.ndarray, np.ndarray]:
+        """[repeats, variants] seconds of the slowest rank; [variants, facts] means of what the plans did."""
+        layers = [m for m in self.engine.model.modules() if isinstance(m, MoE)]
+        device, world = self.mesh.device, self.mesh.world
+        seconds = torch.zeros(world, repeats, len(variants), dtype=torch.float64, device=device)
+        facts = torch.zeros(len(variants), len(FACTS), dtype=torch.float64, device=device)
+        for repeat in range(-SETTLE, repeats):
+            first = self.position + (repeat + SETTLE) * self.config.train.global_batch
+            shares = list(train.micro_batches(self.config, self.mesh, self.loader, first))
+            for turn in range(len(variants)):
+                number = (turn + repeat) % len(variants)
+                variants[number].install(layers)
+                barrier()
+                began = now(device)
+                parts, _ = train.optimizer_step(self.engine, self.config, shares, lr=0.0)
+                ended = now(device)
+                barrier()
+                if repeat >= 0:
+                    seconds[self.mesh.rank, repeat, number] = ended - began
+                    facts[number] += torch.tensor(facts_of(parts), device=device) / (repeats * world)
+        return all_reduce_sum(seconds).amax(0).cpu().numpy(), all_reduce_sum(facts).cpu().numpy()
+
+
+FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_crossing_fraction", *(f"{name}_ms" for name in PHASES))
+
+
+def facts_of(parts: Sequence[train.Part]) -> list[float]:
+    """Of one step on one rank: loads and rows as means over layers and micro-steps, guests and phases in all."""
+    stats = [s for part in parts for s in part.stats]
+    plans = [s.plan for s in stats]
+    loads = [[imbalance(p.home_loads()), imbalance(p.loads()), p.crossing() / p.counts.sum()] for p in plans]
+    home, planned, crossing = np.mean(loads, axis=0).tolist()
+    phases = [1e3 * sum(s.clock.seconds().get(name, 0.0) for s in stats) for name in PHASES]
+    return [home, planned, sum(len(p.guests()) for p in plans), crossing, *phases]
+
+
+def own_domain(corpus: Corpus, seq_len: int, rank: int) -> int:
+    """The domain that a rank reads by itself: one after another, those too small for a sequence left out."""
+    tokens = corpus.manifest["splits"]["train"]["tokens_per_domain"]
+    filled = [number for number, name in enumerate(corpus.domains) if tokens[name] > seq_len + 1]
+    return filled[rank % len(filled)]
+
+
+def starting_point(settings: Config) -> Path | None:
+    """The checkpoint given by `checkpoint.resume`. Raises `ConfigError` where it is not there or does not fit."""
+    if settings.checkpoint.resume in ("auto", "none"):
+        return None
+    saved = Path(settings.checkpoint.resume)
+    if not (saved / "manifest.json").is_file():
+        raise ConfigError(f"checkpoint.resume={saved}: must be a folder step_N with a manifest.json")
+    checkpoint.check_fits(settings, saved, same_run=False)
+    return saved
+
+
+def records(bench: Bench, options: Options) -> Records:
+    """One record for the ideal and for every planner, the same on every rank. The weights stay as they were."""
+    settings, mesh = bench.config, bench.mesh
+    presets = {name: config.load([f"planner={name}"]).planner for name in ("home", *options.planners)}
+    presets[settings.planner.name] = settings.planner
+    variants = [Variant(IDEAL, presets["home"])]
+    variants += [Variant(settings.router.name, presets[name]) for name in options.planners]
+    times, facts = bench.measure(variants, options.repeats)
+    found: Records = []
+    for number, variant in enumerate(variants):
+        ratios = 100 * times[:, 0] / times[:, number]
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+        found.append(
+            {
+                "routing": "round robin" if number == 0 else "natural",
+                "planner": variant.planner.name,
+                "ranks": mesh.world,
+                "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
+                "dtype": settings.train.dtype,
+                "model": settings.model.model_dump(),
+                "top_k": settings.router.top_k,
+                "skew": settings.router.skew,
+                "tokens_per_step": settings.train.global_batch * settings.train.seq_len,
+                "micro_steps": settings.micro_steps(mesh.world),
+                "by_domain": options.by_domain,
+                "start": settings.checkpoint.resume if starting_point(settings) else None,
+                "seed": settings.train.seed,
+                "warmup": options.warmup,
+                "repeats": options.repeats,
+                "step_ms": 1e3 * float(np.median(times[:, number])),
+                "percent_of_ideal": middle,
+                "quartiles": [low, high],
+                **dict(zip(FACTS, facts[number].tolist(), strict=True)),
+            }
+        )
+    return found
+
+
+def run(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
+    """What every worker does for the verb."""
+    options = Options.of(given)
+    found = records(Bench.of(settings, mesh, options), options)
+    if not mesh.is_main:
+        return
+    if given.json:
+        print(json.dumps(found))
+    console.print(table(found))
+    console.print(LEGEND)
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "step.json").write_text(json.dumps(found, indent=1) + "\n")
+        (given.out / "step.md").write_text(markdown(found))
+        console.print(f"written: {given.out}/step.json, step.md")
+
+
+COLUMNS = ("routing", "planner", "step ms", "% of ideal", "imbalance", "guests", "rows crossing")
+LEGEND = (
+    "% of ideal: median of round robin's time over this one's, each repetition by itself (and its quartiles). "
+    "imbalance: largest device load over the mean, at home → planned, mean of the layers. guests: of a whole step."
+)
+
+
+def title(found: Records) -> str:
+    r = found[0]
+    start = f"from {r['start']}, " if r["start"] else ""
+    return (
+        f"{r['dtype']}, {r['model']['num_layers']} layers, width {r['model']['dim']}, {r['model']['num_experts']} "
+        f"experts, top-{r['top_k']}, {r['tokens_per_step']:,} tokens a step in {r['micro_steps']} micro-step(s), "
+        f"{r['ranks']} ranks × {r['threads']} thread(s) on {r['device']}\n"
+        f"{start}{r['warmup']} steps of warm-up, {r['repeats']} repeats, skew {r['skew']:g}, seed {r['seed']}, "
+        f"{'every rank reads its own domain' if r['by_domain'] else 'mixed data'}"
+    )
+
+
+def rows(found: Records) -> list[list[str]]:
+    return [
+        [
+            r["routing"],
+            r["planner"],
+            f"{r['step_ms']:,.1f}",
+            f"{r['percent_of_ideal']:.1f} ({r['quartiles'][0]:.1f} to {r['quartiles'][1]:.1f})",
+            f"{r['imbalance_home']:.3f} → {r['imbalance_planned']:.3f}",
+            f"{r['guests']:.1f}",
+            f"{r['rows_crossing_fraction']:.1%}",
+        ]
+        for r in found
+    ]
+
+
+def table(found: Records) -> Table:
+    out = Table(title=title(found))
+    for number, column in enumerate(COLUMNS):
+        out.add_column(column, justify="left" if number < 2 else "right")
+    for row in rows(found):
+        out.add_row(*row)
+    return out
+
+
+def markdown(found: Records) -> str:
+    lines = [" | ".join(COLUMNS), "|".join(["---"] * len(COLUMNS)), *(" | ".join(row) for row in rows(found))]
+    body = "\n".join(f"| {line} |" for line in lines)
+    return f"# Whole training steps\n\n{title(found)}\n\n{body}\n\n{LEGEND}\n"

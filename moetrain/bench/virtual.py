@@ -1,0 +1,256 @@
+"""`moetrain bench layer --virtual-ranks R`: R ranks one after another on one device.
+
+Measured: everything a rank does by itself, in the very code that trains: index tables, packing, GEMMs, sums, forward
+and backward, over its own rows, with its guests. Modelled: the links (`cost.layer_time`). The announcements that index
+tables are made of are delivered truly; rows and weights that would come from other ranks are noise of the same size,
+written to the receiving buffer by this device.
+
+R ranks, E experts.
+"""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from moetrain import profile
+from moetrain.bench import cases, layer_report
+from moetrain.bench.cases import BALANCED, Shape
+from moetrain.bench.cell import DTYPES, Cell, Inputs, build, now
+from moetrain.bench.memory import peak_bytes
+from moetrain.bench.options import Grid
+from moetrain.mesh import Expert, Mesh
+from moetrain.moe.cost import Costs, default_costs, layer_time
+from moetrain.moe.dispatch import Route
+from moetrain.moe.experts import Experts
+from moetrain.moe.plan import Plan
+from moetrain.observe.console import console, errors
+
+Records = list[dict[str, Any]]
+Mail = dict[tuple[int, int], Tensor]  # (source, destination) -> announcements
+NOISE = 1 << 20
+
+
+class _Posted(Exception):
+    """The announcements are in the mail; there is no more to be had from this rank yet."""
+
+
+class _Arrival:
+    def __init__(self, complete: bool) -> None:
+        self._complete = complete
+
+    def wait(self) -> None:
+        if not self._complete:
+            raise _Posted
+
+
+class Post:
+    """What the virtual ranks share: announcements in the mail, and noise for everything else."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.mail: Mail = {}
+        noise = torch.randn(NOISE, device=device).mul_(0.1)
+        self._noise = {dtype: noise.to(dtype) for dtype in DTYPES.values()}
+
+    def fill(self, flat: Tensor) -> None:
+        noise, whole = self._noise[flat.dtype], len(flat) // NOISE * NOISE
+        flat[:whole].view(-1, NOISE).copy_(noise)
+        flat[whole:].copy_(noise[: len(flat) - whole])
+
+
+class Links:
+    """In place of a process group: one rank's side of every all-to-all, with nobody at the other end."""
+
+    def __init__(self, rank: int, size: int, post: Post) -> None:
+        self._rank, self._size, self._post = rank, size, post
+
+    def size(self) -> int:
+        return self._size
+
+    def all_to_all_single(self, out: Tensor, rows: Tensor, receive: list[int], send: list[int], _: Any) -> _Arrival:
+        if rows.is_floating_point():
+            self._post.fill(out.view(-1))
+            return _Arrival(complete=True)
+        mail = self._post.mail
+        for to, part in enumerate(rows.split(send)):
+            mail[self._rank, to] = part
+        letters = [mail[source, self._rank] for source in range(self._size) if (source, self._rank) in mail]
+        complete = len(letters) == self._size
+        if complete:
+            torch.cat(letters, out=out)
+        return _Arrival(complete)
+
+    alltoall_base = all_to_all_single  # its name in older versions of torch
+
+
+def records(mesh: Mesh, grid: Grid, num_ranks: int) -> Records:
+    """One record for every shape, scenario and planner."""
+    found: Records = []
+    with Progress(console=errors, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("")
+        for shape in grid.shapes:
+            torch.manual_seed(grid.seed)
+            costs = costs_of(mesh, shape)
+            inputs = Inputs.of(shape, mesh.device)
+            weights = build(shape, _place(0, num_ranks, Post(mesh.device)), mesh.device)
+            runner = Runner(shape, num_ranks, grid, inputs, weights, costs)
+            names = cases.chosen(grid.patterns, shape.experts)
+            reference = runner.cell(BALANCED, "home")
+            for done, (scenario, planner) in enumerate((s, p) for s in names for p in grid.planners):
+                progress.update(task, description=f"{shape}: {scenario}, {planner}", completed=done)
+                progress.update(task, total=len(names) * len(grid.planners))
+                progress.refresh()
+                same = (scenario, planner) == (BALANCED, "home")
+                record = reference if same else runner.cell(scenario, planner)
+                speed = 100 * reference["total_ms"] / record["total_ms"]
+                memory = record["peak_memory_mib"] / reference["peak_memory_mib"]
+                found.append({**record, "percent_of_balanced": speed, "memory_ratio": memory})
+    return found
+
+
+def costs_of(mesh: Mesh, shape: Shape) -> Costs:
+    """Computation as measured on this device, links of the reference machine."""
+    links = default_costs()
+    measured = profile.measure(mesh, dim=shape.dim, hidden=shape.hidden, dtype=DTYPES[shape.dtype])
+    return dataclasses.replace(
+        measured, inside=links.inside, between=links.between, overlap=links.overlap, nodes=links.nodes
+    )
+
+
+@dataclasses.dataclass
+class Runner:
+    """All virtual ranks of one shape. They share one rank's weights and tokens: only the selections differ."""
+
+    shape: Shape
+    num_ranks: int
+    grid: Grid
+    inputs: Inputs
+    weights: Experts
+    costs: Costs
+    _warm: bool = False
+
+    def cell(self, scenario: str, planner: str) -> dict[str, Any]:
+        shape, device = self.shape, self.inputs.x_TD.device
+        counts_RE = cases.counts(scenario, self.num_ranks, shape, self.grid.seed)
+        post = Post(device)
+        cells = [self._rank(rank, scenario, planner, post) for rank in range(self.num_ranks)]
+        plan = cells[0].plan(counts_RE)
+        for cell in cells:
+            with contextlib.suppress(_Posted):
+                self._tables(cell, plan)
+        for _ in range(0 if self._warm else self.grid.warmup):
+            cells[0].run(plan)
+        self._warm = True
+        parts = [self._measure(cell, plan) for cell in cells]
+        modelled = layer_time(plan, counts_RE, self.weights.home, self.costs)
+        slowest = max(parts, key=lambda part: part["total"])
+        links = modelled.dispatch + modelled.lend + modelled.combine
+        plan_s = max(part["plan"] for part in parts)
+        return {
+            "scenario": scenario,
+            "planner": planner,
+            "ranks": self.num_ranks,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            **vars(shape),
+            "repeats": self.grid.repeats,
+            "rows": [part["rows"] for part in parts],
+            "max_over_mean": float(plan.loads().max() / plan.loads().mean()),
+            "plan_ms": 1e3 * plan_s,
+            "index_ms": 1e3 * max(part["index"] for part in parts),
+            "forward_ms": 1e3 * slowest["forward"],
+            "backward_ms": 1e3 * (slowest["total"] - slowest["forward"]),
+            "dispatch_ms": 1e3 * modelled.dispatch,
+            "lend_ms": 1e3 * modelled.lend,
+            "combine_ms": 1e3 * modelled.combine,
+            "total_ms": 1e3 * (plan_s + slowest["total"] + links),
+            "rows_crossing": plan.crossing(),
+            "bytes_crossing": sum(part["sent"] for part in parts),
+            "guests": len(plan.guests()),
+            "peak_memory_mib": max(part["peak"] for part in parts) / 2**20,
+        }
+
+    def _rank(self, rank: int, scenario: str, planner: str, post: Post) -> Cell:
+        with torch.device("meta"):
+            experts = Experts(self.shape.dim, self.shape.hidden, self.shape.experts)
+        experts.shard(_place(rank, self.num_ranks, post), guest_slots=self.weights.store.slots)
+        experts.gate_up, experts.down = self.weights.gate_up, self.weights.down
+        return Cell.of(scenario, planner, self.shape, experts, self.inputs, self.costs, self.grid.seed)
+
+    def _tables(self, cell: Cell, plan: Plan) -> Route:
+        ep = cell.experts.ep
+        assert ep is not None
+        return Route.of(cell.routing, plan, ep, self.shape.tokens, self.shape.top_k)
+
+    def _measure(self, cell: Cell, plan: Plan) -> dict[str, Any]:
+        """Least seconds of one rank's parts (nothing but noise adds to them here); its rows, bytes to send, peak."""
+        device = self.inputs.x_TD.device
+        peak = peak_bytes(lambda: cell.hold(plan), device)
+        times = []
+        for _ in range(self.grid.repeats):
+            began = now(device)
+            cell.plan(plan.counts)
+            planned = now(device)
+            route = self._tables(cell, plan)
+            indexed = now(device)
+            times.append((planned - began, indexed - planned, *cell.run(plan)))
+        names = ("plan", "index", "forward", "total")
+        found = dict(zip(names, np.array(times).min(0).tolist(), strict=True))
+        return {**found, "rows": sum(route.slot_rows), "sent": cell.bytes_sent(plan), "peak": peak}
+
+
+def _place(rank: int, num_ranks: int, post: Post) -> Expert:
+    links = cast(Any, Links(rank, num_ranks, post))
+    return Expert(rank, num_ranks, rows=links, lend=links)
+
+
+LINKS = "links: nodes of 8 with NVLink at 300 GB/s, 33 GB/s between nodes (cost.layer_time)"
+MEASURED = ("plan", "index", "forward", "backward")  # index is part of forward
+MODELLED = ("dispatch", "lend", "combine")
+
+
+def report(records: Records, out: Path | None) -> None:
+    """Print; with a folder, write layer.json, layer.md and layer.png."""
+    text = ["# One MoE layer, virtual ranks\n"]
+    for group in layer_report.by_shape(records):
+        heading = layer_report.title(group)
+        measured = Table(
+            "routing",
+            "planner",
+            title=f"{heading}\nmeasured, one rank after another: ms of the slowest rank (index is part of forward)",
+        )
+        modelled = Table(
+            "routing", "planner", title=f"modelled: ms. {LINKS}\npredicted: plan + forward + backward + links"
+        )
+        for table, columns in (
+            (measured, (*MEASURED, "max/mean", "memory × balanced")),
+            (modelled, (*MODELLED, "rows crossing", "guests", "predicted ms", "% of balanced")),
+        ):
+            for column in columns:
+                table.add_column(column, justify="right")
+        names = [*(f"{name}, measured ms" for name in MEASURED), "max/mean", "memory × balanced"]
+        names += [*(f"{name}, modelled ms" for name in MODELLED), "rows crossing", "guests", "predicted ms"]
+        text += [f"## {heading}\n", f"| routing | planner | {' | '.join(names)} | % of balanced |"]
+        text.append("|---" * (len(names) + 3) + "|")
+        for r in group:
+            cell = [r["scenario"], r["planner"]]
+            left = [f"{r[f'{name}_ms']:,.2f}" for name in MEASURED]
+            left += [f"{r['max_over_mean']:.2f}", f"{r['memory_ratio']:.2f}"]
+            right = [*(f"{r[f'{name}_ms']:,.2f}" for name in MODELLED), f"{r['rows_crossing']:,}", str(r["guests"])]
+            right += [f"{r['total_ms']:,.2f}", f"{r['percent_of_balanced']:.1f}"]
+            measured.add_row(*cell, *left)
+            modelled.add_row(*cell, *right)
+            text.append("| " + " | ".join([*cell, *left, *right]) + " |")
+        console.print(measured)
+        console.print(modelled)
+        text.append("")
+    lines = layer_report.summary(records)
+    for line in lines:
+        console.print(line)
+    if out is not None:
+        layer_report.write(records, "\n".join([*text, LINKS, "", *(f"- {line}" for line in lines), ""]), out)
