@@ -47,7 +47,7 @@ examples:
   moetrain bench step --by-domain                           whole training steps: percent of perfect balance
   moetrain bench gpu                                        grouped GEMMs of published models on this device
 """
-PROFILE = """Measure what the planner has to know of this machine, and keep it. Training does so by itself where it is missing.
+PROFILE = """Measure what the planner has to know of this machine, and keep it. `train` does so where it is missing.
 
 examples:
   moetrain profile                                          for the default model

@@ -20,12 +20,13 @@ from moetrain.comm import all_gather, barrier, broadcast_text, start_all_to_all
 from moetrain.mesh import Mesh
 from moetrain.moe import kernels
 from moetrain.moe.cost import Costs, Link
+from moetrain.moe.guests import Copy, Lending, Returning
 
 COSTS = "costs.json"  # in a run's folder and in its checkpoints
 SEGMENTS = 4
-FLOPS = 2e9  # of one timed computation: milliseconds on a CPU core
+FLOPS = 1e10  # of one timed computation, if that is 64 to 1024 rows an expert
 MESSAGE_BYTES = (1 << 10, 1 << 21)  # to every peer: what is mostly latency, and what is mostly bandwidth
-REPEATS = 11
+REPEATS, SECONDS = 15, 0.5  # timed runs: so many, or as many as fit into that time, and 3 at least
 
 
 def folder() -> Path:
@@ -84,8 +85,8 @@ def from_json(text: str) -> Costs:
 def measure(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> Costs:
     """Costs of one layer of `dim` and `hidden` on the ranks of `mesh.ep`. All ranks call it; a second or two."""
     weights = 3 * dim * hidden
-    many = max(64, int(FLOPS / (6 * weights * SEGMENTS)))
-    few = max(8, many // 16)
+    many = min(max(64, int(FLOPS / (6 * weights * SEGMENTS)) // 32 * 32), 1024)
+    few = many // 8
     (forward_many, backward_many), (forward_few, backward_few) = (
         _experts(mesh, dim, hidden, dtype, rows) for rows in (many, few)
     )
@@ -106,8 +107,10 @@ def measure(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> Costs:
         gradient_bytes=weights * dtype.itemsize,
         inside=inside or between or Link(0.0, 1e12),
         between=between or inside or Link(0.0, 1e12),
-        overlap=_overlap(mesh, dim, hidden, dtype, many),
+        overlap=_overlap(mesh, dim, hidden, dtype),
+        nodes=nodes,
     )
+    costs = dataclasses.replace(costs, handling=_handling(mesh, dim, hidden, dtype, costs))
     costs = from_json(broadcast_text(to_json(costs), mesh.device))
     return dataclasses.replace(costs, nodes=nodes)
 
@@ -155,38 +158,63 @@ def _link(mesh: Mesh, peers: list[bool]) -> Link | None:
     return Link(times[0], count * MESSAGE_BYTES[1] / max(times[1] - times[0], times[1] / 2))
 
 
-def _overlap(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, rows: int) -> float:
-    """Share of a transfer that passes while experts are computed."""
-    splits = [0 if r == mesh.ep.rank else MESSAGE_BYTES[1] for r in range(mesh.ep.size)]
+def _overlap(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> float:
+    """Share of a transfer that passes while experts are computed: both take equally long, apart and together."""
+    splits = [0 if r == mesh.ep.rank else 8 * MESSAGE_BYTES[1] // mesh.ep.size for r in range(mesh.ep.size)]
     message = torch.ones(sum(splits), dtype=torch.uint8, device=mesh.device)
-    x, weight = (
-        torch.randn(rows, dim, device=mesh.device).to(dtype),
-        torch.randn(dim, hidden, device=mesh.device).to(dtype),
-    )
-    products = lambda: [x @ weight for _ in range(3 * SEGMENTS)]  # noqa: E731
-    travel = lambda: start_all_to_all(message, splits, splits, mesh.ep.lend)  # noqa: E731
+    new = lambda *shape: torch.randn(shape, device=mesh.device).to(dtype)  # noqa: E731
+    x, weight = new(256, dim), new(dim, hidden)
+    out = new(256, hidden)
+    send = lambda: start_all_to_all(message, splits, splits, mesh.ep.lend)  # noqa: E731
+    travelling = _time(mesh, lambda: send().wait())
+    count = max(1, round(travelling / _time(mesh, lambda: torch.mm(x, weight, out=out))))
+
+    def compute() -> None:
+        for _ in range(count):
+            torch.mm(x, weight, out=out)
 
     def both() -> None:
-        pending = travel()
-        products()
+        pending = send()
+        compute()
         pending.wait()
 
-    computing, travelling = _time(mesh, products), _time(mesh, lambda: travel().wait())
-    hidden_part = computing + travelling - _time(mesh, both)
-    return min(max(hidden_part / max(min(computing, travelling), 1e-9), 0.0), 1.0)
+    computing = _time(mesh, compute)
+    return min(max((computing + travelling - _time(mesh, both)) / min(computing, travelling), 0.0), 1.0)
+
+
+def _handling(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Costs) -> float:
+    """Seconds that one more guest takes, lent and its gradient back home, besides its bytes' travel."""
+    if mesh.ep.size == 1:
+        return 0.0
+    weights = [torch.zeros(s, dtype=dtype, device=mesh.device) for s in ((3, 2 * hidden, dim), (3, dim, hidden))]
+    size = sum(w[0].numel() for w in weights)
+
+    def lend(copies: list[Copy]) -> None:
+        lending = Lending(weights, 0, copies, mesh.ep)
+        lending.relay()
+        returning = Returning(lending.finish(), copies, weights[0], size, mesh.ep)
+        returning.relay()
+        returning.finish(weights, 0)
+
+    one, three = (_time(mesh, lambda n=n: lend([(e, 0, 1) for e in range(n)])) for n in (1, 3))  # type: ignore[misc]
+    link = costs.between if costs.nodes[0] != costs.nodes[1] else costs.inside
+    return max((three - one) / 2 - (costs.weight_bytes + costs.gradient_bytes) / link.bandwidth, 0.0)
 
 
 def _time(mesh: Mesh, work: Callable[[], object]) -> float:
-    """Seconds of the slowest rank; on each the quickest of REPEATS after a warm-up: others disturb, nothing helps."""
-    times = []
-    for _ in range(REPEATS + 2):
+    """Seconds of the slowest rank; on each the quickest of several after a warm-up: others disturb, nothing helps."""
+
+    def once() -> float:
         barrier()
         began = time.perf_counter()
         work()
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return max(_gather(mesh, min(times[2:])))
+        return time.perf_counter() - began
+
+    once()
+    repeats = min(max(int(SECONDS / max(_gather(mesh, once()))), 3), REPEATS)
+    return max(_gather(mesh, min(once() for _ in range(repeats))))
 
 
 def _gather(mesh: Mesh, value: float) -> list[float]:

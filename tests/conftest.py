@@ -1,7 +1,6 @@
 """Fixtures: the pool of ranks, a small corpus, small configs."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +46,6 @@ def pool() -> Iterator[Pool]:
 def _calm() -> None:
     torch.set_num_threads(1)
     os.environ["WANDB_MODE"] = "offline"
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moetrain-cache-")
 
 
 @pytest.fixture(scope="session")

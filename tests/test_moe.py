@@ -228,7 +228,7 @@ def once_per_rank(mesh: Mesh) -> tuple[int, int]:
     counts = np.zeros((2, E), np.int64)
     counts[0, E // 2 : E // 2 + 2] = counts[1, :2] = 10
     plan = PLANNERS["home"](counts, default_home(E, 2))
-    route = dispatch.Route.of(routing, plan, mesh.ep, 10, 2)
+    route = dispatch.Route.of(routing, plan, mesh.ep, 10, 2, torch.float32)
     assert len(route.pool_M) == 20
     return sum(route.copies_out), sum(route.copies_in)
 

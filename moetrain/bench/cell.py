@@ -135,7 +135,7 @@ class Cell:
         """Payload that leaves this rank in forward and backward: rows, announcements, weights and gradients on loan."""
         ep, store = self.experts.ep, self.experts.store
         assert ep is not None
-        route = Route.of(self.routing, plan, ep, self.shape.tokens, self.shape.top_k)
+        route = Route.of(self.routing, plan, ep, self.shape.tokens, self.shape.top_k, self.inputs.x_TD.dtype)
         row = self.inputs.x_TD.element_size() * self.shape.dim
         told, heard = (sum(n for r, n in enumerate(by) if r != ep.rank) for by in (route.announced, route.heard))
         copies = 2 * (sum(route.copies_out) + sum(route.copies_in)) * row  # x out, sums back; both again backward

@@ -185,7 +185,7 @@ class Runner:
     def _tables(self, cell: Cell, plan: Plan) -> Route:
         ep = cell.experts.ep
         assert ep is not None
-        return Route.of(cell.routing, plan, ep, self.shape.tokens, self.shape.top_k)
+        return Route.of(cell.routing, plan, ep, self.shape.tokens, self.shape.top_k, cell.inputs.x_TD.dtype)
 
     def _measure(self, cell: Cell, plan: Plan) -> dict[str, Any]:
         """Least seconds of one rank's parts (nothing but noise adds to them here); its rows, bytes to send, peak."""
@@ -201,7 +201,7 @@ class Runner:
             times.append((planned - began, indexed - planned, *cell.run(plan)))
         names = ("plan", "index", "forward", "total")
         found = dict(zip(names, np.array(times).min(0).tolist(), strict=True))
-        return {**found, "rows": sum(route.slot_rows), "sent": cell.bytes_sent(plan), "peak": peak}
+        return {**found, "rows": len(route.row_A), "sent": cell.bytes_sent(plan), "peak": peak}
 
 
 def _place(rank: int, num_ranks: int, post: Post) -> Expert:

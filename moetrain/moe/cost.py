@@ -16,14 +16,14 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from moetrain.moe.compiled import njit
 from moetrain.moe.plan import Floats, Ints, Plan
 
 RELAY_FROM = 3  # guests of one expert; for two, the second phase takes half of what the owner's link gains
 
 
-@njit(cache=True)
+@njit()
 def count(copies, owner, guests, node):  # type: ignore[no-untyped-def]
     """Add the loan of one expert from `owner` to the ranks `guests` [G] that do not have it yet. node [R].
 
@@ -48,7 +48,7 @@ def count(copies, owner, guests, node):  # type: ignore[no-untyped-def]
                 copies[1, 2 + way, q] += (num_guests - 1 - beside) * part
 
 
-@njit(cache=True)
+@njit()
 def cross(flow, node, source, rank, rows):  # type: ignore[no-untyped-def]
     """Add rows from `source` to `rank` to flow [4, R]: out and in, inside a node and between."""
     if source != rank:
@@ -57,7 +57,7 @@ def cross(flow, node, source, rank, rows):  # type: ignore[no-untyped-def]
         flow[far + 1, rank] += rows
 
 
-@njit(cache=True)
+@njit()
 def travel(counts_ER, node, chunks_C3, local_first, flow):  # type: ignore[no-untyped-def]
     """Add the rows of these chunks to flow [4, R], as `seconds` takes it.
 
@@ -107,7 +107,7 @@ def travel(counts_ER, node, chunks_C3, local_first, flow):  # type: ignore[no-un
             flow[3, q] += demand[c] - part
 
 
-@njit(cache=True)
+@njit()
 def seconds(loads, at_home, segments, flow, copies, costs):  # type: ignore[no-untyped-def]
     """(dispatch, lend, compute, combine).
 
@@ -116,7 +116,7 @@ def seconds(loads, at_home, segments, flow, copies, costs):  # type: ignore[no-u
     of the slowest rank; the second starts after the first. Gradients come home the same ways, backwards.
     """
     row, row_back, segment, segment_back, row_bytes, weight, gradient = costs[:7]
-    near_wait, near_rate, far_wait, far_rate, overlap, lends = costs[7:]
+    near_wait, near_rate, far_wait, far_rate, overlap, lends, handling = costs[7:]
     compute, idle = 0.0, np.inf  # idle: the least own work that a borrower can do while it waits
     for r in range(len(loads)):
         compute = max(compute, loads[r] * (row + row_back) + segments[r] * (segment + segment_back))
@@ -130,10 +130,11 @@ def seconds(loads, at_home, segments, flow, copies, costs):  # type: ignore[no-u
         exposed += (lends + 1) * wait + (lends * weight + gradient) * travel
     if exposed > 0:
         exposed -= min(overlap * exposed, idle)
+        exposed += handling * copies.sum(0).sum(0).max()
     return np.array([way, exposed, compute, way])
 
 
-@njit(cache=True)
+@njit()
 def _slowest(amounts, near_wait, near_rate, far_wait, far_rate):  # type: ignore[no-untyped-def]
     """(latency, seconds for one byte of each unit) where amounts [4, R] go out and in, inside nodes and between."""
     wait = travel = 0.0
@@ -169,6 +170,7 @@ class Costs:
     inside: Link  # links inside a node
     between: Link  # links between nodes
     overlap: float  # share of lending that can pass while rows are computed, 0 to 1
+    handling: float = 0.0  # seconds that a guest costs its owner and its borrower besides its bytes
     lends: int = 1  # times that a guest's weights travel per forward and backward: 2 where backward lends again
     nodes: tuple[int, ...] = ()  # the node of each rank, consecutive numbers from 0; empty: 8 ranks a node
 
@@ -195,6 +197,7 @@ class Costs:
                 self.between.bandwidth,
                 self.overlap,
                 self.lends,
+                self.handling,
             ]
         )
 
@@ -248,6 +251,7 @@ def default_costs() -> Costs:
         inside=Link(20e-6, 300e9),
         between=Link(30e-6, 33e9),
         overlap=0.8,
+        handling=50e-6,
     )
 
 

@@ -9,7 +9,8 @@ The dispatcher holds no parameters and never asks who made the plan. Sums run in
 atomic adds, so that a repeat is equal bit for bit on any device.
 
 T tokens here, D width, N selections made here, C copies sent, P pool: T own tokens, then the copies that arrived,
-M rows computed here, S slots here, R ranks, E experts.
+M rows computed here, A of them announced and the others padding of weight zero (`kernels.row_step`), S slots here, R
+ranks, E experts.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Route:
     note_N: Tensor  # where its announcement stands
     announced: list[int]  # [R] selections announced to each rank, and one header
     heard: list[int]  # [R] what each rank announced here
-    arrived_M: Tensor  # where the announcement of each row stands among those heard; rows slot by slot
+    arrived_A: Tensor  # where the announcement of each real row stands among those heard; rows slot by slot
+    row_A: Tensor  # and where the row stands among the M
     token_C: Tensor  # tokens whose copies leave, by rank
     copies_out: list[int]  # [R]
     copies_in: list[int]  # [R]
@@ -46,10 +48,10 @@ class Route:
     copies_of_token: Bags
 
     @classmethod
-    def of(cls, routing: Routing, plan: Plan, ep: Expert, num_tokens: int, most: int) -> "Route":
+    def of(cls, routing: Routing, plan: Plan, ep: Expert, num_tokens: int, most: int, dtype: torch.dtype) -> "Route":
         """Announces the selections to the ranks that compute them. One host sync: how many copies come and go.
 
-        `most`: selections of a token, on any rank. weight_N fp32, by selection.
+        `most`: selections of a token, on any rank; `dtype`: of the rows.
         """
         me, device = ep.rank, routing.expert_N.device
         sent_ER, received_RE, slots_S = plan.rows(me), plan.received(me), plan.slots(me)
@@ -82,10 +84,19 @@ class Route:
         copies_in[me] = 0
         base = np.cumsum([num_tokens, *copies_in])[:-1]
         base[me] = 0
-        arrived_M = _regroup(received_RE, device, slots_S, np.cumsum(heard) - heard + 1)
-        source_M = _repeat(np.tile(base, len(slots_S)), received_RE[:, slots_S].T.ravel(), device)
-        note_M2 = notes.index_select(0, arrived_M)
-        pool_M = note_M2[:, 0] + source_M
+        arrived_A = _regroup(received_RE, device, slots_S, np.cumsum(heard) - heard + 1)
+        source_A = _repeat(np.tile(base, len(slots_S)), received_RE[:, slots_S].T.ravel(), device)
+        note_A2 = notes.index_select(0, arrived_A)
+        real_S = received_RE[:, slots_S].sum(0)
+        step = kernels.row_step(dtype, device)
+        rows_S = -(-real_S // step) * step
+        row_A = torch.arange(len(arrived_A), device=device)
+        row_A += _repeat(np.cumsum(rows_S - real_S) - (rows_S - real_S), real_S, device)
+        num_rows, num_pool = int(rows_S.sum()), num_tokens + sum(copies_in)
+        pool_M = torch.full((num_rows,), num_pool, device=device)
+        pool_M[row_A] = note_A2[:, 0] + source_A
+        weight_M = torch.zeros(num_rows, device=device)
+        weight_M[row_A] = note_A2[:, 1].contiguous().view(torch.float32)
         token_C = kernels.positions(goes_RT.view(-1), sum(copies_out)) % max(num_tokens, 1)
         return cls(
             ep=ep,
@@ -93,14 +104,15 @@ class Route:
             note_N=note_N,
             announced=announced,
             heard=heard,
-            arrived_M=arrived_M,
+            arrived_A=arrived_A,
+            row_A=row_A,
             token_C=token_C,
             copies_out=copies_out,
             copies_in=copies_in,
-            pool_M=pool_M,
-            weight_M=note_M2[:, 1].contiguous().view(torch.float32),
-            slot_rows=received_RE[:, slots_S].sum(0).tolist(),
-            rows_of_pool=Bags.of(pool_M, num_tokens + sum(copies_in), most),
+            pool_M=pool_M.clamp(max=num_pool - 1),  # padding reads any
+            weight_M=weight_M,
+            slot_rows=rows_S.tolist(),
+            rows_of_pool=Bags.of(pool_M, num_pool, most),
             copies_of_token=Bags.of(token_C, num_tokens, min(most, ep.size - 1)),
         )
 
@@ -132,7 +144,7 @@ class Route:
     def start_return(self, value_M: Tensor) -> Pending:
         """Send a number per row back to where its selection was made, headers and all."""
         heard = value_M.new_zeros(sum(self.heard))
-        heard[self.arrived_M] = value_M
+        heard[self.arrived_A] = value_M.index_select(0, self.row_A)
         return start_all_to_all(heard, self.heard, self.announced, self.ep.rows)
 
     def finish_return(self, pending: Pending) -> Tensor:

@@ -81,7 +81,7 @@ class Experts(nn.Module):
         with clock.phase("lend"):
             trip.start_lending((self.gate_up, self.down))
         with clock.phase("dispatch"):
-            trip.route = Route.of(routing, plan, self.ep, len(x_TD), most_per_token)
+            trip.route = Route.of(routing, plan, self.ep, len(x_TD), most_per_token, x_TD.dtype)
             ticket = _Leave.apply(x_TD, routing.weight_N, trip)
         shared_TD = None if meanwhile is None else meanwhile(x_TD)
         y_TD = _Work.apply(ticket, self.gate_up, self.down, trip)

@@ -27,9 +27,16 @@ class Bags:
 
     @classmethod
     def of(cls, bag_M: Tensor, num_bags: int, most: int) -> "Bags":
+        """Rows of the bag `num_bags` belong to none."""
         begin_B = torch.zeros(num_bags + 1, dtype=torch.int64, device=bag_M.device)
-        torch.cumsum(torch.bincount(bag_M, minlength=num_bags), 0, out=begin_B[1:])
+        torch.cumsum(torch.bincount(bag_M, minlength=num_bags + 1)[:num_bags], 0, out=begin_B[1:])
         return cls(stable_argsort(bag_M), begin_B, most)
+
+
+def row_step(dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a segment are padded to a multiple of this. On a CPU, bf16 products compile a kernel for every new number
+    of rows, which takes longer than the product; routing brings new numbers all the time."""
+    return 32 if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def stable_argsort(key_M: Tensor) -> Tensor:

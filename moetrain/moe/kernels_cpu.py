@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moetrain.moe.compiled import njit
+
 Array = NDArray[Any]
-_compiled = partial(njit, cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})
+_compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})
 
 
 def _wide(x: Any) -> Any:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from moetrain.moe.compiled import njit
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -19,7 +20,7 @@ Floats = NDArray[np.float64]
 ANYWHERE: tuple[Ints, ...] = ()
 
 
-@njit(cache=True)
+@njit()
 def pair(supply, rank, demand, order, begin, near, taken):  # type: ignore[no-untyped-def]
     """Give the rows of one expert to its chunks: in every stage, near sources only, in the order of ranks.
 
@@ -49,7 +50,7 @@ def pair(supply, rank, demand, order, begin, near, taken):  # type: ignore[no-un
     return used
 
 
-@njit(cache=True)
+@njit()
 def stages(near):  # type: ignore[no-untyped-def]
     """Per stage, the ranks sorted by label, and where each label begins. near [stages, R], labels below R."""
     num_stages, num_ranks = near.shape
@@ -67,7 +68,7 @@ def stages(near):  # type: ignore[no-untyped-def]
     return order, begin
 
 
-@njit(cache=True)
+@njit()
 def _match(counts, expert, rank, num_rows, near, me):  # type: ignore[no-untyped-def]
     """([R, R] traffic, [E, R] rows that `me` sends, [R, E] rows that `me` gets)."""
     num_ranks, num_experts = counts.shape

@@ -8,13 +8,13 @@ every chunk. A capacity m_α that is no whole number leaves rows over; the least
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from moetrain.moe.compiled import njit
 from moetrain.moe.plan import Ints, Plan, imbalance
 from moetrain.moe.planners.home import home as stay_home
 
 
-@njit(cache=True)
+@njit()
 def _helper(rest, native, capacity, load, min_rows):  # type: ignore[no-untyped-def]
     """(rank, rows): the least loaded other rank, which has the most room: for all of `rest` or for `min_rows` of it,
     or else it is made to take them."""
@@ -26,7 +26,7 @@ def _helper(rest, native, capacity, load, min_rows):  # type: ignore[no-untyped-
     return rank, part if part > 0 and (part >= min_rows or rest <= part) else rest
 
 
-@njit(cache=True)
+@njit()
 def spread(load, home, num_ranks, alpha, min_rows):  # type: ignore[no-untyped-def]
     """LLA: (expert, rank, rows) of the chunks, experts ascending. load [E], home [E]."""
     num_experts = len(load)

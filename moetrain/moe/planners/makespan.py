@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from moetrain.moe.compiled import njit
 from moetrain.moe.cost import Costs, Limits, State, count, cross, default_costs, seconds, travel
 from moetrain.moe.plan import ANYWHERE, Floats, Ints, Plan
 from moetrain.moe.planners.llep import spread
@@ -56,7 +56,7 @@ class Work(NamedTuple):
     links_C2: Ints  # (the one before it, its rank)
 
 
-@njit(cache=True)
+@njit()
 def _give(of, work, used, expert, rank, rows):  # type: ignore[no-untyped-def]
     """Rows of an expert from its home to `rank`. Returns the number of chunks so far."""
     if work.given_ER[expert, rank] == 0:
@@ -70,7 +70,7 @@ def _give(of, work, used, expert, rank, rows):  # type: ignore[no-untyped-def]
     return used
 
 
-@njit(cache=True)
+@njit()
 def _give_local(of, work, used, ceiling):  # type: ignore[no-untyped-def]
     """To where the most rows of an expert lie already, as long as that saves more travel than lending costs."""
     num_ranks = len(of.loads)
@@ -96,7 +96,7 @@ def _give_local(of, work, used, ceiling):  # type: ignore[no-untyped-def]
     return used
 
 
-@njit(cache=True)
+@njit()
 def _give_own(of, work, used):  # type: ignore[no-untyped-def]
     """To every rank its own rows of every expert, full or not, as long as that saves more travel than lending costs."""
     for e in range(len(of.home)):
@@ -107,7 +107,7 @@ def _give_own(of, work, used):  # type: ignore[no-untyped-def]
     return used
 
 
-@njit(cache=True)
+@njit()
 def _give_most(of, work, used, ceiling, same_node):  # type: ignore[no-untyped-def]
     """From the fullest rank to the emptiest, of its own node first if so wanted, until none is above `ceiling`."""
     load, node = work.load, of.node
@@ -144,7 +144,7 @@ def _give_most(of, work, used, ceiling, same_node):  # type: ignore[no-untyped-d
             full[q] = True
 
 
-@njit(cache=True)
+@njit()
 def _place(of, ceiling, rule, given_ER, links_C2, chunks_C3):  # type: ignore[no-untyped-def]
     """Move rows until no rank is above `ceiling` or nothing can move. Returns the number of chunks written, those of
     the experts that gave any; none where `rule` has no effect. given_ER [E, R], links_C2: workspaces, the first zero
@@ -181,7 +181,7 @@ def _place(of, ceiling, rule, given_ER, links_C2, chunks_C3):  # type: ignore[no
     return 0 if no_effect else used
 
 
-@njit(cache=True)
+@njit()
 def _judge(of, chunks_C3, local_first, best, best_over):  # type: ignore[no-untyped-def]
     """(predicted seconds, rows above the limit) of the home plan with these experts' chunks instead; infinite as
     soon as it cannot be better than the best. A guest too many on a rank counts like rows without end."""
@@ -221,7 +221,7 @@ def _judge(of, chunks_C3, local_first, best, best_over):  # type: ignore[no-unty
     return seconds(loads, at_home, segments, flow, copies, of.costs).sum(), over
 
 
-@njit(cache=True)
+@njit()
 def _whole(totals, home, chunks_C3):  # type: ignore[no-untyped-def]
     """(expert, rank, rows) of all chunks: these, and all rows of the other experts at home."""
     size = len(totals) + len(chunks_C3)
@@ -237,7 +237,7 @@ def _whole(totals, home, chunks_C3):  # type: ignore[no-untyped-def]
     return expert[:used], rank[:used], rows[:used]
 
 
-@njit(cache=True)
+@njit()
 def _problem(counts, home, node, resident_RE, guests_G2, costs, max_rows, max_guests, counts_ER):  # type: ignore[no-untyped-def]
     num_ranks, num_experts = counts.shape
     traffic, totals = np.zeros((num_ranks, num_ranks), np.int64), np.zeros(num_experts, np.int64)
@@ -272,7 +272,7 @@ def _problem(counts, home, node, resident_RE, guests_G2, costs, max_rows, max_gu
     )  # fmt: skip
 
 
-@njit(cache=True)
+@njit()
 def _search(of, given_ER, links_C2, chunks_C3):  # type: ignore[no-untyped-def]
     """The chunks of the best plan found, and whether its sources are local first. The last three: workspaces."""
     totals, home, loads = of.totals, of.home, of.loads
