@@ -12,21 +12,37 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moetrain.comm import all_gather, barrier, broadcast_text, start_all_to_all
+from moetrain.config import Config
 from moetrain.mesh import Mesh
 from moetrain.moe import kernels
 from moetrain.moe.cost import Costs, Link
 from moetrain.moe.guests import Copy, Lending, Returning
 
 COSTS = "costs.json"  # in a run's folder and in its checkpoints
-SEGMENTS = 4
+SEGMENTS, MANY = 4, 6  # experts computed, and lent
 FLOPS = 1e10  # of one timed computation, if that is 64 to 1024 rows an expert
 MESSAGE_BYTES = (1 << 10, 1 << 21)  # to every peer: what is mostly latency, and what is mostly bandwidth
 REPEATS, SECONDS = 15, 0.5  # timed runs: so many, or as many as fit into that time, and 3 at least
+
+
+class Layer(NamedTuple):
+    """What is measured."""
+
+    dim: int
+    hidden: int
+    top_k: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: Config) -> "Layer":
+        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        return cls(config.model.dim, config.model.expert_hidden, config.router.top_k, dtype)
 
 
 def folder() -> Path:
@@ -34,13 +50,13 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain" / "profiles"
 
 
-def obtain(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, run: Path, saved: Path | None = None) -> Costs:
+def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Costs:
     """The costs of the checkpoint `saved` or of the run; else the machine's stored ones; else measured now. They are
     written to the run's folder, and kept for the machine."""
-    own, stored = run / COSTS, folder() / f"{_key(mesh, dim, hidden, dtype)}.json"
+    own, stored = run / COSTS, folder() / f"{_key(mesh, layer)}.json"
     places = [*([saved / COSTS] if saved is not None else []), own, stored]
     found = next((p.read_text() for p in places if p.is_file()), "") if mesh.is_main else ""
-    text = broadcast_text(found, mesh.device) or to_json(measure(mesh, dim, hidden, dtype))
+    text = broadcast_text(found, mesh.device) or to_json(measure(mesh, layer))
     if mesh.is_main:
         own.write_text(text)
         if not stored.is_file():
@@ -64,9 +80,9 @@ def _write(path: Path, text: str) -> None:
         return
 
 
-def keep(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Costs) -> Path:
+def keep(mesh: Mesh, layer: Layer, costs: Costs) -> Path:
     """Keep costs as the machine's, in place of what was there. Returns the file."""
-    path = folder() / f"{_key(mesh, dim, hidden, dtype)}.json"
+    path = folder() / f"{_key(mesh, layer)}.json"
     if mesh.is_main:
         _write(path, to_json(costs))
     return path
@@ -82,8 +98,9 @@ def from_json(text: str) -> Costs:
     return Costs(**{**tree, **links, "nodes": tuple(tree["nodes"])})
 
 
-def measure(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> Costs:
-    """Costs of one layer of `dim` and `hidden` on the ranks of `mesh.ep`. All ranks call it; a second or two."""
+def measure(mesh: Mesh, layer: Layer) -> Costs:
+    """Costs of a layer on the ranks of `mesh.ep`. All ranks call it; a few seconds."""
+    dim, hidden, top_k, dtype = layer
     weights = 3 * dim * hidden
     many = min(max(64, int(FLOPS / (6 * weights * SEGMENTS)) // 32 * 32), 1024)
     few = many // 8
@@ -92,6 +109,9 @@ def measure(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> Costs:
     )
     row_forward = max(forward_many - forward_few, 1e-9) / (SEGMENTS * (many - few))
     row_backward = max(backward_many - backward_few, 1e-9) / (SEGMENTS * (many - few))
+    padding = (kernels.row_step(dtype, mesh.device) - 1) / 2  # rows, on average
+    ranks = mesh.ep.size
+    distinct = ranks * (1 - (1 - 1 / ranks) ** top_k) / top_k  # a token goes to a rank once, for all its experts there
     nodes = _nodes(mesh)
     same = [nodes[r] == nodes[mesh.ep.rank] for r in range(mesh.ep.size)]
     same[mesh.ep.rank] = False
@@ -100,9 +120,9 @@ def measure(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> Costs:
     costs = Costs(
         row_forward=row_forward,
         row_backward=row_backward,
-        segment_forward=max(forward_few / SEGMENTS - few * row_forward, 0.0),
-        segment_backward=max(backward_few / SEGMENTS - few * row_backward, 0.0),
-        row_bytes=dim * dtype.itemsize,
+        segment_forward=max(forward_few / SEGMENTS - few * row_forward, 0.0) + padding * row_forward,
+        segment_backward=max(backward_few / SEGMENTS - few * row_backward, 0.0) + padding * row_backward,
+        row_bytes=int(dim * dtype.itemsize * distinct),
         weight_bytes=weights * dtype.itemsize,
         gradient_bytes=weights * dtype.itemsize,
         inside=inside or between or Link(0.0, 1e12),
@@ -186,7 +206,7 @@ def _handling(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Cost
     """Seconds that one more guest takes, lent and its gradient back home, besides its bytes' travel."""
     if mesh.ep.size == 1:
         return 0.0
-    weights = [torch.zeros(s, dtype=dtype, device=mesh.device) for s in ((3, 2 * hidden, dim), (3, dim, hidden))]
+    weights = [torch.zeros(s, dtype=dtype, device=mesh.device) for s in ((MANY, 2 * hidden, dim), (MANY, dim, hidden))]
     size = sum(w[0].numel() for w in weights)
 
     def lend(copies: list[Copy]) -> None:
@@ -196,9 +216,9 @@ def _handling(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Cost
         returning.relay()
         returning.finish(weights, 0)
 
-    one, three = (_time(mesh, lambda n=n: lend([(e, 0, 1) for e in range(n)])) for n in (1, 3))  # type: ignore[misc]
+    one, many = (_time(mesh, lambda n=n: lend([(e, 0, 1) for e in range(n)])) for n in (1, MANY))  # type: ignore[misc]
     link = costs.between if costs.nodes[0] != costs.nodes[1] else costs.inside
-    return max((three - one) / 2 - (costs.weight_bytes + costs.gradient_bytes) / link.bandwidth, 0.0)
+    return max((many - one) / (MANY - 1) - (costs.weight_bytes + costs.gradient_bytes) / link.bandwidth, 0.0)
 
 
 def _time(mesh: Mesh, work: Callable[[], object]) -> float:
@@ -230,10 +250,10 @@ def _nodes(mesh: Mesh) -> tuple[int, ...]:
     return tuple(order.index(host) for host in hosts)
 
 
-def _key(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> str:
+def _key(mesh: Mesh, layer: Layer) -> str:
     if mesh.device.type == "cuda":
         device = torch.cuda.get_device_name(mesh.device)
     else:
         device = f"{socket.gethostname()} {os.cpu_count()} cores {torch.get_num_threads()} threads"
-    facts = f"{device} {torch.__version__} {_nodes(mesh)} {mesh.world} {dim} {hidden} {dtype}"
+    facts = f"{device} {torch.__version__} {_nodes(mesh)} {mesh.world} {layer}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

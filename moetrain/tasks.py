@@ -4,7 +4,6 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from moetrain import checkpoint, profile, runs, train
@@ -27,17 +26,19 @@ def train_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     """Measure the layer of the config's model on these ranks and keep it in place of what was known."""
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    began, m = time.perf_counter(), config.model
-    costs = profile.measure(mesh, m.dim, m.expert_hidden, dtype)
-    path = profile.keep(mesh, m.dim, m.expert_hidden, dtype, costs)
+    began, layer = time.perf_counter(), profile.Layer.of(config)
+    costs = profile.measure(mesh, layer)
+    path = profile.keep(mesh, layer, costs)
     if not mesh.is_main:
         return
     if as_json:
         print(profile.to_json(costs))
         return
     console.print(f"[bold]{path}[/bold], measured in {time.perf_counter() - began:.1f} s")
-    console.print(f"layer      width {m.dim}, hidden {m.expert_hidden}, {config.train.dtype}, {mesh.ep.size} ranks")
+    console.print(
+        f"layer      width {layer.dim}, hidden {layer.hidden}, top-{layer.top_k}, {config.train.dtype}, "
+        f"{mesh.ep.size} ranks"
+    )
     console.print(f"row        {1e6 * costs.row_forward:.2f} µs forward, {1e6 * costs.row_backward:.2f} µs backward")
     console.print(
         f"expert     {1e6 * costs.segment_forward:.0f} µs forward, {1e6 * costs.segment_backward:.0f} µs backward, "

@@ -52,7 +52,7 @@ def train(config: Config, mesh: Mesh) -> Path:
     if saved is not None:
         checkpoint.load(saved, engine.model, engine.optimizer)
         voice.say(f"resumed from {saved}, {first} steps done")
-    engine.plan_with(profile.obtain(mesh, config.model.dim, config.model.expert_hidden, engine.dtype, folder, saved))
+    engine.plan_with(profile.obtain(mesh, profile.Layer.of(config), folder, saved))
     tracker = Tracker([*sinks(config, folder, first)] if mesh.is_main else [])
     trace = LoadTrace(folder / "load_trace", config.track.trace_every if mesh.is_main else 0, first)
     peak = matmul_rate(mesh.device, engine.dtype)

@@ -193,7 +193,7 @@ class Setup:
     @classmethod
     def of(cls, mesh: Mesh, shape: Shape, seed: int) -> "Setup":
         torch.manual_seed(seed + mesh.rank)
-        costs = profile.measure(mesh, dim=shape.dim, hidden=shape.hidden, dtype=DTYPES[shape.dtype])
+        costs = profile.measure(mesh, profile.Layer(shape.dim, shape.hidden, shape.top_k, DTYPES[shape.dtype]))
         experts, inputs = build(shape, mesh.ep, mesh.device), Inputs.of(shape, mesh.device)
         gemms = Gemms(shape, mesh.ep.size, mesh.device)
         reference = Cell.of(cases.BALANCED, "home", shape, experts, inputs, costs, seed)

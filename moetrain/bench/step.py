@@ -69,8 +69,7 @@ class Bench:
         if saved is not None:
             checkpoint.load(saved, engine.model, engine.optimizer)
         with tempfile.TemporaryDirectory() as folder:
-            m = settings.model
-            engine.plan_with(profile.obtain(mesh, m.dim, m.expert_hidden, engine.dtype, Path(folder), saved))
+            engine.plan_with(profile.obtain(mesh, profile.Layer.of(settings), Path(folder), saved))
         _, position = checkpoint.progress(saved)
         for step in range(options.warmup):
             lr = learning_rate(settings.optim, step, settings.train.steps) if saved is None else 0.0

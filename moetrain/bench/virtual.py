@@ -117,7 +117,7 @@ def records(mesh: Mesh, grid: Grid, num_ranks: int) -> Records:
 def costs_of(mesh: Mesh, shape: Shape) -> Costs:
     """Computation as measured on this device, links of the reference machine."""
     links = default_costs()
-    measured = profile.measure(mesh, dim=shape.dim, hidden=shape.hidden, dtype=DTYPES[shape.dtype])
+    measured = profile.measure(mesh, profile.Layer(shape.dim, shape.hidden, shape.top_k, DTYPES[shape.dtype]))
     return dataclasses.replace(
         measured, inside=links.inside, between=links.between, overlap=links.overlap, nodes=links.nodes
     )

@@ -164,7 +164,7 @@ class Costs:
     row_backward: float
     segment_forward: float  # seconds that an expert with rows costs on top of them
     segment_backward: float
-    row_bytes: int  # what a row weighs on a link
+    row_bytes: int  # what a row weighs on a link; less than a token, where tokens have several experts on a rank
     weight_bytes: int  # an expert, lent
     gradient_bytes: int  # its gradient, coming home
     inside: Link  # links inside a node
