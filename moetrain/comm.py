@@ -1,4 +1,4 @@
-"""The collectives of moetrain, with autograd where a gradient has to come back.
+"""The collectives of moetrain. None has a gradient of its own: the nodes that use them send it back.
 
 Every rank of a group enters every one of them, in forward and in backward, with zero-sized parts where it has
 nothing to say. Row counts are host integers: what is to be sent is known before anything is.
@@ -73,22 +73,3 @@ def start_all_to_all(
         out = rows.new_empty(sum(receive), *rows.shape[1:])
     work = dist.all_to_all_single(out, rows, list(receive), list(send), group=group, async_op=True)
     return Pending(out, work)
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: Splits, receive: Splits, group: dist.ProcessGroup) -> Tensor:
-        ctx.back = (receive, send, group)
-        return start_all_to_all(rows, send, receive, group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return start_all_to_all(grad, *ctx.back).wait(), None, None, None
-
-
-def all_to_all(rows: Tensor, send: Splits, receive: Splits, group: dist.ProcessGroup) -> Tensor:
-    """[sum(send), D] -> [sum(receive), D]: rows for rank r leave in order, rows from rank r arrive in order.
-
-    The gradient takes the way back.
-    """
-    return _AllToAll.apply(rows, send, receive, group) if group.size() > 1 else rows

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.comm import all_gather, barrier, broadcast_text, start_all_to_all
+from moetrain.comm import all_gather, barrier, broadcast, broadcast_text, start_all_to_all
 from moetrain.config import Config
 from moetrain.mesh import Mesh
 from moetrain.moe import kernels
@@ -233,7 +233,8 @@ def _time(mesh: Mesh, work: Callable[[], object]) -> float:
         return time.perf_counter() - began
 
     once()
-    repeats = min(max(int(SECONDS / max(_gather(mesh, once()))), 3), REPEATS)
+    fitting = torch.tensor(min(max(int(SECONDS / once()), 3), REPEATS), device=mesh.device)
+    repeats = int(broadcast(fitting))  # the same on all ranks of the world: every run enters a barrier
     return max(_gather(mesh, min(once() for _ in range(repeats))))
 
 

@@ -21,7 +21,7 @@ def stats(probs_TE: torch.Tensor, expert_N: torch.Tensor) -> LayerStats:
     """One layer's statistics from probabilities and choices."""
     counts = torch.bincount(expert_N, minlength=probs_TE.shape[1])
     zero = torch.zeros(())
-    return LayerStats(counts, probs_TE.sum(0), zero, zero, None, None)  # type: ignore[arg-type]
+    return LayerStats(counts, probs_TE.sum(0), zero, zero, None, 0, None)  # type: ignore[arg-type]
 
 
 def one_sided(mesh: Mesh, scope: str) -> float:

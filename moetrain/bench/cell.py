@@ -102,7 +102,8 @@ class Cell:
 
     def plan(self, counts_RE: Ints) -> Plan:
         state = State(resident=self.experts.store.keeps_RE)
-        return PLANNERS[self.planner](counts_RE, self.experts.home, self.costs, Limits(), state)
+        limits = Limits(guests=max(self.experts.store.slots, 1))
+        return PLANNERS[self.planner](counts_RE, self.experts.home, self.costs, limits, state)
 
     def forward(self, plan: Plan) -> Tensor:
         self.experts.store.admit(plan)

@@ -34,6 +34,7 @@ class NativeEngine:
 
     def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
         self.mesh, self.clip = mesh, config.optim.clip
+        self._recompute = config.train.recompute != "none"
         self.dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32  # of computation
         self.model = model
         self._shard(config)
@@ -65,8 +66,10 @@ class NativeEngine:
 
     def plan_with(self, costs: Costs) -> None:
         """What the planner decides with from now on."""
+        again = 3 if self._recompute else 2  # forward, recompute, backward
         for moe in _moes(self.model):
-            moe.costs = replace(costs, lends=1 if moe.experts.store.slots else 2)
+            lends = 1 if moe.experts.store.slots else again
+            moe.costs = replace(costs, lends=lends)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `last`: of this optimizer step's micro-steps, reduce them over the ranks."""
@@ -96,6 +99,8 @@ class NativeEngine:
             torch._foreach_mul_([_local(g) for g in self._grads()], self.clip / (norm + 1e-6))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for moe in _moes(self.model):
+            moe.experts.store.reset()  # weights have changed
         return norm
 
     def grad_norm(self) -> float:

@@ -93,8 +93,13 @@ class Route:
         row_A = torch.arange(len(arrived_A), device=device)
         row_A += _repeat(np.cumsum(rows_S - real_S) - (rows_S - real_S), real_S, device)
         num_rows, num_pool = int(rows_S.sum()), num_tokens + sum(copies_in)
-        pool_M = torch.full((num_rows,), num_pool, device=device)
-        pool_M[row_A] = note_A2[:, 0] + source_A
+        pool_A = note_A2[:, 0] + source_A
+        pool_M = pool_A.index_select(
+            0, _repeat(np.cumsum(real_S) - real_S, rows_S, device)
+        )  # padding: its slot's first
+        pool_M[row_A] = pool_A
+        bag_M = torch.full((num_rows,), num_pool, device=device)
+        bag_M[row_A] = pool_A
         weight_M = torch.zeros(num_rows, device=device)
         weight_M[row_A] = note_A2[:, 1].contiguous().view(torch.float32)
         token_C = kernels.positions(goes_RT.view(-1), sum(copies_out)) % max(num_tokens, 1)
@@ -109,10 +114,10 @@ class Route:
             token_C=token_C,
             copies_out=copies_out,
             copies_in=copies_in,
-            pool_M=pool_M.clamp(max=num_pool - 1),  # padding reads any
+            pool_M=pool_M,
             weight_M=weight_M,
             slot_rows=rows_S.tolist(),
-            rows_of_pool=Bags.of(pool_M, num_pool, most),
+            rows_of_pool=Bags.of(bag_M, num_pool, most),
             copies_of_token=Bags.of(token_C, num_tokens, min(most, ep.size - 1)),
         )
 

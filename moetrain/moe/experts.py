@@ -2,12 +2,14 @@
 
 In the autograd graph a layer is two nodes. `_Leave` sends tokens off, `_Work` waits for them, computes and combines;
 what is computed between the two (shared experts) runs while rows are under way. Backward, `_Work` has the rows'
-gradients on their way home before the weights' gradients are computed, and `_Leave` waits for them at the end.
+gradients on their way home before it computes the weights' gradients (unless rows come in pieces), and `_Leave` waits
+for them at the end.
 
 T tokens here, D width, H expert hidden width, N selections here, M rows computed here, S slots here, W parameters of
 an expert.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,7 +48,7 @@ class Experts(nn.Module):
     def shard(self, ep: Expert, guest_slots: int = 0, max_rows: int | None = None) -> None:
         """Keep the experts whose home is `ep.rank`.
 
-        `guest_slots`: guests that stay here between forward and backward; `max_rows`: rows computed at a time.
+        `guest_slots`: guests that stay here until the last backward of an optimizer step; `max_rows`: rows computed at a time.
         """
         self.ep, self.max_rows = ep, max_rows
         self.store = Store.empty(guest_slots, ep.size, self.num_experts)
@@ -138,8 +140,10 @@ class Trip:
         going = {expert for expert, _, guest in leaving if guest == self.ep.rank}
         for expert, grad in store.grads.items():
             own[expert] = own[expert] + grad if expert in own else grad
-        store.grads |= {expert: grad.float() for expert, grad in own.items() if expert not in going}
-        like = grads_GW.new_empty(0, dtype=torch.float32) if store.grown or len(leaving) >= RELAY_FROM else grads_GW
+        for expert in own.keys() - going:  # of its own: the others' memory is to go
+            store.grads[expert] = own[expert].to(torch.float32, copy=True)
+        summed = store.grown or max(Counter(expert for expert, *_ in leaving).values(), default=0) >= RELAY_FROM
+        like = grads_GW.new_empty(0, dtype=torch.float32) if summed else grads_GW
         store.close()
         return Returning(own, leaving, like, grads_GW.shape[1], self.ep) if leaving else None
 
@@ -178,6 +182,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ticket: Tensor) -> Any:
         trip: Trip = ctx.trip
+        ctx.trip = None  # whoever holds a statistic of the layer holds this node, but nothing big with it
         grad_TD = trip.route.finish_gather(*trip.sums)
         return grad_TD, trip.route.finish_return(trip.grad_weights), None
 
@@ -220,6 +225,7 @@ class _Work(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
         rows_MD, gate_up_MH2, gate_up, down = ctx.saved_tensors
         trip: Trip = ctx.trip
+        ctx.trip = None
         route = trip.route
         trip.start_lending((gate_up, down))  # those that did not stay
         pool_PD, pending = route.start_spread(grad_TD)

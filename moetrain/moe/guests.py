@@ -94,22 +94,23 @@ class Lending:
 
     def relay(self) -> None:
         """Pass on what the owners sent in slices."""
+        if self._second:  # the same on every rank
+            self._collect()
+            self._mail = Mail(
+                self._second, lambda p, out: _copy([self._guests[p.expert]], p, out), self._like, self._ep
+            )
+
+    def _collect(self) -> None:
         for parcel, part in self._mail.open():
             if len(part) == self._size:
                 self._guests[parcel.expert] = part
             else:
                 whole = self._guests.setdefault(parcel.expert, part.new_empty(self._size))
                 whole[parcel.begin : parcel.end] = part
-        if self._second:  # the same on every rank
-            self._mail = Mail(
-                self._second, lambda p, out: _copy([self._guests[p.expert]], p, out), self._like, self._ep
-            )
 
     def finish(self) -> dict[int, Tensor]:
         """The guests that came here: expert -> [W]."""
-        if self._second:
-            for parcel, part in self._mail.open():
-                self._guests[parcel.expert][parcel.begin : parcel.end] = part
+        self._collect()
         return self._guests
 
 
@@ -215,8 +216,12 @@ class Store:
     def close(self) -> None:
         """A backward is over; after the last one of the optimizer step nobody stays."""
         self.grown = not self.last
-        if not self.last:
-            return
+        if self.last:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget all guests, and what has added up."""
+        self.grown = False
         self.keeps_RE[:] = 0
         self.has_RE[:] = 0
         self.weights.clear()

@@ -28,15 +28,15 @@ class Bags:
     @classmethod
     def of(cls, bag_M: Tensor, num_bags: int, most: int) -> "Bags":
         """Rows of the bag `num_bags` belong to none."""
-        begin_B = torch.zeros(num_bags + 1, dtype=torch.int64, device=bag_M.device)
-        torch.cumsum(torch.bincount(bag_M, minlength=num_bags + 1)[:num_bags], 0, out=begin_B[1:])
-        return cls(stable_argsort(bag_M), begin_B, most)
+        sorted_M, row_M = bag_M.sort(stable=True)
+        begin_B = torch.searchsorted(sorted_M, torch.arange(num_bags + 1, device=bag_M.device))
+        return cls(row_M, begin_B, most)
 
 
 def row_step(dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a segment are padded to a multiple of this. On a CPU, bf16 products compile a kernel for every new number
     of rows, which takes longer than the product; routing brings new numbers all the time."""
-    return 32 if device.type == "cpu" and dtype == torch.bfloat16 else 1
+    return 16 if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def stable_argsort(key_M: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ def _accumulate(total_BD: Tensor, rows_MD: Tensor, weight_M: Tensor | None, bags
     size_B = bags.begin_B.diff()
     for place in range(bags.most if last >= 0 else 0):
         row_B = bags.row_M[(bags.begin_B[:-1] + place).clamp(max=last)]
-        scale_B = (size_B > place).float()
+        part_BD = rows_MD.index_select(0, row_B).float()
         if weight_M is not None:
-            scale_B *= weight_M[row_B]
-        total_BD.addcmul_(rows_MD.index_select(0, row_B).float(), scale_B[:, None])
+            part_BD *= weight_M[row_B, None]
+        total_BD += torch.where((size_B > place)[:, None], part_BD, 0.0)
     return total_BD
 
 
@@ -100,10 +100,16 @@ def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: 
             else:
                 torch.mm(left_MA[begin:end].t(), right_MB[begin:end], out=out_AB)
             begin = end
-    elif len(out_SAB):
-        found_SAB = F.grouped_mm(left_MA.t(), right_MB, offs=_ends(sizes, left_MA.device))
+        return
+    filled = [s for s, size in enumerate(sizes) if size]  # what a product over no rows is differs between GPUs
+    if not add:
+        for s in set(range(len(sizes))) - set(filled):
+            out_SAB[s].zero_()
+    if filled:
+        ends = _ends([sizes[s] for s in filled], left_MA.device)
+        found_SAB = F.grouped_mm(left_MA.t(), right_MB, offs=ends)
         put = torch._foreach_add_ if add else torch._foreach_copy_
-        put(list(out_SAB), list(found_SAB))
+        put([out_SAB[s] for s in filled], list(found_SAB))
 
 
 def _ends(sizes: list[int], device: torch.device) -> Tensor:

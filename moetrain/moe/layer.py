@@ -34,6 +34,7 @@ class Decision:
     plan: Plan
     most_per_token: int  # selections of any token on any rank of the expert group
     counts_E: Tensor  # int64: selections made here
+    num_lent: int  # copies of experts that the forward sends, in the whole group
     clock: Clock
 
 
@@ -46,6 +47,7 @@ class LayerStats:
     z_sum: Tensor  # fp32, with gradient: Σ_t logsumexp(logits)²
     entropy_sum: Tensor  # fp32: Σ_t entropy of the token's probabilities, nats
     plan: Plan
+    num_lent: int  # copies of experts sent in the forward, in the whole group
     clock: Clock
 
     @classmethod
@@ -55,7 +57,7 @@ class LayerStats:
         entropy = -torch.special.xlogy(probs_TE.detach(), probs_TE.detach()).sum()
         z_sum = scores.logits_TE.logsumexp(-1).square().sum()
         decision.clock.stop()
-        return cls(decision.counts_E, probs_TE.sum(0), z_sum, entropy, decision.plan, decision.clock)
+        return cls(decision.counts_E, probs_TE.sum(0), z_sum, entropy, decision.plan, decision.num_lent, decision.clock)
 
 
 class MoE(nn.Module):
@@ -85,20 +87,26 @@ class MoE(nn.Module):
         num_tokens, num_experts = scores.logits_TE.shape
         with clock.phase("route"):
             choice = self.router.choose(scores)
-            counts_E = torch.bincount(choice.expert_N, minlength=num_experts)
-            per_token = torch.bincount(choice.token_N, minlength=max(num_tokens, 1)).max()
+            counts_E = _count(choice.expert_N, num_experts)
+            per_token = _count(choice.token_N, max(num_tokens, 1)).max()
             ep = self.experts.ep
             assert ep is not None, "experts.shard() comes first"
             gathered = all_gather(torch.cat([counts_E, per_token[None]]), ep.rows).cpu().numpy()
         with clock.phase("plan"):
             counts_RE: Ints = gathered[:, :-1]
             store, home = self.experts.store, self.experts.home
-            limits = Limits(rows=self.experts.max_rows)
+            limits = Limits(rows=self.experts.max_rows, guests=max(store.slots, 1))
             plan = self.planner(counts_RE, home, self.costs, limits, State(resident=store.keeps_RE))
+            num_lent = len(store.missing(plan))
             if torch.is_grad_enabled():
                 store.admit(plan)
-        return Decision(choice, plan, int(gathered[:, -1].max()), counts_E, clock)
+        return Decision(choice, plan, int(gathered[:, -1].max()), counts_E, num_lent, clock)
 
     def compute(self, x_TD: Tensor, scores: Scores, decision: Decision) -> Tensor:
         routing = self.router.weigh(scores, decision.choice)
         return self.experts(x_TD, routing, decision.plan, decision.most_per_token, decision.clock, self.shared)
+
+
+def _count(index_N: Tensor, size: int) -> Tensor:
+    """How often each number below `size` stands there; `bincount` would wait for a GPU."""
+    return index_N.new_zeros(size).scatter_add_(0, index_N, torch.ones_like(index_N))

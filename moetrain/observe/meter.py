@@ -70,7 +70,7 @@ class Meter:
             self._loads[:, self._mesh.rank] += torch.tensor(
                 [int(home[ep.rank]), int(planned[ep.rank])], device=self._loads.device
             )
-            self._lent_bytes += expert_bytes * len(s.plan.guests())
+            self._lent_bytes += expert_bytes * s.num_lent
             seconds = s.clock.seconds()
             self._phases += torch.tensor([seconds.get(name, 0.0) for name in PHASES], device=self._phases.device)
         parts = [
