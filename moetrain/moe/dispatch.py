@@ -94,9 +94,8 @@ class Route:
         row_A += _repeat(np.cumsum(rows_S - real_S) - (rows_S - real_S), real_S, device)
         num_rows, num_pool = int(rows_S.sum()), num_tokens + sum(copies_in)
         pool_A = note_A2[:, 0] + source_A
-        pool_M = pool_A.index_select(
-            0, _repeat(np.cumsum(real_S) - real_S, rows_S, device)
-        )  # padding: its slot's first
+        first_S = np.cumsum(real_S) - real_S  # padding reads the first row of its slot
+        pool_M = pool_A.index_select(0, _repeat(first_S, rows_S, device))
         pool_M[row_A] = pool_A
         bag_M = torch.full((num_rows,), num_pool, device=device)
         bag_M[row_A] = pool_A

@@ -48,7 +48,8 @@ class Experts(nn.Module):
     def shard(self, ep: Expert, guest_slots: int = 0, max_rows: int | None = None) -> None:
         """Keep the experts whose home is `ep.rank`.
 
-        `guest_slots`: guests that stay here until the last backward of an optimizer step; `max_rows`: rows computed at a time.
+        `guest_slots`: guests that stay here until the last backward of an optimizer step; `max_rows`: rows computed at
+        a time.
         """
         self.ep, self.max_rows = ep, max_rows
         self.store = Store.empty(guest_slots, ep.size, self.num_experts)
