@@ -93,7 +93,7 @@ def test_micro_is_never_below_global(parts: int, experts: int, seed: int) -> Non
     f = np.random.default_rng(seed).dirichlet(np.ones(experts), parts)
     micro, whole = experts * (f * f).sum(1).mean(), experts * (f.mean(0) ** 2).sum()
     layers = [
-        LayerStats(torch.zeros(experts), torch.tensor(p).float(), *([torch.zeros(())] * 2), None, None) for p in f
+        LayerStats(torch.zeros(experts), torch.tensor(p).float(), *([torch.zeros(())] * 2), None, 0, None) for p in f
     ]  # type: ignore[arg-type]
     ours = sum(float(balance.balance_loss([s], torch.tensor(f.mean(0)).float()[None], parts)) for s in layers)
     assert ours == pytest.approx(whole, rel=1e-4)
