@@ -210,15 +210,13 @@ def _with_workers(options: argparse.Namespace, settings: Config, verb: str) -> i
     """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
     from moetrain import launcher, mesh, train
 
-    if (place := mesh.from_env()) is not None:
-        settings.layout(place[1])
-        if verb != "profile":
-            train.open_data(settings)
-        return launcher.work(lambda: _work(options, settings, verb, place))
-    workers = settings.parallel.nproc or mesh.auto_nproc()
+    place = mesh.from_env()
+    workers = place[1] if place else settings.parallel.nproc or mesh.auto_nproc()
     settings.layout(workers)
     if verb != "profile":
         train.open_data(settings)
+    if place is not None:
+        return launcher.work(lambda: _work(options, settings, verb, place))
     arguments = list(options.given)
     if verb == "train" and settings.run.name is None:
         arguments.insert(1, f"run.name={runs.name_of(settings)}")
@@ -229,13 +227,14 @@ def _work(options: argparse.Namespace, settings: Config, verb: str, place: tuple
     import torch
 
     from moetrain import mesh, tasks
-    from moetrain.bench import step
 
     rank, world, local_rank = place
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     torch.set_num_threads(settings.train.threads or max(1, (os.cpu_count() or 1) // here))
     with mesh.start(settings.layout(world), rank=rank, world=world, local_rank=local_rank) as joined:
         if verb == "bench":
+            from moetrain.bench import step
+
             step.run(settings, joined, options)
             return
         work = {

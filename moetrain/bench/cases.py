@@ -6,13 +6,18 @@ on the first ranks: the hardest case for standard expert parallelism.
 R ranks, E experts, N selections of one rank.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moetrain.config import ConfigError
-from moetrain.moe.plan import Floats, Ints
+
+if TYPE_CHECKING:  # compiled code comes with it: not for every command line
+    from moetrain.moe.plan import Floats, Ints
 
 PERCENT = (30, 50, 80, 95)
 ZIPF = 1.1  # exponent

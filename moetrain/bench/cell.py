@@ -18,7 +18,7 @@ from moetrain.bench.cases import Shape
 from moetrain.comm import all_gather
 from moetrain.mesh import Expert, Mesh
 from moetrain.moe.clock import Clock
-from moetrain.moe.cost import Costs, Limits, State
+from moetrain.moe.cost import Costs, State
 from moetrain.moe.dispatch import Route
 from moetrain.moe.experts import Experts
 from moetrain.moe.plan import Ints, Plan
@@ -102,8 +102,7 @@ class Cell:
 
     def plan(self, counts_RE: Ints) -> Plan:
         state = State(resident=self.experts.store.keeps_RE)
-        limits = Limits(guests=max(self.experts.store.slots, 1))
-        return PLANNERS[self.planner](counts_RE, self.experts.home, self.costs, limits, state)
+        return PLANNERS[self.planner](counts_RE, self.experts.home, self.costs, self.experts.limits, state)
 
     def forward(self, plan: Plan) -> Tensor:
         self.experts.store.admit(plan)

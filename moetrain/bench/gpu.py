@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from moetrain.bench import tables
 from moetrain.bench.cases import PRESETS, Shape
 from moetrain.bench.cell import Gemms, now
 from moetrain.observe.console import console
@@ -110,14 +111,8 @@ def rows(found: Records) -> list[list[str]]:
 
 
 def table(found: Records) -> Table:
-    out = Table(title=title(found))
-    for number, column in enumerate(COLUMNS):
-        out.add_column(column, justify="right" if number else "left")
-    for row in rows(found):
-        out.add_row(*row)
-    return out
+    return tables.table(title(found), COLUMNS, rows(found), num_left=1)
 
 
 def markdown(found: Records) -> str:
-    lines = [" | ".join(COLUMNS), "|".join(["---"] * len(COLUMNS)), *(" | ".join(row) for row in rows(found))]
-    return f"# Grouped GEMMs\n\n{title(found)}\n\n" + "\n".join(f"| {line} |" for line in lines) + f"\n\n{LEGEND}\n"
+    return tables.markdown("Grouped GEMMs", title(found), COLUMNS, rows(found), LEGEND)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from moetrain.bench.cases import PRESETS
+from moetrain.bench.options import positive
 
 GPU = """Grouped GEMMs of published models' expert layers, as a share of this device's rate for large matrices.
 
@@ -19,14 +20,7 @@ examples:
 def add_to(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shape", nargs="+", choices=list(PRESETS), default=list(PRESETS), help="default: all")
-    add("--scale", type=_positive, help="divides widths and tokens; default: 1, without a GPU 16")
-    add("--repeats", type=_positive, default=15, help="default: %(default)s")
+    add("--scale", type=positive, help="divides widths and tokens; default: 1, without a GPU 16")
+    add("--repeats", type=positive, default=15, help="default: %(default)s")
     add("--out", type=Path, metavar="FOLDER", help="write gpu.json and gpu.md")
     add("--json", action="store_true", help="one JSON list")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from moetrain.bench.cases import PRESETS, QUICK, Shape, chosen
 from moetrain.config import ConfigError
-from moetrain.moe import planners
 
 PLANNERS = ["home", "llep", "makespan"]
 LAYER = """Speed and memory of one MoE layer, forward and backward, under many routings and planners.
@@ -26,26 +25,27 @@ examples:
 def add_to(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dtype", nargs="+", choices=["fp32", "bf16"], help="default: both; with --shape bf16")
-    add("--experts", nargs="+", type=_positive, metavar="E", help="default: 16 and 64")
+    add("--experts", nargs="+", type=positive, metavar="E", help="default: 16 and 64")
     add("--planner", nargs="+", metavar="NAME", default=PLANNERS, help=f"default: {', '.join(PLANNERS)}")
     add("--scenario", nargs="+", metavar="PATTERN", help="routings by name, * stands for anything; default: all")
-    add("--tokens", type=_positive, default=4096, help="of a rank; default: %(default)s")
-    add("--dim", type=_positive, help="width; default: 512")
-    add("--hidden", type=_positive, help="an expert's hidden width; default: 1024")
-    add("--top-k", type=_positive, help="selections of a token; default: 2")
+    add("--tokens", type=positive, default=4096, help="of a rank; default: %(default)s")
+    add("--dim", type=positive, help="width; default: 512")
+    add("--hidden", type=positive, help="an expert's hidden width; default: 1024")
+    add("--top-k", type=positive, help="selections of a token; default: 2")
     add("--shape", choices=list(PRESETS), help="width, hidden width, experts and top-k of a published model")
-    add("--repeats", type=_positive, help="default: 15; quick 5; virtual ranks 3")
-    add("--warmup", type=_positive, help="balanced layers before anything is timed; default: 40; virtual ranks 5")
+    add("--repeats", type=positive, help="default: 15; quick 5; virtual ranks 3")
+    add("--warmup", type=positive, help="balanced layers before anything is timed; default: 40; virtual ranks 5")
     add("--quick", action="store_true", help="four routings and five repeats")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--nproc", type=_positive, metavar="N", help="workers on this machine; default: one a GPU, else two")
-    add("--virtual-ranks", type=_positive, metavar="R", help="the parts of R ranks one after another on one device")
+    add("--nproc", type=positive, metavar="N", help="workers on this machine; default: one a GPU, else two")
+    add("--virtual-ranks", type=positive, metavar="R", help="the parts of R ranks one after another on one device")
     add("--peers", action="store_true", help="also DeepSpeed's and Hugging Face's layers, where they are installed")
     add("--out", type=Path, metavar="FOLDER", help="write layer.json, layer.md and layer.png")
     add("--json", action="store_true", help="one JSON list")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
@@ -65,6 +65,8 @@ class Grid:
 
     @classmethod
     def of(cls, options: argparse.Namespace, num_ranks: int) -> "Grid":
+        from moetrain.moe import planners  # compiled code: not for every command line
+
         for name in options.planner:
             if name not in planners.PLANNERS:
                 raise ConfigError(f"--planner {name}: must be one of {', '.join(planners.PLANNERS)}")

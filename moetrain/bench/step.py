@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from moetrain import checkpoint, config, profile, train
+from moetrain.bench import tables
 from moetrain.bench.cell import now
 from moetrain.bench.step_options import Options
 from moetrain.comm import all_reduce_sum, barrier
@@ -225,15 +226,8 @@ def rows(found: Records) -> list[list[str]]:
 
 
 def table(found: Records) -> Table:
-    out = Table(title=title(found))
-    for number, column in enumerate(COLUMNS):
-        out.add_column(column, justify="left" if number < 2 else "right")
-    for row in rows(found):
-        out.add_row(*row)
-    return out
+    return tables.table(title(found), COLUMNS, rows(found), num_left=2)
 
 
 def markdown(found: Records) -> str:
-    lines = [" | ".join(COLUMNS), "|".join(["---"] * len(COLUMNS)), *(" | ".join(row) for row in rows(found))]
-    body = "\n".join(f"| {line} |" for line in lines)
-    return f"# Whole training steps\n\n{title(found)}\n\n{body}\n\n{LEGEND}\n"
+    return tables.markdown("Whole training steps", title(found), COLUMNS, rows(found), LEGEND)

@@ -22,7 +22,7 @@ from moetrain.comm import Pending
 from moetrain.mesh import Expert
 from moetrain.moe import guests, kernels
 from moetrain.moe.clock import Clock
-from moetrain.moe.cost import RELAY_FROM
+from moetrain.moe.cost import RELAY_FROM, Limits
 from moetrain.moe.dispatch import Route
 from moetrain.moe.guests import Lending, Returning, Store
 from moetrain.moe.kernels import Matrices
@@ -61,6 +61,11 @@ class Experts(nn.Module):
     def home(self) -> Ints:
         """[E] the rank that owns each expert."""
         return default_home(self.num_experts, self.ep.size if self.ep else 1)
+
+    @property
+    def limits(self) -> Limits:
+        """What a planner is to keep within; one guest may always pass."""
+        return Limits(rows=self.max_rows, guests=max(self.store.slots, 1))
 
     def own_experts(self) -> list[int]:
         """Global numbers of the experts kept here, in the order of their slots."""

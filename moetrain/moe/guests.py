@@ -119,7 +119,7 @@ class Returning:
 
     def __init__(self, grads: dict[int, Tensor], copies: Sequence[Copy], like: Tensor, size: int, ep: Expert) -> None:
         """`grads`: [W] of each guest here that leaves. `like` gives the dtype they travel in."""
-        self._ep, self._like, self._size = ep, like, size
+        self._ep, self._like = ep, like
         out, across = ways(copies, size)
         self._home = [p.back() for p in out]
         self._across = [p.back() for p in across]

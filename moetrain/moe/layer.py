@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moetrain import config
 from moetrain.comm import all_gather
 from moetrain.moe.clock import Clock
-from moetrain.moe.cost import Costs, Limits, State
+from moetrain.moe.cost import Costs, State
 from moetrain.moe.experts import Experts
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import PLANNERS
@@ -95,8 +95,7 @@ class MoE(nn.Module):
         with clock.phase("plan"):
             counts_RE: Ints = gathered[:, :-1]
             store, home = self.experts.store, self.experts.home
-            limits = Limits(rows=self.experts.max_rows, guests=max(store.slots, 1))
-            plan = self.planner(counts_RE, home, self.costs, limits, State(resident=store.keeps_RE))
+            plan = self.planner(counts_RE, home, self.costs, self.experts.limits, State(resident=store.keeps_RE))
             num_lent = len(store.missing(plan))
             if torch.is_grad_enabled():
                 store.admit(plan)
