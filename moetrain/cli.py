@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetrain import __version__, config, runs
-from moetrain.bench import gpu_options, step_options
+from moetrain.bench import gpu_options, hosts_options, step_options
 from moetrain.bench import options as layer_options
 from moetrain.config import Config, ConfigError
 from moetrain.observe.console import console, say_bad_input
@@ -46,6 +46,7 @@ examples:
   moetrain bench layer --help                               the whole grid, published shapes, many virtual ranks
   moetrain bench step --by-domain                           whole training steps: percent of perfect balance
   moetrain bench gpu                                        grouped GEMMs of published models on this device
+  moetrain bench hosts                                      two hosts and a slow link: local rows and overlap
 """
 PROFILE = """Measure what the planner has to know of this machine, and keep it. `train` does so where it is missing.
 
@@ -148,6 +149,7 @@ def _benchmarks(verb: argparse.ArgumentParser) -> None:
         ("layer", layer_options.LAYER, layer_options.add_to),
         ("step", step_options.STEP, step_options.add_to),
         ("gpu", gpu_options.GPU, gpu_options.add_to),
+        ("hosts", hosts_options.HOSTS, hosts_options.add_to),
     ):
         raw = argparse.RawDescriptionHelpFormatter
         add_to(what.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=raw))
@@ -164,6 +166,10 @@ def _bench(options: argparse.Namespace) -> int:
         from moetrain.bench import gpu
 
         return gpu.run(options)
+    if options.what == "hosts":
+        from moetrain.bench import hosts
+
+        return hosts.run(options)
     from moetrain.bench import plan
 
     records = plan.records()

@@ -5,7 +5,8 @@ nothing to say. Row counts are host integers: what is to be sent is known before
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Splits = Sequence[int]
+_at_once = False
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -72,4 +74,17 @@ def start_all_to_all(
     if out is None:
         out = rows.new_empty(sum(receive), *rows.shape[1:])
     work = dist.all_to_all_single(out, rows, list(receive), list(send), group=group, async_op=True)
+    if _at_once:
+        work.wait()
     return Pending(out, work)
+
+
+@contextmanager
+def waiting_at_once() -> Iterator[None]:
+    """Every transfer is waited for where it starts: to measure what it is worth to compute meanwhile."""
+    global _at_once
+    _at_once = True
+    try:
+        yield
+    finally:
+        _at_once = False

@@ -1,0 +1,71 @@
+"""Two hosts on one machine: a limited link, its bytes counted, the layer run over it in every way."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from moetrain import cli
+from moetrain.bench.hosts import WAYS
+from moetrain.bench.namespaces import Hosts
+from moetrain.config import ConfigError
+
+BURST, TOKENS = 256_000, 512
+
+
+def allowed() -> bool:
+    try:
+        with Hosts():
+            return True
+    except ConfigError:
+        return False
+
+
+def test_a_layer_over_a_slow_link_is_counted_by_the_wire() -> None:
+    """Where namespaces may not be made, the command has to say so."""
+    command = [sys.executable, "-m", "moetrain", "bench", "hosts", "--rate", "400mbit", "--per-host", "1", "--json"]
+    command += ["--scenario", "80 % into 1", "--tokens", str(TOKENS), "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    if not allowed():
+        assert done.returncode == 2
+        assert "several hosts on one machine: needs" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
+    assert [r["way"] for r in found] == [way.name for way in WAYS]
+    for record in found:
+        row = 2 * record["dim"]  # bf16; a token's row crosses four times
+        assert record["bytes_between_hosts"] > 4 * row * record["rows_between_hosts"] / record["top_k"]
+        one_way = record["bytes_between_hosts"] / 2
+        assert record["total_ms"] > 1e3 * (one_way - 2 * BURST) / (400e6 / 8)
+    assert not [name for name in os.listdir("/run/netns") if name.startswith("moe")]
+
+
+def test_hosts_are_apart_until_the_link_is_up() -> None:
+    if not allowed():
+        return
+    with Hosts("100mbit") as hosts:
+        where = (hosts.addresses[1], 5000)
+        server = [
+            sys.executable,
+            "-c",
+            f"import socket; s = socket.create_server({where}); [s.accept() for _ in (0, 1)]",
+        ]
+        client = [sys.executable, "-c", f"import socket; socket.create_connection({where}, timeout=1)"]
+        named = hosts.start(1, ["sh", "-c", 'test "$(hostname)" = "$0"', hosts.names[1]], {})
+        assert named.wait(10) == 0
+        hosts.start(1, server, {})
+        assert any(hosts.start(0, client, {}).wait(10) == 0 for _ in range(20))
+        hosts.cut(1)
+        assert hosts.start(0, client, {}).wait(10) != 0
+
+
+def test_without_the_tools_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert cli.main(["bench", "hosts"]) == 2
+    assert capsys.readouterr().err.strip() == (
+        "error: several hosts on one machine: needs the command ip (iproute2, util-linux)"
+    )
