@@ -38,7 +38,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
             raise ValueError("must not be true or false")
         return value
 
@@ -80,10 +80,10 @@ class Parallel(Section):
 
 
 class Router(Section):
-    name: Literal["topk", "round_robin"]  # the keys of moe.router.ROUTERS
+    name: Literal["topk", "round_robin"]  # the keys of moe.routers.ROUTERS
     top_k: Positive
     scores: Literal["softmax", "sigmoid"]
-    normalise: bool
+    normalise: bool | None
     skew: Finite
 
 

@@ -56,7 +56,8 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tu
             within = None
             if config.data.attend_within_documents:
                 within = torch.from_numpy(windows.document[mine, :-1]).to(device)
-            nats, stats = model(tokens[:, :-1], tokens[:, 1:], within)
+            label = torch.from_numpy(windows.domain[mine, :-1]).to(device)
+            nats, stats = model(tokens[:, :-1], tokens[:, 1:], within, label)
             sums[domain] += torch.stack(
                 [
                     nats.sum().double(),

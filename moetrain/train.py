@@ -121,9 +121,9 @@ def optimizer_step(
     parts: list[Part] = []
     seen_LE = None  # selections so far
     for share in shares:
-        tokens, domain, document = (torch.from_numpy(x).to(engine.mesh.device) for x in vars(share).values())
+        tokens, domain, document, sample = (torch.from_numpy(x).to(engine.mesh.device) for x in vars(share).values())
         within = document[:, :-1] if config.data.attend_within_documents else None
-        nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:], within)
+        nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:], within, domain[:, :-1], sample)
         added, balance, z, counts_LE = router_losses(stats, config.balance, tokens_in_batch, seen_LE)
         engine.backward(nats.sum() / tokens_in_batch + added, last=len(parts) == len(shares) - 1)
         seen_LE = counts_LE if seen_LE is None else seen_LE + counts_LE

@@ -17,7 +17,7 @@ from moetrain.moe.clock import Clock
 from moetrain.moe.experts import Experts
 from moetrain.moe.plan import Plan
 from moetrain.moe.planners import PLANNERS, default_home
-from moetrain.moe.router import Routing
+from moetrain.moe.routers.base import Routing
 
 D, H, E = 16, 24, 8
 RAGGED = "ragged"
@@ -273,7 +273,7 @@ def test_the_whole_layer_equals_the_loop(pool, options: list[str]) -> None:
 def test_round_robin_is_even_and_trains_the_router(top_k: int) -> None:
     """Exactly even counts, K different experts a token, TopK's weights of them."""
     from moetrain import config
-    from moetrain.moe.router import ROUTERS
+    from moetrain.moe.routers import ROUTERS
 
     options = config.load(["model=tiny", "router.name=round_robin", f"router.top_k={top_k}", "router.skew=3"]).router
     router = ROUTERS[options.name](D, E, options)

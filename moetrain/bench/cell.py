@@ -23,7 +23,7 @@ from moetrain.moe.dispatch import Route
 from moetrain.moe.experts import Experts
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import PLANNERS
-from moetrain.moe.router import Routing
+from moetrain.moe.routers.base import Routing
 
 GUEST_SLOTS = 8  # guests that stay between forward and backward
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -29,7 +29,7 @@ from moetrain.mesh import Mesh
 from moetrain.moe.layer import MoE
 from moetrain.moe.plan import imbalance
 from moetrain.moe.planners import PLANNERS
-from moetrain.moe.router import ROUTERS
+from moetrain.moe.routers import ROUTERS
 from moetrain.observe.console import console
 from moetrain.observe.meter import PHASES
 from moetrain.optim import learning_rate

@@ -4,7 +4,7 @@ The same global batch at any number of ranks; resumed by one integer; a domain l
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class Sequences:
     tokens: NDArray[np.int64]
     domain: NDArray[np.int64]
     document: NDArray[np.int64]  # equal numbers: the same document
+    sample: NDArray[np.int64] | None = None  # [B] global numbers, of training sequences
 
 
 @dataclass(frozen=True)
@@ -121,4 +122,5 @@ class Loader(Packed):
     def samples(self, begin: int, end: int) -> Sequences:
         """The global samples `begin` to `end` - 1, whoever asks."""
         epochs = (divmod(index, self.num_windows) for index in range(begin, end))
-        return self.windows([int(self._order(epoch)[place]) for epoch, place in epochs])
+        found = self.windows([int(self._order(epoch)[place]) for epoch, place in epochs])
+        return replace(found, sample=np.arange(begin, end))

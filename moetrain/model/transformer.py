@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain import config
 from moetrain.model.cross_entropy import linear_cross_entropy
 from moetrain.moe.layer import LayerStats, MoE
+from moetrain.moe.routers.base import Place, Router
 
 Run = Callable[..., Any]
 
@@ -103,13 +104,13 @@ class Block(nn.Module):
         self.moe = None if dense else MoE(m, router, planner, shared)
 
     def forward(
-        self, x: Tensor, carry: Any, rope: Tensor, mask: Tensor | None, run: Run
+        self, x: Tensor, carry: Any, place: Place, rope: Tensor, mask: Tensor | None, run: Run
     ) -> tuple[Tensor, LayerStats | None, Any]:
         """[B, L, D] -> [B, L, D]. `run(function, *args)` calls it, perhaps recomputing it in the backward."""
         if self.moe is None:
             return run(self._dense, x, rope, mask), None, carry
-        x, flat_TD, scores, carry = run(self._attend_and_route, x, carry, rope, mask)
-        decision = self.moe.decide(scores)
+        x, flat_TD, scores, carry = run(self._attend_and_route, x, carry, place, rope, mask)
+        decision = self.moe.decide(scores, place)
         y_TD = run(self.moe.compute, flat_TD, scores, decision)
         return x + y_TD.view_as(x), LayerStats.of(scores, decision), carry
 
@@ -118,11 +119,11 @@ class Block(nn.Module):
         x = x + self.attn(self.attn_norm(x), rope, mask)
         return x + self.mlp(self.ffn_norm(x))
 
-    def _attend_and_route(self, x: Tensor, carry: Any, rope: Tensor, mask: Tensor | None) -> tuple:
+    def _attend_and_route(self, x: Tensor, carry: Any, place: Place, rope: Tensor, mask: Tensor | None) -> tuple:
         assert self.moe is not None
         x = x + self.attn(self.attn_norm(x), rope, mask)
         flat_TD = self.ffn_norm(x).flatten(0, 1)
-        scores, carry = self.moe.route(flat_TD, carry)
+        scores, carry = self.moe.route(flat_TD, carry, place)
         return x, flat_TD, scores, carry
 
 
@@ -146,11 +147,17 @@ class Transformer(nn.Module):
             self.run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, document: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        document: Tensor | None = None,
+        domain: Tensor | None = None,
+        sample: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         """[B, L] int64 -> -log p of `targets` [B, L] fp32, or logits [B, L, V] without targets; and statistics.
 
-        `document` [B, L] int: positions attend within equal numbers only; None: causal over everything.
+        `document` [B, L] int: positions attend within equal numbers only; None: causal over everything. `domain`
+        [B, L] and `sample` [B] int64: for routers that look at a token's domain or its sequence's global number.
         The statistics are those of every MoE layer, in order.
         """
         rope = rope_table(tokens.shape[1], self.options.head_dim, self.options.rope_theta, tokens.device)
@@ -158,13 +165,20 @@ class Transformer(nn.Module):
         if document is not None:
             causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
             mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+        place = Place(tokens.shape[1], sample, None if domain is None else domain.flatten())
         x, carry, stats = self.embed(tokens), None, []
         run = self.run if torch.is_grad_enabled() else _call
         for layer in self.layers:
-            x, layer_stats, carry = layer(x, carry, rope, mask, run)
+            x, layer_stats, carry = layer(x, carry, place, rope, mask, run)
             if layer_stats is not None:
                 stats.append(layer_stats)
         x = self.norm(x)
         if targets is None:
             return self.head(x), stats
         return linear_cross_entropy(x, self.head.weight, targets), stats
+
+    def at_step(self, step: int, train: config.Train) -> None:
+        """Bring the routers' schedules to where `step` optimizer steps are done."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.at_step(step, train)

@@ -24,7 +24,7 @@ from moetrain.mesh import Expert
 from moetrain.moe import kernels
 from moetrain.moe.kernels import Bags
 from moetrain.moe.plan import Ints, Plan
-from moetrain.moe.router import Routing
+from moetrain.moe.routers.base import Routing
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from moetrain.moe.guests import Lending, Returning, Store
 from moetrain.moe.kernels import Matrices
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import default_home
-from moetrain.moe.router import Routing
+from moetrain.moe.routers.base import Routing
 
 
 class Experts(nn.Module):

@@ -1,0 +1,108 @@
+"""What a router is: which tokens go to which experts, and with what weight. All of it in fp32.
+
+A router works in three steps, so that activation recompute can replay a choice instead of making it again:
+`score` (differentiable), `choose` (no gradient), `weigh` (differentiable, given the choice).
+`router(x_TD, carry, place) -> (Routing, carry)` is all three. `carry` is what some routers hand from layer to layer.
+
+T tokens, D model width, E experts, K top-k, N selections (any number a token), B sequences.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moetrain import config
+
+
+class Place(NamedTuple):
+    """Where the tokens stand: T = B · `length`, sequence after sequence."""
+
+    length: int
+    sample_B: Tensor | None = None  # int64: the sequences' global numbers; None outside of training
+    group_T: Tensor | None = None  # int64: each token's domain; None: unknown
+
+
+class Scores(NamedTuple):
+    logits_TE: Tensor  # fp32
+    probs_TE: Tensor  # fp32, rows sum to one
+
+
+class Choice(NamedTuple):
+    """Selections by token, ascending; a pair of token and expert at most once."""
+
+    token_N: Tensor  # int64
+    expert_N: Tensor  # int64
+    chosen_N: Tensor | None = None  # bool: which of them are made, where their number is unknown to the host; None: all
+
+
+class Routing(NamedTuple):
+    token_N: Tensor  # int64, ascending; a token may stand in it any number of times
+    expert_N: Tensor  # int64
+    weight_N: Tensor  # fp32, with gradient
+    probs_TE: Tensor  # fp32, with gradient: what the balance loss sees
+
+    def take(self, index_N: Tensor) -> "Routing":
+        """Some of the selections."""
+        token_N, expert_N, weight_N = (x.index_select(0, index_N) for x in self[:3])
+        return Routing(token_N, expert_N, weight_N, self.probs_TE)
+
+
+class Router(nn.Module):
+    """The base of all routers; its parameters are kept whole on every rank, in fp32.
+
+    A subclass has `logits` and `choose`; `score` and `weigh` follow from the options unless it has its own.
+    """
+
+    takes: ClassVar[frozenset[str]] = frozenset()  # options of config.Router that it has, besides everybody's
+    normalises: ClassVar[bool] = True  # what router.normalise=null means
+    warning: ClassVar[str] = ""  # said when a run starts
+
+    def __init__(self, dim: int, num_experts: int, options: config.Router, index: int = 0) -> None:
+        """`index`: how many routers come before it in the model."""
+        super().__init__()
+        self.num_experts, self.options, self.index = num_experts, options, index
+        self.normalise = self.normalises if options.normalise is None else options.normalise
+        self.bias: Tensor | None = None  # [E] added to the gates where experts are chosen, nowhere else
+
+    def at_step(self, step: int, train: config.Train) -> None:
+        """Before every optimizer step (`step` are done), and before evaluation and generation: for what changes."""
+
+    def forward(self, x_TD: Tensor, carry: Any = None, place: Place | None = None) -> tuple[Routing, Any]:
+        scores, carry = self.score(x_TD, carry, place)
+        choice = self.choose(scores, place)
+        routing = self.weigh(scores, choice)
+        return routing if choice.chosen_N is None else routing.take(choice.chosen_N.nonzero()[:, 0]), carry
+
+    def score(self, x_TD: Tensor, carry: Any = None, place: Place | None = None) -> tuple[Scores, Any]:
+        logits_TE, carry = self.logits(x_TD, carry, place)
+        if self.options.skew:
+            hot = torch.arange(self.num_experts, device=logits_TE.device) < self.options.top_k
+            logits_TE = logits_TE + self.options.skew * hot
+        if self.options.scores == "softmax":
+            return Scores(logits_TE, logits_TE.softmax(-1)), carry
+        gates_TE = logits_TE.sigmoid()
+        return Scores(logits_TE, gates_TE / gates_TE.sum(-1, keepdim=True)), carry
+
+    def logits(self, x_TD: Tensor, carry: Any, place: Place | None) -> tuple[Tensor, Any]:
+        """[T, D] of any dtype -> [T, E] fp32, and what the next router gets as `carry`."""
+        raise NotImplementedError
+
+    def choose(self, scores: Scores, place: Place | None = None) -> Choice:
+        raise NotImplementedError
+
+    def gates(self, scores: Scores) -> Tensor:
+        """[T, E] what weights are made of: softmax or sigmoid of the logits."""
+        return scores.probs_TE if self.options.scores == "softmax" else scores.logits_TE.sigmoid()
+
+    def weigh(self, scores: Scores, choice: Choice) -> Routing:
+        """The chosen experts' gates, summing to one over a token's if `normalise`; zero for what was not chosen."""
+        token_N, expert_N, chosen_N = choice
+        gate_TE = self.gates(scores)
+        place_N = token_N * self.num_experts + expert_N
+        made_TE = torch.zeros_like(gate_TE, dtype=torch.bool)
+        made_TE.view(-1)[place_N] = True if chosen_N is None else chosen_N
+        weight_TE = torch.where(made_TE, gate_TE, 0.0)
+        if self.normalise:
+            weight_TE = weight_TE / weight_TE.sum(-1, keepdim=True).clamp(min=1e-20)
+        return Routing(token_N, expert_N, weight_TE.view(-1).index_select(0, place_N), scores.probs_TE)
