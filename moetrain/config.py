@@ -197,6 +197,8 @@ class Config(Section):
 
     def layout(self, world: int) -> Parallel:
         """`parallel` with `ep` and `dp_shard` filled in; raises `ConfigError` where it does not fit `world` ranks."""
+        from moetrain.checks import check_world
+
         check_world(self, world)
         shard = world // self.parallel.dp_replicate
         ep = self.parallel.ep or math.gcd(shard, self.model.num_experts)
@@ -259,70 +261,12 @@ def from_tree(tree: Any) -> Config:
         field = ".".join(str(part) for part in first["loc"])
         rule = _plain(first["msg"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{field}={_short(first['input'])}: no such field{_nearest(field)}") from None
-        raise ConfigError(f"{field}={_short(first['input'])}: {rule}") from None
-    _check(config)
+            raise ConfigError(f"{field}={short(first['input'])}: no such field{_nearest(field)}") from None
+        raise ConfigError(f"{field}={short(first['input'])}: {rule}") from None
+    from moetrain.checks import check  # which looks routers and planners up
+
+    check(config)
     return config
-
-
-def _check(c: Config) -> None:
-    from moetrain.moe.planners import PLANNERS, planner_options
-
-    def rule(holds: bool, field: str, text: str) -> None:
-        if not holds:
-            value: Any = c
-            for part in field.split("."):
-                value = getattr(value, part)
-            raise ConfigError(f"{field}={_short(value)}: {text}")
-
-    m, k = c.model, c.router.top_k
-    rule(c.planner.name in PLANNERS, "planner.name", f"known planners are {', '.join(PLANNERS)}")
-    allowed = planner_options(c.planner.name)
-    for option in c.planner.options:
-        rule(option in allowed, f"planner.{option}", f"the planner {c.planner.name} has no such option")
-    rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
-    rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
-    rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")
-    rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")
-    rule(
-        m.expert_hidden % 8 == 0,
-        "model.expert_hidden",
-        "must be a multiple of 8 (grouped GEMM: 16-byte rows)",
-    )
-    rule(
-        m.num_dense_layers < m.num_layers,
-        "model.num_dense_layers",
-        f"must be below model.num_layers={m.num_layers}, so that one layer has experts",
-    )
-    rule(c.optim.min_lr <= c.optim.lr, "optim.min_lr", f"must be at most optim.lr={c.optim.lr}")
-    if c.data.source == "folder":
-        rule(c.data.path is not None, "data.path", "data.source=folder needs a folder or a file")
-    if c.data.path is not None:
-        rule(Path(c.data.path).exists(), "data.path", "there is no such file or folder")
-    if c.data.tokenizer is not None:
-        rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "there is no such file")
-    if c.parallel.nproc is not None:
-        check_world(c, c.parallel.nproc)
-
-
-def check_world(c: Config, world: int) -> None:
-    """What must hold between the config and the number of ranks. Raises `ConfigError`."""
-    p, t = c.parallel, c.train
-    if world % p.dp_replicate:
-        raise ConfigError(f"parallel.dp_replicate={p.dp_replicate}: must divide the number of ranks, {world}")
-    shard = world // p.dp_replicate
-    if p.dp_shard is not None and p.dp_shard != shard:
-        rule = f"dp_replicate={p.dp_replicate} × dp_shard must be the number of ranks, {world}"
-        raise ConfigError(f"parallel.dp_shard={p.dp_shard}: {rule}")
-    ep = p.ep or math.gcd(shard, c.model.num_experts)
-    if shard % ep:
-        raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
-    if c.model.num_experts % ep:
-        rule = "needs at least as many experts" if c.model.num_experts < ep else "must divide the number of experts"
-        raise ConfigError(f"parallel.ep={ep}: {rule}, model.num_experts={c.model.num_experts}")
-    if t.global_batch % (world * (t.micro_batch or 1)):
-        per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
-        raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")
 
 
 def dump(config: Config) -> str:
@@ -330,7 +274,7 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = "null" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
