@@ -1,6 +1,6 @@
 """Held-out loss, for every domain and over all.
 
-E experts, L layers, C domains.
+E experts of a layer, N experts of all layers, C domains.
 """
 
 import math
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
 from moetrain.data.loader import Corpus, Packed, Sequences
 from moetrain.mesh import Mesh
+from moetrain.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,13 @@ def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tuple[dict[str, Score], dict[str, float]]:
+def evaluate(
+    model: Transformer, corpus: Corpus, config: Config, mesh: Mesh
+) -> tuple[dict[str, Score], dict[str, float]]:
     """Scores per domain (and `all`), and metrics. All ranks call it, and call the model equally often."""
     device, size = mesh.device, config.micro_batch(mesh.world)
-    counts = torch.zeros(len(corpus.domains), config.model.num_moe_layers, config.model.num_experts, device=device)
+    sizes = [router.num_experts for router in model.routers]
+    counts_CN = torch.zeros(len(corpus.domains), sum(sizes), device=device)  # experts of all layers
     sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
     token_bytes = torch.from_numpy(corpus.token_bytes).to(device)
     for domain in range(len(corpus.domains)):
@@ -65,9 +68,9 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tu
                     token_bytes[tokens[:, 1:]].sum(),
                 ]
             )
-            counts[domain] += torch.stack([s.counts_E for s in stats])
+            counts_CN[domain] += torch.cat([s.counts_E for s in stats])
     all_reduce_sum(sums)
-    all_reduce_sum(counts)
+    all_reduce_sum(counts_CN)
     scores = {
         name: Score(float(nats), int(tokens), int(size_))
         for name, (nats, tokens, size_) in zip(corpus.domains, sums.tolist(), strict=True)
@@ -78,15 +81,16 @@ def evaluate(model: nn.Module, corpus: Corpus, config: Config, mesh: Mesh) -> tu
     for name in (n for n in corpus.domains if scores[n].tokens):  # a tiny domain may not fill one held-out window
         metrics[f"eval/{name}/ppl"] = math.exp(min(50.0, scores[name].loss))
         metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
-    for layer, information in enumerate(domain_information(counts.double().cpu().numpy())):
+    for layer, counts_CE in enumerate(counts_CN.double().cpu().split(sizes, dim=1)):
+        information = domain_information(counts_CE.numpy())
         metrics[f"specialise/layer_{config.model.num_dense_layers + layer:02d}/domain_mi"] = information
     return scores, metrics
 
 
-def domain_information(counts_CLE: np.ndarray) -> list[float]:
-    """[L] mutual information of domain and expert in bits, every domain weighted alike. 0: no specialisation."""
-    joint = counts_CLE / counts_CLE.sum(-1, keepdims=True).clip(min=1) / len(counts_CLE)
+def domain_information(counts_CE: np.ndarray) -> float:
+    """Mutual information of domain and expert in bits, every domain weighted alike. 0: no specialisation."""
+    joint = counts_CE / counts_CE.sum(-1, keepdims=True).clip(min=1) / len(counts_CE)
     independent = joint.sum(0, keepdims=True) * joint.sum(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(joint > 0, joint * np.log2(joint / independent), 0.0)
-    return terms.sum((0, 2)).tolist()
+    return float(terms.sum())

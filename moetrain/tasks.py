@@ -4,8 +4,6 @@ import json
 import time
 from pathlib import Path
 
-from torch import nn
-
 from moetrain import checkpoint, profile, runs, train
 from moetrain.comm import broadcast_text
 from moetrain.config import Config
@@ -14,6 +12,7 @@ from moetrain.engine.native import NativeEngine
 from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
+from moetrain.model.transformer import Transformer
 from moetrain.observe.console import console
 
 
@@ -80,7 +79,7 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         console.print(item["prompt"] + item["text"], markup=False)
 
 
-def _restore(config: Config, mesh: Mesh) -> tuple[nn.Module, Corpus, Path]:
+def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     """The newest checkpoint of `config.run`, on these ranks."""
     corpus, _ = train.open_data(config)
     config = train.with_vocabulary(config, corpus)

@@ -18,7 +18,7 @@ from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
-from moetrain.moe.balance import router_losses
+from moetrain.moe.balance import Balance, Losses
 from moetrain.moe.layer import LayerStats
 from moetrain.observe import picture, summary
 from moetrain.observe.console import Voice
@@ -62,14 +62,14 @@ def train(config: Config, mesh: Mesh) -> Path:
         began = time.perf_counter()
         shares = list(micro_batches(config, mesh, loader, position))
         lr = learning_rate(config.optim, step, config.train.steps)
-        parts, norm = optimizer_step(engine, config, shares, lr)
+        parts, counts, norm = optimizer_step(engine, config, shares, lr)
         position += config.train.global_batch
 
         trace.record(step + 1, parts[0].stats)
         meter = Meter(config, mesh, corpus.domains)
         for part in parts:
             meter.add(*part)
-        metrics = meter.metrics()
+        metrics = meter.metrics(counts)
         seconds = time.perf_counter() - began
         metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": position * config.train.seq_len}
         metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
@@ -107,28 +107,33 @@ class Part(NamedTuple):
 
     nats: Tensor  # [B, L] per target token
     domain: Tensor  # [B, L] of the target tokens
-    balance: Tensor  # this rank's share of the balance loss
-    z: Tensor  # of the z-loss
-    stats: list[LayerStats]
-    counts_LE: Tensor  # selections on all ranks
+    losses: Losses
+    stats: list[LayerStats]  # light
 
 
-def optimizer_step(
-    engine: NativeEngine, config: Config, shares: Sequence[Sequences], lr: float
-) -> tuple[list[Part], float]:
-    """Forward, losses and backward of every micro-step, then the update: (parts, norm of the gradient)."""
+class Step(NamedTuple):
+    parts: list[Part]  # one a micro-step
+    counts: list[Tensor]  # int64 [E] of every layer: selections on all ranks, in all micro-steps
+    norm: float  # of the gradient
+
+
+def optimizer_step(engine: NativeEngine, config: Config, shares: Sequence[Sequences], lr: float) -> Step:
+    """Forward, losses and backward of every micro-step, then the update."""
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     parts: list[Part] = []
-    seen_LE = None  # selections so far
+    balance = Balance(config.balance, tokens_in_batch)
     for share in shares:
         tokens, domain, document, sample = (torch.from_numpy(x).to(engine.mesh.device) for x in vars(share).values())
         within = document[:, :-1] if config.data.attend_within_documents else None
         nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:], within, domain[:, :-1], sample)
-        added, balance, z, counts_LE = router_losses(stats, config.balance, tokens_in_batch, seen_LE)
-        engine.backward(nats.sum() / tokens_in_batch + added, last=len(parts) == len(shares) - 1)
-        seen_LE = counts_LE if seen_LE is None else seen_LE + counts_LE
-        parts.append(Part(nats.detach(), domain[:, 1:], balance, z, stats, counts_LE))
-    return parts, engine.step(lr)
+        losses = balance.losses(stats)
+        engine.backward(nats.sum() / tokens_in_batch + losses.weighted, last=len(parts) == len(shares) - 1)
+        losses = losses._replace(weighted=losses.weighted.detach())
+        parts.append(Part(nats.detach(), domain[:, 1:], losses, [s.light() for s in stats]))
+    norm = engine.step(lr)
+    for router, counts_E in zip(engine.model.routers, balance.counts, strict=True):
+        router.after_step(counts_E)
+    return Step(parts, balance.counts, norm)
 
 
 def build(config: Config) -> Transformer:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from moetrain import config
 from moetrain.mesh import Mesh
 from moetrain.moe import balance
+from moetrain.moe.balance import Balance
 from moetrain.moe.layer import LayerStats
+from moetrain.moe.routers import Choice, Scores
 
 OPTIONS = config.load([]).balance
 
@@ -20,8 +22,9 @@ OPTIONS = config.load([]).balance
 def stats(probs_TE: torch.Tensor, expert_N: torch.Tensor) -> LayerStats:
     """One layer's statistics from probabilities and choices."""
     counts = torch.bincount(expert_N, minlength=probs_TE.shape[1])
-    zero = torch.zeros(())
-    return LayerStats(counts, probs_TE.sum(0), zero, zero, None, 0, None)  # type: ignore[arg-type]
+    per_token = len(expert_N) // max(len(probs_TE), 1)
+    choice = Choice(torch.arange(len(probs_TE)).repeat_interleave(per_token), expert_N)
+    return LayerStats(Scores(probs_TE.log(), probs_TE), choice, counts, None, 0, None)  # type: ignore[arg-type]
 
 
 def one_sided(mesh: Mesh, scope: str) -> float:
@@ -30,7 +33,7 @@ def one_sided(mesh: Mesh, scope: str) -> float:
     half[2 * mesh.rank : 2 * mesh.rank + 2] = 0.5
     here = stats(half.expand(8, 4), torch.arange(8) % 2 + 2 * mesh.rank)
     options = OPTIONS.model_copy(update={"scope": scope})
-    return float(balance.router_losses([here], options, 16, None)[1])
+    return float(Balance(options, 16).losses([here]).shares["balance"])
 
 
 def test_micro_is_two_where_global_is_one(pool) -> None:
@@ -41,12 +44,10 @@ def test_micro_is_two_where_global_is_one(pool) -> None:
 
 def buffered(mesh: Mesh) -> list[float]:
     """Four micro-steps, each sending everything to another expert, with P = 1 there."""
-    seen, values = None, []
+    step, values = Balance(OPTIONS, 8), []
     for micro in range(4):
         probs = torch.nn.functional.one_hot(torch.full((8,), micro), 4).float()
-        _, value, _, counts = balance.router_losses([stats(probs, torch.full((8,), micro))], OPTIONS, 8, seen)
-        seen = counts if seen is None else seen + counts
-        values.append(float(value))
+        values.append(float(step.losses([stats(probs, torch.full((8,), micro))]).shares["balance"]))
     return values
 
 
@@ -60,14 +61,12 @@ def shares(mesh: Mesh, sizes: list[int], probs: torch.Tensor, expert: torch.Tens
     mine = slice(begin, begin + sizes[mesh.rank])
     p = probs[mine].clone().requires_grad_()
     layers = [stats(p, expert[mine].flatten()), stats(p.flip(1), expert[mine, :1].flatten())]
-    _, value, _, counts = balance.router_losses(layers, OPTIONS, len(probs), None)
-    f, _ = balance.synchronise(layers, "global", None)
-    assert not f.requires_grad
-    assert torch.equal(counts.sum(1), torch.tensor([2 * len(probs), len(probs)]))
-    total = balance.balance_loss(layers, f, len(probs))
-    total.backward()
-    assert float(total.detach()) == pytest.approx(float(value))
-    return float(value), p.grad
+    step = Balance(OPTIONS.model_copy(update={"coefficient": 1.0, "z_coefficient": 0.0}), len(probs))
+    losses = step.losses(layers)
+    assert [int(counts.sum()) for counts in step.counts] == [2 * len(probs), len(probs)]
+    losses.weighted.backward()
+    torch.testing.assert_close(losses.weighted.detach(), losses.shares["balance"])
+    return float(losses.shares["balance"]), p.grad
 
 
 def run_split(pool: Any, sizes: list[int]) -> tuple[float, torch.Tensor]:
@@ -92,10 +91,8 @@ def test_micro_is_never_below_global(parts: int, experts: int, seed: int) -> Non
     """With P = f (Jensen). Pure arithmetic, the same formula as `balance_loss`."""
     f = np.random.default_rng(seed).dirichlet(np.ones(experts), parts)
     micro, whole = experts * (f * f).sum(1).mean(), experts * (f.mean(0) ** 2).sum()
-    layers = [
-        LayerStats(torch.zeros(experts), torch.tensor(p).float(), *([torch.zeros(())] * 2), None, 0, None) for p in f
-    ]  # type: ignore[arg-type]
-    ours = sum(float(balance.balance_loss([s], torch.tensor(f.mean(0)).float()[None], parts)) for s in layers)
+    layers = [stats(torch.tensor(p)[None].float(), torch.zeros(0, dtype=torch.int64)) for p in f]
+    ours = sum(float(balance.balance_loss([s], torch.tensor(f.mean(0)).float(), parts)) for s in layers)
     assert ours == pytest.approx(whole, rel=1e-4)
     assert micro >= whole - 1e-9
 
@@ -103,6 +100,6 @@ def test_micro_is_never_below_global(parts: int, experts: int, seed: int) -> Non
 def test_z_loss_is_the_mean_squared_logsumexp() -> None:
     logits = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
     base = stats(logits.softmax(1), logits.argmax(1))
-    here = dataclasses.replace(base, z_sum=logits.logsumexp(1).square().sum())
+    here = dataclasses.replace(base, scores=Scores(logits, logits.softmax(1)))
     expected = logits.logsumexp(1).square().mean()
     torch.testing.assert_close(balance.z_loss([here, here], 10), 2 * expected)

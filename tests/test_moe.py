@@ -257,7 +257,8 @@ def whole_layer(mesh: Mesh, router_options: list[str]) -> None:
     y, stats, _ = layer(x)
     torch.testing.assert_close(y, oracle.moe(x, routing, gate_up, down))
     assert torch.equal(stats.counts_E, torch.bincount(routing.expert_N, minlength=E))
-    torch.testing.assert_close(stats.prob_sum_E, routing.probs_TE.sum(0))
+    torch.testing.assert_close(stats.scores.probs_TE, routing.probs_TE)
+    assert torch.equal(stats.choice.expert_N, routing.expert_N)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def gradients(mesh: Mesh, overrides: list[str], plan_name: str) -> dict[str, tor
     from moetrain.data import prepare
     from moetrain.data.loader import Corpus, Loader
     from moetrain.engine.native import NativeEngine
-    from moetrain.moe.balance import router_losses
+    from moetrain.moe.balance import Balance
 
     settings = config.load([*overrides, f"planner={plan_name}"])
     corpus = Corpus(prepare.ensure(settings.data))
@@ -134,13 +134,12 @@ def gradients(mesh: Mesh, overrides: list[str], plan_name: str) -> dict[str, tor
     engine = NativeEngine(train.build(settings), mesh, settings)
     shares = list(train.micro_batches(settings, mesh, Loader(corpus, settings.train.seq_len, 0), 0))
     tokens_in_batch = settings.train.global_batch * settings.train.seq_len
-    seen = None
+    balance = Balance(settings.balance, tokens_in_batch)
     for number, share in enumerate(shares):
         tokens = torch.from_numpy(share.tokens)
         nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:])
-        added, _, _, counts = router_losses(stats, settings.balance, tokens_in_batch, seen)
-        engine.backward(nats.sum() / tokens_in_batch + added, last=number == len(shares) - 1)
-        seen = counts if seen is None else seen + counts
+        loss = nats.sum() / tokens_in_batch + balance.losses(stats).weighted
+        engine.backward(loss, last=number == len(shares) - 1)
     found = {}
     for name, parameter in engine.model.named_parameters():
         grad = parameter.grad

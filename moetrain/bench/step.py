@@ -95,7 +95,7 @@ class Bench:
                 variants[number].install(layers)
                 barrier()
                 began = now(device)
-                parts, _ = train.optimizer_step(self.engine, self.config, shares, lr=0.0)
+                parts = train.optimizer_step(self.engine, self.config, shares, lr=0.0).parts
                 ended = now(device)
                 barrier()
                 if repeat >= 0:

@@ -146,6 +146,11 @@ class Transformer(nn.Module):
         if recompute == "full":
             self.run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
+    @property
+    def routers(self) -> list[Router]:
+        """In the order of the statistics."""
+        return [router for moe in self.modules() if isinstance(moe, MoE) for router in moe.routers]
+
     def forward(
         self,
         tokens: Tensor,

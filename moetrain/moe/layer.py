@@ -7,7 +7,7 @@ T tokens here, D width, E experts, R ranks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.kernels import positions
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import PLANNERS
-from moetrain.moe.routers import ROUTERS, Choice, Place, Scores
+from moetrain.moe.routers import ROUTERS, Choice, Place, Router, Scores
 
 Planner = Callable[..., Plan]
 
@@ -35,7 +35,7 @@ class Decision:
     rows_N: Tensor | None  # which of the selections are rows for the experts; None: all
     plan: Plan
     most_per_token: int  # rows of any token on any rank of the expert group
-    counts_E: Tensor  # int64: selections made here
+    counts_E: Tensor  # int64: selections made here, before any is dropped
     num_lent: int  # copies of experts that the forward sends, in the whole group
     clock: Clock
 
@@ -44,10 +44,9 @@ class Decision:
 class LayerStats:
     """What one layer's routing on this rank contributes to losses and metrics."""
 
-    counts_E: Tensor  # int64
-    prob_sum_E: Tensor  # fp32, with gradient
-    z_sum: Tensor  # fp32, with gradient: Σ_t logsumexp(logits)²
-    entropy_sum: Tensor  # fp32: Σ_t entropy of the token's probabilities, nats
+    scores: Scores  # with gradient
+    choice: Choice
+    counts_E: Tensor  # int64: selections made here, before any is dropped
     plan: Plan
     num_lent: int  # copies of experts sent in the forward, in the whole group
     clock: Clock
@@ -55,11 +54,13 @@ class LayerStats:
     @classmethod
     def of(cls, scores: Scores, decision: Decision) -> "LayerStats":
         """After `compute`: ends the layer's clock."""
-        probs_TE = scores.probs_TE
-        entropy = -torch.special.xlogy(probs_TE.detach(), probs_TE.detach()).sum()
-        z_sum = scores.logits_TE.logsumexp(-1).square().sum()
         decision.clock.stop()
-        return cls(decision.counts_E, probs_TE.sum(0), z_sum, entropy, decision.plan, decision.num_lent, decision.clock)
+        return cls(scores, decision.choice, decision.counts_E, decision.plan, decision.num_lent, decision.clock)
+
+    def light(self) -> "LayerStats":
+        """What the metrics of a step need: without scores and choice, which are large."""
+        none = torch.empty(0)
+        return replace(self, scores=Scores(none, none), choice=Choice(none, none))
 
 
 class MoE(nn.Module):
@@ -78,6 +79,11 @@ class MoE(nn.Module):
         scores, carry = self.route(x_TD, carry, place)
         decision = self.decide(scores, place)
         return self.compute(x_TD, scores, decision), LayerStats.of(scores, decision), carry
+
+    @property
+    def routers(self) -> list[Router]:
+        """In the order of the layer's statistics."""
+        return [self.router]
 
     def route(self, x_TD: Tensor, carry: Any, place: Place | None) -> tuple[Scores, Any]:
         return self.router.score(x_TD, carry, place)

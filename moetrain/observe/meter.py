@@ -1,6 +1,6 @@
 """What one optimizer step amounts to, over all micro-steps, layers and ranks: one all-reduce a step.
 
-L layers, E experts, R ranks of the world, C domains.
+L layers, E experts of a layer, R ranks of the world, C domains.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor
 from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
 from moetrain.mesh import Mesh
+from moetrain.moe.balance import Losses
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.plan import imbalance
 
@@ -24,40 +25,33 @@ class Meter:
 
     def __init__(self, config: Config, mesh: Mesh, domains: Sequence[str]) -> None:
         self._config, self._mesh, self._domains = config, mesh, domains
-        layers = config.model.num_moe_layers
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=mesh.device)  # noqa: E731
         self._nats_C, self._tokens_C = zeros(len(domains)), zeros(len(domains))
-        self._router = zeros(2)  # balance and z
-        self._entropy_L = zeros(layers)
+        self._losses: list[Losses] = []
         self._plans = zeros(5)  # imbalance at home, planned, guests, rows moved, rows crossing
         self._rows = 0
         self._loads = zeros(2, mesh.world)  # at home, planned
         self._phases = zeros(len(PHASES))
         self._lent_bytes = 0.0
         self._stats: list[LayerStats] = []
-        self._counts_LE: Tensor | None = None
 
     @torch.no_grad()
     def add(
         self,
         nats: Tensor,
         domain: Tensor,
-        balance: Tensor,
-        z: Tensor,
+        losses: Losses,
         stats: Sequence[LayerStats],
-        counts_LE: Tensor,
     ) -> None:
         """One micro-step: nats [B, L] per token, domain [B, L] its label, this rank's shares of the losses."""
         flat = domain.flatten()
         self._nats_C.index_add_(0, flat, nats.flatten().double())
         self._tokens_C += torch.bincount(flat, minlength=len(self._domains))
-        self._router += torch.stack([balance, z]).double()
-        self._entropy_L += torch.stack([s.entropy_sum for s in stats]).double()
-        self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
+        self._losses.append(losses)
         self._stats += stats
 
-    def metrics(self) -> dict[str, float | list[float]]:
-        """Means and sums over the step. Enters one collective: all ranks call it."""
+    def metrics(self, counts: Sequence[Tensor]) -> dict[str, float | list[float]]:
+        """Means and sums over the step. `counts`: [E] of every layer. Enters one collective: all ranks call it."""
         m, ep = self._config.model, self._mesh.ep
         expert_bytes = 3 * m.dim * m.expert_hidden * (2 if self._config.train.dtype == "bf16" else 4)
         for s in self._stats:
@@ -76,8 +70,9 @@ class Meter:
         parts = [
             self._nats_C,
             self._tokens_C,
-            self._router,
-            self._entropy_L,
+            torch.stack([x.weighted for x in self._losses]).double().sum(0, keepdim=True),
+            torch.stack([torch.stack([*x.shares.values()]) for x in self._losses]).double().sum(0),
+            torch.stack([x.entropy_L for x in self._losses]).double().sum(0),
             self._plans,
             self._loads.flatten(),
         ]
@@ -86,20 +81,13 @@ class Meter:
             torch.tensor([self._rows, self._lent_bytes], device=self._phases.device).double(),
         ]
         parts = [part.cpu() for part in all_reduce_sum(torch.cat(parts)).split([len(p) for p in parts])]
-        nats, tokens, router, entropy, plans, loads, phases, (rows, lent) = parts
+        nats, tokens, weighted, shares, entropy, plans, loads, phases, (rows, lent) = parts
         world, num_plans = self._mesh.world, len(self._stats) * self._mesh.world
         home, planned, guests, moved, crossing = plans.tolist()
-        assert self._counts_LE is not None
-        counts_LE = self._counts_LE.double().cpu()
-        coefficients = self._config.balance
         lm_loss = float(nats.sum() / tokens.sum())
         out: dict[str, float | list[float]] = {
-            "train/loss": lm_loss
-            + coefficients.coefficient * float(router[0])
-            + coefficients.z_coefficient * float(router[1]),
+            "train/loss": lm_loss + float(weighted),
             "train/lm_loss": lm_loss,
-            "train/balance_loss": float(router[0]) / len(counts_LE),
-            "train/z_loss": float(router[1]) / len(counts_LE),
             "balance/imbalance_home": home / num_plans,
             "balance/imbalance_planned": planned / num_plans,
             "balance/guests": guests / self._mesh.ep.size,
@@ -111,12 +99,14 @@ class Meter:
             "balance/device_load_planned": loads[world:].tolist(),
             "perf/peak_memory_gib": peak_memory(self._mesh.device) / 2**30,
         }
+        for name, share in zip(self._losses[0].shares, shares.tolist(), strict=True):
+            out[f"train/{name}_loss"] = share / len(counts)
         out |= {f"perf/phase/{name}": float(phases[i]) / world for i, name in enumerate(PHASES)}
         for name, spent, count in zip(self._domains, nats.tolist(), tokens.tolist(), strict=True):
             if count:
                 out[f"train/{name}/loss"] = spent / count
         first = self._config.model.num_dense_layers
-        for index, row in enumerate(counts_LE):
+        for index, row in enumerate(torch.cat(list(counts)).double().cpu().split([len(c) for c in counts])):
             layer = f"balance/layer_{first + index:02d}"
             share = row / row.sum().clamp(min=1)
             out[f"{layer}/max_vio"] = float(share.max() * len(row) - 1)

@@ -1,8 +1,8 @@
 """The load trace: which source rank chose which expert, layer by layer, at sampled steps. `numpy` opens it.
 
 `load_trace/part_NNNNN.npz` has `step` [n], `counts` [n, L, R, E] (rows of each source rank for each expert, first
-micro-step, the expert group of rank 0) and `planned` [n, L, R] (rows computed on each rank). Parts are flushed as
-the run goes; each appears whole.
+micro-step, the expert group of rank 0; zeros behind the experts of a layer that has fewer) and `planned` [n, L, R]
+(rows computed on each rank). Parts are flushed as the run goes; each appears whole.
 """
 
 import os
@@ -35,8 +35,10 @@ class LoadTrace:
 
     def record(self, step: int, stats: Sequence[LayerStats]) -> None:
         if self._every and (step % self._every == 0 or step == 1):
-            counts = np.stack([s.plan.counts for s in stats]).astype(np.int32)
-            self._samples.append((step, counts, np.stack([s.plan.loads() for s in stats]).astype(np.int32)))
+            most = max(s.plan.counts.shape[1] for s in stats)
+            counts = [np.pad(s.plan.counts, ((0, 0), (0, most - s.plan.counts.shape[1]))) for s in stats]
+            planned = np.stack([s.plan.loads() for s in stats]).astype(np.int32)
+            self._samples.append((step, np.stack(counts).astype(np.int32), planned))
             if len(self._samples) >= PART:
                 self.flush()
 

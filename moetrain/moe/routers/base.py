@@ -63,10 +63,15 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts, self.options, self.index = num_experts, options, index
         self.normalise = self.normalises if options.normalise is None else options.normalise
-        self.bias: Tensor | None = None  # [E] added to the gates where experts are chosen, nowhere else
+        self.loss_weights: tuple[float, ...] | None = None  # [E] of the balance loss's terms; None: all one
+        self.bias: Tensor | None  # fp32 [E], added to the gates where experts are chosen, nowhere else
+        self.register_buffer("bias", None)
 
     def at_step(self, step: int, train: config.Train) -> None:
         """Before every optimizer step (`step` are done), and before evaluation and generation: for what changes."""
+
+    def after_step(self, counts_E: Tensor) -> None:
+        """After every optimizer step. `counts_E` int64: selections in the whole global batch, on all ranks."""
 
     def forward(self, x_TD: Tensor, carry: Any = None, place: Place | None = None) -> tuple[Routing, Any]:
         scores, carry = self.score(x_TD, carry, place)
