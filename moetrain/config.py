@@ -142,7 +142,7 @@ class Model(Section):
 
 
 class Data(Section):
-    source: Literal["local", "folder"]
+    source: Literal["local", "debian", "folder"]  # the keys of data.corpus.SOURCES
     path: str | None
     dir: str
     vocab_size: Annotated[int, Field(ge=257, le=1 << 20)]
@@ -150,6 +150,7 @@ class Data(Section):
     max_bytes_per_domain: Positive | None
     held_out: Fraction
     attend_within_documents: bool
+    domain_block: Positive | None
 
 
 class Planner(Section):

@@ -12,7 +12,7 @@ from moetrain import checkpoint, profile, runs
 from moetrain.comm import barrier, broadcast_text
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Loader, Sequences
+from moetrain.data.loader import Corpus, Samples, Sequences, samples_of
 from moetrain.engine.native import NativeEngine
 from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
@@ -142,11 +142,11 @@ def build(config: Config) -> Transformer:
         return Transformer(config.model, config.router, config.planner, config.train.recompute)
 
 
-def open_data(config: Config) -> tuple[Corpus, Loader]:
-    """The corpus, prepared now if it is not yet, and its loader. Raises `ConfigError`; needs no process group."""
+def open_data(config: Config) -> tuple[Corpus, Samples]:
+    """The corpus, prepared now if it is not yet, and what to train on. Raises `ConfigError`; needs no process group."""
     corpus = Corpus(prepare.ensure(config.data))
     with_vocabulary(config, corpus)
-    return corpus, Loader(corpus, config.train.seq_len, config.train.seed)
+    return corpus, samples_of(corpus, config)
 
 
 def decide(config: Config, folder: Path, mesh: Mesh) -> tuple[Path | None, bool]:
@@ -166,7 +166,7 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def micro_batches(config: Config, mesh: Mesh, loader: Loader, position: int) -> Iterator[Sequences]:
+def micro_batches(config: Config, mesh: Mesh, loader: Samples, position: int) -> Iterator[Sequences]:
     """This rank's sequences of one optimizer step, micro-step by micro-step; `position`: its first global sample."""
     size = config.micro_batch(mesh.world)
     for first in range(position, position + config.train.global_batch, size * mesh.world):

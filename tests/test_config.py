@@ -17,6 +17,7 @@ CASES = {
     "home": ["planner=home"],
     "makespan": ["planner=makespan"],
     "eplb": ["planner=eplb"],
+    "debian": ["data=debian"],
     "folder": ["data=folder", "data.path=tests"],
 }
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from moetrain import config
 from moetrain.config import ConfigError
 from moetrain.data import corpus, prepare
 from moetrain.data.bigram import Bigram
-from moetrain.data.loader import Corpus, Loader, Packed
+from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed, samples_of
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,41 @@ def test_epochs_and_seeds_differ(small: Corpus) -> None:
     order = lambda tokens: sorted(map(tuple, tokens.tolist()))  # noqa: E731
     assert order(first) == order(second)
     assert not (Loader(small, 16, seed=2).samples(0, n).tokens == first).all()
+
+
+@given(st.integers(0, 300), st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_blocks_are_of_one_domain_whoever_asks(small: Corpus, begin: int, sizes: list[int], block: int) -> None:
+    whole = DomainBlocks(small, 16, 1, block).samples(begin, begin + sum(sizes))
+    edges = begin + np.cumsum([0, *sizes])
+    fresh = DomainBlocks(small, 16, 1, block)
+    parts = [fresh.samples(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+    for name in ("tokens", "domain", "document"):
+        assert (np.concatenate([getattr(p, name) for p in parts]) == getattr(whole, name)).all()
+    numbers = np.arange(begin, begin + sum(sizes)) // block
+    for number in set(numbers):
+        assert len(set(whole.domain[numbers == number].ravel())) == 1
+
+
+def test_an_epoch_of_blocks_has_every_window_once_and_domains_by_their_tokens(small: Corpus) -> None:
+    block = 2
+    loader = DomainBlocks(small, 16, 1, block)
+    epoch = block * len(loader.blocks)
+    first, second = loader.samples(0, epoch), loader.samples(epoch, 2 * epoch)
+    for domain, packed in enumerate(loader.domains):
+        here = first.domain[:, 0] == domain
+        assert here.sum() == packed.num_windows // block * block
+        windows = packed.windows(list(range(packed.num_windows)))
+        rows = [*map(tuple, np.concatenate([windows.tokens, windows.document], axis=1).tolist())]
+        found = [*map(tuple, np.concatenate([first.tokens, first.document], axis=1)[here].tolist())]
+        assert not Counter(found) - Counter(rows)
+    assert not (first.tokens == second.tokens).all()
+    assert not (DomainBlocks(small, 16, 2, block).samples(0, epoch).tokens == first.tokens).all()
+
+
+def test_a_block_larger_than_a_domain_is_refused(data: list[str], small: Corpus) -> None:
+    with pytest.raises(ConfigError, match=r"data.domain_block=100000: must be at most \d+, the sequences of"):
+        samples_of(small, config.load([*data, "data.domain_block=100000"]))
 
 
 def test_jsonl_with_and_without_domains(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from moetrain.bench.cell import now
 from moetrain.bench.step_options import Options
 from moetrain.comm import all_reduce_sum, barrier
 from moetrain.config import Config, ConfigError
-from moetrain.data.loader import Corpus, Loader
+from moetrain.data.loader import Corpus, Loader, Samples
 from moetrain.engine.native import NativeEngine
 from moetrain.mesh import Mesh
 from moetrain.moe.layer import MoE
@@ -57,7 +57,7 @@ class Bench:
     config: Config
     mesh: Mesh
     engine: NativeEngine
-    loader: Loader
+    loader: Samples
     position: int  # first global sample of the next step
 
     @classmethod

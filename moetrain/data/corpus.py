@@ -1,4 +1,4 @@
-"""Where documents come from: text that every installation has, or a folder of the user's own.
+"""Where documents come from: text that every installation has, Debian packages, or a folder of the user's own.
 
 A document is (domain, text). Order is fixed, near-copies (licences, generated files) are taken once.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moetrain.config import ConfigError, Data
+from moetrain.data import debian
 
 TEXT_SUFFIXES = {
     ".txt",
@@ -43,7 +44,7 @@ class Document(NamedTuple):
 
 def documents(options: Data) -> Iterator[Document]:
     """All documents of the corpus, without near-copies, at most `max_bytes_per_domain` of each domain."""
-    found = _folder(Path(options.path)) if options.source == "folder" and options.path else _local(options)
+    found = SOURCES[options.source](options)
     taken: dict[str, int] = {}
     seen: set[bytes] = set()
     for document in found:
@@ -126,8 +127,9 @@ def _read(path: Path) -> str | None:
     return text if len(text) >= MIN_CHARACTERS and "\0" not in text else None
 
 
-def _folder(path: Path) -> Iterator[Document]:
-    """Text files, the first folder below `path` being the domain; and JSONL with `text` and perhaps `domain`."""
+def _folder(options: Data) -> Iterator[Document]:
+    """Text files, the first folder below `data.path` being the domain; and JSONL with `text` and perhaps `domain`."""
+    path = Path(str(options.path))
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     count = 0
     for file in files:
@@ -147,6 +149,11 @@ def _folder(path: Path) -> Iterator[Document]:
                 yield Document(domain, text)
     if not count:
         raise ConfigError(f'data.path={path}: must hold text files or JSONL with a "text" field')
+
+
+def _debian(options: Data) -> Iterator[Document]:
+    """Files of Debian packages, in fifteen domains."""
+    return (Document(domain, text) for domain, text in debian.texts(options) if len(text) >= MIN_CHARACTERS)
 
 
 def _jsonl(file: Path, domain: str) -> Iterator[Document]:
@@ -170,3 +177,6 @@ def _fingerprint(text: str) -> bytes:
     letters = re.sub(r"\W+", "", text.lower())
     middle = len(letters) // 2
     return hashlib.sha256(letters[max(0, middle - 500) : middle + 500].encode()).digest()
+
+
+SOURCES = {"local": _local, "debian": _debian, "folder": _folder}

@@ -7,12 +7,13 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from moetrain.config import ConfigError
+from moetrain.config import Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,20 @@ class Packed:
         return Sequences(*(np.stack(part) for part in zip(*map(self.window, numbers), strict=True)))
 
 
+class Samples(Protocol):
+    """Training sequences by their global number: the same ones whoever asks."""
+
+    def samples(self, begin: int, end: int) -> Sequences:
+        """[B, L + 1] of each: the global samples `begin` to `end` - 1; B may be 0."""
+        ...
+
+
+def samples_of(corpus: Corpus, config: Config) -> Samples:
+    """What a run trains on. Raises `ConfigError` where the corpus is too small for it."""
+    seq_len, seed, block = config.train.seq_len, config.train.seed, config.data.domain_block
+    return Loader(corpus, seq_len, seed) if block is None else DomainBlocks(corpus, seq_len, seed, block)
+
+
 class Loader(Packed):
     """Training sequences, of one domain if it is given: epoch after epoch, each in its own order of windows."""
 
@@ -120,7 +135,44 @@ class Loader(Packed):
         return np.random.Generator(np.random.Philox([self.seed, 1 + epoch])).permutation(self.num_windows)
 
     def samples(self, begin: int, end: int) -> Sequences:
-        """The global samples `begin` to `end` - 1, whoever asks."""
         epochs = (divmod(index, self.num_windows) for index in range(begin, end))
         found = self.windows([int(self._order(epoch)[place]) for epoch, place in epochs])
         return replace(found, sample=np.arange(begin, end))
+
+
+class DomainBlocks:
+    """Every `block` consecutive samples are of one domain: with micro-batches of that size, each holds a single one.
+
+    An epoch is every domain's full blocks, in a random order: domains come in proportion to their tokens. Which windows
+    make up a domain's blocks is drawn anew every epoch, so that no window is left over for good.
+    """
+
+    def __init__(self, corpus: Corpus, seq_len: int, seed: int, block: int) -> None:
+        self.domains = [Packed(corpus, "train", seq_len, seed, domain) for domain in range(len(corpus.domains))]
+        for name, packed in zip(corpus.domains, self.domains, strict=True):
+            if packed.num_windows < block:
+                rule = f"must be at most {packed.num_windows}, the sequences of {seq_len} tokens in the domain {name!r}"
+                raise ConfigError(f"data.domain_block={block}: {rule}")
+        self.seed, self.block = seed, block
+        self.blocks = np.array(
+            [(d, n) for d, packed in enumerate(self.domains) for n in range(packed.num_windows // block)]
+        )
+        self._epoch = lru_cache(maxsize=2)(self._orders)
+
+    def _orders(self, epoch: int) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+        """(domain, block of it) in their order, and every domain's windows in theirs."""
+        draw = np.random.Generator(np.random.Philox([self.seed, 1 + epoch]))
+        return draw.permutation(self.blocks), [draw.permutation(packed.num_windows) for packed in self.domains]
+
+    def samples(self, begin: int, end: int) -> Sequences:
+        found = [self.domains[0].windows([]), *map(self._window, range(begin, end))]
+        parts = zip(*((s.tokens, s.domain, s.document) for s in found), strict=True)
+        tokens, domain, document = map(np.concatenate, parts)
+        return Sequences(tokens, domain, document, np.arange(begin, end))
+
+    def _window(self, index: int) -> Sequences:
+        number, place = divmod(index, self.block)
+        epoch, turn = divmod(number, len(self.blocks))
+        order, windows = self._epoch(epoch)
+        domain, block = order[turn]
+        return self.domains[domain].windows([int(windows[domain][block * self.block + place])])

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moetrain.config import ConfigError, Data
+from moetrain.data import debian
 from moetrain.data.corpus import Document, documents, held_out
 from moetrain.observe.console import console
 
@@ -33,7 +34,7 @@ SPLITS = ("train", "held_out")
 def folder_of(options: Data) -> Path:
     """Where the corpus of these settings is, or will be."""
     settings: dict[str, Any] = {
-        **options.model_dump(exclude={"dir", "attend_within_documents"}),
+        **options.model_dump(exclude={"dir", "attend_within_documents", "domain_block"}),
         "version": VERSION,
     }
     if options.path is not None:
@@ -41,7 +42,7 @@ def folder_of(options: Data) -> Path:
     if options.tokenizer is not None:
         settings["tokenizer"] = hashlib.sha256(Path(options.tokenizer).read_bytes()).hexdigest()
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    name = "local" if options.path is None else Path(options.path).resolve().name
+    name = options.source if options.path is None else Path(options.path).resolve().name
     return Path(options.dir) / f"{name}-{key}"
 
 
@@ -118,6 +119,8 @@ def _prepare(options: Data, folder: Path) -> None:
         "end_of_text": _end_of_text(tokenizer),
         "splits": counts,
     }
+    if options.source == "debian":
+        manifest["packages"] = debian.versions(options)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 

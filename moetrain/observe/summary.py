@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moetrain.config import Config
 from moetrain.data.bigram import Bigram
-from moetrain.data.loader import Corpus, Loader
+from moetrain.data.loader import Corpus, Samples
 from moetrain.evaluate import Score, held_out_windows
 from moetrain.observe.console import Voice
 from moetrain.observe.estimate import Estimate, short
@@ -19,7 +19,7 @@ from moetrain.observe.estimate import Estimate, short
 BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
 
 
-def bigram_scores(config: Config, corpus: Corpus, loader: Loader, samples: int) -> dict[str, float] | None:
+def bigram_scores(config: Config, corpus: Corpus, loader: Samples, samples: int) -> dict[str, float] | None:
     """Bits per byte of the baseline after the first `samples`, per domain and over `all`.
 
     None where that is too much text to count pairs in.
