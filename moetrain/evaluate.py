@@ -82,8 +82,10 @@ def evaluate(
         metrics[f"eval/{name}/ppl"] = math.exp(min(50.0, scores[name].loss))
         metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
     for layer, counts_CE in enumerate(counts_CN.double().cpu().split(sizes, dim=1)):
-        information = domain_information(counts_CE.numpy())
-        metrics[f"specialise/layer_{config.model.num_dense_layers + layer:02d}/domain_mi"] = information
+        name = f"layer_{config.model.num_dense_layers + layer:02d}"
+        metrics[f"specialise/{name}/domain_mi"] = domain_information(counts_CE.numpy())
+        load_E = counts_CE.sum(0)
+        metrics[f"eval/{name}/max_vio"] = float(load_E.max() * len(load_E) / load_E.sum() - 1)
     return scores, metrics
 
 

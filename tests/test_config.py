@@ -19,6 +19,7 @@ CASES = {
     "eplb": ["planner=eplb"],
     "debian": ["data=debian"],
     "folder": ["data=folder", "data.path=tests"],
+    **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
 }
 
 
