@@ -3,7 +3,8 @@
 `checkpoints/step_N/` holds safetensors files, written by `torch.distributed.checkpoint`, every rank its shards; the
 planner's `costs.json`; and `manifest.json`. One entry per parameter in its global shape, experts one by one under
 their global number, and the two moments of the optimizer beside each: `model/NAME`, `exp_avg/NAME`,
-`exp_avg_sq/NAME`. The folder appears whole or not at all.
+`exp_avg_sq/NAME`; and `model/NAME` per persistent buffer, which is the same on every rank. The folder appears whole or
+not at all.
 """
 
 import json
@@ -182,7 +183,8 @@ def _entries(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
                 out |= {f"{kind}/{owner}.{e}.{last}": part for e, part in _by_expert(experts[owner], tensor)}
             else:
                 out[f"{kind}/{name}"] = tensor
-    return out
+    kept = model.state_dict().keys()
+    return out | {f"model/{name}": buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def _by_expert(experts: Experts, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -24,6 +24,8 @@ def check(c: Config) -> None:
     for option in c.planner.options:
         rule(option in allowed, f"planner.{option}", f"the planner {c.planner.name} has no such option")
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
+    groups = c.balance.device_groups
+    rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")
     rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
     rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")
     rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")

@@ -89,9 +89,16 @@ class Router(Section):
 
 class Balance(Section):
     scope: Literal["micro", "data", "global"]
-    accumulate: Literal["buffer"]
+    accumulate: Literal["buffer", "exact", "hold"]
     coefficient: NonNegativeFloat
+    micro_fraction: NonNegativeFloat
+    sequence_coefficient: NonNegativeFloat
+    device_coefficient: NonNegativeFloat
+    device_groups: Positive | None
+    entropy_coefficient: NonNegativeFloat
     z_coefficient: NonNegativeFloat
+    bias: Literal["none", "sign", "proportional"]
+    bias_rate: NonNegativeFloat
 
 
 class Eval(Section):

@@ -18,8 +18,9 @@ from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
-from moetrain.moe.balance import Balance, Losses
+from moetrain.moe.balance import Balance, Losses, add_buffers
 from moetrain.moe.layer import LayerStats
+from moetrain.moe.routers import Choice
 from moetrain.observe import picture, summary
 from moetrain.observe.console import Voice
 from moetrain.observe.estimate import estimate, matmul_rate
@@ -102,6 +103,21 @@ def train(config: Config, mesh: Mesh) -> Path:
     return folder
 
 
+class Batch(NamedTuple):
+    """One micro-step's sequences on the device."""
+
+    tokens: Tensor  # [B, L] int64
+    targets: Tensor  # [B, L] int64
+    domain: Tensor  # [B, L] of the targets
+    about: tuple[Tensor | None, ...]  # what else the model takes: document, domain, sample of the tokens
+
+    @classmethod
+    def of(cls, share: Sequences, config: Config, device: torch.device) -> "Batch":
+        tokens, domain, document, sample = (torch.from_numpy(x).to(device) for x in vars(share).values())
+        within = document[:, :-1] if config.data.attend_within_documents else None
+        return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], (within, domain[:, :-1], sample))
+
+
 class Part(NamedTuple):
     """What one micro-step contributes to the metrics."""
 
@@ -121,25 +137,30 @@ def optimizer_step(engine: NativeEngine, config: Config, shares: Sequence[Sequen
     """Forward, losses and backward of every micro-step, then the update."""
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     parts: list[Part] = []
-    balance = Balance(config.balance, tokens_in_batch)
-    for share in shares:
-        tokens, domain, document, sample = (torch.from_numpy(x).to(engine.mesh.device) for x in vars(share).values())
-        within = document[:, :-1] if config.data.attend_within_documents else None
-        nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:], within, domain[:, :-1], sample)
+    model, groups = engine.model, engine.mesh.ep.size
+    balance = Balance(config.balance, model.routers, tokens_in_batch, config.train.seq_len, groups)
+    batches = [Batch.of(share, config, engine.mesh.device) for share in shares]
+    choices: list[list[Choice] | None] = [None] * len(batches)
+    if balance.looks_ahead:
+        choices[1:] = [balance.foresee(model.count(batch.tokens, *batch.about)) for batch in batches[1:]]
+    for number, batch in enumerate(batches):
+        nats, stats = model(batch.tokens, batch.targets, *batch.about, choices[number])
         losses = balance.losses(stats)
-        engine.backward(nats.sum() / tokens_in_batch + losses.weighted, last=len(parts) == len(shares) - 1)
+        engine.backward(nats.sum() / tokens_in_batch + losses.weighted, last=number == len(batches) - 1)
         losses = losses._replace(weighted=losses.weighted.detach())
-        parts.append(Part(nats.detach(), domain[:, 1:], losses, [s.light() for s in stats]))
+        parts.append(Part(nats.detach(), batch.domain, losses, [s.light() for s in stats]))
+        choices[number] = None  # they are large
     norm = engine.step(lr)
-    for router, counts_E in zip(engine.model.routers, balance.counts, strict=True):
-        router.after_step(counts_E)
+    balance.finish()
     return Step(parts, balance.counts, norm)
 
 
 def build(config: Config) -> Transformer:
     """The model, without memory; the engine gives it some."""
     with torch.device("meta"):
-        return Transformer(config.model, config.router, config.planner, config.train.recompute)
+        model = Transformer(config.model, config.router, config.planner, config.train.recompute)
+        add_buffers(model.routers, config.balance)
+    return model
 
 
 def open_data(config: Config) -> tuple[Corpus, Samples]:

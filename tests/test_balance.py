@@ -33,7 +33,7 @@ def one_sided(mesh: Mesh, scope: str) -> float:
     half[2 * mesh.rank : 2 * mesh.rank + 2] = 0.5
     here = stats(half.expand(8, 4), torch.arange(8) % 2 + 2 * mesh.rank)
     options = OPTIONS.model_copy(update={"scope": scope})
-    return float(Balance(options, 16).losses([here]).shares["balance"])
+    return float(Balance(options, [], 16, 8).losses([here]).shares["balance"])
 
 
 def test_micro_is_two_where_global_is_one(pool) -> None:
@@ -44,7 +44,7 @@ def test_micro_is_two_where_global_is_one(pool) -> None:
 
 def buffered(mesh: Mesh) -> list[float]:
     """Four micro-steps, each sending everything to another expert, with P = 1 there."""
-    step, values = Balance(OPTIONS, 8), []
+    step, values = Balance(OPTIONS, [], 8, 8), []
     for micro in range(4):
         probs = torch.nn.functional.one_hot(torch.full((8,), micro), 4).float()
         values.append(float(step.losses([stats(probs, torch.full((8,), micro))]).shares["balance"]))
@@ -61,7 +61,7 @@ def shares(mesh: Mesh, sizes: list[int], probs: torch.Tensor, expert: torch.Tens
     mine = slice(begin, begin + sizes[mesh.rank])
     p = probs[mine].clone().requires_grad_()
     layers = [stats(p, expert[mine].flatten()), stats(p.flip(1), expert[mine, :1].flatten())]
-    step = Balance(OPTIONS.model_copy(update={"coefficient": 1.0, "z_coefficient": 0.0}), len(probs))
+    step = Balance(OPTIONS.model_copy(update={"coefficient": 1.0, "z_coefficient": 0.0}), [], len(probs), 1)
     losses = step.losses(layers)
     assert [int(counts.sum()) for counts in step.counts] == [2 * len(probs), len(probs)]
     losses.weighted.backward()
@@ -88,13 +88,14 @@ def test_the_global_loss_does_not_depend_on_the_split(pool, sizes: list[int]) ->
 @given(st.integers(2, 6), st.integers(2, 8), st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
 def test_micro_is_never_below_global(parts: int, experts: int, seed: int) -> None:
-    """With P = f (Jensen). Pure arithmetic, the same formula as `balance_loss`."""
-    f = np.random.default_rng(seed).dirichlet(np.ones(experts), parts)
-    micro, whole = experts * (f * f).sum(1).mean(), experts * (f.mean(0) ** 2).sum()
-    layers = [stats(torch.tensor(p)[None].float(), torch.zeros(0, dtype=torch.int64)) for p in f]
-    ours = sum(float(balance.balance_loss([s], torch.tensor(f.mean(0)).float(), parts)) for s in layers)
-    assert ours == pytest.approx(whole, rel=1e-4)
-    assert micro >= whole - 1e-9
+    """With P = f (Jensen), in equal parts."""
+    random = np.random.default_rng(seed)
+    counts = torch.from_numpy(
+        np.stack([random.multinomial(60, random.dirichlet(np.ones(experts))) for _ in range(parts)])
+    )
+    f = balance.frequencies(counts.flatten(), [experts] * parts).view(parts, experts)
+    whole = balance.frequencies(counts.sum(0), [experts])
+    assert (f * f).sum(1).mean() >= (whole * f.mean(0)).sum() - 1e-6
 
 
 def test_z_loss_is_the_mean_squared_logsumexp() -> None:

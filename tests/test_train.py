@@ -134,7 +134,7 @@ def gradients(mesh: Mesh, overrides: list[str], plan_name: str) -> dict[str, tor
     engine = NativeEngine(train.build(settings), mesh, settings)
     shares = list(train.micro_batches(settings, mesh, Loader(corpus, settings.train.seq_len, 0), 0))
     tokens_in_batch = settings.train.global_batch * settings.train.seq_len
-    balance = Balance(settings.balance, tokens_in_batch)
+    balance = Balance(settings.balance, engine.model.routers, tokens_in_batch, settings.train.seq_len)
     for number, share in enumerate(shares):
         tokens = torch.from_numpy(share.tokens)
         nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:])

@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from moetrain.comm import all_reduce_sum
@@ -63,6 +63,7 @@ class NativeEngine:
                 _sharded(moe.experts, mesh=self.mesh.expert_data, mp_policy=policy, reshard_after_forward=reshard)
             _sharded(block, reshard_after_forward=reshard, **dense)
         _sharded(self.model, reshard_after_forward=False, **dense)
+        register_fsdp_forward_method(self.model, "count")
 
     def plan_with(self, costs: Costs) -> None:
         """What the planner decides with from now on."""

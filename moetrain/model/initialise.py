@@ -16,7 +16,8 @@ from moetrain.moe.experts import Experts
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Fill all parameters in place: normal(0, init_std), / sqrt(2 · layers) where they write to the residual stream."""
+    """Fill all parameters in place: normal(0, init_std), / sqrt(2 · layers) where they write to the residual stream.
+    Buffers become zero."""
     std = model.options.init_std
     small = std / math.sqrt(2 * model.options.num_layers)
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -32,6 +33,8 @@ def initialise(model: Transformer, seed: int) -> None:
         else:
             value = _draw(parameter.shape, scale, seed, name)
         _copy(parameter, value)
+    for buffer in model.buffers():
+        buffer.zero_()
 
 
 def _draw(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:

@@ -5,7 +5,7 @@ Cut so that its parameters map one to one onto Qwen3-MoE and OLMoE of Hugging Fa
 B sequences, L positions, T = B·L tokens, D model width, A heads, G key/value heads, C head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain import config
 from moetrain.model.cross_entropy import linear_cross_entropy
 from moetrain.moe.layer import LayerStats, MoE
-from moetrain.moe.routers.base import Place, Router
+from moetrain.moe.routers.base import Choice, Place, Router
 
 Run = Callable[..., Any]
 
@@ -104,13 +104,23 @@ class Block(nn.Module):
         self.moe = None if dense else MoE(m, router, planner, shared)
 
     def forward(
-        self, x: Tensor, carry: Any, place: Place, rope: Tensor, mask: Tensor | None, run: Run
+        self,
+        x: Tensor,
+        carry: Any,
+        place: Place,
+        rope: Tensor,
+        mask: Tensor | None,
+        run: Run,
+        replay: Iterator[Choice],
     ) -> tuple[Tensor, LayerStats | None, Any]:
-        """[B, L, D] -> [B, L, D]. `run(function, *args)` calls it, perhaps recomputing it in the backward."""
+        """[B, L, D] -> [B, L, D]. `run(function, *args)` calls it, perhaps recomputing it in the backward.
+
+        `replay`: choices to take instead of making them, until there are none left.
+        """
         if self.moe is None:
             return run(self._dense, x, rope, mask), None, carry
         x, flat_TD, scores, carry = run(self._attend_and_route, x, carry, place, rope, mask)
-        decision = self.moe.decide(scores, place)
+        decision = self.moe.decide(scores, place, next(replay, None))
         y_TD = run(self.moe.compute, flat_TD, scores, decision)
         return x + y_TD.view_as(x), LayerStats.of(scores, decision), carry
 
@@ -158,13 +168,34 @@ class Transformer(nn.Module):
         document: Tensor | None = None,
         domain: Tensor | None = None,
         sample: Tensor | None = None,
+        choices: Sequence[Choice] | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         """[B, L] int64 -> -log p of `targets` [B, L] fp32, or logits [B, L, V] without targets; and statistics.
 
         `document` [B, L] int: positions attend within equal numbers only; None: causal over everything. `domain`
         [B, L] and `sample` [B] int64: for routers that look at a token's domain or its sequence's global number.
-        The statistics are those of every MoE layer, in order.
+        `choices`: earlier ones, to be replayed. The statistics are those of every MoE layer, in order.
         """
+        x, stats = self._hidden(tokens, document, domain, sample, choices or ())
+        if targets is None:
+            return self.head(x), stats
+        return linear_cross_entropy(x, self.head.weight, targets), stats
+
+    @torch.no_grad()
+    def count(
+        self, tokens: Tensor, document: Tensor | None, domain: Tensor | None, sample: Tensor | None
+    ) -> list[LayerStats]:
+        """A forward for the sake of its statistics alone."""
+        return self._hidden(tokens, document, domain, sample, ())[1]
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        document: Tensor | None,
+        domain: Tensor | None,
+        sample: Tensor | None,
+        choices: Sequence[Choice],
+    ) -> tuple[Tensor, list[LayerStats]]:
         rope = rope_table(tokens.shape[1], self.options.head_dim, self.options.rope_theta, tokens.device)
         mask = None
         if document is not None:
@@ -172,15 +203,12 @@ class Transformer(nn.Module):
             mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
         place = Place(tokens.shape[1], sample, None if domain is None else domain.flatten())
         x, carry, stats = self.embed(tokens), None, []
-        run = self.run if torch.is_grad_enabled() else _call
+        run, replay = self.run if torch.is_grad_enabled() else _call, iter(choices)
         for layer in self.layers:
-            x, layer_stats, carry = layer(x, carry, place, rope, mask, run)
+            x, layer_stats, carry = layer(x, carry, place, rope, mask, run, replay)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        x = self.norm(x)
-        if targets is None:
-            return self.head(x), stats
-        return linear_cross_entropy(x, self.head.weight, targets), stats
+        return self.norm(x), stats
 
     def at_step(self, step: int, train: config.Train) -> None:
         """Bring the routers' schedules to where `step` optimizer steps are done."""

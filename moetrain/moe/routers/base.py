@@ -66,12 +66,11 @@ class Router(nn.Module):
         self.loss_weights: tuple[float, ...] | None = None  # [E] of the balance loss's terms; None: all one
         self.bias: Tensor | None  # fp32 [E], added to the gates where experts are chosen, nowhere else
         self.register_buffer("bias", None)
+        self.held: Tensor | None  # fp32 [E], shares of selections in the last optimizer step
+        self.register_buffer("held", None)
 
     def at_step(self, step: int, train: config.Train) -> None:
         """Before every optimizer step (`step` are done), and before evaluation and generation: for what changes."""
-
-    def after_step(self, counts_E: Tensor) -> None:
-        """After every optimizer step. `counts_E` int64: selections in the whole global batch, on all ranks."""
 
     def forward(self, x_TD: Tensor, carry: Any = None, place: Place | None = None) -> tuple[Routing, Any]:
         scores, carry = self.score(x_TD, carry, place)
