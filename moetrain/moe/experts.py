@@ -11,7 +11,6 @@ an expert.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +23,14 @@ from moetrain.moe import guests, kernels
 from moetrain.moe.clock import Clock
 from moetrain.moe.cost import RELAY_FROM, Limits
 from moetrain.moe.dispatch import Route
-from moetrain.moe.guests import Lending, Returning, Store
+from moetrain.moe.guests import Lending, Packed, Returning, Store
 from moetrain.moe.kernels import Matrices
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import default_home
 from moetrain.moe.routers.base import Routing
+
+Weights = tuple[Matrices, Matrices]  # gate_up and down of some slots
+GRADIENT_BYTES = 8 << 20  # of guests' gradients that are computed, and sent home, together
 
 
 class Experts(nn.Module):
@@ -110,7 +112,12 @@ class Trip:
         self.plan, self.clock = plan, clock
         self.first = int(np.searchsorted(self.home, self.ep.rank))  # the expert in slot 0
         self.guests_here = [e for e, _, guest in plan.guests() if guest == self.ep.rank]
+        self.guest_bytes = sum(w[0].numel() for w in experts.parameters()) * experts.gate_up.element_size()
         self._lending: Lending | None = None
+
+    @property
+    def awaits_guests(self) -> bool:
+        return self._lending is not None
 
     def start_lending(self, weights: Sequence[Tensor]) -> None:
         missing = self.store.missing(self.plan)
@@ -121,7 +128,7 @@ class Trip:
         if self._lending is not None:
             self._lending.relay()
 
-    def guest_weights(self, like: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def guest_weights(self, like: Sequence[Tensor]) -> Weights:
         """gate_up and down of each guest here; waits for those that are lent just now."""
         came: dict[int, Tensor] = {}
         if self._lending is not None:
@@ -139,32 +146,58 @@ class Trip:
         """Whether the hidden activations stay for the backward: not where rows are computed piece by piece."""
         return self.max_rows is None or sum(self.route.slot_rows) <= self.max_rows
 
-    def send_home(self, grads_GW: Tensor) -> Returning | None:
-        """Gradients of the guests here, in their order: they add up or leave. None where no rank's leave."""
-        store, leaving = self.store, self.store.leaving(self.plan, self.home)
-        own = dict(zip(self.guests_here, grads_GW, strict=True))
+    def forget_weights(self) -> None:
+        """No product with the guests' weights is left: they go, unless they stay for the next micro-step."""
+        if self.store.last:
+            self.store.weights.clear()
+
+    def batches(self) -> list[list[int]]:
+        """Experts whose guests' gradients are computed and go home together, the same on every rank: of a batch no
+        rank has more than `GRADIENT_BYTES`, or one expert."""
+        at_a_time = max(1, GRADIENT_BYTES // self.guest_bytes)
+        ranks_of: dict[int, set[int]] = {}
+        for expert, _, guest in [*self.plan.guests(), *self.store.leaving(self.plan, self.home)]:
+            ranks_of.setdefault(expert, set()).add(guest)
+        out: list[list[int]] = []
+        held: Counter[int] = Counter()
+        for expert, ranks in sorted(ranks_of.items()):
+            if not out or any(held[rank] == at_a_time for rank in ranks):
+                out.append([])
+                held.clear()
+            out[-1].append(expert)
+            held.update(ranks)
+        return out
+
+    def guest_slots(self, batch: Sequence[int]) -> slice:
+        """Which of the guests here are of the batch."""
+        return slice(*np.searchsorted(self.guests_here, [batch[0], batch[-1] + 1]).tolist())
+
+    def send_home(self, grads_GW: Tensor, batch: Sequence[int]) -> Returning | None:
+        """Gradients of the batch's guests here, in their order: they add up or leave. None where no rank's leave."""
+        store = self.store
+        leaving = [copy for copy in store.leaving(self.plan, self.home) if copy[0] in batch]
+        own = dict(zip(self.guests_here[self.guest_slots(batch)], grads_GW, strict=True))
         going = {expert for expert, _, guest in leaving if guest == self.ep.rank}
-        for expert, grad in store.grads.items():
-            own[expert] = own[expert] + grad if expert in own else grad
+        for expert in store.grads.keys() & set(batch):
+            own[expert] = own[expert] + store.grads[expert] if expert in own else store.grads[expert]
         for expert in own.keys() - going:  # of its own: the others' memory is to go
             store.grads[expert] = own[expert].to(torch.float32, copy=True)
         summed = store.grown or max(Counter(expert for expert, *_ in leaving).values(), default=0) >= RELAY_FROM
         like = grads_GW.new_empty(0, dtype=torch.float32) if summed else grads_GW
-        store.close()
-        return Returning(own, leaving, like, grads_GW.shape[1], self.ep) if leaving else None
+        ready = None if summed or len(going) < len(own) else grads_GW.view(-1)
+        return Returning(own, leaving, like, grads_GW.shape[1], self.ep, ready) if leaving else None
 
-    def pieces(self) -> list["Piece"]:
-        """The rows here: those of the home slots, then those of the guests, each cut at `max_rows`."""
+    def pieces(self, away: bool) -> list["Piece"]:
+        """The rows of the home slots, or of the guests, cut at `max_rows`; one at least, if without rows."""
         ends = np.cumsum([0, *self.route.slot_rows])
         num_home = len(self.route.slot_rows) - len(self.guests_here)
+        ends = ends[num_home:] if away else ends[: num_home + 1]
+        first, last = int(ends[0]), int(ends[-1])
+        step = self.max_rows or max(last - first, 1)
         out = []
-        for slots in (slice(0, num_home), slice(num_home, len(self.route.slot_rows))):
-            first, last = int(ends[slots.start]), int(ends[slots.stop])
-            step = self.max_rows or max(last - first, 1)
-            for begin in range(first, max(last, first + 1), step):
-                rows = slice(begin, min(begin + step, last))
-                cut = np.clip(ends[slots.start : slots.stop + 1], rows.start, rows.stop)
-                out.append(Piece(rows, np.diff(cut).tolist(), away=slots.start == num_home))
+        for begin in range(first, max(last, first + 1), step):
+            end = min(begin + step, last)
+            out.append(Piece(slice(begin, end), np.diff(np.clip(ends, begin, end)).tolist()))
         return out
 
 
@@ -173,7 +206,23 @@ class Piece(NamedTuple):
 
     rows: slice
     sizes: list[int]  # rows of each home slot, or of each guest slot
-    away: bool
+
+
+class Products(NamedTuple):
+    """What a piece's weight gradients are made of: Σ leftᵀ · right over the rows of each slot, for each matrix."""
+
+    pairs: Sequence[tuple[Tensor, Tensor]]
+    sizes: list[int]
+
+    def of(self, slots: slice) -> "Products":
+        """Those of some of the slots."""
+        ends = np.cumsum([0, *self.sizes])
+        rows = slice(ends[slots.start], ends[slots.stop])
+        return Products([(left[rows], right[rows]) for left, right in self.pairs], self.sizes[slots])
+
+    def write(self, totals: Sequence[Matrices], add: bool = False) -> None:
+        for (left_MA, right_MB), total in zip(self.pairs, totals, strict=True):
+            kernels.segment_outer(left_MA, right_MB, self.sizes, total, add)
 
 
 class _Leave(torch.autograd.Function):
@@ -212,16 +261,15 @@ class _Work(torch.autograd.Function):
         keep = trip.keeps_hidden()
         gate_up_MH2 = rows_MD.new_empty(len(rows_MD) if keep else 0, width)
         out_MD = torch.empty_like(rows_MD)
-        weights: tuple[Matrices, Matrices] = (gate_up, down)
-        for piece in trip.pieces():
-            if piece.away and weights[0] is gate_up:
-                with clock.phase("lend"):
-                    weights = trip.guest_weights((gate_up, down))
+        for away in (False, True):
+            with clock.phase("lend"):
+                weights: Weights = trip.guest_weights((gate_up, down)) if away else (gate_up, down)
             with clock.phase("experts"):
-                part = gate_up_MH2[piece.rows] if keep else rows_MD.new_empty(sum(piece.sizes), width)
-                kernels.segment_mm(rows_MD[piece.rows], weights[0], piece.sizes, part, transpose=True)
-                hidden_MH = kernels.swiglu(part)
-                kernels.segment_mm(hidden_MH, weights[1], piece.sizes, out_MD[piece.rows], transpose=True)
+                for rows, sizes in trip.pieces(away):
+                    part = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), width)
+                    kernels.segment_mm(rows_MD[rows], weights[0], sizes, part, transpose=True)
+                    hidden_MH = kernels.swiglu(part)
+                    kernels.segment_mm(hidden_MH, weights[1], sizes, out_MD[rows], transpose=True)
         ctx.trip = trip
         ctx.save_for_backward(rows_MD, gate_up_MH2, gate_up, down)
         with clock.phase("combine"):
@@ -239,44 +287,52 @@ class _Work(torch.autograd.Function):
         grad_MD = pool_PD.index_select(0, route.pool_M)
         del pool_PD
         trip.relay()
-        lent = trip.guest_weights((gate_up, down))
 
         keep = len(gate_up_MH2) == len(rows_MD)
         grads = [torch.empty_like(w) if keep else torch.zeros_like(w) for w in (gate_up, down)]
-        packed_GW = (torch.empty if keep else torch.zeros)(
-            len(lent[0]), sum(w[0].numel() for w in grads), dtype=gate_up.dtype, device=gate_up.device
-        )
-        lent_grads = list(zip(*(guests.split(row, grads) for row in packed_GW), strict=True)) or [(), ()]
+        guest_grads = None if keep else Packed(len(trip.guests_here), grads).zero()
         back_MD, grad_weight_M = torch.empty_like(rows_MD), route.weight_M.new_empty(len(rows_MD))
-        later: list[Callable[[], None]] = []  # weight gradients, when the rows' gradients are on their way
-        for piece in trip.pieces():
-            rows, sizes = piece.rows, piece.sizes
-            weights, totals = (lent, lent_grads) if piece.away else ((gate_up, down), grads)
-            part_MH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), gate_up.shape[1])
-            if not keep:
-                kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_MH2, transpose=True)
-            hidden_MH = rows_MD.new_empty(sum(sizes), down.shape[2])  # its gradient first
-            kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_MH, transpose=False)
-            grad_weight_M[rows] = kernels.swiglu_backward(part_MH2, hidden_MH, route.weight_M[rows])
-            kernels.segment_mm(part_MH2, weights[0], sizes, back_MD[rows], transpose=False)
-            pairs = ((part_MH2, rows_MD[rows], totals[0]), (grad_MD[rows], hidden_MH, totals[1]))
-            outer = partial(_outer, pairs, sizes, add=not keep)
-            later.append(outer) if keep else outer()
+        waiting: dict[bool, Products] = {}  # for weight gradients, until the rows' gradients are on their way
+        for away in (False, True) if trip.awaits_guests else (True, False):
+            weights: Weights = trip.guest_weights((gate_up, down)) if away else (gate_up, down)
+            for rows, sizes in trip.pieces(away):
+                part_MH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), gate_up.shape[1])
+                if not keep:
+                    kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_MH2, transpose=True)
+                hidden_MH = rows_MD.new_empty(sum(sizes), down.shape[2])  # its gradient first
+                kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_MH, transpose=False)
+                grad_weight_M[rows] = kernels.swiglu_backward(part_MH2, hidden_MH, route.weight_M[rows])
+                kernels.segment_mm(part_MH2, weights[0], sizes, back_MD[rows], transpose=False)
+                products = Products([(part_MH2, rows_MD[rows]), (grad_MD[rows], hidden_MH)], sizes)
+                if guest_grads is None:
+                    waiting[away] = products
+                else:
+                    products.write(guest_grads.matrices if away else grads, add=True)
+            if away:
+                del weights
+                trip.forget_weights()
         torch.autograd.graph.increment_version(gate_up_MH2)  # a second backward has to fail
         trip.grad_weights = route.start_return(grad_weight_M)
         trip.sums = route.start_gather(back_MD, None)
         del back_MD
-        for run in later[1:]:
-            run()
-        returning = trip.send_home(packed_GW)
-        for run in later[:1]:
-            run()
+
+        returning: Returning | None = None
+        for batch in trip.batches():
+            slots = trip.guest_slots(batch)
+            if guest_grads is None:
+                packed = Packed(slots.stop - slots.start, grads)
+                waiting[True].of(slots).write(packed.matrices)
+                grads_GW = packed.packed_GW
+            else:
+                grads_GW = guest_grads.packed_GW[slots]
+            if returning is not None:
+                returning.finish(grads, trip.first)
+            returning = trip.send_home(grads_GW, batch)
+            if False in waiting:  # while the first are under way
+                waiting.pop(False).write(grads)
+        if False in waiting:
+            waiting.pop(False).write(grads)
         if returning is not None:
-            returning.relay()
             returning.finish(grads, trip.first)
+        trip.store.close()
         return None, *grads, None
-
-
-def _outer(pairs: tuple, sizes: list[int], add: bool) -> None:
-    for left_MA, right_MB, totals in pairs:
-        kernels.segment_outer(left_MA, right_MB, sizes, totals, add)

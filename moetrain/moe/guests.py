@@ -59,8 +59,16 @@ def ways(copies: Sequence[Copy], size: int) -> tuple[list[Parcel], list[Parcel]]
 class Mail:
     """Parcels under way on the lending communicator; every rank sends the same list."""
 
-    def __init__(self, parcels: list[Parcel], write: Callable[[Parcel, Tensor], None], like: Tensor, ep: Expert):
-        """`write(parcel, out)` fills in what leaves here; `like` gives dtype and device."""
+    def __init__(
+        self,
+        parcels: list[Parcel],
+        write: Callable[[Parcel, Tensor], None],
+        like: Tensor,
+        ep: Expert,
+        ready: Tensor | None = None,
+    ) -> None:
+        """`write(parcel, out)` fills in what leaves here; `like` gives dtype and device. `ready`: what leaves, filled
+        in already, by target, then expert."""
         leaving = sorted((p for p in parcels if p.source == ep.rank), key=lambda p: (p.target, p.expert, p.begin))
         self._coming = sorted((p for p in parcels if p.target == ep.rank), key=lambda p: (p.source, p.expert, p.begin))
         send, receive = [0] * ep.size, [0] * ep.size
@@ -68,9 +76,10 @@ class Mail:
             send[parcel.target] += parcel.end - parcel.begin
         for parcel in self._coming:
             receive[parcel.source] += parcel.end - parcel.begin
-        out = like.new_empty(sum(send))
-        for parcel, part in zip(leaving, out.split([p.end - p.begin for p in leaving]), strict=True):
-            write(parcel, part)
+        out = like.new_empty(sum(send)) if ready is None else ready
+        if ready is None:
+            for parcel, part in zip(leaving, out.split([p.end - p.begin for p in leaving]), strict=True):
+                write(parcel, part)
         self._pending = start_all_to_all(out, send, receive, ep.lend)
 
     def open(self) -> list[tuple[Parcel, Tensor]]:
@@ -117,17 +126,26 @@ class Lending:
 class Returning:
     """Gradients on their way home: `finish` adds them there. Sums run in fp32, in the order of the guests' ranks."""
 
-    def __init__(self, grads: dict[int, Tensor], copies: Sequence[Copy], like: Tensor, size: int, ep: Expert) -> None:
-        """`grads`: [W] of each guest here that leaves. `like` gives the dtype they travel in."""
+    def __init__(
+        self,
+        grads: dict[int, Tensor],
+        copies: Sequence[Copy],
+        like: Tensor,
+        size: int,
+        ep: Expert,
+        ready: Tensor | None = None,
+    ) -> None:
+        """`grads`: [W] of each guest here that leaves. `like` gives the dtype they travel in; `ready`: all of them one
+        after another, in that dtype."""
         self._ep, self._like = ep, like
         out, across = ways(copies, size)
         self._home = [p.back() for p in out]
         self._across = [p.back() for p in across]
         self._grads = grads
         write = lambda p, out: _copy([grads[p.expert]], p, out)  # noqa: E731
-        self._mail = Mail(self._across or self._home, write, like, ep)
+        self._mail = Mail(self._across or self._home, write, like, ep, ready)
 
-    def relay(self) -> None:
+    def _relay(self) -> None:
         """Sum the slice that is due here, and send it home."""
         if not self._across:  # the same on every rank
             return
@@ -147,6 +165,7 @@ class Returning:
 
     def finish(self, grads: Sequence[Tensor], first: int) -> None:
         """Add what came home to the own gradients of its experts; `first`: the expert in slot 0 of `grads`."""
+        self._relay()
         parts: dict[tuple[int, int, int], list[Tensor]] = {}
         for parcel, part in self._mail.open():
             parts.setdefault((parcel.expert, parcel.begin, parcel.end), []).append(part)
@@ -226,6 +245,20 @@ class Store:
         self.has_RE[:] = 0
         self.weights.clear()
         self.grads.clear()
+
+
+class Packed:
+    """Guests' gradients: `packed_GW`, and views of its rows as matrices."""
+
+    def __init__(self, num_guests: int, like: Sequence[Tensor]) -> None:
+        """`like`: [S, ...] each."""
+        self.packed_GW = like[0].new_empty(num_guests, sum(w[0].numel() for w in like))
+        split_ = [split(row, like) for row in self.packed_GW]
+        self.matrices = [[parts[n] for parts in split_] for n in range(len(like))]
+
+    def zero(self) -> "Packed":
+        self.packed_GW.zero_()
+        return self
 
 
 def split(packed_W: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
