@@ -133,11 +133,11 @@ def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> T
     if kernels_cpu.fits(gate_up_MH2, grad_MH):
         return kernels_cpu.swiglu_backward(gate_up_MH2, grad_MH, weight_M)
     gate_MH, up_MH = gate_up_MH2.chunk(2, dim=1)
-    weight_M1 = weight_M[:, None].to(grad_MH.dtype)
+    weight_M1 = weight_M[:, None]  # fp32: what is weighted is rounded once
     silu_MH = F.silu(gate_MH)
     hidden_MH = silu_MH * up_MH
     grad_weight_M = torch.linalg.vecdot(grad_MH.float(), hidden_MH.float())
-    weighted_MH = grad_MH * weight_M1
+    weighted_MH = torch.mul(grad_MH, weight_M1, out=torch.empty_like(grad_MH))
     grad_gate_MH = torch.ops.aten.silu_backward(weighted_MH * up_MH, gate_MH)
     gate_up_MH2[:, gate_MH.shape[1] :] = weighted_MH.mul_(silu_MH)
     gate_up_MH2[:, : gate_MH.shape[1]] = grad_gate_MH
