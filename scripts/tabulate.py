@@ -70,7 +70,7 @@ def read(run: Path) -> Values:
 
 
 def over_layers(row: dict[str, Any], group: str, name: str) -> float:
-    return float(np.mean([v for k, v in row.items() if re.fullmatch(rf"{group}/layer_\d+/{name}", k)]))
+    return float(np.mean([v for k, v in row.items() if re.fullmatch(rf"{group}/layer_[\d_]+/{name}", k)]))
 
 
 def settings(run: Path) -> dict[str, Any]:
