@@ -81,6 +81,14 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
     sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - {"skew"}}
     if same_run:
         sections |= {"train": {"seed", "seq_len"}, "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out"}}
+    held = ours["balance"]["accumulate"] == "hold"
+    balance = theirs.get("balance", {})
+    biased = [section.get("bias", "none") != "none" for section in (ours["balance"], balance)]
+    if biased[0] != biased[1]:
+        rule = "has none" if biased[0] else "was trained with one, by which its experts are chosen"
+        raise ConfigError(f"balance.bias={ours['balance']['bias']}: the checkpoint {path} {rule}")
+    if held and balance.get("accumulate") != "hold":
+        raise ConfigError(f"balance.accumulate=hold: the checkpoint {path} holds no frequencies; take buffer or exact")
     for section, fields in sections.items():
         for field in ours[section]:
             value, other = ours[section][field], theirs[section].get(field)
