@@ -7,9 +7,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moetrain import config, train
+from moetrain.mesh import Mesh
+
 ROOT = Path(__file__).parent.parent
+
+
+def curve(mesh: Mesh, overrides: list[str]) -> list[float]:
+    folder = train.train(config.load(overrides), mesh)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")))
+def test_every_experiment_trains(pool, tiny, name: str) -> None:
+    """With its own router and experts, on a small model: the loss falls, on both ranks alike."""
+    small = [*tiny, "train.global_batch=16", "train.steps=12", "optim.warmup=2"]
+    first, second = pool.run(curve, 2, [f"experiment={name}", *small, "run.name=short"], ep=2)
+    assert first == second
+    assert len(first) == 12
+    assert max(first[-3:]) < first[0] - 0.5
 
 
 def script(name: str, *words: str) -> subprocess.CompletedProcess:
@@ -64,10 +84,6 @@ def test_runs_become_a_table_and_a_picture(runs: tuple[Path, list[str]], tmp_pat
 def test_every_micro_batch_of_the_scope_experiments_has_one_domain(runs: tuple[Path, list[str]]) -> None:
     """Two ranks in two micro-steps of a block each: the tokens of a step are a multiple of a block's."""
     folder, _ = runs
-    import numpy as np
-
-    from moetrain import config, train
-
     settings = config.load_resolved(folder / "scope_micro-s0" / "config.yaml")
     _, loader = train.open_data(settings)
     for begin in range(0, 64, 4):
