@@ -25,7 +25,7 @@ from moetrain.observe import picture, summary
 from moetrain.observe.console import Voice
 from moetrain.observe.estimate import estimate, matmul_rate
 from moetrain.observe.layout import describe
-from moetrain.observe.meter import Meter
+from moetrain.observe.meter import Meter, bias_metrics
 from moetrain.observe.trace import LoadTrace
 from moetrain.observe.tracker import Bar, JsonLines, Tracker, Wandb
 from moetrain.optim import learning_rate
@@ -70,7 +70,7 @@ def train(config: Config, mesh: Mesh) -> Path:
         meter = Meter(config, mesh, corpus.domains)
         for part in parts:
             meter.add(*part)
-        metrics = meter.metrics(counts)
+        metrics = meter.metrics(counts) | bias_metrics(engine.model.routers, config.model.num_dense_layers)
         seconds = time.perf_counter() - began
         metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": position * config.train.seq_len}
         metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}

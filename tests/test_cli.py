@@ -31,6 +31,8 @@ def overrides(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list
     folder = tmp_path_factory.mktemp("runs")
     shape = ["model=tiny", "train.seq_len=32", "train.global_batch=8", *data, *SMALL, "router.skew=4"]
     shape += ["eval.tokens_per_domain=256", "generate.tokens=4", f"run.dir={folder}", "run.name=first"]
+    shape += ["balance.micro_fraction=0.01", "balance.sequence_coefficient=1e-4", "balance.device_coefficient=1e-3"]
+    shape += ["balance.entropy_coefficient=1e-4", "balance.bias=sign"]
     return [*shape, "planner=llep", "planner.min_rows=1"]
 
 

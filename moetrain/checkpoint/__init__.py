@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 import moetrain
 from moetrain.comm import barrier
-from moetrain.config import Config, ConfigError
+from moetrain.config import Balance, Config, ConfigError
 from moetrain.mesh import Mesh
 from moetrain.moe.experts import Experts
 from moetrain.profile import COSTS
@@ -81,20 +81,23 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
     sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - {"skew"}}
     if same_run:
         sections |= {"train": {"seed", "seq_len"}, "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out"}}
-    held = ours["balance"]["accumulate"] == "hold"
-    balance = theirs.get("balance", {})
-    biased = [section.get("bias", "none") != "none" for section in (ours["balance"], balance)]
-    if biased[0] != biased[1]:
-        rule = "has none" if biased[0] else "was trained with one, by which its experts are chosen"
-        raise ConfigError(f"balance.bias={ours['balance']['bias']}: the checkpoint {path} {rule}")
-    if held and balance.get("accumulate") != "hold":
-        raise ConfigError(f"balance.accumulate=hold: the checkpoint {path} holds no frequencies; take buffer or exact")
+    _check_buffers(config.balance, theirs["balance"], path)
     for section, fields in sections.items():
         for field in ours[section]:
             value, other = ours[section][field], theirs[section].get(field)
             if field in fields and value != other and not (field == "vocab_size" and value is None):
                 advice = "; another run.name starts a new run" if same_run else ""
                 raise ConfigError(f"{section}.{field}={value}: the checkpoint {path} has {other}{advice}")
+
+
+def _check_buffers(ours: Balance, theirs: dict[str, Any], path: Path) -> None:
+    """What routers keep from step to step must be in the checkpoint, and a bias that is there is part of the model."""
+    biased = theirs.get("bias", "none") != "none"
+    if (ours.bias != "none") != biased:
+        rule = "was trained with one, by which experts are chosen" if biased else "has none"
+        raise ConfigError(f"balance.bias={ours.bias}: the checkpoint {path} {rule}")
+    if ours.accumulate == "hold" and theirs["accumulate"] != "hold":
+        raise ConfigError(f"balance.accumulate=hold: the checkpoint {path} holds no frequencies; take buffer or exact")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def frequencies(counts_N: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def bias_step(counts_E: Tensor, rule: str) -> Tensor:
-    """fp32 [E], summing to zero but for `sign`: how the bias changes for a rate of one (Wang et al., 2024).
+    """fp32 [E]: how the bias changes for a rate of one (Auxiliary-Loss-Free Load Balancing, Wang et al., 2024).
 
     The error of expert i is its missing load in mean loads, 1 - c_i / c̄; the rule takes it or its sign. In mean loads,
     not in tokens, so that a rate means the same at every batch size.

@@ -16,6 +16,7 @@ from moetrain.mesh import Mesh
 from moetrain.moe.balance import Losses
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.plan import imbalance
+from moetrain.moe.routers import Router
 
 PHASES = ("route", "plan", "lend", "dispatch", "experts", "combine")
 
@@ -114,6 +115,13 @@ class Meter:
             out[f"{layer}/dead_experts"] = int((row == 0).sum())
             out[f"{layer}/load"] = share.tolist()
         return out
+
+
+def bias_metrics(routers: Sequence[Router], first: int) -> dict[str, float]:
+    """The largest bias of every layer's experts, where they have one; `first`: the number of the first layer."""
+    largest = [router.bias.abs().max() for router in routers if router.bias is not None]
+    values = torch.stack(largest).tolist() if largest else []
+    return {f"balance/layer_{first + index:02d}/bias_max": value for index, value in enumerate(values)}
 
 
 def peak_memory(device: torch.device) -> int:
