@@ -51,6 +51,7 @@ def test_round_robin_is_the_ideal_and_nothing_drifts(pool: Pool, tiny: list[str]
     for record in found:
         assert set(record) >= FIELDS
         assert record["step_ms"] > 0
+        assert 0 < record["sync_percent"] == 100 * record["sync_ms"] / record["step_ms"] < 100
         assert record["micro_steps"] == 2
     ideal, home, makespan = found
     assert ideal["percent_of_ideal"] == 100

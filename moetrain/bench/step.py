@@ -21,6 +21,7 @@ from moetrain import checkpoint, config, profile, train
 from moetrain.bench import tables
 from moetrain.bench.cell import now
 from moetrain.bench.step_options import Options
+from moetrain.bench.sync import sync_ms
 from moetrain.comm import all_reduce_sum, barrier
 from moetrain.config import Config, ConfigError
 from moetrain.data.loader import Corpus, Loader, Samples
@@ -79,10 +80,12 @@ class Bench:
         if options.by_domain:
             domain = own_domain(corpus, settings.train.seq_len, mesh.rank)
             loader = Loader(corpus, settings.train.seq_len, settings.train.seed, domain)
-        return cls(settings, mesh, engine, loader, position)
+        still = settings.balance.model_copy(update={"bias_rate": 0.0})
+        return cls(settings.model_copy(update={"balance": still}), mesh, engine, loader, position)
 
-    def measure(self, variants: list[Variant], repeats: int) -> tuple[np.ndarray, np.ndarray]:
-        """[repeats, variants] seconds of the slowest rank; [variants, facts] means of what the plans did."""
+    def measure(self, variants: list[Variant], repeats: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """[repeats, variants] seconds of the slowest rank; [variants, facts] means of what the plans did; and the
+        milliseconds that a step spends on synchronising the balance frequencies."""
         layers = [m for m in self.engine.model.modules() if isinstance(m, MoE)]
         device, world = self.mesh.device, self.mesh.world
         seconds = torch.zeros(world, repeats, len(variants), dtype=torch.float64, device=device)
@@ -101,7 +104,8 @@ class Bench:
                 if repeat >= 0:
                     seconds[self.mesh.rank, repeat, number] = ended - began
                     facts[number] += torch.tensor(facts_of(parts), device=device) / (repeats * world)
-        return all_reduce_sum(seconds).amax(0).cpu().numpy(), all_reduce_sum(facts).cpu().numpy()
+        synchronising = sync_ms(self.mesh, self.config.balance, self.engine.model.routers, parts)
+        return all_reduce_sum(seconds).amax(0).cpu().numpy(), all_reduce_sum(facts).cpu().numpy(), synchronising
 
 
 FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_crossing_fraction", *(f"{name}_ms" for name in PHASES))
@@ -142,7 +146,7 @@ def records(bench: Bench, options: Options) -> Records:
     presets[settings.planner.name] = settings.planner
     variants = [Variant(IDEAL, presets["home"])]
     variants += [Variant(settings.router.name, presets[name]) for name in options.planners]
-    times, facts = bench.measure(variants, options.repeats)
+    times, facts, synchronising = bench.measure(variants, options.repeats)
     found: Records = []
     for number, variant in enumerate(variants):
         ratios = 100 * times[:, 0] / times[:, number]
@@ -165,7 +169,9 @@ def records(bench: Bench, options: Options) -> Records:
                 "seed": settings.train.seed,
                 "warmup": options.warmup,
                 "repeats": options.repeats,
-                "step_ms": 1e3 * float(np.median(times[:, number])),
+                "step_ms": (step_ms := 1e3 * float(np.median(times[:, number]))),
+                "sync_ms": synchronising,
+                "sync_percent": 100 * synchronising / step_ms,
                 "percent_of_ideal": middle,
                 "quartiles": [low, high],
                 **dict(zip(FACTS, facts[number].tolist(), strict=True)),
@@ -191,10 +197,11 @@ def run(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
         console.print(f"written: {given.out}/step.json, step.md")
 
 
-COLUMNS = ("routing", "planner", "step ms", "% of ideal", "imbalance", "guests", "rows crossing")
+COLUMNS = ("routing", "planner", "step ms", "% of ideal", "imbalance", "guests", "rows crossing", "sync")
 LEGEND = (
     "% of ideal: median of round robin's time over this one's, each repetition by itself (and its quartiles). "
-    "imbalance: largest device load over the mean, at home → planned, mean of the layers. guests: of a whole step."
+    "imbalance: largest device load over the mean, at home → planned, mean of the layers. guests: of a whole step. "
+    "sync: having the balance frequencies of the global batch, all micro-steps, as a share of the step."
 )
 
 
@@ -220,6 +227,7 @@ def rows(found: Records) -> list[list[str]]:
             f"{r['imbalance_home']:.3f} → {r['imbalance_planned']:.3f}",
             f"{r['guests']:.1f}",
             f"{r['rows_crossing_fraction']:.1%}",
+            f"{r['sync_percent']:.2f}%",
         ]
         for r in found
     ]

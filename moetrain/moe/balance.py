@@ -74,9 +74,7 @@ class Balance:
     def losses(self, stats: Sequence[LayerStats]) -> Losses:
         """Of the next micro-step. All ranks call it: it enters one collective, or with `exact` one a step."""
         options, tokens = self._options, self._tokens
-        self._sizes = [len(s.counts_E) for s in stats]
-        local_N = torch.cat([s.counts_E for s in stats])
-        f_N = self._frequencies(local_N)
+        f_N, local_N = self.synchronise(stats)
         prob_N = torch.cat([s.scores.probs_TE.sum(0) for s in stats]) / tokens
         weight_N = self._weights(local_N.device)
         decided = bool(options.entropy_coefficient)  # else its graph, of [T, E] in every layer, is spared
@@ -116,8 +114,13 @@ class Balance:
                 assert router.held is not None, "add_buffers() comes first"
                 router.held.copy_(f_E)
 
+    def synchronise(self, stats: Sequence[LayerStats]) -> tuple[Tensor, Tensor]:
+        """(fp32 [N] f̄ of the next micro-step, int64 [N] its counts on this rank). All the communication there is."""
+        self._sizes = [len(s.counts_E) for s in stats]
+        local_N = torch.cat([s.counts_E for s in stats])
+        return self._frequencies(local_N), local_N
+
     def _frequencies(self, local_N: Tensor) -> Tensor:
-        """fp32 [N]: f̄ of this micro-step. `local_N`: counts of this rank and micro-step."""
         if self.looks_ahead:
             if self._seen_N is None:
                 self._seen_N = all_reduce_sum(local_N.clone() if self._ahead_N is None else local_N + self._ahead_N)
