@@ -162,14 +162,16 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     for axis, (title, marks) in zip(axes, panels, strict=True):
         for key, color, label in marks:
             means = [record[key]["mean"] for record in records]
-            axis.scatter(means, places, marker="|", s=400, color=color, label=label or None)
-            for place, record in zip(places, records, strict=True):
-                values = record[key]["values"]
-                axis.scatter(values, [place] * len(values), s=28, color=color, alpha=0.6, linewidths=0)
+            axis.scatter(means, places, marker="|", s=400, color=color)
+            dots = [
+                (value, place) for place, record in zip(places, records, strict=True) for value in record[key]["values"]
+            ]
+            axis.scatter(*zip(*dots, strict=True), s=28, color=color, alpha=0.6, linewidths=0, label=label or None)
         axis.set_title(title, fontsize=11)
         axis.grid(axis="x", color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.15, y=0.5 / len(records))
+        axis.locator_params(axis="x", nbins=5)
     axes[0].set_yticks(places, [record["name"] for record in records])
     axes[2].axvline(1, color="gray", lw=0.8, ls=":")
     axes[2].legend(frameon=False, fontsize=9)
