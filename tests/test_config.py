@@ -71,6 +71,8 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["optim.lr=nan"], "optim.lr=nan: must be a finite number"),
         (["optim.betas=[0.9]"], "optim.betas.1=[0.9]: must be given"),
         (["optim.min_lr=1"], "optim.min_lr=1.0: must be at most optim.lr=0.005"),
+        (["balance.device_groups=9"], "balance.device_groups=9: must be at most model.num_experts=8"),
+        (["balance.accumulate=late"], "balance.accumulate=late: must be 'buffer', 'exact' or 'hold'"),
         (["router.top_k=9"], "router.top_k=9: must be at most model.num_experts=8"),
         (["router.name=nope"], "router.name=nope: must be 'topk' or 'round_robin'"),
         (["planner=best"], "planner=best: must be one of eplb, home, llep, makespan"),
