@@ -6,6 +6,7 @@ from typing import Any
 
 from moetrain.config import Config, ConfigError, short
 from moetrain.moe.planners import PLANNERS, planner_options
+from moetrain.moe.routers import ROUTERS
 
 
 def check(c: Config) -> None:
@@ -23,9 +24,26 @@ def check(c: Config) -> None:
     allowed = planner_options(c.planner.name)
     for option in c.planner.options:
         rule(option in allowed, f"planner.{option}", f"the planner {c.planner.name} has no such option")
+    rule(c.router.name in ROUTERS, "router.name", f"known routers are {', '.join(ROUTERS)}")
+    kind = ROUTERS[c.router.name]
+    for option in c.router.own_options:
+        rule(option in kind.takes, f"router.{option}", f"the router {c.router.name} has no such option")
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     groups = c.balance.device_groups
     rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")
+    if m.expert_schedule != "uniform":
+        rule(
+            m.min_experts is not None,
+            "model.min_experts",
+            f"must be given for model.expert_schedule={m.expert_schedule}",
+        )
+    if m.min_experts is not None:
+        rule(m.num_experts % m.min_experts == 0, "model.min_experts", f"must divide model.num_experts={m.num_experts}")
+    for experts, top_k in zip(m.experts_of_layers, c.top_k_of_layers, strict=True):
+        most = f"a layer has top-{top_k} of {experts} experts"
+        rule(top_k <= experts, "router.k_schedule" if k <= experts else "model.min_experts", most)
+        for field, text in kind.problems(experts + m.num_zero_compute, m, c.router):
+            rule(False, field, text)
     rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
     rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")
     rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")
@@ -59,12 +77,14 @@ def check_world(c: Config, world: int) -> None:
     if p.dp_shard is not None and p.dp_shard != shard:
         rule = f"dp_replicate={p.dp_replicate} × dp_shard must be the number of ranks, {world}"
         raise ConfigError(f"parallel.dp_shard={p.dp_shard}: {rule}")
-    ep = p.ep or math.gcd(shard, c.model.num_experts)
+    ep = p.ep or math.gcd(shard, *c.model.experts_of_layers)
     if shard % ep:
         raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
-    if c.model.num_experts % ep:
-        rule = "needs at least as many experts" if c.model.num_experts < ep else "must divide the number of experts"
-        raise ConfigError(f"parallel.ep={ep}: {rule}, model.num_experts={c.model.num_experts}")
+    for experts in c.model.experts_of_layers:
+        if experts % ep:
+            rule = "needs at least as many experts" if experts < ep else "must divide the number of experts"
+            which = "model.num_experts" if c.model.expert_schedule == "uniform" else "of one layer"
+            raise ConfigError(f"parallel.ep={ep}: {rule}, {which}={experts}")
     if t.global_batch % (world * (t.micro_batch or 1)):
         per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
         raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")

@@ -20,6 +20,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from moetrain.model.schedule import spread
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -79,12 +81,34 @@ class Parallel(Section):
     dp_replicate: Positive
 
 
+Shape = Literal["uniform", "descending", "ascending", "pyramid_up", "pyramid_down", "wave_up", "wave_down"]
+
+
 class Router(Section):
-    name: Literal["topk", "round_robin"]  # the keys of moe.routers.ROUTERS
+    """The fields with a default here belong to some routers only (`Router.takes`)."""
+
+    name: str
     top_k: Positive
     scores: Literal["softmax", "sigmoid"]
     normalise: bool | None
+    scaling: PositiveFloat
     skew: Finite
+    k_schedule: Shape
+    capacity_factor: PositiveFloat | None
+    zero_compute_tau: PositiveFloat
+    noise: NonNegativeFloat = 0.0
+    groups: Positive | None = None
+    top_groups: Positive | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.4
+    k_start: Positive = 1
+    token_groups: Positive = 2
+    state_dim: Positive = 128
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """Those of single routers that are not as they are by default."""
+        fields = type(self).model_fields
+        return {k: v for k, v in self.model_dump().items() if not fields[k].is_required() and v != fields[k].default}
 
 
 class Balance(Section):
@@ -136,6 +160,12 @@ class Model(Section):
     num_shared_experts: NonNegative
     num_dense_layers: NonNegative
     dense_hidden: Positive
+    chain: Positive
+    zero_experts: NonNegative
+    copy_experts: NonNegative
+    constant_experts: NonNegative
+    expert_schedule: Shape
+    min_experts: Positive | None
     vocab_size: Positive | None
     qk_norm: Literal["none", "head", "full"]
     tied_embeddings: bool
@@ -146,6 +176,23 @@ class Model(Section):
     @property
     def num_moe_layers(self) -> int:
         return self.num_layers - self.num_dense_layers
+
+    @property
+    def num_zero_compute(self) -> int:
+        return self.zero_experts + self.copy_experts + self.constant_experts
+
+    @property
+    def pass_names(self) -> list[str]:
+        """layer_LL of every pass through a MoE layer, in order; with more than one pass a layer, layer_LL_P."""
+        layers = range(self.num_dense_layers, self.num_layers)
+        if self.chain == 1:
+            return [f"layer_{layer:02d}" for layer in layers]
+        return [f"layer_{layer:02d}_{turn}" for layer in layers for turn in range(self.chain)]
+
+    @property
+    def experts_of_layers(self) -> list[int]:
+        """Experts that compute, of every MoE layer."""
+        return spread(self.expert_schedule, self.num_moe_layers, self.num_experts, self.min_experts or 1)
 
 
 class Data(Section):
@@ -195,6 +242,10 @@ class Config(Section):
     planner: Planner
     engine: Engine
 
+    @property
+    def top_k_of_layers(self) -> list[int]:
+        return spread(self.router.k_schedule, self.model.num_moe_layers, self.router.top_k, 1)
+
     def micro_batch(self, world: int) -> int:
         """Sequences per rank and micro-step."""
         return self.train.micro_batch or max(1, self.train.global_batch // world)
@@ -209,7 +260,7 @@ class Config(Section):
 
         check_world(self, world)
         shard = world // self.parallel.dp_replicate
-        ep = self.parallel.ep or math.gcd(shard, self.model.num_experts)
+        ep = self.parallel.ep or math.gcd(shard, *self.model.experts_of_layers)
         return self.parallel.model_copy(update={"dp_shard": shard, "ep": ep})
 
 

@@ -81,8 +81,7 @@ def evaluate(
     for name in (n for n in corpus.domains if scores[n].tokens):  # a tiny domain may not fill one held-out window
         metrics[f"eval/{name}/ppl"] = math.exp(min(50.0, scores[name].loss))
         metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
-    for layer, counts_CE in enumerate(counts_CN.double().cpu().split(sizes, dim=1)):
-        name = f"layer_{config.model.num_dense_layers + layer:02d}"
+    for name, counts_CE in zip(config.model.pass_names, counts_CN.double().cpu().split(sizes, dim=1), strict=True):
         metrics[f"specialise/{name}/domain_mi"] = domain_information(counts_CE.numpy())
         load_E = counts_CE.sum(0)
         metrics[f"eval/{name}/max_vio"] = float(load_E.max() * len(load_E) / load_E.sum() - 1)

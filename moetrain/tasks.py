@@ -88,4 +88,5 @@ def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     engine = NativeEngine(train.build(config), mesh, config)
     checkpoint.load(saved, engine.model)
     engine.plan_with(profile.of_checkpoint(saved))
+    engine.model.at_step(checkpoint.progress(saved)[0], config.train)
     return engine.model, corpus, saved

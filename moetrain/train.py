@@ -59,12 +59,14 @@ def train(config: Config, mesh: Mesh) -> Path:
     peak = matmul_rate(mesh.device, engine.dtype)
 
     tokens_in_batch = config.train.global_batch * config.train.seq_len
+    engine.model.at_step(first, config.train)
     for step in range(first, config.train.steps):
         began = time.perf_counter()
         shares = list(micro_batches(config, mesh, loader, position))
         lr = learning_rate(config.optim, step, config.train.steps)
         parts, counts, norm = optimizer_step(engine, config, shares, lr)
         position += config.train.global_batch
+        engine.model.at_step(step + 1, config.train)
 
         trace.record(step + 1, parts[0].stats)
         meter = Meter(config, mesh, corpus.domains)

@@ -29,7 +29,7 @@ def stats(probs_TE: torch.Tensor, expert_N: torch.Tensor) -> LayerStats:
     counts = torch.bincount(expert_N, minlength=probs_TE.shape[1])
     per_token = len(expert_N) // max(len(probs_TE), 1)
     choice = Choice(torch.arange(len(probs_TE)).repeat_interleave(per_token), expert_N)
-    return LayerStats(Scores(probs_TE.log(), probs_TE), choice, counts, None, 0, None)  # type: ignore[arg-type]
+    return LayerStats(Scores(probs_TE.log(), probs_TE), choice, counts, counts, None, 0, None)  # type: ignore[arg-type]
 
 
 def one_sided(mesh: Mesh, scope: str) -> float:

@@ -7,6 +7,7 @@ import yaml
 
 from moetrain import config
 from moetrain.config import ConfigError
+from moetrain.moe.routers import ROUTERS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,7 +75,41 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["balance.device_groups=9"], "balance.device_groups=9: must be at most model.num_experts=8"),
         (["balance.accumulate=late"], "balance.accumulate=late: must be 'buffer', 'exact' or 'hold'"),
         (["router.top_k=9"], "router.top_k=9: must be at most model.num_experts=8"),
-        (["router.name=nope"], "router.name=nope: must be 'topk' or 'round_robin'"),
+        (
+            ["router.name=nope"],
+            f"router.name=nope: known routers are {', '.join(ROUTERS)}",
+        ),
+        (["router.noise=1", "router.name=top_p"], "router.noise=1.0: the router top_p has no such option"),
+        (["router.top_p=0.5"], "router.top_p=0.5: the router topk has no such option"),
+        (["router.groups=4"], "router.groups=4: goes with router.top_groups, which is None"),
+        (["router.groups=3", "router.top_groups=1"], "router.groups=3: must divide the 8 experts of a layer"),
+        (["router.groups=2", "router.top_groups=3"], "router.top_groups=3: must be at most router.groups=2"),
+        (
+            ["router.groups=8", "router.top_groups=1"],
+            "router.top_groups=1: must have at least router.top_k=2 experts together",
+        ),
+        (
+            ["router.name=grouped", "router.token_groups=5"],
+            "router.token_groups=5: must leave each group at least router.top_k=2 of 8 experts",
+        ),
+        (
+            ["model.expert_schedule=descending"],
+            "model.min_experts=null: must be given for model.expert_schedule=descending",
+        ),
+        (["model.min_experts=3"], "model.min_experts=3: must divide model.num_experts=8"),
+        (
+            ["router.k_schedule=descending", "router.top_k=6"],
+            "router.k_schedule=descending: a layer has top-11 of 8 experts",
+        ),
+        (
+            ["router.name=gating_residual", "model.expert_schedule=ascending", "model.min_experts=4"],
+            "model.expert_schedule=ascending: must be uniform for the router gating_residual: it adds the last layer's "
+            "logits",
+        ),
+        (
+            ["model.expert_schedule=ascending", "model.min_experts=4", "parallel.nproc=8", "parallel.ep=8"],
+            "parallel.ep=8: needs at least as many experts, of one layer=4",
+        ),
         (["planner=best"], "planner=best: must be one of eplb, home, llep, makespan"),
         (["planner.name=best"], "planner.name=best: known planners are home, llep, makespan, eplb"),
         (["planner=home", "+planner.alpha=1.5"], "planner.alpha=1.5: the planner home has no such option"),

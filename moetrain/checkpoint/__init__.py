@@ -33,6 +33,7 @@ from moetrain.moe.experts import Experts
 from moetrain.profile import COSTS
 
 FORMAT = 1
+FREE = {"skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change in a run
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -78,7 +79,7 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
     """
     theirs = read_manifest(path)["config"]
     ours = config.model_dump(mode="json")
-    sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - {"skew"}}
+    sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - FREE}
     if same_run:
         sections |= {"train": {"seed", "seq_len"}, "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out"}}
     _check_buffers(config.balance, theirs["balance"], path)
@@ -180,7 +181,7 @@ def _entries(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         kinds: dict[str, Tensor] = {"model": parameter.detach()}
-        if optimizer is not None:
+        if optimizer is not None and parameter.requires_grad:
             if parameter not in known:
                 raise RuntimeError(f"{name}: the optimizer does not know this parameter; nothing was saved")
             state = optimizer.state[parameter]

@@ -3,7 +3,7 @@
 Three kinds of parameters:
 - dense: sharded over dp_shard (replicated over dp_replicate), gathered when used;
 - experts: whole experts on their home rank of `ep`, sharded over the ranks that hold the same ones;
-- routers: replicated, kept and computed in fp32.
+- routers and what else is small (`Replicated`): whole on every rank, kept and computed in fp32.
 
 Gradients are summed over ranks: the loss is divided by the global batch before its backward, nothing is averaged.
 Master weights and optimizer states are fp32; under bf16, FSDP2 casts what it gathers and reduces in fp32.
@@ -29,6 +29,7 @@ from moetrain.model.transformer import Block, Transformer
 from moetrain.moe.cost import Costs
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoE
+from moetrain.moe.routers.base import Replicated
 
 
 class NativeEngine:
@@ -41,10 +42,12 @@ class NativeEngine:
         self.model = model
         self._shard(config)
         model.to_empty(device=mesh.device)
-        self._routers = _routers(model)  # only now: moving from the meta device makes new parameters
+        self._replicated = [
+            p for p in _replicated(model) if p.requires_grad
+        ]  # only now: moving from the meta device makes new parameters
         initialise(model, config.train.seed)
         self.optimizer = torch.optim.AdamW(
-            _groups(model, set(self._routers), config.optim.weight_decay),
+            _groups(model, set(self._replicated), config.optim.weight_decay),
             lr=config.optim.lr,
             betas=config.optim.betas,
             eps=config.optim.eps,
@@ -58,7 +61,7 @@ class NativeEngine:
             cast_forward_inputs=False,
         )
         reshard = config.engine.reshard_after_forward
-        dense = {"mesh": self.mesh.dense, "mp_policy": policy, "ignored_params": set(_routers(self.model))}
+        dense = {"mesh": self.mesh.dense, "mp_policy": policy, "ignored_params": set(_replicated(self.model))}
         for block in self.model.layers:
             if (moe := cast(Block, block).moe) is not None:
                 moe.experts.shard(self.mesh.ep, guest_slots(config, self.mesh.world), config.engine.max_rows)
@@ -78,14 +81,15 @@ class NativeEngine:
         """Accumulate gradients; `last`: of this optimizer step's micro-steps, reduce them over the ranks."""
         cast(FSDPModule, self.model).set_requires_gradient_sync(last)
         for moe in _moes(self.model):
-            moe.experts.store.last = last
+            moe.experts.store.last, moe.experts.store.later = last, len(moe.routers) - 1
         loss.backward()
-        if last:
-            for parameter in self._routers:
+        if last and self._replicated:
+            for parameter in self._replicated:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            flat = all_reduce_sum(torch.cat([cast(Tensor, p.grad).flatten() for p in self._routers]))
-            for parameter, part in zip(self._routers, flat.split([p.numel() for p in self._routers]), strict=True):
+            flat = all_reduce_sum(torch.cat([cast(Tensor, p.grad).flatten() for p in self._replicated]))
+            sizes = [p.numel() for p in self._replicated]
+            for parameter, part in zip(self._replicated, flat.split(sizes), strict=True):
                 parameter.grad = part.view_as(parameter)
 
     def step(self, lr: float) -> float:
@@ -153,8 +157,8 @@ def _moes(model: Transformer) -> list[MoE]:
     return [m for m in model.modules() if isinstance(m, MoE)]
 
 
-def _routers(model: Transformer) -> list[nn.Parameter]:
-    return [p for moe in _moes(model) for p in moe.router.parameters()]
+def _replicated(model: Transformer) -> list[nn.Parameter]:
+    return list(dict.fromkeys(p for m in model.modules() if isinstance(m, Replicated) for p in m.parameters()))
 
 
 def _sharded(module: nn.Module, **options: object) -> None:
@@ -168,13 +172,14 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _groups(model: nn.Module, routers: set[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Matrices decay; norms and embeddings do not. One group per kind, since kinds live on different meshes."""
+def _groups(model: nn.Module, replicated: set[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Matrices decay; norms and embeddings do not. One group per kind, since kinds live on different meshes. Frozen
+    parameters are in none."""
     experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        kind = "router" if parameter in routers else "expert" if parameter in experts else "dense"
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        kind = "replicated" if parameter in replicated else "expert" if parameter in experts else "dense"
         decays = parameter.ndim > 1 and parameter not in embeddings
         groups.setdefault((kind, decays), []).append(parameter)
     return [{"params": p, "weight_decay": weight_decay if d else 0.0} for (_, d), p in sorted(groups.items())]

@@ -12,18 +12,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moetrain.model.transformer import Transformer
 from moetrain.moe.experts import Experts
+from moetrain.moe.routers.base import Replicated
 
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Fill all parameters in place: normal(0, init_std), / sqrt(2 · layers) where they write to the residual stream.
-    Buffers become zero."""
+    """Fill all parameters in place: normal(0, init_std), / sqrt(2 · layers) where they write to the residual stream;
+    routers may have a standard deviation of their own. Buffers become zero."""
     std = model.options.init_std
     small = std / math.sqrt(2 * model.options.num_layers)
+    own_std = {
+        f"{owner}.{name}": module.init_std
+        for owner, module in model.named_modules()
+        if isinstance(module, Replicated) and module.init_std is not None
+        for name, _ in module.named_parameters()
+    }
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
-        scale = small if last == "down" or owner.endswith((".o", ".down")) else std
+        scale = own_std.get(name, small if last == "down" or owner.endswith((".o", ".down")) else std)
         if parameter.ndim == 1:
             value = torch.ones(parameter.shape)
         elif owner in experts:

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain import config
 from moetrain.model.cross_entropy import linear_cross_entropy
+from moetrain.model.schedule import spread
 from moetrain.moe.layer import LayerStats, MoE
-from moetrain.moe.routers.base import Choice, Place, Router
+from moetrain.moe.routers import ROUTERS, Choice, Place, Router
 
 Run = Callable[..., Any]
 
@@ -94,14 +95,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then experts or a dense MLP, each behind its norm and on the residual stream."""
 
-    def __init__(self, m: config.Model, router: config.Router, planner: config.Planner, dense: bool) -> None:
+    def __init__(
+        self, m: config.Model, router: config.Router, planner: config.Planner, dense: bool, index: int = 0
+    ) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(m.dim, m.norm_eps)
         self.attn = Attention(m)
         self.ffn_norm = RMSNorm(m.dim, m.norm_eps)
         self.mlp = MLP(m.dim, m.dense_hidden) if dense else None
         shared = MLP(m.dim, m.num_shared_experts * m.expert_hidden) if m.num_shared_experts and not dense else None
-        self.moe = None if dense else MoE(m, router, planner, shared)
+        self.moe = None if dense else MoE(m, router, planner, shared, index)
 
     def forward(
         self,
@@ -112,17 +115,23 @@ class Block(nn.Module):
         mask: Tensor | None,
         run: Run,
         replay: Iterator[Choice],
-    ) -> tuple[Tensor, LayerStats | None, Any]:
-        """[B, L, D] -> [B, L, D]. `run(function, *args)` calls it, perhaps recomputing it in the backward.
+    ) -> tuple[Tensor, list[LayerStats], Any]:
+        """[B, L, D] -> [B, L, D]; statistics of each pass through the experts.
 
-        `replay`: choices to take instead of making them, until there are none left.
+        `run(function, *args)` calls it, perhaps recomputing it in the backward. `replay`: choices to take instead of
+        making them, until there are none left.
         """
         if self.moe is None:
-            return run(self._dense, x, rope, mask), None, carry
+            return run(self._dense, x, rope, mask), [], carry
         x, flat_TD, scores, carry = run(self._attend_and_route, x, carry, place, rope, mask)
-        decision = self.moe.decide(scores, place, next(replay, None))
-        y_TD = run(self.moe.compute, flat_TD, scores, decision)
-        return x + y_TD.view_as(x), LayerStats.of(scores, decision), carry
+        stats = []
+        for turn in range(len(self.moe.routers)):
+            if turn:
+                flat_TD, scores, carry = run(self._route, x, carry, place, turn)
+            decision = self.moe.decide(scores, place, next(replay, None), turn)
+            x = x + run(self.moe.compute, flat_TD, scores, decision, turn).view_as(x)
+            stats.append(LayerStats.of(scores, decision))
+        return x, stats, carry
 
     def _dense(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
         assert self.mlp is not None
@@ -130,11 +139,14 @@ class Block(nn.Module):
         return x + self.mlp(self.ffn_norm(x))
 
     def _attend_and_route(self, x: Tensor, carry: Any, place: Place, rope: Tensor, mask: Tensor | None) -> tuple:
-        assert self.moe is not None
         x = x + self.attn(self.attn_norm(x), rope, mask)
+        return x, *self._route(x, carry, place, 0)
+
+    def _route(self, x: Tensor, carry: Any, place: Place, turn: int) -> tuple:
+        """([T, D] what the experts see, scores, carry). Every pass has the residual stream behind the layer's norm."""
+        assert self.moe is not None
         flat_TD = self.ffn_norm(x).flatten(0, 1)
-        scores, carry = self.moe.route(flat_TD, carry, place)
-        return x, flat_TD, scores, carry
+        return flat_TD, *self.moe.route(flat_TD, carry, place, turn)
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
@@ -147,7 +159,12 @@ class Transformer(nn.Module):
         assert m.vocab_size is not None
         self.options = m
         self.embed = nn.Embedding(m.vocab_size, m.dim)
-        self.layers = nn.ModuleList(Block(m, router, planner, i < m.num_dense_layers) for i in range(m.num_layers))
+        self.layers = nn.ModuleList(Block(m, router, planner, dense=True) for _ in range(m.num_dense_layers))
+        each = zip(m.experts_of_layers, spread(router.k_schedule, m.num_moe_layers, router.top_k, 1), strict=True)
+        for number, (experts, top_k) in enumerate(each):
+            own = m.model_copy(update={"num_experts": experts}), router.model_copy(update={"top_k": top_k})
+            self.layers.append(Block(*own, planner, dense=False, index=number * m.chain))
+        self.shared_router = ROUTERS[router.name].shared(router)
         self.norm = RMSNorm(m.dim, m.norm_eps)
         self.head = nn.Linear(m.dim, m.vocab_size, bias=False)
         if m.tied_embeddings:
@@ -174,7 +191,8 @@ class Transformer(nn.Module):
 
         `document` [B, L] int: positions attend within equal numbers only; None: causal over everything. `domain`
         [B, L] and `sample` [B] int64: for routers that look at a token's domain or its sequence's global number.
-        `choices`: earlier ones, to be replayed. The statistics are those of every MoE layer, in order.
+        `choices`: earlier ones, to be replayed. The statistics are those of every pass through every MoE layer, in
+        order.
         """
         x, stats = self._hidden(tokens, document, domain, sample, choices or ())
         if targets is None:
@@ -202,16 +220,15 @@ class Transformer(nn.Module):
             causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
             mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
         place = Place(tokens.shape[1], sample, None if domain is None else domain.flatten())
-        x, carry, stats = self.embed(tokens), None, []
+        x, stats = self.embed(tokens), []
+        carry = None if self.shared_router is None else self.shared_router()
         run, replay = self.run if torch.is_grad_enabled() else _call, iter(choices)
         for layer in self.layers:
             x, layer_stats, carry = layer(x, carry, place, rope, mask, run, replay)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+            stats += layer_stats
         return self.norm(x), stats
 
     def at_step(self, step: int, train: config.Train) -> None:
         """Bring the routers' schedules to where `step` optimizer steps are done."""
-        for module in self.modules():
-            if isinstance(module, Router):
-                module.at_step(step, train)
+        for router in self.routers:
+            router.at_step(step, train)

@@ -148,7 +148,7 @@ class Trip:
 
     def forget_weights(self) -> None:
         """No product with the guests' weights is left: they go, unless they stay for the next micro-step."""
-        if self.store.last:
+        if self.store.final:
             self.store.weights.clear()
 
     def batches(self) -> list[list[int]]:

@@ -208,12 +208,18 @@ class Store:
     weights: dict[int, Tensor] = field(default_factory=dict)  # expert -> [W]
     grads: dict[int, Tensor] = field(default_factory=dict)  # expert -> [W] fp32, the sum so far
     grown: bool = False  # gradients of earlier micro-steps wait here or on another rank
-    last: bool = True  # the next backward is the last of this optimizer step
+    last: bool = True  # this micro-step is the last of the optimizer step
+    later: int = 0  # of this micro-step, backwards of the layer after the next one: a chained layer has several
 
     @classmethod
     def empty(cls, slots: int, num_ranks: int, num_experts: int) -> "Store":
         nobody = np.zeros((num_ranks, num_experts), np.int64)
         return cls(slots, nobody, nobody.copy())
+
+    @property
+    def final(self) -> bool:
+        """Whether the next backward is the optimizer step's last of this layer."""
+        return self.last and not self.later
 
     def admit(self, plan: Plan) -> None:
         """Keep the guests of `plan`, as far as there is room."""
@@ -227,16 +233,17 @@ class Store:
 
     def leaving(self, plan: Plan, home: Ints) -> list[Copy]:
         """Guests whose gradients go home with this backward: those that do not stay, and at the last one all."""
-        copies = {copy for copy in plan.guests() if self.last or not self.has_RE[copy[2], copy[0]]}
-        if self.last:
+        copies = {copy for copy in plan.guests() if self.final or not self.has_RE[copy[2], copy[0]]}
+        if self.final:
             copies |= {(e, int(home[e]), r) for r, e in np.argwhere(self.has_RE).tolist()}
         return sorted(copies)
 
     def close(self) -> None:
         """A backward is over; after the last one of the optimizer step nobody stays."""
-        self.grown = not self.last
-        if self.last:
+        self.grown = not self.final
+        if self.final:
             self.reset()
+        self.later = max(self.later - 1, 0)
 
     def reset(self) -> None:
         """Forget all guests, and what has added up."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from moetrain.config import Config
+from moetrain.model.transformer import Transformer
+from moetrain.moe.routers import Replicated
 
 GIB = 2**30
 
@@ -15,7 +17,7 @@ class Estimate:
     """Parameters are counted, bytes estimated: states are exact, activations rough (±30 %)."""
 
     total: int  # parameters of the model
-    active: int  # of them used by one token
+    active: int  # of them used by one token, counted at each use; of a router that varies, with top_k experts
     per_rank: int  # of them whose master copy lies on one rank
     states: int  # bytes a rank: fp32 masters, two moments, gradients
     gathered: int  # bytes a rank: parameters gathered for use, in the compute dtype
@@ -36,12 +38,13 @@ def estimate(config: Config, world: int) -> Estimate:
     attention = 2 * m.dim * (m.num_heads + m.num_kv_heads) * m.head_dim + norms + 2 * m.dim
     expert = 3 * m.dim * m.expert_hidden
     shared = m.num_shared_experts * expert
-    router = m.dim * m.num_experts
     embeddings = m.vocab_size * m.dim * (1 if m.tied_embeddings else 2) + m.dim
     dense = embeddings + m.num_layers * attention + m.num_dense_layers * 3 * m.dim * m.dense_hidden
     dense += m.num_moe_layers * shared
-    experts, routers = m.num_moe_layers * m.num_experts * expert, m.num_moe_layers * router
-    active = dense + routers + m.num_moe_layers * config.router.top_k * expert
+    experts, routers = sum(m.experts_of_layers) * expert, _replicated(config)
+    tau = config.router.zero_compute_tau  # a balanced layer gives experts that compute nothing 1 / tau times the rows
+    computed = tau * m.num_experts / (tau * m.num_experts + m.num_zero_compute)
+    active = dense + routers + round(computed * m.chain * sum(config.top_k_of_layers) * expert)
     per_rank = dense // shard + experts // shard + routers
 
     width = 2 if t.dtype == "bf16" else 4
@@ -49,11 +52,12 @@ def estimate(config: Config, world: int) -> Estimate:
     live = m.num_layers if not config.engine.reshard_after_forward else 1
     block = (dense - embeddings + experts // ep) // m.num_layers
     gathered = width * (embeddings + live * block)
-    rows = config.router.top_k * tokens
+    rows = round(computed * m.chain * config.router.top_k * tokens)
     layer = width * (tokens * (8 * m.dim + 3 * m.num_heads * m.head_dim) + rows * (3 * m.dim + 4 * m.expert_hidden))
     kept = m.num_layers * (width * 2 * tokens * m.dim if t.recompute == "full" else layer) + layer
     activations = kept + tokens * m.vocab_size * (width + 8)
     matrices = active - (0 if m.tied_embeddings else m.vocab_size * m.dim)
+    matrices += (m.chain - 1) * m.num_moe_layers * shared
     flops = 6 * matrices + 6 * m.num_layers * m.num_heads * m.head_dim * t.seq_len
     return Estimate(
         dense + experts + routers,
@@ -64,6 +68,14 @@ def estimate(config: Config, world: int) -> Estimate:
         activations,
         flops,
     )
+
+
+def _replicated(config: Config) -> int:
+    """Parameters of routers and what else is whole on every rank."""
+    with torch.device("meta"):
+        model = Transformer(config.model, config.router, config.planner)
+    parts = (p for m in model.modules() if isinstance(m, Replicated) for p in m.parameters())
+    return sum(p.numel() for p in set(parts))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -6,6 +6,7 @@ from moetrain import __version__
 from moetrain.config import Config
 from moetrain.data.loader import Corpus
 from moetrain.mesh import Mesh
+from moetrain.moe.routers import ROUTERS
 from moetrain.observe.console import Voice
 from moetrain.observe.estimate import GIB, Estimate, short
 
@@ -46,4 +47,6 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: 
         table.add_row(f"[dim]{name}[/dim]", text)
     voice.say(f"[bold]moetrain {__version__}")
     voice.say(table)
+    if warning := ROUTERS[config.router.name].warning:
+        voice.say(f"[yellow]{warning}")
     voice.say()

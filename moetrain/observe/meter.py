@@ -74,6 +74,7 @@ class Meter:
             torch.stack([x.weighted for x in self._losses]).double().sum(0, keepdim=True),
             torch.stack([torch.stack([*x.shares.values()]) for x in self._losses]).double().sum(0),
             torch.stack([x.entropy_L for x in self._losses]).double().sum(0),
+            torch.stack([s.kept_E.sum() for s in self._stats]).double().sum(0, keepdim=True),
             self._plans,
             self._loads.flatten(),
         ]
@@ -82,7 +83,7 @@ class Meter:
             torch.tensor([self._rows, self._lent_bytes], device=self._phases.device).double(),
         ]
         parts = [part.cpu() for part in all_reduce_sum(torch.cat(parts)).split([len(p) for p in parts])]
-        nats, tokens, weighted, shares, entropy, plans, loads, phases, (rows, lent) = parts
+        nats, tokens, weighted, shares, entropy, kept, plans, loads, phases, (rows, lent) = parts
         world, num_plans = self._mesh.world, len(self._stats) * self._mesh.world
         home, planned, guests, moved, crossing = plans.tolist()
         lm_loss = float(nats.sum() / tokens.sum())
@@ -106,9 +107,12 @@ class Meter:
         for name, spent, count in zip(self._domains, nats.tolist(), tokens.tolist(), strict=True):
             if count:
                 out[f"train/{name}/loss"] = spent / count
-        first = self._config.model.num_dense_layers
-        for index, row in enumerate(torch.cat(list(counts)).double().cpu().split([len(c) for c in counts])):
-            layer = f"balance/layer_{first + index:02d}"
+        rows_L = torch.cat(list(counts)).double().cpu().split([len(c) for c in counts])
+        selected = float(sum(row.sum() for row in rows_L))
+        out["balance/experts_per_token"] = selected / float(tokens.sum()) / len(counts)
+        out["balance/dropped_fraction"] = 1 - float(kept) / max(selected, 1.0)
+        for index, (name, row) in enumerate(zip(m.pass_names, rows_L, strict=True)):
+            layer = f"balance/{name}"
             share = row / row.sum().clamp(min=1)
             out[f"{layer}/max_vio"] = float(share.max() * len(row) - 1)
             out[f"{layer}/entropy"] = float(entropy[index] / tokens.sum()) / math.log(len(row)) if len(row) > 1 else 0.0

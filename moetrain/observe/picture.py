@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.moe.planners import default_home
 from moetrain.observe import trace
 
 
@@ -58,10 +57,7 @@ def _worst_sample(folder: Path) -> tuple[int, int, np.ndarray, np.ndarray] | Non
     found = trace.read(folder)
     if not len(found["step"]):
         return None
-    counts, planned = found["counts"], found["planned"]
-    owner = default_home(counts.shape[-1], counts.shape[-2])
-    home = np.stack([counts.sum(2)[..., owner == rank].sum(-1) for rank in range(counts.shape[-2])], axis=-1)
-    share, after = (x / x.mean(-1, keepdims=True).clip(min=1e-9) for x in (home, planned))
+    share, after = (found[x] / found[x].mean(-1, keepdims=True).clip(min=1e-9) for x in ("home", "planned"))
     sample, layer = np.unravel_index(share.max(-1).argmax(), share.shape[:2])
     return int(found["step"][sample]), int(layer), share[sample, layer], after[sample, layer]
 

@@ -1,19 +1,22 @@
 """The load trace: which source rank chose which expert, layer by layer, at sampled steps. `numpy` opens it.
 
 `load_trace/part_NNNNN.npz` has `step` [n], `counts` [n, L, R, E] (rows of each source rank for each expert, first
-micro-step, the expert group of rank 0; zeros behind the experts of a layer that has fewer) and `planned` [n, L, R]
-(rows computed on each rank). Parts are flushed as the run goes; each appears whole.
+micro-step, the expert group of rank 0; zeros behind the experts of a layer that has fewer), and `home` and `planned`
+[n, L, R] (rows of each rank's own experts, and rows computed on each rank). L counts passes through MoE layers. Parts
+are flushed as the run goes; each appears whole.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moetrain.moe.layer import LayerStats
 
 PART = 20  # samples
+FIELDS = ("counts", "home", "planned")
 
 
 class LoadTrace:
@@ -21,12 +24,12 @@ class LoadTrace:
 
     def __init__(self, folder: Path, every: int, first_step: int) -> None:
         self._folder, self._every = folder, every
-        self._samples: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._samples: list[tuple[Any, ...]] = []  # step, then FIELDS
         if every:
             folder.mkdir(exist_ok=True)
             for part in folder.glob("part_*.npz"):  # without what a resumed run will write again
                 with np.load(part) as old:
-                    samples = list(zip(old["step"].tolist(), old["counts"], old["planned"], strict=True))
+                    samples = list(zip(old["step"].tolist(), *(old[name] for name in FIELDS), strict=True))
                 kept = [sample for sample in samples if sample[0] <= first_step]
                 if len(kept) < len(samples):
                     part.unlink()
@@ -37,19 +40,20 @@ class LoadTrace:
         if self._every and (step % self._every == 0 or step == 1):
             most = max(s.plan.counts.shape[1] for s in stats)
             counts = [np.pad(s.plan.counts, ((0, 0), (0, most - s.plan.counts.shape[1]))) for s in stats]
-            planned = np.stack([s.plan.loads() for s in stats]).astype(np.int32)
-            self._samples.append((step, np.stack(counts).astype(np.int32), planned))
+            home, planned = [s.plan.home_loads() for s in stats], [s.plan.loads() for s in stats]
+            self._samples.append((step, *(np.stack(x).astype(np.int32) for x in (counts, home, planned))))
             if len(self._samples) >= PART:
                 self.flush()
 
     def flush(self) -> None:
         if not self._samples:
             return
-        steps, counts, planned = zip(*self._samples, strict=True)
+        steps, *arrays = zip(*self._samples, strict=True)
         path = self._folder / f"part_{self._next:05d}.npz"
         unfinished = self._folder / f".{path.name}"
         with unfinished.open("wb") as out:
-            np.savez_compressed(out, step=np.array(steps), counts=np.stack(counts), planned=np.stack(planned))
+            found: dict[str, Any] = {name: np.stack(array) for name, array in zip(FIELDS, arrays, strict=True)}
+            np.savez_compressed(out, step=np.array(steps), **found)
         os.rename(unfinished, path)
         self._next += 1
         self._samples = []
@@ -62,6 +66,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
         return {
             "step": np.zeros(0, int),
             "counts": np.zeros((0, 0, 0, 0), int),
+            "home": np.zeros((0, 0, 0), int),
             "planned": np.zeros((0, 0, 0), int),
         }
-    return {name: np.concatenate([p[name] for p in parts]) for name in ("step", "counts", "planned")}
+    return {name: np.concatenate([p[name] for p in parts]) for name in ("step", *FIELDS)}

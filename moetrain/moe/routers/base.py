@@ -7,6 +7,7 @@ A router works in three steps, so that activation recompute can replay a choice 
 T tokens, D model width, E experts, K top-k, N selections (any number a token), B sequences.
 """
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,11 +49,14 @@ class Routing(NamedTuple):
         return Routing(token_N, expert_N, weight_N, self.probs_TE)
 
 
-class Router(nn.Module):
-    """The base of all routers; its parameters are kept whole on every rank, in fp32.
+class Replicated(nn.Module):
+    """A module whose own parameters are kept whole on every rank, in fp32; their gradients are summed over ranks."""
 
-    A subclass has `logits` and `choose`; `score` and `weigh` follow from the options unless it has its own.
-    """
+    init_std: float | None = None  # of its matrices; None: that of the model
+
+
+class Router(Replicated):
+    """The base of all routers. A subclass has `logits` and `choose`; `score` and `weigh` follow from the options."""
 
     takes: ClassVar[frozenset[str]] = frozenset()  # options of config.Router that it has, besides everybody's
     normalises: ClassVar[bool] = True  # what router.normalise=null means
@@ -63,11 +67,22 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts, self.options, self.index = num_experts, options, index
         self.normalise = self.normalises if options.normalise is None else options.normalise
+        self.k = options.top_k  # selections a token, now
         self.loss_weights: tuple[float, ...] | None = None  # [E] of the balance loss's terms; None: all one
         self.bias: Tensor | None  # fp32 [E], added to the gates where experts are chosen, nowhere else
         self.register_buffer("bias", None)
         self.held: Tensor | None  # fp32 [E], shares of selections in the last optimizer step
         self.register_buffer("held", None)
+
+    @classmethod
+    def shared(cls, options: config.Router) -> Replicated | None:
+        """What all layers' routers share, if anything: a module whose call makes the first one's `carry`."""
+        return None
+
+    @classmethod
+    def problems(cls, num_experts: int, m: config.Model, r: config.Router) -> Iterator[tuple[str, str]]:
+        """(field, rule) of options that do not fit a layer of so many experts."""
+        yield from ()
 
     def at_step(self, step: int, train: config.Train) -> None:
         """Before every optimizer step (`step` are done), and before evaluation and generation: for what changes."""
@@ -83,10 +98,13 @@ class Router(nn.Module):
         if self.options.skew:
             hot = torch.arange(self.num_experts, device=logits_TE.device) < self.options.top_k
             logits_TE = logits_TE + self.options.skew * hot
+        return self.scores_of(logits_TE), carry
+
+    def scores_of(self, logits_TE: Tensor) -> Scores:
         if self.options.scores == "softmax":
-            return Scores(logits_TE, logits_TE.softmax(-1)), carry
+            return Scores(logits_TE, logits_TE.softmax(-1))
         gates_TE = logits_TE.sigmoid()
-        return Scores(logits_TE, gates_TE / gates_TE.sum(-1, keepdim=True)), carry
+        return Scores(logits_TE, gates_TE / gates_TE.sum(-1, keepdim=True))
 
     def logits(self, x_TD: Tensor, carry: Any, place: Place | None) -> tuple[Tensor, Any]:
         """[T, D] of any dtype -> [T, E] fp32, and what the next router gets as `carry`."""
@@ -96,11 +114,11 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def gates(self, scores: Scores) -> Tensor:
-        """[T, E] what weights are made of: softmax or sigmoid of the logits."""
+        """[T, E] what weights are made of: softmax or sigmoid of the logits, with gradient."""
         return scores.probs_TE if self.options.scores == "softmax" else scores.logits_TE.sigmoid()
 
     def weigh(self, scores: Scores, choice: Choice) -> Routing:
-        """The chosen experts' gates, summing to one over a token's if `normalise`; zero for what was not chosen."""
+        """The chosen experts' gates, a token's summing to one if `normalise`, times `scaling`; else zero."""
         token_N, expert_N, chosen_N = choice
         gate_TE = self.gates(scores)
         place_N = token_N * self.num_experts + expert_N
@@ -109,4 +127,5 @@ class Router(nn.Module):
         weight_TE = torch.where(made_TE, gate_TE, 0.0)
         if self.normalise:
             weight_TE = weight_TE / weight_TE.sum(-1, keepdim=True).clamp(min=1e-20)
-        return Routing(token_N, expert_N, weight_TE.view(-1).index_select(0, place_N), scores.probs_TE)
+        weight_N = weight_TE.view(-1).index_select(0, place_N)
+        return Routing(token_N, expert_N, self.options.scaling * weight_N, scores.probs_TE)

@@ -13,8 +13,10 @@ class RoundRobin(TopK):
     divides T·K.
     """
 
+    takes = frozenset()
+
     @torch.no_grad()
     def choose(self, scores: Scores, place: Place | None = None) -> Choice:
-        (num_tokens, num_experts), k = scores.logits_TE.shape, self.options.top_k
+        (num_tokens, num_experts), k = scores.logits_TE.shape, self.k
         turn_N = torch.arange(num_tokens * k, device=scores.logits_TE.device)
         return Choice(turn_N // k, turn_N % num_experts)
