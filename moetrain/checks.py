@@ -28,6 +28,7 @@ def check(c: Config) -> None:
     kind = ROUTERS[c.router.name]
     for option in c.router.own_options:
         rule(option in kind.takes, f"router.{option}", f"the router {c.router.name} has no such option")
+    rule(kind.biased or c.balance.bias == "none", "balance.bias", f"means nothing to the router {c.router.name}")
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     groups = c.balance.device_groups
     rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")

@@ -81,6 +81,7 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         ),
         (["router.noise=1", "router.name=top_p"], "router.noise=1.0: the router top_p has no such option"),
         (["router.top_p=0.5"], "router.top_p=0.5: the router topk has no such option"),
+        (["router.name=top_p", "balance.bias=sign"], "balance.bias=sign: means nothing to the router top_p"),
         (["router.groups=4"], "router.groups=4: goes with router.top_groups, which is None"),
         (["router.groups=3", "router.top_groups=1"], "router.groups=3: must divide the 8 experts of a layer"),
         (["router.groups=2", "router.top_groups=3"], "router.top_groups=3: must be at most router.groups=2"),

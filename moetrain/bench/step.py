@@ -48,7 +48,8 @@ class Variant:
     def install(self, layers: Sequence[MoE]) -> None:
         for moe in layers:
             moe.planner = partial(PLANNERS[self.planner.name], **self.planner.options)
-            moe.router.choose = partial(ROUTERS[self.router].choose, moe.router)  # type: ignore[method-assign]
+            for router in moe.routers:
+                router.choose = partial(ROUTERS[self.router].choose, router)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Router(Replicated):
 
     takes: ClassVar[frozenset[str]] = frozenset()  # options of config.Router that it has, besides everybody's
     normalises: ClassVar[bool] = True  # what router.normalise=null means
+    biased: ClassVar[bool] = True  # whether it chooses by gates plus the bias
     warning: ClassVar[str] = ""  # said when a run starts
 
     def __init__(self, dim: int, num_experts: int, options: config.Router, index: int = 0) -> None:

@@ -18,6 +18,7 @@ class ExpertChoice(TopK):
 
     takes = frozenset()
     normalises = False
+    biased = False
     warning = (
         "router.name=expert_choice: experts pick tokens over the whole sequence, so a token's experts depend on later "
         "tokens. Losses are lower than an autoregressive use can keep."

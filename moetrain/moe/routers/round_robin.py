@@ -14,6 +14,7 @@ class RoundRobin(TopK):
     """
 
     takes = frozenset()
+    biased = False
 
     @torch.no_grad()
     def choose(self, scores: Scores, place: Place | None = None) -> Choice:

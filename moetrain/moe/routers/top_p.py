@@ -17,6 +17,7 @@ class TopP(TopK):
 
     takes = frozenset({"top_p"})
     normalises = False
+    biased = False
 
     @torch.no_grad()
     def choose(self, scores: Scores, place: Place | None = None) -> Choice:

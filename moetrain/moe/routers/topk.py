@@ -61,6 +61,7 @@ class TopK(Router):
         if self.bias is None and r.groups is None:
             return scores.logits_TE
         best_TE = self.gates(scores) if self.bias is None else self.gates(scores) + self.bias
+        best_TE = best_TE.masked_fill(scores.logits_TE == -torch.inf, -torch.inf)  # no bias opens what is shut
         if r.groups is None or r.top_groups is None:
             return best_TE
         best_TGE = best_TE.unflatten(1, (r.groups, -1))
