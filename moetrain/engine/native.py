@@ -42,9 +42,8 @@ class NativeEngine:
         self.model = model
         self._shard(config)
         model.to_empty(device=mesh.device)
-        self._replicated = [
-            p for p in _replicated(model) if p.requires_grad
-        ]  # only now: moving from the meta device makes new parameters
+        # only now: moving from the meta device makes new parameters
+        self._replicated = [p for p in _replicated(model) if p.requires_grad]
         initialise(model, config.train.seed)
         self.optimizer = torch.optim.AdamW(
             _groups(model, set(self._replicated), config.optim.weight_decay),
