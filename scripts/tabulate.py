@@ -42,6 +42,7 @@ COLUMNS = (
         "imbalance home", "imbalance_home", 3, "largest device load over the mean in a micro-step, without planning"
     ),
     Column("planned", "imbalance_planned", 3, "the same after planning; both of the run's second half"),
+    Column("experts/token", "experts_per_token", 2, "selections of a token in a layer, second half"),
     Column("tokens/s", "tokens_per_second", 0, "median of the steps, all ranks together"),
     Column("active", "active_parameters", 0, "parameters that a token uses"),
 )
@@ -62,6 +63,7 @@ def read(run: Path) -> Values:
         "max_vio": float(np.mean([over_layers(row, "balance", "max_vio") for row in late])),
         "imbalance_home": float(np.mean([row["balance/imbalance_home"] for row in late])),
         "imbalance_planned": float(np.mean([row["balance/imbalance_planned"] for row in late])),
+        "experts_per_token": float(np.mean([row["balance/experts_per_token"] for row in late])),
         "tokens_per_second": summary["tokens_per_second"],
         "active_parameters": summary["parameters"]["active"],
     }
