@@ -63,10 +63,11 @@ def read(run: Path) -> Values:
         "max_vio": float(np.mean([over_layers(row, "balance", "max_vio") for row in late])),
         "imbalance_home": float(np.mean([row["balance/imbalance_home"] for row in late])),
         "imbalance_planned": float(np.mean([row["balance/imbalance_planned"] for row in late])),
-        "experts_per_token": float(np.mean([row["balance/experts_per_token"] for row in late])),
         "tokens_per_second": summary["tokens_per_second"],
         "active_parameters": summary["parameters"]["active"],
     }
+    if "balance/experts_per_token" in steps[-1]:
+        found["experts_per_token"] = float(np.mean([row["balance/experts_per_token"] for row in late]))
     domains = {name: value for name, value in summary["bits_per_byte"].items() if name != "all"}
     return found | {f"domain/{name}": value for name, value in domains.items()}
 
@@ -118,7 +119,7 @@ def written(number: dict[str, Any] | None, digits: int, sign: str = "") -> str:
     if number is None:
         return "–"
     text = f"{number['mean']:{sign},.{digits}f}"
-    return text if len(number["values"]) == 1 else f"{text} ± {number['half_range']:,.{digits}f}"
+    return text if number["half_range"] == 0 else f"{text} ± {number['half_range']:,.{digits}f}"
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
@@ -135,7 +136,7 @@ def markdown(records: list[dict[str, Any]]) -> str:
 
 def row(record: dict[str, Any], first: str) -> list[str]:
     against = "" if record["name"] == first else written(record["against_first"], 4, "+")
-    cells = [written(record[c.key], c.digits) for c in COLUMNS]
+    cells = [written(record.get(c.key), c.digits) for c in COLUMNS]
     return [record["name"], str(len(record["seeds"])), cells[0], against, *cells[1:]]
 
 
