@@ -53,7 +53,8 @@ def held(tensor: Tensor) -> Held:
     mesh = tensor.device_mesh
     rows = -(-tensor.shape[0] // mesh.size(-1)) * mesh.get_local_rank(-1)
     row = math.prod(tensor.shape[1:])
-    return Held(tuple(tensor.shape), min(rows, tensor.shape[0]) * row, tensor.detach().to_local().view(-1))
+    local = tensor.to_local().detach()
+    return Held(tuple(tensor.shape), min(rows, tensor.shape[0]) * row, local.view(-1))
 
 
 def of_model(model: nn.Module, kinds: Callable[[nn.Parameter], Mapping[str, Held]]) -> Entries:
