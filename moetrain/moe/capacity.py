@@ -21,7 +21,9 @@ def room(counts_E: Tensor, factor: float, weights: Sequence[float] | None = None
     `counts_E`: this rank's selections, N = their sum.
     """
     weights = [1.0] * len(counts_E) if weights is None else weights
-    part_E = torch.tensor([w / sum(weights) for w in weights], dtype=torch.float64).to(counts_E.device)
+    part_E = torch.tensor([w / sum(weights) for w in weights], dtype=torch.float64).to(
+        counts_E.device, non_blocking=True
+    )
     return (factor * counts_E.sum() * part_E - 1e-6).ceil().to(torch.int64)
 
 

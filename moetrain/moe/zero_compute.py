@@ -34,7 +34,7 @@ class ZeroCompute(Replicated):
         of_x_T = weight_TZ[:, : self.num_copy].sum(1)
         y_TD = None
         if self.vector is not None and self.mix is not None:
-            alpha_TC2 = F.linear(wide_TD, self.mix.float().flatten(0, 1)).view(len(x_TD), -1, 2).softmax(-1)
+            alpha_TC2 = F.linear(wide_TD, self.mix.float().flatten(0, 1)).unflatten(1, (-1, 2)).softmax(-1)
             weighted_TC2 = weight_TZ[:, self.num_copy :, None] * alpha_TC2
             of_x_T = of_x_T + weighted_TC2[..., 0].sum(1)
             y_TD = weighted_TC2[..., 1] @ self.vector.float()

@@ -25,7 +25,8 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: 
         (
             "model",
             f"{short(size.total)} parameters, {short(size.active)} active a token; {m.num_layers} layers, "
-            f"width {m.dim}, {m.num_experts} experts, top-{config.router.top_k}",
+            f"width {m.dim}, {m.num_experts} experts, top-{config.router.top_k}"
+            + ("" if config.router.name == "topk" else f", router {config.router.name}"),
         ),
         (
             "per rank",

@@ -124,7 +124,9 @@ class Router(Replicated):
         gate_TE = self.gates(scores)
         place_N = token_N * self.num_experts + expert_N
         made_TE = torch.zeros_like(gate_TE, dtype=torch.bool)
-        made_TE.view(-1)[place_N] = True if chosen_N is None else chosen_N
+        made_TE.view(-1).scatter_(
+            0, place_N, torch.ones_like(place_N, dtype=torch.bool) if chosen_N is None else chosen_N
+        )
         weight_TE = torch.where(made_TE, gate_TE, 0.0)
         if self.normalise:
             weight_TE = weight_TE / weight_TE.sum(-1, keepdim=True).clamp(min=1e-20)
