@@ -191,7 +191,7 @@ def test_a_worker_that_raises_has_the_last_word(trained: tuple[Path, str], data:
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
         "    import moetrain.moe.layer as layer\n"
-        "    def broken(self, scores):\n"
+        "    def broken(*given):\n"
         "        raise ValueError('planted fault')\n"
         "    layer.MoE.decide = broken\n"
     )

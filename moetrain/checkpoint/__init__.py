@@ -82,13 +82,13 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
     sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - FREE}
     if same_run:
         sections |= {"train": {"seed", "seq_len"}, "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out"}}
-    _check_buffers(config.balance, theirs["balance"], path)
     for section, fields in sections.items():
         for field in ours[section]:
             value, other = ours[section][field], theirs[section].get(field)
             if field in fields and value != other and not (field == "vocab_size" and value is None):
                 advice = "; another run.name starts a new run" if same_run else ""
                 raise ConfigError(f"{section}.{field}={value}: the checkpoint {path} has {other}{advice}")
+    _check_buffers(config.balance, theirs["balance"], path)
 
 
 def _check_buffers(ours: Balance, theirs: dict[str, Any], path: Path) -> None:
