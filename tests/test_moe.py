@@ -271,12 +271,14 @@ def test_the_whole_layer_equals_the_loop(pool, options: list[str]) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_round_robin_is_even_and_trains_the_router(top_k: int) -> None:
+@pytest.mark.parametrize("normalise", ["true", "null"])
+def test_round_robin_is_even_and_trains_the_router(top_k: int, normalise: str) -> None:
     """Exactly even counts, K different experts a token, TopK's weights of them."""
     from moetrain import config
     from moetrain.moe.routers import ROUTERS
 
-    options = config.load(["model=tiny", "router.name=round_robin", f"router.top_k={top_k}", "router.skew=3"]).router
+    overrides = ["router.name=round_robin", f"router.top_k={top_k}", "router.skew=3", f"router.normalise={normalise}"]
+    options = config.load(["model=tiny", *overrides]).router
     router = ROUTERS[options.name](D, E, options)
     torch.nn.init.normal_(router.weight)
     routing, _ = router(torch.randn(5 * E, D))
@@ -284,10 +286,12 @@ def test_round_robin_is_even_and_trains_the_router(top_k: int) -> None:
     chosen_TK = routing.expert_N.view(-1, top_k)
     assert all(len(set(row)) == top_k for row in chosen_TK.tolist())
     weight_TK = routing.probs_TE.gather(1, chosen_TK)
-    torch.testing.assert_close(routing.weight_N.view(-1, top_k), weight_TK / weight_TK.sum(1, keepdim=True))
+    alone = top_k == 1 and normalise == "null"
+    expected_TK = weight_TK if alone else weight_TK / weight_TK.sum(1, keepdim=True)
+    torch.testing.assert_close(routing.weight_N.view(-1, top_k), expected_TK)
     routing.weight_N.square().sum().backward()
     assert router.weight.grad is not None
-    assert (router.weight.grad.abs().sum() > 0) == (top_k > 1)  # one weight, normalised, is a constant
+    assert (router.weight.grad.abs().sum() > 0) == (top_k > 1 or alone)  # one weight, normalised, is a constant
 
 
 def repeat(mesh: Mesh) -> list[bool]:

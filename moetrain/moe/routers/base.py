@@ -59,7 +59,7 @@ class Router(Replicated):
     """The base of all routers. A subclass has `logits` and `choose`; `score` and `weigh` follow from the options."""
 
     takes: ClassVar[frozenset[str]] = frozenset()  # options of config.Router that it has, besides everybody's
-    normalises: ClassVar[bool] = True  # what router.normalise=null means
+    normalises: ClassVar[bool] = True  # what router.normalise=null means for more than one expert a token
     biased: ClassVar[bool] = True  # whether it chooses by gates plus the bias
     warning: ClassVar[str] = ""  # said when a run starts
 
@@ -67,7 +67,8 @@ class Router(Replicated):
         """`index`: how many routers come before it in the model."""
         super().__init__()
         self.num_experts, self.options, self.index = num_experts, options, index
-        self.normalise = self.normalises if options.normalise is None else options.normalise
+        several = self.normalises and options.top_k > 1  # one weight, normalised, is a constant: nothing to learn from
+        self.normalise = several if options.normalise is None else options.normalise
         self.k = options.top_k  # selections a token, now
         self.loss_weights: tuple[float, ...] | None = None  # [E] of the balance loss's terms; None: all one
         self.bias: Tensor | None  # fp32 [E], added to the gates where experts are chosen, nowhere else
