@@ -15,7 +15,6 @@ from rich.table import Table
 from moetrain.bench import tables
 from moetrain.bench.cases import PRESETS, Shape
 from moetrain.bench.cell import Gemms, now
-from moetrain.observe.console import console
 
 Records = list[dict[str, Any]]
 RANKS, TOKENS = 8, 8192  # of the cluster that the device stands for; of each rank
@@ -30,13 +29,7 @@ def run(options: argparse.Namespace) -> int:
     found = [measure(name, shape_of(name, scale), device, options.repeats) for name in options.shape]
     if options.json:
         print(json.dumps(found))
-    console.print(table(found))
-    console.print(LEGEND)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-        (options.out / "gpu.md").write_text(markdown(found))
-        console.print(f"written: {options.out}/gpu.json, gpu.md")
+    tables.publish("gpu", found, table(found), LEGEND, markdown(found), options.out)
     return 0
 
 

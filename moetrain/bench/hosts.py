@@ -73,13 +73,7 @@ def run(options: argparse.Namespace) -> int:
             found += [{"rate": rate, **record} for record in json.loads(path.read_text())]
     if options.json:
         print(json.dumps(found))
-    console.print(table(found))
-    console.print(LEGEND)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "hosts.json").write_text(json.dumps(found, indent=1) + "\n")
-        (options.out / "hosts.md").write_text(markdown(found))
-        console.print(f"written: {options.out}/hosts.json, hosts.md")
+    tables.publish("hosts", found, table(found), LEGEND, markdown(found), options.out)
     return 0
 
 

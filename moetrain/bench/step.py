@@ -31,7 +31,6 @@ from moetrain.moe.layer import MoE
 from moetrain.moe.plan import imbalance
 from moetrain.moe.planners import PLANNERS
 from moetrain.moe.routers import ROUTERS
-from moetrain.observe.console import console
 from moetrain.observe.meter import PHASES
 from moetrain.optim import learning_rate
 
@@ -189,13 +188,7 @@ def run(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
         return
     if given.json:
         print(json.dumps(found))
-    console.print(table(found))
-    console.print(LEGEND)
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "step.json").write_text(json.dumps(found, indent=1) + "\n")
-        (given.out / "step.md").write_text(markdown(found))
-        console.print(f"written: {given.out}/step.json, step.md")
+    tables.publish("step", found, table(found), LEGEND, markdown(found), given.out)
 
 
 COLUMNS = ("routing", "planner", "step ms", "% of ideal", "imbalance", "guests", "rows crossing", "sync")
