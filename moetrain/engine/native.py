@@ -12,6 +12,7 @@ Master weights and optimizer states are fp32; under bf16, FSDP2 casts what it ga
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from moetrain.checkpoint.entries import MODEL, MOMENTS, Entries, Held, held, of_model
 from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
 from moetrain.mesh import Mesh
@@ -115,6 +117,28 @@ class NativeEngine:
                 copies = self.mesh.dp_replicate if isinstance(parameter, DTensor) else self.mesh.world
                 total += _local(parameter.grad).double().square().sum() / copies
         return math.sqrt(all_reduce_sum(total).item())
+
+    def entries(self, optimizer: bool = True) -> Entries:
+        """This rank's part of what a checkpoint holds; it shares memory with the model and the optimizer."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward without gradient may have left parameters gathered
+        return of_model(self.model, partial(self._kinds, optimizer))
+
+    def _kinds(self, optimizer: bool, parameter: nn.Parameter) -> dict[str, Held]:
+        kinds = {MODEL: held(parameter)}
+        if optimizer:
+            state = self.optimizer.state[parameter]
+            if not state:  # as AdamW would make it at its first step
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            kinds |= {moment: held(state[moment]) for moment in MOMENTS}
+        return kinds
+
+    def restored(self, entries: Entries, step: int) -> None:
+        """`entries` hold a checkpoint of `step` steps now."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
 
     def _grads(self) -> Iterator[Tensor]:
         return (p.grad for p in self.model.parameters() if p.grad is not None)

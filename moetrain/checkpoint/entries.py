@@ -1,0 +1,87 @@
+"""What a checkpoint is made of, whatever the engine: entries, each a tensor of its global shape.
+
+`model/NAME` per parameter (the fp32 master where there is one) and persistent buffer, `exp_avg/NAME` and
+`exp_avg_sq/NAME` per parameter; experts one by one under their global number. A rank holds a run of an entry's
+elements: whole rows under FSDP, a range of a flat buffer under ZeRO, all of them where it is not sharded.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from moetrain.moe.experts import Experts
+
+MODEL = "model"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Held(NamedTuple):
+    """A rank's part of an entry: its elements `begin : begin + len(values)`, counted row by row."""
+
+    shape: tuple[int, ...]  # of the whole entry
+    begin: int
+    values: Tensor  # 1-D, any dtype and device; loading writes into it
+
+
+Entries = dict[str, Held]
+
+
+class Engine(Protocol):
+    """What saving and loading need of an engine."""
+
+    def entries(self, optimizer: bool = True) -> Entries:
+        """This rank's part of every entry; without `optimizer`, of the model's alone.
+
+        The same names, shapes and ranges whenever it is asked. `values` share memory with what they are part of, or
+        `restored` puts them there. Ranks may hold the same range; all ranges of an entry tile it.
+        """
+
+    def restored(self, entries: Entries, step: int) -> None:
+        """`entries`, as given out, have been filled: `step` optimizer steps are done."""
+
+
+def held(tensor: Tensor) -> Held:
+    """A plain tensor, which is whole, or a DTensor cut along its first dimension, by its last mesh axis."""
+    if not isinstance(tensor, DTensor):
+        return Held(tuple(tensor.shape), 0, tensor.detach().view(-1))
+    *others, cut = tensor.placements
+    if cut != Shard(0) or any(placement != Replicate() for placement in others):
+        raise RuntimeError(f"a checkpoint cannot hold a tensor placed as {tensor.placements}")
+    mesh = tensor.device_mesh
+    rows = -(-tensor.shape[0] // mesh.size(-1)) * mesh.get_local_rank(-1)
+    row = math.prod(tensor.shape[1:])
+    local = tensor.to_local().detach()
+    return Held(tuple(tensor.shape), min(rows, tensor.shape[0]) * row, local.view(-1))
+
+
+def of_model(model: nn.Module, kinds: Callable[[nn.Parameter], Mapping[str, Held]]) -> Entries:
+    """Entries of `model`: `kinds(parameter)` gives what there is of a parameter, as this rank's module has it.
+
+    The first dimension of an expert parameter counts the experts whose home is this rank.
+    """
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    out: Entries = {}
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        for kind, part in kinds(parameter).items():
+            if owner in experts:
+                numbers = experts[owner].own_experts()
+                out |= {f"{kind}/{owner}.{e}.{last}": one for e, one in _by_expert(numbers, part)}
+            else:
+                out[f"{kind}/{name}"] = part
+    kept = model.state_dict().keys()
+    return out | {f"{MODEL}/{name}": held(buffer) for name, buffer in model.named_buffers() if name in kept}
+
+
+def _by_expert(numbers: list[int], part: Held) -> Iterator[tuple[int, Held]]:
+    """(global number, its part) of the experts that a range [S, ...] reaches into."""
+    size = math.prod(part.shape[1:])
+    end = part.begin + len(part.values)
+    for slot, number in enumerate(numbers):
+        first, last = max(part.begin, slot * size), min(end, (slot + 1) * size)
+        if first < last:
+            values = part.values[first - part.begin : last - part.begin]
+            yield number, Held(tuple(part.shape[1:]), first - slot * size, values)
