@@ -183,11 +183,11 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _bench_step(options: argparse.Namespace) -> int:
-    from moetrain.bench import step
+    from moetrain import checkpoint
 
     settings = config.load(options.overrides)
     step_options.Options.of(options)
-    step.starting_point(settings)
+    checkpoint.given(settings)
     return _with_workers(options, settings, "bench")
 
 

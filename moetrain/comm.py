@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,6 +46,17 @@ def broadcast_text(text: str, device: torch.device) -> str:
     if len(data) != int(size):
         data = torch.zeros(int(size), dtype=torch.uint8, device=device)
     return bytes(broadcast(data).tolist()).decode()
+
+
+def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
+    """The text of every rank of a gloo group."""
+    data = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+    longest = max(int(size) for size in sizes)
+    rows = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(rows, torch.cat([data, data.new_zeros(longest - len(data))]), group=group)
+    return [bytes(row[: int(size)].numpy()).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def barrier() -> None:

@@ -140,6 +140,7 @@ class Generate(Section):
 class Checkpoint(Section):
     every: NonNegative
     keep: Positive
+    keep_every: NonNegative
     resume: str
 
 

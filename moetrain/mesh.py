@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.config import Parallel
 
+SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -37,6 +39,7 @@ class Mesh:
     dense: DeviceMesh  # dense parameters: (dp_shard) or (dp_replicate, dp_shard)
     expert_data: DeviceMesh  # a rank's expert shard: (expert_data) or (dp_replicate, expert_data)
     dp_replicate: int
+    saving: dist.ProcessGroup  # all ranks, over the hosts' network: for the thread that writes checkpoints
 
     @property
     def is_main(self) -> bool:
@@ -92,6 +95,7 @@ def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Me
         group = dist.new_group(ranks)
         lend = group if rank in ranks else lend
     assert lend is not None
+    saving = dist.new_group(timeout=SLOWEST_SAVE, backend="gloo" if device.type == "cuda" else None)
     expert = Expert(rank % ep, ep, grid.get_group("ep"), lend)
     return Mesh(
         rank=rank,
@@ -101,6 +105,7 @@ def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Me
         dense=dense if replicate > 1 else dense["dp_shard"],
         expert_data=grid["dp_replicate", "expert_data"] if replicate > 1 else grid["expert_data"],
         dp_replicate=replicate,
+        saving=saving,
     )
 
 

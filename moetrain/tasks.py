@@ -5,15 +5,16 @@ import time
 from pathlib import Path
 
 from moetrain import checkpoint, profile, runs, train
+from moetrain.checkpoint import manifest
 from moetrain.comm import broadcast_text
-from moetrain.config import Config
+from moetrain.config import Config, ConfigError
 from moetrain.data.loader import Corpus
 from moetrain.engine.native import NativeEngine
 from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
-from moetrain.observe.console import console
+from moetrain.observe.console import console, errors
 
 
 def train_run(config: Config, mesh: Mesh, as_json: bool) -> None:
@@ -80,13 +81,16 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 
 def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
-    """The newest checkpoint of `config.run`, on these ranks."""
+    """The newest checkpoint of `config.run` that is whole, on these ranks."""
     corpus, _ = train.open_data(config)
     config = train.with_vocabulary(config, corpus)
-    newest = checkpoint.newest(runs.folder_of(config)) if mesh.is_main else None
-    saved = Path(broadcast_text(str(newest or ""), mesh.device))
+    saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
+    for path, said in passed if mesh.is_main else []:
+        errors.print(f"{path} is not whole and is passed over: {said}", markup=False)
+    if saved is None:
+        raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
     engine = NativeEngine(train.build(config), mesh, config)
-    checkpoint.load(saved, engine.model)
+    checkpoint.load(saved, engine, optimizer=False)
     engine.plan_with(profile.of_checkpoint(saved))
     engine.model.at_step(checkpoint.progress(saved)[0], config.train)
     return engine.model, corpus, saved

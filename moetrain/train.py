@@ -36,22 +36,25 @@ def train(config: Config, mesh: Mesh) -> Path:
     corpus, loader = open_data(config)
     config = with_vocabulary(runs.absolute(config), corpus)
     folder = runs.folder_of(config)
-    saved, finished = decide(config, folder, mesh)
+    model = build(config)
+    saved, notes = checkpoint.agree(config, folder, mesh, model)
+    first, position = checkpoint.progress(saved)
+    finished = bool(broadcast_text("yes" * (first >= config.train.steps and summary.is_there(folder)), mesh.device))
     if not finished and mesh.is_main:
         runs.create(config)
     barrier()
     voice = Voice(folder / "log.txt", silent=not mesh.is_main)
+    voice.say_all(notes)
     size = estimate(config, mesh.world)
     describe(config, mesh, corpus, size, voice)
 
-    first, position = checkpoint.progress(saved)
     if finished:
         voice.say(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
         summary.show(summary.read(folder), voice)
         return folder
-    engine = NativeEngine(build(config), mesh, config)
+    engine = NativeEngine(model, mesh, config)
     if saved is not None:
-        checkpoint.load(saved, engine.model, engine.optimizer)
+        checkpoint.load(saved, engine)
         voice.say(f"resumed from {saved}, {first} steps done")
     engine.plan_with(profile.obtain(mesh, profile.Layer.of(config), folder, saved))
     tracker = Tracker([*sinks(config, folder, first)] if mesh.is_main else [])
@@ -60,36 +63,40 @@ def train(config: Config, mesh: Mesh) -> Path:
 
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     engine.model.at_step(first, config.train)
-    for step in range(first, config.train.steps):
-        began = time.perf_counter()
-        shares = list(micro_batches(config, mesh, loader, position))
-        lr = learning_rate(config.optim, step, config.train.steps)
-        parts, counts, norm = optimizer_step(engine, config, shares, lr)
-        position += config.train.global_batch
-        engine.model.at_step(step + 1, config.train)
+    with checkpoint.Saver(folder, config, mesh, engine, first) as saver:
+        for step in range(first, config.train.steps):
+            began = time.perf_counter()
+            shares = list(micro_batches(config, mesh, loader, position))
+            lr = learning_rate(config.optim, step, config.train.steps)
+            parts, counts, norm = optimizer_step(engine, config, shares, lr)
+            position += config.train.global_batch
+            engine.model.at_step(step + 1, config.train)
 
-        trace.record(step + 1, parts[0].stats)
-        meter = Meter(config, mesh, corpus.domains)
-        for part in parts:
-            meter.add(*part)
-        metrics = meter.metrics(counts) | bias_metrics(engine.model.routers, config.model.num_dense_layers)
-        seconds = time.perf_counter() - began
-        metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": position * config.train.seq_len}
-        metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
-        metrics["perf/mfu"] = size.flops_per_token * tokens_in_batch / seconds / (peak * mesh.world)
-        if (step + 1) % config.train.log_every == 0 or step + 1 == config.train.steps:
-            tracker.log(step + 1, metrics)
-        done = step + 1 == config.train.steps
-        if not done and config.eval.every and (step + 1) % config.eval.every == 0:
-            tracker.log(step + 1, evaluate(engine.model, corpus, config, mesh)[1])
-        if done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
-            trace.flush()
-            checkpoint.save(folder, step + 1, position, config, mesh, engine.model, engine.optimizer)
+            trace.record(step + 1, parts[0].stats)
+            meter = Meter(config, mesh, corpus.domains)
+            for part in parts:
+                meter.add(*part)
+            metrics = meter.metrics(counts) | bias_metrics(engine.model.routers, config.model.num_dense_layers)
+            seconds = time.perf_counter() - began
+            metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": position * config.train.seq_len}
+            metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
+            metrics["perf/mfu"] = size.flops_per_token * tokens_in_batch / seconds / (peak * mesh.world)
+            done = step + 1 == config.train.steps
+            saves = done or bool(config.checkpoint.every and (step + 1) % config.checkpoint.every == 0)
+            if saves:
+                trace.flush()
+                metrics["perf/checkpoint_stall_seconds"] = saver.save(step + 1, position)
+            voice.say_all(saver.news())
+            if saves or (step + 1) % config.train.log_every == 0:
+                tracker.log(step + 1, metrics)
+            if not done and config.eval.every and (step + 1) % config.eval.every == 0:
+                tracker.log(step + 1, evaluate(engine.model, corpus, config, mesh)[1])
 
-    scores, held_out = evaluate(engine.model, corpus, config, mesh)
-    tracker.log(config.train.steps, held_out)
-    prompts = prompts_of(corpus, config)
-    texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
+        scores, held_out = evaluate(engine.model, corpus, config, mesh)
+        tracker.log(config.train.steps, held_out)
+        prompts = prompts_of(corpus, config)
+        texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
+    voice.say_all(saver.news())
     trace.flush()
     tracker.close()
     if mesh.is_main:
@@ -170,15 +177,6 @@ def open_data(config: Config) -> tuple[Corpus, Samples]:
     corpus = Corpus(prepare.ensure(config.data))
     with_vocabulary(config, corpus)
     return corpus, samples_of(corpus, config)
-
-
-def decide(config: Config, folder: Path, mesh: Mesh) -> tuple[Path | None, bool]:
-    """(checkpoint to go on from, whether the run is complete already): rank 0 looks, all agree."""
-    saved = checkpoint.to_resume(config, folder) if mesh.is_main else None
-    path = broadcast_text(str(saved or ""), mesh.device)
-    done = bool(saved) and checkpoint.progress(saved)[0] >= config.train.steps and summary.is_there(folder)
-    finished = broadcast_text("finished" if done else "", mesh.device)
-    return Path(path) if path else None, bool(finished)
 
 
 def with_vocabulary(config: Config, corpus: Corpus) -> Config:

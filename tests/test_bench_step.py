@@ -88,7 +88,10 @@ def test_domains_that_fill_no_sequence_are_left_out(data: list[str]) -> None:
         (["--planners", "home,nobody"], "--planners nobody: must be among home"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
         (["--warmup", "-1"], "--warmup -1: must be at least 0"),
-        (["checkpoint.resume=nowhere"], "checkpoint.resume=nowhere: must be a folder step_N with a manifest.json"),
+        (
+            ["checkpoint.resume=nowhere"],
+            "checkpoint.resume=nowhere: must be auto, none or a folder step_N with a manifest.json",
+        ),
         (["router.top_k=9"], "router.top_k=9: must be at most model.num_experts=8"),
     ],
 )

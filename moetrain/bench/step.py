@@ -23,7 +23,7 @@ from moetrain.bench.cell import now
 from moetrain.bench.step_options import Options
 from moetrain.bench.sync import sync_ms
 from moetrain.comm import all_reduce_sum, barrier
-from moetrain.config import Config, ConfigError
+from moetrain.config import Config
 from moetrain.data.loader import Corpus, Loader, Samples
 from moetrain.engine.native import NativeEngine
 from moetrain.mesh import Mesh
@@ -66,10 +66,10 @@ class Bench:
         """After the warm-up: ordinary steps from scratch; from a checkpoint, steps that change nothing."""
         corpus, loader = train.open_data(settings)
         settings = train.with_vocabulary(settings, corpus)
-        saved = starting_point(settings)
+        saved = checkpoint.given(settings)
         engine = NativeEngine(train.build(settings), mesh, settings)
         if saved is not None:
-            checkpoint.load(saved, engine.model, engine.optimizer)
+            checkpoint.load(saved, engine)
         with tempfile.TemporaryDirectory() as folder:
             engine.plan_with(profile.obtain(mesh, profile.Layer.of(settings), Path(folder), saved))
         _, position = checkpoint.progress(saved)
@@ -128,17 +128,6 @@ def own_domain(corpus: Corpus, seq_len: int, rank: int) -> int:
     return filled[rank % len(filled)]
 
 
-def starting_point(settings: Config) -> Path | None:
-    """The checkpoint given by `checkpoint.resume`. Raises `ConfigError` where it is not there or does not fit."""
-    if settings.checkpoint.resume in ("auto", "none"):
-        return None
-    saved = Path(settings.checkpoint.resume)
-    if not (saved / "manifest.json").is_file():
-        raise ConfigError(f"checkpoint.resume={saved}: must be a folder step_N with a manifest.json")
-    checkpoint.check_fits(settings, saved, same_run=False)
-    return saved
-
-
 def records(bench: Bench, options: Options) -> Records:
     """One record for the ideal and for every planner, the same on every rank. The weights stay as they were."""
     settings, mesh = bench.config, bench.mesh
@@ -165,7 +154,7 @@ def records(bench: Bench, options: Options) -> Records:
                 "tokens_per_step": settings.train.global_batch * settings.train.seq_len,
                 "micro_steps": settings.micro_steps(mesh.world),
                 "by_domain": options.by_domain,
-                "start": settings.checkpoint.resume if starting_point(settings) else None,
+                "start": settings.checkpoint.resume if checkpoint.given(settings) else None,
                 "seed": settings.train.seed,
                 "warmup": options.warmup,
                 "repeats": options.repeats,

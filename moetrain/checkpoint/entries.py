@@ -76,6 +76,12 @@ def of_model(model: nn.Module, kinds: Callable[[nn.Parameter], Mapping[str, Held
     return out | {f"{MODEL}/{name}": held(buffer) for name, buffer in model.named_buffers() if name in kept}
 
 
+def expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every entry of a whole, unsharded model and its moments."""
+    entries = of_model(model, lambda parameter: dict.fromkeys((MODEL, *MOMENTS), held(parameter)))
+    return {name: part.shape for name, part in entries.items()}
+
+
 def _by_expert(numbers: list[int], part: Held) -> Iterator[tuple[int, Held]]:
     """(global number, its part) of the experts that a range [S, ...] reaches into."""
     size = math.prod(part.shape[1:])

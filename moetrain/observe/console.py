@@ -5,10 +5,13 @@ Errors go to standard error. `console.quiet` leaves standard output to machines 
 
 import os
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 _terminal = Console().is_terminal
 console = Console(highlight=False, soft_wrap=True, width=None if _terminal else 110)
@@ -37,8 +40,14 @@ class Voice:
 
     def say(self, *what: Any) -> None:
         if not self.silent:
-            for target in (console, *self._copies):
-                target.print(*what)
+            console.print(*what)
+            for copy in self._copies:
+                with suppress(OSError):  # a full disk: it is said on the terminal
+                    copy.print(*what)
+
+    def say_all(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.say(Text(line))
 
     def close(self) -> None:
         if self._file:

@@ -51,9 +51,13 @@ class LoadTrace:
         steps, *arrays = zip(*self._samples, strict=True)
         path = self._folder / f"part_{self._next:05d}.npz"
         unfinished = self._folder / f".{path.name}"
-        with unfinished.open("wb") as out:
-            found: dict[str, Any] = {name: np.stack(array) for name, array in zip(FIELDS, arrays, strict=True)}
-            np.savez_compressed(out, step=np.array(steps), **found)
+        found: dict[str, Any] = {name: np.stack(array) for name, array in zip(FIELDS, arrays, strict=True)}
+        try:
+            with unfinished.open("wb") as out:
+                np.savez_compressed(out, step=np.array(steps), **found)
+        except OSError:  # a full disk: the samples wait for the next flush
+            unfinished.unlink(missing_ok=True)
+            return
         os.rename(unfinished, path)
         self._next += 1
         self._samples = []

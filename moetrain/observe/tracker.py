@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,14 +52,21 @@ class JsonLines:
         whole = path.with_name(f".{path.name}.part")
         whole.write_text("".join(line + "\n" for line in kept))
         whole.rename(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def log(self, step: int, metrics: Metrics) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps({"step": step, **finite}) + "\n").encode()
+        with suppress(OSError):  # a full disk: what it does not take goes with the next line
+            self._write()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def close(self) -> None:
+        self._write()
         self._file.close()
 
 
@@ -69,7 +77,7 @@ class Wandb:
         import wandb
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        online = "WANDB_API_KEY" in os.environ
+        online = "WANDB_API_KEY" in os.environ and os.environ.get("WANDB_MODE") != "offline"
         self._run = wandb.init(
             project=config.track.project,
             name=config.run.name,

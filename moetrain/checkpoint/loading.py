@@ -1,0 +1,82 @@
+"""Loading: every rank reads the ranges it holds, whatever ranks and engine wrote them."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from moetrain.checkpoint import manifest
+from moetrain.checkpoint.entries import MODEL, MOMENTS, Engine, Entries, expected
+from moetrain.checkpoint.files import DTYPES
+from moetrain.checkpoint.manifest import Entry
+from moetrain.config import ConfigError
+
+_DTYPE = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class _Part(NamedTuple):
+    """Elements that one file has for one entry here."""
+
+    name: str
+    within: slice  # of the piece in the file
+    out: Tensor
+
+
+@torch.no_grad()
+def load(path: Path, engine: Engine, optimizer: bool = True) -> None:
+    """Fill the engine with a checkpoint; without `optimizer`, its model alone.
+
+    Raises `ConfigError` where an entry is missing, of another shape, or would be rounded. The bytes are not checked
+    here: see `resume.first_whole`.
+    """
+    entries = engine.entries(optimizer)
+    for file, parts in _parts(path, entries).items():
+        with safe_open(path / file, "pt") as tensors:
+            for name, within, out in parts:
+                out.copy_(tensors.get_tensor(name).view(-1)[within])
+    engine.restored(entries, manifest.progress(path)[0])
+
+
+def check_entries(path: Path, model: nn.Module) -> None:
+    """The checkpoint must have what the whole, unsharded `model` is made of, moments included, and no more parameters.
+
+    Raises `ConfigError` that names the first difference.
+    """
+    saved, wanted = manifest.read_entries(path), expected(model)
+    for name, shape in wanted.items():
+        _check(path, saved, name, shape)
+    parameters = {name.partition("/")[2] for name in saved if name.partition("/")[0] in MOMENTS}
+    for name in sorted(parameters):
+        if f"{MODEL}/{name}" not in wanted:
+            raise ConfigError(f"checkpoint={path}: has {MODEL}/{name}, which this configuration has no place for")
+
+
+def _check(path: Path, saved: dict[str, Entry], name: str, shape: tuple[int, ...]) -> Entry:
+    if name not in saved:
+        raise ConfigError(f"checkpoint={path}: has no {name}, which this configuration needs")
+    if saved[name].shape != shape:
+        raise ConfigError(f"checkpoint={path}: {name} is {list(saved[name].shape)} there, {list(shape)} here")
+    return saved[name]
+
+
+def _parts(path: Path, entries: Entries) -> dict[str, list[_Part]]:
+    """By file."""
+    saved = manifest.read_entries(path)
+    out = defaultdict(list)
+    for name, (shape, begin, values) in entries.items():
+        entry = _check(path, saved, name, shape)
+        dtype, end, found = _DTYPE[entry.dtype], begin + len(values), 0
+        if torch.promote_types(dtype, values.dtype) != values.dtype:
+            here = DTYPES[values.dtype]
+            raise ConfigError(f"checkpoint={path}: {name} is {entry.dtype} and would be rounded to {here} here")
+        for file, first, last in entry.pieces:
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                out[file].append(_Part(name, slice(low - first, high - first), values[low - begin : high - begin]))
+                found += high - low
+        if found != len(values):
+            raise ConfigError(f"checkpoint={path}: {manifest.ENTRIES} has {found} of {len(values)} elements of {name}")
+    return out

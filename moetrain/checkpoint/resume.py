@@ -1,0 +1,145 @@
+"""What a run goes on from: the newest checkpoint that is whole, or the one it is told; decided before weights load."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from moetrain.checkpoint import manifest
+from moetrain.checkpoint.loading import check_entries
+from moetrain.checkpoint.manifest import newest, progress
+from moetrain.comm import broadcast_text, gather_texts
+from moetrain.config import Balance, Config, ConfigError
+from moetrain.mesh import Mesh
+
+FREE = {"skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change in a run
+
+
+class Start(NamedTuple):
+    path: Path | None  # None: from nothing
+    notes: list[str]  # what was passed over, and why
+
+
+def to_resume(config: Config, folder: Path | None) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means for a run in `folder`, if any; the tensors' bytes are not read.
+
+    Raises `ConfigError` where it is not there, damaged or foreign, or where going on from it would mix two runs in one
+    folder.
+    """
+    choice = config.checkpoint.resume
+    present = newest(folder) if folder is not None else None
+    if choice == "auto":
+        if present is not None:
+            check_fits(config, present, same_run=True)
+        return present
+    path = given(config)
+    if path is not None and (step := progress(path)[0]) >= config.train.steps:
+        raise ConfigError(f"train.steps={config.train.steps}: must be above the {step} steps of {path}")
+    if present is not None and progress(present)[0] > progress(path)[0]:
+        later = progress(present)[0]
+        raise ConfigError(f"run.name={config.run.name}: has a checkpoint of step {later} already; take another name")
+    return path
+
+
+def given(config: Config) -> Path | None:
+    """The folder that `checkpoint.resume` names, if it names one.
+
+    Raises `ConfigError` where it is not there, visibly damaged, or of another model.
+    """
+    choice = config.checkpoint.resume
+    if choice in ("auto", "none"):
+        return None
+    path = Path(choice)
+    if not (path / manifest.MANIFEST).is_file():
+        raise ConfigError(f"checkpoint.resume={choice}: must be auto, none or a folder step_N with a manifest.json")
+    if said := manifest.problem(path):
+        raise ConfigError(f"checkpoint.resume={choice}: {said}")
+    check_fits(config, path, same_run=False)
+    return path
+
+
+def agree(config: Config, folder: Path, mesh: Mesh, model: nn.Module) -> Start:
+    """What the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of bytes.
+
+    `model`: whole, on the meta device. Raises `ConfigError` on all ranks where `to_resume` does, where no checkpoint of
+    the run is whole although there are some, and where the model has other entries.
+    """
+    _first_rank_checks(mesh, lambda: to_resume(config, folder))
+    choice = config.checkpoint.resume
+    candidates = manifest.folders(folder) if choice == "auto" else [] if choice == "none" else [Path(choice)]
+    path, passed = first_whole(candidates, mesh)
+    if path is None and passed:
+        worst, said = passed[0]
+        if choice != "auto":
+            raise ConfigError(f"checkpoint.resume={choice}: {said}")
+        rule = f"none of its checkpoints is whole, {worst.name}: {said}; another name begins anew"
+        raise ConfigError(f"run.name={config.run.name}: {rule}")
+    if path is not None:
+        _first_rank_checks(mesh, partial(_check_all, config, path, choice == "auto", model))
+    return Start(path, [f"{bad} is not whole and is passed over: {said}" for bad, said in passed])
+
+
+def first_whole(candidates: Sequence[Path], mesh: Mesh) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The first of rank 0's candidates in which every byte is as it was saved, and what is wrong with those before it.
+
+    All ranks call it and read a share of the files each.
+    """
+    passed: list[tuple[Path, str]] = []
+    texts = "\n".join(str(path) for path in candidates) if mesh.is_main else ""
+    for path in map(Path, broadcast_text(texts, mesh.device).splitlines()):
+        said = broadcast_text((manifest.problem(path) or "") if mesh.is_main else "", mesh.device)
+        if not said:
+            mine = manifest.share_of(path, mesh.rank, mesh.world)
+            said = next(filter(None, gather_texts("\n".join(manifest.damaged(path, mine)), mesh.saving)), "")
+        if not said:
+            return path, passed
+        passed.append((path, said.splitlines()[0]))
+    return None, passed
+
+
+def _first_rank_checks(mesh: Mesh, check: Callable[[], object]) -> None:
+    """Rank 0 checks; where it finds a mistake, all ranks raise it."""
+    found = ""
+    if mesh.is_main:
+        try:
+            check()
+        except ConfigError as error:
+            found = str(error)
+    if found := broadcast_text(found, mesh.device):
+        raise ConfigError(found)
+
+
+def _check_all(config: Config, path: Path, same_run: bool, model: nn.Module) -> None:
+    check_fits(config, path, same_run)
+    check_entries(path, model)
+
+
+def check_fits(config: Config, path: Path, same_run: bool) -> None:
+    """The checkpoint must be of this model; and of this data where a run goes on.
+
+    Raises `ConfigError` that names the first difference.
+    """
+    theirs = manifest.read(path)["config"]
+    ours = config.model_dump(mode="json")
+    sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - FREE}
+    if same_run:
+        sections |= {"train": {"seed", "seq_len"}, "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out"}}
+    for section, fields in sections.items():
+        for field in ours[section]:
+            value, other = ours[section][field], theirs[section].get(field)
+            if field in fields and value != other and not (field == "vocab_size" and value is None):
+                advice = "; another run.name starts a new run" if same_run else ""
+                raise ConfigError(f"{section}.{field}={value}: the checkpoint {path} has {other}{advice}")
+    _check_buffers(config.balance, theirs["balance"], path)
+
+
+def _check_buffers(ours: Balance, theirs: dict[str, Any], path: Path) -> None:
+    """What routers keep from step to step must be in the checkpoint, and a bias that is there is part of the model."""
+    biased = theirs.get("bias", "none") != "none"
+    if (ours.bias != "none") != biased:
+        rule = "was trained with one, by which experts are chosen" if biased else "has none"
+        raise ConfigError(f"balance.bias={ours.bias}: the checkpoint {path} {rule}")
+    if ours.accumulate == "hold" and theirs["accumulate"] != "hold":
+        raise ConfigError(f"balance.accumulate=hold: the checkpoint {path} holds no frequencies; take buffer or exact")
