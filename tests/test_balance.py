@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain import checkpoint, config, train
+from moetrain.checkpoint import manifest
 from moetrain.engine.native import NativeEngine
 from moetrain.mesh import Mesh
 from moetrain.moe import balance
@@ -315,7 +316,7 @@ def test_bias_and_held_frequencies_resume_bit_exactly(pool, tiny) -> None:
 
 def test_a_checkpoint_without_them_is_refused(tmp_path: Path) -> None:
     plain = config.load(["model=tiny"])
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "config": plain.model_dump(mode="json")}))
+    manifest.write(tmp_path, {"files": {}, "config": plain.model_dump(mode="json")})
     checkpoint.check_fits(plain, tmp_path, same_run=False)
     for option, says in (("bias=sign", "has none"), ("accumulate=hold", "holds no frequencies; take buffer or exact")):
         with pytest.raises(config.ConfigError, match=f"balance.{option}: the checkpoint {tmp_path} {says}"):
