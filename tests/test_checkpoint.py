@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -47,15 +48,22 @@ class Toy:
         self.steps = step
 
 
-def settings(*overrides: str) -> config.Config:
-    return config.load(["model=tiny", *overrides])
+@lru_cache
+def tiny_model() -> config.Config:
+    return config.load(["model=tiny"])
 
 
-def saved(mesh: Mesh, folder: str, steps: list[int], *overrides: str, by_rows: bool = True) -> list[str]:
+def settings(**options: int | str) -> config.Config:
+    """`checkpoint.*` as given."""
+    base = tiny_model()
+    return base.model_copy(update={"checkpoint": base.checkpoint.model_copy(update=options)})
+
+
+def saved(mesh: Mesh, folder: str, steps: list[int], by_rows: bool = True, keep: int = 2, every: int = 0) -> list[str]:
     """Saves of a toy at these steps, with seed = step; the tensors change as soon as `save` returns."""
     (Path(folder) / "costs.json").write_text("{}")
     toy = Toy(mesh, 0, by_rows)
-    with checkpoint.Saver(Path(folder), settings(*overrides), mesh, toy) as saver:
+    with checkpoint.Saver(Path(folder), settings(keep=keep, keep_every=every), mesh, toy) as saver:
         for step in steps:
             toy.states.update(Toy(mesh, step, by_rows).states)
             saver.save(step, 10 * step)
@@ -81,13 +89,9 @@ def check_loaded(mesh: Mesh, path: str, step: int, by_rows: bool) -> None:
 @pytest.mark.parametrize(("before", "after", "rows_before", "rows_after"), [(2, 3, True, False), (3, 1, False, True)])
 def test_states_are_equal_at_every_cut(pool, tmp_path: Path, before, after, rows_before, rows_after) -> None:
     """What is saved is what there was when `save` was called; a rank reads what it holds, whoever wrote it."""
-    folders = pool.run(saved_by, before, str(tmp_path), [4], rows_before)[0]
+    folders = pool.run(saved, before, str(tmp_path), [4], rows_before)[0]
     assert folders == ["step_4"]
     pool.run(check_loaded, after, str(tmp_path / "checkpoints" / "step_4"), 4, rows_after)
-
-
-def saved_by(mesh: Mesh, folder: str, steps: list[int], by_rows: bool) -> list[str]:
-    return saved(mesh, folder, steps, by_rows=by_rows)
 
 
 def test_one_entry_a_parameter_in_its_global_shape(pool, tmp_path: Path) -> None:
@@ -131,9 +135,9 @@ def test_every_range_is_written_once_and_ranges_must_tile() -> None:
 
 def test_the_last_ones_and_every_so_many_steps_are_kept(pool, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step_1.part").mkdir(parents=True)  # what a killed run leaves
-    kept = pool.run(saved, 2, str(tmp_path), [1, 2, 3, 4, 5, 6, 7], "checkpoint.keep=2", "checkpoint.keep_every=3")[0]
+    kept = pool.run(saved, 2, str(tmp_path), [1, 2, 3, 4, 5, 6, 7], True, 2, 3)[0]
     assert kept == ["step_3", "step_6", "step_7"]
-    pool.run(saved, 2, str(tmp_path), [7], "checkpoint.keep=1", "checkpoint.keep_every=3")  # a run from its start
+    pool.run(saved, 2, str(tmp_path), [7])  # a run from its start
     assert [p.name for p in manifest.folders(tmp_path)] == ["step_7"]
     assert (tmp_path / "checkpoints" / "step_6.damaged").is_dir()  # it did not go on from them
 
@@ -171,7 +175,7 @@ def agreed(mesh: Mesh, folder: str, resume: str, names: list[str]) -> list[tuple
         place = Path(folder) / name
         choice = "auto" if resume == "auto" else str(place / "checkpoints" / resume)
         try:
-            start = checkpoint.agree(settings(f"checkpoint.resume={choice}"), place, mesh, model)
+            start = checkpoint.agree(settings(resume=choice), place, mesh, model)
             out.append((start.path.name if start.path else "", start.notes))
         except ConfigError as error:
             out.append(("error", [str(error)]))

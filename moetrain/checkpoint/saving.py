@@ -201,7 +201,7 @@ class Saver:
         assert self._buffer is not None
         name = _file_of(self._mesh.rank)
         header = files.header([piece.block() for piece in self._pieces])
-        return name, files.write(part / name, header, memoryview(self._buffer.numpy()))
+        return name, files.write(part / name, header, self._buffer.numpy().data)
 
     def _finish(self, part: Path, path: Path, step: int, samples: int, stamps: dict[str, files.Stamp]) -> None:
         for name, (size, _) in stamps.items():
