@@ -12,6 +12,7 @@ from moetrain.bench import gpu_options, hosts_options, step_options
 from moetrain.bench import options as layer_options
 from moetrain.config import Config, ConfigError
 from moetrain.observe.console import console, say_bad_input
+from moetrain.report import options as report_options
 
 TRAIN = """Train a model.
 
@@ -56,6 +57,7 @@ examples:
 """
 PLAN = "Planning time and plan quality, every planner, many loads."
 VERBS = {"train": TRAIN, "eval": EVAL, "generate": GENERATE, "data": DATA, "profile": PROFILE, "bench": BENCH}
+VERBS |= {"report": report_options.REPORT}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,19 +77,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "bench":
             _benchmarks(verb)
             continue
+        if name == "report":
+            report_options.add_to(verb)
+            continue
         verb.add_argument("overrides", nargs="*", metavar="field=value", help="overrides of the configuration")
         verb.add_argument("--json", action="store_true", help="machine-readable output")
         if name in ("train", "data", "profile"):
             verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(given)
-    takes_overrides = options.verb != "bench" or options.what == "step"
+    takes_overrides = options.verb not in ("bench", "report") or getattr(options, "what", "") == "step"
     if unknown := [word for word in more if not takes_overrides or "=" not in word or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += more
     options.given = given
     console.quiet = options.json
-    if getattr(options, "run", None) and "=" in options.run:  # an override where the run could have stood
+    if (
+        isinstance(getattr(options, "run", None), str) and "=" in options.run
+    ):  # an override where the run could have stood
         options.overrides.insert(0, options.run)
         options.run = None
     try:
@@ -98,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "data": _data,
             "profile": _profile,
             "bench": _bench,
+            "report": report_options.run,
         }
         return functions[options.verb](options)
     except ConfigError as error:

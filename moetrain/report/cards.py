@@ -1,0 +1,128 @@
+"""The headline numbers of a run, and the line that says what it is."""
+
+from typing import Any
+
+import numpy as np
+
+from moetrain.observe.estimate import short
+from moetrain.report.figures import layers
+from moetrain.report.findings import recent, recent_list, window
+from moetrain.report.read import Run
+
+PHASES = {1: "surge", 2: "stabilisation", 3: "relaxation"}
+
+
+def about(run: Run) -> str:
+    """One line, of what the config tells."""
+    option, parts = run.option, []
+    if ranks := run.metrics.lists("balance/device_load_home")[1].shape[1]:
+        parts.append(f"{ranks} ranks")
+    if size := run.summary.get("parameters"):
+        parts.append(f"{short(size['total'])} parameters, {short(size['active'])} active a token")
+    if option("model"):
+        parts.append(f"{option('model.num_layers')} layers × {option('model.num_experts')} experts")
+    if option("router"):
+        parts.append(f"router {option('router.name')}, top-{option('router.top_k')}")
+        parts += [f"skewed by {option('router.skew')} on purpose"] if option("router.skew") else []
+    if option("planner"):
+        parts.append(f"planner {option('planner.name')}")
+    if option("balance"):
+        parts.append(f"balance over the {option('balance.scope')} batch")
+    if option("train"):
+        parts.append(str(option("train.dtype")))
+    return " · ".join(parts) or "its configuration could not be read"
+
+
+def cards(run: Run) -> list[dict[str, Any]]:
+    """`{name, value, unit, note}`; those that nothing was recorded for are left out. `number` is for comparing."""
+    drawn = (_progress, _held_out, _loss, _speed, _imbalance, _saved, _moved, _experts, _congestion, _memory)
+    return [card for draw in drawn if (card := draw(run)) is not None]
+
+
+def _card(name: str, value: str, unit: str, note: str, number: float, better: int = 0) -> dict[str, Any]:
+    """`better`: 1 where more is, -1 where less is, 0 where neither."""
+    return {"name": name, "value": value, "unit": unit, "note": note, "number": number, "better": better}
+
+
+def _progress(run: Run) -> dict[str, Any] | None:
+    if not run.metrics.rows:
+        return None
+    step, wanted = max(row["step"] for row in run.metrics.rows), run.option("train.steps")
+    tokens = run.metrics.last("train/tokens")
+    note = f"{short(tokens)} tokens" if np.isfinite(tokens) else ""
+    return _card("Steps", f"{step:,}", f"of {wanted:,}" if wanted else "", note, step)
+
+
+def _held_out(run: Run) -> dict[str, Any] | None:
+    value = run.metrics.last("eval/bits_per_byte")
+    if np.isnan(value):
+        return None
+    bigram = (run.summary.get("bigram_bits_per_byte") or {}).get("all")
+    note = f"a bigram model: {bigram:.3f}" if bigram else "at the last evaluation"
+    return _card("Held-out", f"{value:.3f}", "bits a byte", note, value, -1)
+
+
+def _loss(run: Run) -> dict[str, Any] | None:
+    value, values = recent(run, "train/lm_loss"), run.metrics.numbers("train/lm_loss")
+    first = values[np.isfinite(values)][:1]
+    if np.isnan(value):
+        return None
+    return _card("Training loss", f"{value:.3f}", "nats", f"from {first[0]:.2f}; mean of the end", value, -1)
+
+
+def _speed(run: Run) -> dict[str, Any] | None:
+    values = run.metrics.numbers("perf/tokens_per_second")
+    if not np.isfinite(values).any():
+        return None
+    value, used = float(np.nanmedian(values)), recent(run, "perf/mfu")
+    note = f"{used:.1%} of the matrix rate" if np.isfinite(used) else "median"
+    return _card("Speed", f"{value:,.0f}", "tokens/s", note, value, 1)
+
+
+def _imbalance(run: Run) -> dict[str, Any] | None:
+    home, planned = (recent(run, f"balance/imbalance_{x}") for x in ("home", "planned"))
+    if np.isnan(planned):
+        return None
+    return _card("Device imbalance", f"{home:.2f} → {planned:.2f}", "", "experts at home → as planned", planned, -1)
+
+
+def _saved(run: Run) -> dict[str, Any] | None:
+    value, step = recent(run, "balance/saved_seconds"), recent(run, "perf/step_seconds")
+    if np.isnan(value):
+        return None
+    note = f"{value / step:.1%} of a step" if step > 0 else "by the plan"
+    return _card("Saved by the plan", f"{1e3 * value:,.3g}", "ms a step", note, value, 1)
+
+
+def _moved(run: Run) -> dict[str, Any] | None:
+    value, guests = recent(run, "balance/rows_moved_fraction"), recent(run, "balance/guests")
+    if np.isnan(value):
+        return None
+    return _card("Rows moved", f"{value:.1%}", "", f"{guests:,.3g} guests a step", value)
+
+
+def _experts(run: Run) -> dict[str, Any] | None:
+    total = used = 0
+    for metric in layers(run, "balance/LAYER/load").values():
+        _, values = run.metrics.lists(metric)
+        total += values.shape[1]
+        used += int((values[window(len(values))] > 0).any(0).sum())
+    if not total:
+        return None
+    return _card("Experts in use", f"{used}", f"of {total}", "over the last steps", used / total, 1)
+
+
+def _congestion(run: Run) -> dict[str, Any] | None:
+    value, phase = recent(run, "balance/gamma_eff"), run.metrics.last("balance/gamma_phase")
+    if np.isnan(value):
+        return None
+    note = PHASES.get(int(phase), "too early for a phase") if np.isfinite(phase) else "too early for a phase"
+    return _card("Congestion γ̂", f"{value:.3g}", "", note, value)
+
+
+def _memory(run: Run) -> dict[str, Any] | None:
+    ranks = recent_list(run, "perf/memory_gib")
+    value = float(ranks.max()) if len(ranks) else run.metrics.last("perf/peak_memory_gib")
+    if np.isnan(value):
+        return None
+    return _card("Memory", f"{value:.2f}", "GiB", "fullest rank" if len(ranks) else "peak of rank 0", value, -1)

@@ -1,0 +1,93 @@
+"""Several runs side by side: headline numbers, curves over each other, the fields that differ."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moetrain.report import reduce
+from moetrain.report.cards import cards
+from moetrain.report.figures import Figure, Grid, absent, layers
+from moetrain.report.read import Run
+from moetrain.report.reduce import plain
+
+CURVES = {
+    "loss": ("train/lm_loss", {}),
+    "imbalance": ("balance/imbalance_planned", {"reference": 1}),
+    "speed": ("perf/tokens_per_second", {"floor": 0}),
+}
+BESIDES = ("run.name", "run.dir")  # fields that always differ
+
+
+def compare(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "table": _table(runs, names),
+        "figures": {
+            **{name: _overlay(runs, names, metric, more) for name, (metric, more) in CURVES.items()},
+            "information": _information(runs, names),
+        },
+        "differences": _differences(runs),
+    }
+
+
+def _table(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
+    """A row a run. Of a column in which less or more is better, the best is marked."""
+    found = [{card["name"]: card for card in cards(run)} for run in runs]
+    columns = list(dict.fromkeys(name for each in found for name in each))
+    rows = []
+    for name, each in zip(names, found, strict=True):
+        row = []
+        for column in columns:
+            others = [e[column]["number"] * e[column]["better"] for e in found if column in e]
+            card = each.get(column)
+            best = card and card["better"] and len({*others}) > 1 and card["number"] * card["better"] == max(others)
+            row.append({"text": f"{card['value']} {card['unit']}".strip() if card else "–", "best": bool(best)})
+        rows.append({"name": name, "cells": row})
+    return {"columns": columns, "rows": rows}
+
+
+def _overlay(runs: Sequence[Run], names: Sequence[str], metric: str, more: Figure) -> Figure:
+    series, steps = [], []
+    for name, run in zip(names, runs, strict=True):
+        grid = Grid(run)
+        if (line := grid.series(name, metric, smoothing=0.9)) is not None:
+            series.append({**line, "x": grid.steps})
+            steps += grid.steps
+    if not series:
+        return absent(f"{metric} was not recorded")
+    x = np.unique(steps)
+    x = x[np.unique(np.linspace(0, len(x) - 1, min(len(x), reduce.MOST_POINTS)).round().astype(int))]
+    return {"kind": "lines", "x": x.tolist(), "series": series, **more}
+
+
+def _information(runs: Sequence[Run], names: Sequence[str]) -> Figure:
+    series, steps = [], []
+    for name, run in zip(names, runs, strict=True):
+        metrics = [*layers(run, "specialise/LAYER/domain_mi").values()]
+        rows = [row for row in run.metrics.rows if any(metric in row for metric in metrics)]
+        if rows:
+            x = [row["step"] for row in rows]
+            mean = np.mean([run.metrics.numbers(metric, rows) for metric in metrics], axis=0)
+            series.append({"name": name, "x": x, "y": plain(mean)})
+            steps += x
+    if not series:
+        return absent("no held-out evaluation (eval.every)")
+    return {"kind": "lines", "x": sorted({*steps}), "series": series, "floor": 0}
+
+
+def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    configs = [flat(run.config) for run in runs]
+    fields = dict.fromkeys(field for config in configs for field in config)
+    rows = [{"field": field, "values": [config.get(field, "–") for config in configs]} for field in fields]
+    return [row for row in rows if row["field"] not in BESIDES and len({str(v) for v in row["values"]}) > 1]
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """{`model.dim`: its value as text}."""
+    out: dict[str, str] = {}
+    for name, value in config.items():
+        nested = isinstance(value, dict)
+        out |= (
+            flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": "null" if value is None else str(value)}
+        )
+    return out

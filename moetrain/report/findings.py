@@ -1,0 +1,174 @@
+"""What the numbers of a run say, in sentences: trouble first. docs/read-the-dashboard.md explains every threshold.
+
+A finding is about the run's last tenth (at least ten rows), so that what has passed is not held against it.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from moetrain.observe.meter import PHASES
+from moetrain.report import reduce
+from moetrain.report.figures import layers
+from moetrain.report.read import Run
+
+DEAD, STARVING, HOT = 0.0, 0.1, 4.0  # of an expert's load, in mean loads
+COLLAPSED = 0.8  # share of all selections that the top_k most loaded experts take
+UNEVEN, LOPSIDED = 1.10, 1.25  # busiest device over the mean, after planning
+WAITING, STALLED = 0.2, 0.4  # share of a step that ranks wait for each other
+TRAVELLING, CLOGGED = 0.3, 0.5  # share of a step in exchanges, waiting left out
+SLOWER, GROWN = 0.8, 1.15  # tokens a second, memory: of what they were
+
+
+class Finding(NamedTuple):
+    level: Literal["trouble", "watch", "good"]
+    text: str
+    section: str  # of the page
+
+
+def findings(run: Run) -> list[Finding]:
+    found = [*_loss(run), *_experts(run), *_devices(run), *_time(run), *_memory(run), *_alerts(run)]
+    return sorted(found, key=lambda f: ("trouble", "watch", "good").index(f.level))
+
+
+def window(count: int) -> slice:
+    return slice(-max(10, count // 10), None)
+
+
+def recent(run: Run, name: str) -> float:
+    """Mean over the window; NaN where nothing was recorded."""
+    values = run.metrics.numbers(name)
+    values = values[window(len(values))]
+    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
+
+
+def recent_list(run: Run, name: str) -> np.ndarray:
+    """[width]: mean over the window; empty where nothing was recorded."""
+    _, values = run.metrics.lists(name)
+    return np.nan_to_num(values[window(len(values))]).mean(0) if len(values) else np.zeros(0)
+
+
+def _loss(run: Run) -> list[Finding]:
+    rows = run.metrics.training
+    values = run.metrics.numbers("train/lm_loss")
+    out = []
+    if len(lost := [row["step"] for row, x in zip(rows, values, strict=True) if not np.isfinite(x)]):
+        out.append(Finding("trouble", f"The loss was not a number in {len(lost)} step(s), first {lost[0]}.", "loss"))
+    smooth = reduce.smooth(values)
+    if len(smooth) >= 20 and np.isfinite(smooth).any():
+        best = int(np.nanargmin(smooth))
+        if (rise := smooth[-1] - smooth[best]) > 0.05 * abs(smooth[best]):
+            text = f"The training loss ends {rise:.2f} nats above its lowest, which was at step {rows[best]['step']}."
+            out.append(Finding("watch", text, "loss"))
+    return out
+
+
+def _experts(run: Run) -> list[Finding]:
+    out: list[Finding] = []
+    dead, starving, hot = [], [], []
+    top_k = int(run.option("router.top_k", 2))
+    found = layers(run, "balance/LAYER/load")
+    for name, metric in found.items():
+        steps, values = run.metrics.lists(metric)
+        values = values[window(len(steps))]
+        load, layer = values.mean(0) * values.shape[1], name.replace("_", " ")
+        top = np.argsort(-load)[:top_k]
+        share = load[top].sum() / len(load)
+        if share > COLLAPSED and len(load) >= 4 * top_k:
+            text = f"{layer}: {_experts_named(sorted(top.tolist()))} take {share:.0%} of all selections: collapsed."
+            out.append(Finding("trouble", text, "experts"))
+        elif load.max() > HOT:
+            hot.append(f"expert {load.argmax()} of {layer} ({load.max():.1f} × the mean)")
+        if none := np.flatnonzero((values == DEAD).all(0)).tolist():
+            dead.append(f"{layer}: {_experts_named(none)}")
+        if few := np.flatnonzero((load < STARVING) & ~(values == DEAD).all(0)).tolist():
+            starving.append(f"{layer}: {_experts_named(few)}")
+    if dead:
+        out.append(Finding("trouble", f"No token in the last steps: {_some(dead)}.", "experts"))
+    if starving:
+        out.append(Finding("watch", f"Less than a tenth of an even share: {_some(starving)}.", "experts"))
+    if hot:
+        out.append(Finding("watch", f"Much more than an even share: {_some(hot)}.", "experts"))
+    if found and not out:
+        out.append(Finding("good", "All experts of all layers are in use.", "experts"))
+    return out
+
+
+def _devices(run: Run) -> list[Finding]:
+    home, planned = (recent(run, f"balance/imbalance_{x}") for x in ("home", "planned"))
+    if np.isnan(planned):
+        return []
+    text = f"Busiest device over the mean: {home:.2f} with experts at home, {planned:.2f} as planned"
+    level: Literal["trouble", "watch", "good"] = "good"
+    if planned > UNEVEN:
+        level = "trouble" if planned > LOPSIDED else "watch"
+        moves_nothing = run.option("planner.name") == "home"
+        text += "; planner=home moves nothing, planner=makespan would" if moves_nothing else "; the plan leaves that"
+        load = recent_list(run, "balance/device_load_planned")
+        if len(load) and (most := load.max() / max(load.mean(), 1e-9)) > UNEVEN:
+            text += f". It is mostly device {load.argmax()}: {most:.2f} mean loads over all layers"
+    return [Finding(level, text + ".", "devices")]
+
+
+def _time(run: Run) -> list[Finding]:
+    step = recent(run, "perf/step_seconds")
+    if np.isnan(step) or step <= 0:
+        return []
+    out = []
+    waited, waited_for = recent_list(run, "perf/waited"), recent_list(run, "perf/waited_for")
+    waiting = float(waited.mean()) if len(waited) else 0.0
+    if waiting / step > WAITING:
+        text = f"Ranks spend {waiting / step:.0%} of a step waiting for each other"
+        if waited_for.sum() > 0:
+            text += f", {waited_for.max() / waited_for.sum():.0%} of that for rank {waited_for.argmax()}"
+        out.append(Finding("trouble" if waiting / step > STALLED else "watch", text + ".", "time"))
+    names = [f"perf/phase/{side}{name}" for side in ("", "backward_") for name in ("lend", "dispatch", "combine")]
+    moving = float(np.nansum([recent(run, name) for name in names])) - waiting
+    if moving / step > TRAVELLING:
+        text = (
+            f"Exchanges take {moving / step:.0%} of a step, waiting left out: a slow link, or too little work a rank."
+        )
+        out.append(Finding("trouble" if moving / step > CLOGGED else "watch", text, "time"))
+    speed = run.metrics.numbers("perf/tokens_per_second")
+    quarter = len(speed) // 4
+    if quarter >= 10:
+        before, after = np.nanmedian(speed[quarter : 2 * quarter]), np.nanmedian(speed[-quarter:])
+        if after < SLOWER * before:
+            text = f"It has become slower: {before:,.0f} tokens/s in the second quarter, {after:,.0f} in the last."
+            out.append(Finding("watch", text, "time"))
+    if not out and any(np.isfinite(recent(run, f"perf/phase/{name}")) for name in PHASES):
+        out.append(Finding("good", f"A step takes {step:.3g} s, {moving / step:.0%} of it in exchanges.", "time"))
+    return out
+
+
+def _memory(run: Run) -> list[Finding]:
+    _, values = run.metrics.lists("perf/memory_gib")
+    if len(values) < 40:
+        return []
+    before, after = (values[part].mean(0) for part in (slice(len(values) // 4, len(values) // 2), window(len(values))))
+    growth = after / np.maximum(before, 1e-9)
+    if growth.max() <= GROWN:
+        return []
+    rank = int(growth.argmax())
+    text = f"Memory of rank {rank} grows: {before[rank]:.2f} GiB in the second quarter, {after[rank]:.2f} at the end."
+    return [Finding("watch", text, "time")]
+
+
+def _alerts(run: Run) -> list[Finding]:
+    if not run.alerts:
+        return []
+    last: dict[str, Any] = run.alerts[-1]
+    count = "One alert" if len(run.alerts) == 1 else f"{len(run.alerts)} alerts"
+    text = f"{count} during the run; the last at step {last['step']}: {last['text'].rstrip('.')}."
+    return [Finding("watch", text, "experts" if last["kind"] == "dead_experts" else "devices")]
+
+
+def _experts_named(numbers: list[int]) -> str:
+    if len(numbers) > 6:
+        return f"{len(numbers)} experts"
+    return ("expert " if len(numbers) == 1 else "experts ") + ", ".join(str(n) for n in numbers)
+
+
+def _some(texts: list[str], most: int = 4) -> str:
+    more = f"; and {len(texts) - most} layers more" if len(texts) > most else ""
+    return "; ".join(texts[:most]) + more

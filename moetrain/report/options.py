@@ -1,0 +1,84 @@
+"""The options of `moetrain report`, and what it does with them."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from moetrain import runs
+from moetrain.config import ConfigError
+from moetrain.observe.console import console
+
+REPORT = """One self-contained HTML page that explains a run, or several side by side.
+
+examples:
+  moetrain report                                           the newest run: writes RUN/report.html
+  moetrain report runs/demo --png                           and its main figures as RUN/figures/*.png
+  moetrain report runs/a runs/b --out a-and-b.html          two runs compared
+  moetrain report --live runs/demo                          the same page of a run in progress, on 127.0.0.1
+"""
+
+
+def add_to(verb: argparse.ArgumentParser) -> None:
+    verb.set_defaults(overrides=[])
+    verb.add_argument("run", nargs="*", help="runs' folders or names; the newest run if left out")
+    verb.add_argument(
+        "--out", metavar="FILE", help="the page; default: report.html in the run's folder, or in the runs' common one"
+    )
+    verb.add_argument("--png", action="store_true", help="write the main figures as figures/*.png beside the page")
+    verb.add_argument("--live", action="store_true", help="serve the page on 127.0.0.1 and keep it up to date")
+    verb.add_argument("--port", type=int, default=8765, help="of --live; 0: any that is free")
+    verb.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises `ConfigError`."""
+    from moetrain.report import build, pictures
+    from moetrain.report.read import open_run
+
+    found = [open_run(name) for name in options.run or [str(runs.find(None))]]
+    if options.live:
+        return _serve(found, options.port)
+    path = Path(options.out) if options.out else _place([run.folder for run in found]) / "report.html"
+    try:
+        page = build.write(found, path)
+        drawn = (
+            [p for run in page["runs"] for p in pictures.draw(run, path.parent / "figures", len(found) > 1)]
+            if options.png
+            else []
+        )
+    except OSError as error:
+        raise ConfigError(f"out={path}: must be a file that can be written ({error.strerror})") from None
+    if options.json:
+        keep = ("name", "cards", "findings", "missing")
+        told = [{name: each[name] for name in keep} for each in page["runs"]]
+        print(json.dumps({"report": str(path), "pictures": [str(p) for p in drawn], "runs": told}))
+        return 0
+    colours = {"trouble": "red", "watch": "yellow", "good": "green"}
+    for each in page["runs"]:
+        console.print(f"[bold]{each['name']}", each["about"], sep="  ")
+        for finding in each["findings"]:
+            console.print(f"  [{colours[finding['level']]}]{finding['level']:<7}[/]  ", end="")
+            console.print(finding["text"], markup=False)
+        for text in each["missing"]:
+            console.print(f"  [dim]missing  {text}")
+    console.print(
+        f"[bold]{path}[/bold], {path.stat().st_size / 2**20:.1f} MiB" + (f"; {len(drawn)} pictures" if drawn else "")
+    )
+    return 0
+
+
+def _place(folders: list[Path]) -> Path:
+    return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.resolve() for folder in folders]))
+
+
+def _serve(found: list, port: int) -> int:
+    from moetrain.report.live import HOST, server
+
+    with server(found, port) as serving:
+        console.print(f"http://{HOST}:{serving.server_address[1]}  [dim]Ctrl-C ends it")
+        try:
+            serving.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+    return 0

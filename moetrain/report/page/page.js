@@ -1,0 +1,193 @@
+// The page: cards, findings, figures of the chosen run; the step slider; keys; light and dark; a run in progress.
+
+const DRAW = { lines, area, bars, devices, matrix, load, history, domains, specialists };
+const find = (id) => document.getElementById(id);
+const reduced = window.matchMedia("(prefers-reduced-motion: reduce)");
+
+let page = JSON.parse(find("data").textContent);
+let chosen = 0; // of the runs
+let steps = []; // that the slider stops at
+const view = {
+  step: 0,
+  layer: 0,
+  hover: null,
+  go(step) { view.step = steps[nearest(steps, step)] ?? 0; view.hover = null; update(); },
+  look(step) { if (view.hover !== step) { view.hover = step; update(); } },
+  pick(layer) { view.layer = layer; find("layer").value = String(layer); update(); },
+  say(text) { find("said").textContent = text; },
+};
+
+const run = () => page.runs[chosen];
+const boxes = () => [...document.querySelectorAll(".plot")];
+
+function update() {
+  const at = steps.indexOf(view.step);
+  find("step").value = String(Math.max(0, at));
+  find("step").setAttribute("aria-valuetext", `step ${view.step}`);
+  find("at").textContent = steps.length ? `${(view.hover ?? view.step).toLocaleString("en")} of ${steps.at(-1).toLocaleString("en")}` : "no steps";
+  for (const box of boxes()) box.update?.();
+}
+
+function figure(holder, data) {
+  holder.querySelector(".plot")?.remove();
+  holder.hidden = data.kind === "absent";
+  if (holder.hidden) return;
+  const box = make("div", { class: "plot" });
+  box.title_ = holder.querySelector("figcaption b").textContent;
+  holder.querySelector("figcaption").after(box);
+  box.update = DRAW[holder.dataset.figure === "history" ? "history" : data.kind](box, data, view);
+}
+
+// Under each section, what its run did not record, in place of empty frames.
+function absences(section) {
+  section.querySelector(".absent")?.remove();
+  const gone = [...section.querySelectorAll("[data-figure]")].filter((holder) => holder.hidden && holder.dataset.figure !== "history");
+  const texts = gone.map((holder) => `${holder.querySelector("figcaption b").textContent} (${run().figures[holder.dataset.figure].text})`);
+  if (texts.length) section.append(make("p", { class: "absent" }, `Not recorded: ${texts.join("; ")}.`));
+}
+
+function draw() {
+  for (const holder of document.querySelectorAll("[data-figure]")) {
+    const { figures } = run();
+    const name = holder.dataset.figure;
+    figure(holder, figures[name === "history" ? "load" : name]);
+  }
+  document.querySelectorAll("main > section").forEach(absences);
+  if (page.compare) for (const holder of document.querySelectorAll("[data-compare]")) figure(holder, page.compare.figures[holder.dataset.compare]);
+  update();
+}
+
+function table(node, columns, rows) {
+  const cell = (tag, { text, best }) => make(tag, best ? { class: "best" } : {}, text);
+  node.replaceChildren(
+    make("thead", {}, make("tr", {}, ...columns.map((text) => make("th", { scope: "col" }, text)))),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((c) => cell("td", c))))),
+  );
+}
+
+function head() {
+  const { name, about, cards, findings, missing, config, alerts } = run();
+  find("name").textContent = name;
+  find("about").textContent = about;
+  find("version").textContent = `${page.version}, ${page.written}`;
+  find("live").textContent = page.live ? `· live, read at ${page.written.slice(-8)}` : "";
+  find("cards").replaceChildren(...cards.map((c) => make("div", { class: "card" }, make("h3", {}, c.name), make("strong", {}, `${c.value} `, make("small", {}, c.unit)), make("p", {}, c.note))));
+  const words = { trouble: "Trouble", watch: "Watch", good: "Good" };
+  find("findings").replaceChildren(...findings.map((f) => make("li", { class: f.level }, make("b", {}, words[f.level]), make("a", { href: `#${f.section}` }, f.text))));
+  find("missing").replaceChildren();
+  if (missing.length) find("missing").append("What this report could not show:", make("ul", {}, ...missing.map((text) => make("li", {}, text))));
+  if (alerts.length) find("missing").append(make("p", {}, "Alerts of the run:"), make("ul", {}, ...alerts.map((a) => make("li", {}, `step ${a.step}: ${a.text}`))));
+  table(find("config"), ["field", "value"], Object.entries(config).map(([field, value]) => [{ text: field }, { text: value }]));
+  find("runs").hidden = page.runs.length < 2;
+  find("runs").replaceChildren(...page.runs.map((r, index) => {
+    const button = make("button", { type: "button", "aria-pressed": String(index === chosen) }, r.name);
+    button.addEventListener("click", () => choose(index));
+    return button;
+  }));
+  find("compare").hidden = !page.compare;
+  if (!page.compare) return;
+  const { table: compared, differences } = page.compare;
+  table(find("table"), ["run", ...compared.columns], compared.rows.map((r) => [{ text: r.name }, ...r.cells]));
+  table(find("differences").querySelector("table"), ["field", ...compared.rows.map((r) => r.name)], differences.map((d) => [{ text: d.field }, ...d.values.map((text) => ({ text }))]));
+}
+
+// The slider stops at the steps of the finest figure; it stays where it is when the data grow, or follows the last step.
+function prepare() {
+  const { figures } = run();
+  const followed = !steps.length || view.step === steps.at(-1);
+  steps = [figures.loss.x, figures.imbalance.x, figures.load.steps, figures.devices.steps, figures.information.x].find((s) => s?.length) ?? [];
+  view.step = followed ? steps.at(-1) ?? 0 : steps[nearest(steps, view.step)];
+  view.hover = null;
+  find("step").max = String(Math.max(0, steps.length - 1));
+  const names = figures.load.layers ?? figures.devices.layers?.slice(1) ?? [];
+  view.layer = Math.min(view.layer, Math.max(0, names.length - 1));
+  find("layer").replaceChildren(...names.map((name, index) => make("option", { value: index }, name.replace("layer_", ""))));
+  find("layer").value = String(view.layer);
+}
+
+function show() {
+  prepare();
+  head();
+  draw();
+}
+
+function choose(index) {
+  chosen = index;
+  show();
+  find("runs").children[index].focus();
+}
+
+const walk = (by) => view.go(steps[Math.min(steps.length - 1, Math.max(0, nearest(steps, view.step) + by))]);
+
+let playing = null;
+function play(on) {
+  clearInterval(playing);
+  playing = on ? setInterval(() => (view.step === steps.at(-1) ? play(false) : walk(1)), reduced.matches ? 400 : Math.max(60, 8000 / steps.length)) : null;
+  find("play").textContent = on ? "❚❚" : "▶";
+  find("play").setAttribute("aria-label", on ? "Pause" : "Play");
+}
+
+find("step").addEventListener("input", (event) => view.go(steps[Number(event.target.value)]));
+find("layer").addEventListener("change", (event) => view.pick(Number(event.target.value)));
+find("play").addEventListener("click", () => {
+  if (!playing && view.step === steps.at(-1)) view.go(steps[0]);
+  play(!playing);
+});
+document.addEventListener("keydown", (event) => {
+  if (event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input, select, summary")) return;
+  const by = event.shiftKey ? 10 : 1;
+  const keys = {
+    ArrowLeft: () => walk(-by),
+    ArrowRight: () => walk(by),
+    Home: () => view.go(steps[0]),
+    End: () => view.go(steps.at(-1)),
+    ArrowUp: () => view.pick(Math.max(0, view.layer - 1)),
+    ArrowDown: () => view.pick(Math.min(find("layer").options.length - 1, view.layer + 1)),
+    " ": () => find("play").click(),
+  };
+  const scrolls = ["Home", "End", "ArrowUp", "ArrowDown", " "].includes(event.key) && !event.target.closest("svg, #steps");
+  if (!keys[event.key] || scrolls || !steps.length) return; // the page's own scrolling keys stay what they are
+  if (event.target.matches("button") && event.key === " ") return;
+  event.preventDefault();
+  keys[event.key]();
+});
+
+// Light, dark: as the system says until the button is pressed. Paper is light.
+const root = document.documentElement, dark = window.matchMedia("(prefers-color-scheme: dark)");
+let theme = null;
+function paint(name) {
+  root.dataset.theme = name;
+  update();
+}
+const wanted = () => theme ?? (dark.matches ? "dark" : "light");
+dark.addEventListener("change", () => paint(wanted()));
+find("theme").addEventListener("click", () => { theme = wanted() === "dark" ? "light" : "dark"; paint(theme); });
+window.addEventListener("beforeprint", () => paint("light"));
+window.addEventListener("afterprint", () => paint(wanted()));
+
+let width = 0;
+new ResizeObserver(() => {
+  if (window.matchMedia("print").matches || Math.abs(document.body.clientWidth - width) < 2) return;
+  width = document.body.clientWidth;
+  draw();
+}).observe(document.body);
+
+root.dataset.theme = wanted();
+prepare();
+head();
+width = document.body.clientWidth;
+draw();
+
+if (page.live) setInterval(async () => {
+  if (document.hidden) return;
+  try {
+    const answer = await fetch("data.json");
+    if (!answer.ok) throw new Error(answer.status);
+    const fresh = await answer.json();
+    const grown = JSON.stringify(fresh.runs) !== JSON.stringify(page.runs);
+    page = fresh;
+    if (grown && !playing) show(); else head();
+  } catch {
+    find("live").textContent = "· the server has stopped";
+  }
+}, 3000);

@@ -1,0 +1,136 @@
+"""The main figures of a run as PNGs, for slides and papers: drawn from the same data as the page."""
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moetrain.report.figures import Figure
+
+PICTURES = ("loss", "load", "devices", "imbalance", "time", "moved", "domains", "information")
+TONES = {"main": "#28354d", "home": "#c65a35", "planned": "#177a68"}
+HEAT = ("#2a4b8d", "#93b4de", "#f3f2ee", "#f0a67c", "#ad2f1b")
+TITLES = {
+    "loss": "Training loss per domain (nats a token)",
+    "load": "Expert load at the last step (mean loads)",
+    "devices": "Device load (mean loads)",
+    "imbalance": "Device imbalance (busiest / mean)",
+    "time": "Where a step goes (seconds)",
+    "moved": "Rows moved and rows that crossed a link (share of all)",
+    "domains": "Expert × domain, last layer (times as often as all text)",
+    "information": "Mutual information of domain and expert (bits)",
+}
+
+
+def draw(run: dict[str, Any], folder: Path, several: bool = False) -> list[Path]:
+    """Write `NAME.png` of every figure that was recorded, below the run's name where there are several."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder = folder / run["name"].replace("/", "-") if several else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in PICTURES:
+        figure = run["figures"][name]
+        if figure["kind"] not in DRAW:
+            continue
+        canvas, axis = plt.subplots(figsize=(7.2, 4.0))
+        axis.set_title(TITLES[name], loc="left", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+        DRAW[figure["kind"]](axis, figure)
+        canvas.tight_layout()
+        paths.append(folder / f"{name}.png")
+        canvas.savefig(paths[-1], dpi=140)
+        plt.close(canvas)
+    return paths
+
+
+def _lines(axis: Any, figure: Figure) -> None:
+    import matplotlib
+
+    series = figure["series"]
+    for index, line in enumerate(series):
+        ordered = matplotlib.colormaps["viridis"](index / max(1, len(series) - 1) * 0.9)
+        color = TONES.get(line.get("tone", "")) or (ordered if figure.get("ordered") else f"C{index % 10}")
+        label = f"{figure['prefix']} {line['name']}" if figure.get("prefix") else line["name"]
+        values = np.array(line["y"], dtype=float)
+        axis.plot(
+            line.get("x", figure["x"]),
+            values,
+            color=color,
+            label=label,
+            lw=1.5,
+            marker="o" if len(values) < 10 else None,
+        )
+    if "reference" in figure:
+        axis.axhline(figure["reference"], color="gray", lw=0.8, ls=":")
+    if "floor" in figure:
+        axis.set_ylim(bottom=figure["floor"])
+    axis.set_xlabel("step")
+    if len(series) > 1:
+        axis.legend(frameon=False, fontsize=8, ncols=1 + len(series) // 10)
+
+
+def _area(axis: Any, figure: Figure) -> None:
+    values = np.nan_to_num(np.array([line["y"] for line in figure["series"]], dtype=float))
+    axis.stackplot(figure["x"], values, labels=[line["name"] for line in figure["series"]], lw=0)
+    axis.set_ylim(0, 1.2 * np.quantile(values.sum(0), 0.98))
+    axis.set_xlabel("step")
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper right")
+
+
+def _load(axis: Any, figure: Figure) -> None:
+    shape = (len(figure["steps"]), len(figure["layers"]), max(figure["experts"]))
+    code = np.frombuffer(base64.b64decode(figure["cells"]), np.uint8).reshape(shape)[-1]
+    _heat(axis, code, [name.removeprefix("layer_") for name in figure["layers"]])
+    axis.set(xlabel="expert", ylabel="layer")
+
+
+def _domains(axis: Any, figure: Figure) -> None:
+    shape = (len(figure["layers"]), len(figure["domains"]), max(figure["experts"]))
+    _heat(axis, np.frombuffer(base64.b64decode(figure["cells"]), np.uint8).reshape(shape)[-1], figure["domains"])
+    axis.set_xlabel("expert")
+
+
+def _heat(axis: Any, code: np.ndarray, rows: list[str]) -> None:
+    """Codes of `reduce.pack_load`: an eighth to eight times the mean; × where there is nothing."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    scale = LinearSegmentedColormap.from_list("load", HEAT)
+    doublings = np.ma.masked_where(code == 255, np.where(code == 0, -3, (code.astype(float) - 127) / 16))
+    image = axis.imshow(doublings, cmap=scale, vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
+    row, column = np.nonzero(code == 0)
+    axis.plot(column, row, "x", color="#28354d", ms=4, ls="")
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    bar = axis.figure.colorbar(image, ax=axis, ticks=[-3, -1, 0, 1, 3])
+    bar.ax.set_yticklabels(["⅛", "½", "1", "2", "8"])
+
+
+def _devices(axis: Any, figure: Figure) -> None:
+    """The most lopsided sample."""
+    shape = (len(figure["steps"]), len(figure["layers"]), figure["ranks"])
+    home, planned = (
+        np.frombuffer(base64.b64decode(figure[x]), "<u2").reshape(shape) / 1000 for x in ("home", "planned")
+    )
+    sample, layer = np.unravel_index(home.max(-1).argmax(), shape[:2])
+    place = np.arange(figure["ranks"])
+    axis.bar(place - 0.2, home[sample, layer], 0.4, label="experts at home", color=TONES["home"])
+    axis.bar(place + 0.2, planned[sample, layer], 0.4, label="as planned", color=TONES["planned"])
+    axis.axhline(1, color="gray", lw=0.8, ls=":")
+    axis.set_xlabel(
+        f"device; {figure['layers'][layer].replace('_', ' ')}, step {figure['steps'][sample]}, the most lopsided sample"
+    )
+    axis.legend(frameon=False, fontsize=8)
+
+
+DRAW: dict[str, Callable[[Any, Figure], None]] = {
+    "lines": _lines,
+    "area": _area,
+    "load": _load,
+    "domains": _domains,
+    "devices": _devices,
+}

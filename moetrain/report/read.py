@@ -1,0 +1,222 @@
+"""A run's folder as a report needs it: whatever is there can be read, and what is missing is said in words.
+
+Old runs lack fields, killed runs have torn lines, some never wrote a trace: none of that is an error here.
+"""
+
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from moetrain.config import ConfigError
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Metrics:
+    """`metrics.jsonl`. `take` reads on where the last call stopped: the run may still be writing."""
+
+    path: Path
+    rows: list[Row] = field(default_factory=list)
+    torn: int = 0  # lines that are no JSON object with a step
+    _offset: int = 0
+    _known: dict[str, Any] = field(default_factory=dict)  # columns that were asked for since the last line came
+
+    def take(self) -> bool:
+        """Read the complete lines that are new. Returns whether anything changed."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        anew = size < self._offset  # a run that resumed wrote the file again
+        if anew:
+            self.rows, self.torn, self._offset = [], 0, 0
+        if size == self._offset:
+            return anew
+        self._known = {}
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole = text.rfind(b"\n") + 1
+        self._offset += whole
+        for line in text[:whole].splitlines():
+            self._add(line)
+        return anew or whole > 0
+
+    @property
+    def cut(self) -> bool:
+        """Whether the file ends in the middle of a line."""
+        return self.path.is_file() and self.path.stat().st_size > self._offset
+
+    def _add(self, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            self.torn += 1
+            return
+        self.rows.append({k: _array(v) if isinstance(v, list) else v for k, v in row.items()})
+
+    @property
+    def training(self) -> list[Row]:
+        return self._once("training", lambda: [r for r in self.rows if "train/lm_loss" in r or "train/loss" in r])
+
+    @property
+    def names(self) -> list[str]:
+        """Every metric's name, in the order of their first appearance."""
+        return self._once("names", lambda: [n for n in dict.fromkeys(n for r in self.rows for n in r) if n != "step"])
+
+    def numbers(self, name: str, rows: Iterable[Row] | None = None) -> np.ndarray:
+        """float64 [rows]; NaN where a row lacks it or it was no finite number. Default: the training rows."""
+        return np.array([_number(row.get(name)) for row in (self.training if rows is None else rows)], dtype=float)
+
+    def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps [n], values [n, width]) of the rows that have the list, at its most frequent width."""
+        return self._once(f"list {name}", lambda: self._lists(name))
+
+    def _once(self, what: str, find: Callable[[], Any]) -> Any:
+        if what not in self._known:
+            self._known[what] = find()
+        return self._known[what]
+
+    def _lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        found = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), np.ndarray)]
+        if not found:
+            return np.zeros(0, int), np.zeros((0, 0))
+        (width, _), *_ = Counter(len(values) for _, values in found).most_common(1)
+        found = [(step, values) for step, values in found if len(values) == width]
+        return np.array([step for step, _ in found]), np.stack([values for _, values in found]).astype(float)
+
+    def last(self, name: str) -> float:
+        """The last finite value, or NaN."""
+        return next((x for row in reversed(self.rows) if not np.isnan(x := _number(row.get(name)))), float("nan"))
+
+
+class Run:
+    """One run's folder, as it was at the last `refresh`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.resolve().name
+        self.metrics = Metrics(folder / "metrics.jsonl")
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Bring it up to date. Returns whether the metrics grew."""
+        new = self.metrics.take()
+        self.missing: list[str] = []
+        if not self.metrics.path.is_file():
+            self.missing.append("metrics.jsonl is not there: no curves")
+        elif not self.metrics.rows:
+            self.missing.append("metrics.jsonl has no complete line yet: no curves")
+        if self.metrics.cut:
+            self.missing.append("the last line of metrics.jsonl is cut off: left out")
+        if self.metrics.torn:
+            self.missing.append(f"metrics.jsonl: {self.metrics.torn} unreadable line(s) left out")
+        self.config = self._mapping("config.yaml", "not there")
+        self.summary = self._mapping("summary.json", "not there: the run has not ended")
+        self.trace = self._trace()
+        self.specialisation = self._specialisation()
+        self.alerts = self._alerts()
+        return new
+
+    def option(self, path: str, default: Any = None) -> Any:
+        """A field of the config, as `model.dim`."""
+        found: Any = self.config
+        for part in path.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return default if found is None else found
+
+    def _mapping(self, name: str, without: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            found = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())
+        except FileNotFoundError:
+            self.missing.append(f"{name} is {without}")
+            return {}
+        except (ValueError, yaml.YAMLError, OSError) as error:
+            self.missing.append(f"{name} cannot be read ({type(error).__name__})")
+            return {}
+        if isinstance(found, dict):
+            return found
+        self.missing.append(f"{name} does not hold fields")
+        return {}
+
+    def _trace(self) -> dict[str, np.ndarray]:
+        """The load trace, arrays over samples; {} where there is none. What some parts lack is left out."""
+        parts: list[dict[str, np.ndarray]] = []
+        for path in sorted((self.folder / "load_trace").glob("part_*.npz")):
+            try:
+                with path.open("rb") as raw, np.load(raw) as file:  # np.load leaves a broken file open
+                    part = {name: file[name] for name in file.files}
+                count = len(part["step"])
+            except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+                self.missing.append(f"load_trace/{path.name} cannot be read ({type(error).__name__})")
+                continue
+            if count and all(parts[0].get(k, v).ndim == v.ndim for k, v in part.items() if parts):
+                parts.append(part)
+        if not parts:
+            off = self.option("track.trace_every") == 0
+            self.missing.append("there is no load trace: track.trace_every=0" if off else "the load trace is empty")
+            return {}
+        common = set.intersection(*({*part} for part in parts))
+        return {name: _joined([part[name] for part in parts]) for name in common}
+
+    def _specialisation(self) -> dict[str, Any]:
+        """The newest evaluation's experts × domains; {} where there is none."""
+        paths = (self.folder / "specialisation").glob("step_*.json")
+        for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
+            try:
+                found = json.loads(path.read_text())
+                if len(found["domains"]) and len(found["layers"][0]["counts"]):
+                    return found
+            except (ValueError, LookupError, TypeError, OSError) as error:
+                self.missing.append(f"specialisation/{path.name} cannot be read ({type(error).__name__})")
+        return {}
+
+    def _alerts(self) -> list[Row]:
+        path = self.folder / "alerts.jsonl"
+        found = []
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+            try:
+                alert = json.loads(line)
+                found.append({"step": int(alert["step"]), "kind": str(alert["kind"]), "text": str(alert["text"])})
+            except (ValueError, KeyError, TypeError):
+                self.missing.append("alerts.jsonl has an unreadable line: left out")
+        return found
+
+
+def open_run(name: str, directory: str = "runs") -> Run:
+    """A run by its folder or its name in `directory`. Raises `ConfigError` where there is nothing to report on."""
+    for folder in (Path(name), Path(directory) / name):
+        if folder.is_dir() and any((folder / part).exists() for part in ("metrics.jsonl", "config.yaml", "load_trace")):
+            return Run(folder)
+    raise ConfigError(f"run={name}: must be a run's folder, or the name of one in {directory}")
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """Along the first axis; zeros behind the axes of the smaller ones. Names, the same in every part, once."""
+    if arrays[0].dtype.kind == "U":
+        return max(arrays, key=len)
+    shape = np.max([a.shape[1:] for a in arrays], axis=0, initial=0)
+    padded = [
+        np.pad(a, [(0, 0), *((0, int(want - have)) for want, have in zip(shape, a.shape[1:], strict=True))])
+        for a in arrays
+    ]
+    return np.concatenate(padded)
+
+
+def _array(values: list[Any]) -> Any:
+    """float32, NaN for null; a list of something else as it is."""
+    try:
+        return np.array(values, np.float32)
+    except (TypeError, ValueError):
+        return values
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else float("nan")

@@ -1,0 +1,67 @@
+"""Long series made short enough to draw, and arrays packed for the page."""
+
+import base64
+import math
+from typing import Any
+
+import numpy as np
+
+MOST_POINTS = 320  # of a curve: what a figure's width can show
+MOST_CELLS = 1_500_000  # of a heat map over time
+DEAD, ABSENT = 0, 255  # codes of a packed load
+
+
+def edges(count: int, most: int) -> np.ndarray:
+    """Where each of at most `most` buckets of `count` consecutive rows begins."""
+    return np.unique(np.linspace(0, count, min(count, most), endpoint=False).astype(int))
+
+
+def means(values: np.ndarray, begin: np.ndarray) -> np.ndarray:
+    """[buckets, ...]: mean of each bucket's finite values; NaN where it has none."""
+    if not len(values):
+        return values
+    finite = np.isfinite(values)
+    total = np.add.reduceat(np.where(finite, values, 0.0), begin, axis=0)
+    count = np.add.reduceat(finite.astype(float), begin, axis=0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def extremes(values: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least and largest finite value of each bucket: no peak is lost by drawing fewer points."""
+    low = np.minimum.reduceat(np.where(np.isfinite(values), values, np.inf), begin)
+    high = np.maximum.reduceat(np.where(np.isfinite(values), values, -np.inf), begin)
+    return np.where(np.isfinite(low), low, np.nan), np.where(np.isfinite(high), high, np.nan)
+
+
+def smooth(values: np.ndarray, weight: float = 0.8) -> np.ndarray:
+    """An exponential mean over the finite values, so that a noisy line can be read; NaN before the first."""
+    out, mean = np.full(len(values), np.nan), math.nan
+    for index, value in enumerate(values):
+        if math.isfinite(value):
+            mean = value if math.isnan(mean) else weight * mean + (1 - weight) * value
+        out[index] = mean
+    return out
+
+
+def plain(values: np.ndarray) -> list[Any]:
+    """For JSON: five significant digits, None for what is no number."""
+    if values.ndim > 1:
+        return [plain(row) for row in values]
+    return [float(f"{x:.5g}") if math.isfinite(x) else None for x in values.tolist()]
+
+
+def pack_load(relative: np.ndarray) -> str:
+    """Loads in mean loads, on a log scale: code 127 is the mean, 16 steps a doubling. 0 nothing at all, 255 absent."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        code = np.clip(np.round(127 + 16 * np.log2(relative)), 1, 254)
+    code = np.where(relative > 0, code, DEAD)
+    return _base64(np.where(np.isfinite(relative), code, ABSENT).astype(np.uint8))
+
+
+def pack_thousandths(values: np.ndarray) -> str:
+    """Little-endian uint16, a thousandth the unit: up to 65.5."""
+    return _base64(np.clip(np.round(1000 * values), 0, 65535).astype("<u2"))
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()

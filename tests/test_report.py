@@ -1,0 +1,291 @@
+"""The report: what the page says of a run, what it does in a real browser, broken runs, the live page."""
+
+import base64
+import json
+import os
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import made_run
+import numpy as np
+import pytest
+from browser import Browser, find
+
+from moetrain import cli
+from moetrain.config import ConfigError
+from moetrain.report import build, reduce
+from moetrain.report.figures import FIGURES
+from moetrain.report.live import server
+from moetrain.report.read import open_run
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_run.write(tmp_path_factory.mktemp("runs") / "full")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser | None]:
+    """None on a machine without Chromium, where tests check what they can; CI has to have one."""
+    path = find()
+    assert path or "CI" not in os.environ, "CI needs a Chromium: apt-get install chromium"
+    opened = Browser(path, tmp_path_factory.mktemp("profile")) if path else None
+    yield opened
+    if opened:
+        opened.close()
+
+
+def write(folder: Path, *more: Path) -> tuple[Path, dict]:
+    path = folder.parent / f"{folder.name}.html"
+    return path, build.write([open_run(str(f)) for f in (folder, *more)], path)
+
+
+def test_every_figure_is_drawn_and_the_slider_moves_by_key(full: Path, browser: Browser | None) -> None:
+    path, page = write(full)
+    assert [name for name, figure in page["runs"][0]["figures"].items() if figure["kind"] == "absent"] == []
+    text = path.read_text()
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    marks = "svg path, svg rect, canvas, .bars .fill, code"
+    drawn = (
+        f"[...document.querySelectorAll('[data-figure]')].filter(f => !f.hidden && f.querySelector('{marks}')).length"
+    )
+    assert opened.evaluate(drawn) == len(FIGURES) + 1  # the load is drawn twice: all layers, and one over time
+    assert opened.evaluate("document.querySelectorAll('.card').length") == len(page["runs"][0]["cards"])
+    state = (
+        "document.getElementById('at').textContent + document.querySelector('[data-figure=load] canvas').toDataURL()"
+    )
+    assert opened.evaluate("document.getElementById('at').textContent") == "40 of 40"
+    before = opened.evaluate(state)
+    opened.press("ArrowLeft")  # anywhere on the page
+    assert opened.evaluate("document.getElementById('at').textContent") == "39 of 40"
+    opened.evaluate("document.getElementById('step').focus()")
+    opened.press("Home")
+    assert opened.evaluate("document.getElementById('step').getAttribute('aria-valuetext')") == "step 1"
+    assert opened.evaluate(state) != before
+    readout = "document.querySelector('[data-figure=devices] .readout').textContent"
+    assert opened.evaluate(readout).startswith("all layers, step 1:") or "layer 00, step 1:" in opened.evaluate(readout)
+    opened.evaluate("document.querySelector('[data-figure=load] canvas').focus()")
+    opened.press("ArrowDown")
+    opened.press("ArrowDown")
+    opened.press("Enter")  # on the map's second row
+    assert opened.evaluate("document.getElementById('layer').value") == "1"
+    assert "layer 01" in opened.evaluate(readout)
+    assert opened.complaints() == []
+
+
+def test_light_dark_paper_and_a_narrow_screen(full: Path, browser: Browser | None) -> None:
+    path, _ = write(full)
+    if browser is None:
+        return
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light, dark = browser.open(path.as_uri()), browser.open(path.as_uri(), dark=True)
+    assert light.evaluate(colour) != dark.evaluate(colour)
+    dark.evaluate("document.getElementById('theme').click()")
+    assert light.evaluate(colour) == dark.evaluate(colour)
+    assert light.pdf().startswith(b"%PDF")
+    narrow = browser.open(path.as_uri(), width=390)
+    assert narrow.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert light.complaints() + dark.complaints() + narrow.complaints() == []
+
+
+def test_runs_side_by_side(full: Path, browser: Browser | None, tmp_path: Path) -> None:
+    other = made_run.write(tmp_path / "full", steps=60, seed=1)
+    path, page = write(full, other)
+    assert len({run["name"] for run in page["runs"]}) == 2  # the same folder name in two places
+    assert [d["field"] for d in page["compare"]["differences"]] == ["train.steps"]
+    speed = page["compare"]["table"]["columns"].index("Speed")
+    assert sum(row["cells"][speed]["best"] for row in page["compare"]["table"]["rows"]) == 1
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    assert opened.evaluate("document.querySelectorAll('#compare figure path.line').length") == 8
+    opened.evaluate("document.querySelectorAll('#runs button')[1].click()")
+    assert opened.evaluate("document.getElementById('at').textContent") == "60 of 60"
+    assert opened.complaints() == []
+
+
+def test_it_says_what_is_wrong(full: Path) -> None:
+    run = build.data([open_run(str(full))])["runs"][0]
+    said = {finding["text"]: finding for finding in run["findings"]}
+    assert said["No token in the last steps: layer 01: expert 1."]["level"] == "trouble"
+    assert any("1.02 as planned" in text and finding["level"] == "good" for text, finding in said.items())
+    assert any("alert" in text for text in said)
+    cards = {card["name"]: card for card in run["cards"]}
+    assert (cards["Experts in use"]["value"], cards["Experts in use"]["unit"]) == ("15", "of 16")
+
+
+def test_a_collapsed_router_and_a_busy_device_are_named(tmp_path: Path) -> None:
+    folder = made_run.write(tmp_path / "collapsed", ranks=4)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if "train/loss" in row):
+        row |= {"balance/layer_00/load": [0.5, 0.45] + [0.05 / 6] * 6, "balance/imbalance_planned": 1.6}
+        row |= {"balance/device_load_planned": [10.0, 10.0, 40.0, 10.0], "perf/waited": [0.3, 0.3, 0, 0.3]}
+        row |= {"perf/waited_for": [0.0, 0.0, 0.9, 0.0], "train/lm_loss": None if row["step"] == 7 else 4.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = build.data([open_run(str(folder))])["runs"][0]["findings"]
+    text = " ".join(finding["text"] for finding in found if finding["level"] == "trouble")
+    assert "layer 00: experts 0, 1 take 95% of all selections: collapsed" in text
+    assert "It is mostly device 2" in text
+    assert "Ranks spend 45% of a step waiting for each other, 100% of that for rank 2" in text
+    assert "The loss was not a number in 1 step(s), first 7" in text
+
+
+def test_ten_thousand_steps_stay_small_and_keep_their_peaks(tmp_path: Path, browser: Browser | None) -> None:
+    folder = tmp_path / "long"
+    made_run.write(folder, steps=10_000, layers=1, samples=400)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(lines[4000])
+    lines[4000] = json.dumps(row | {"balance/imbalance_planned": 9.0})
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    path, page = write(folder)
+    figures = page["runs"][0]["figures"]
+    planned = figures["imbalance"]["series"][1]
+    assert len(figures["imbalance"]["x"]) <= reduce.MOST_POINTS
+    assert max(planned["high"]) == 9.0 > 2 > max(planned["y"])
+    assert path.stat().st_size < 1_000_000
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    assert opened.evaluate("steps.at(-1)") == 10_000
+    assert opened.complaints() == []
+
+
+def test_packed_loads_are_the_recorded_ones(full: Path) -> None:
+    run = open_run(str(full))
+    figure = FIGURES["load"](run)
+    code = np.frombuffer(base64.b64decode(figure["cells"]), np.uint8).reshape(40, 2, 8).astype(float)
+    _, recorded = run.metrics.lists("balance/layer_01/load")
+    assert (code[:, 1, 1] == reduce.DEAD).all()
+    others = [e for e in range(8) if e != 1]
+    unpacked = 2 ** ((code[:, 1, others] - 127) / 16)
+    np.testing.assert_allclose(
+        unpacked, 8 * recorded[:, others], rtol=0.023
+    )  # half a step of a sixteenth of a doubling
+
+
+def _torn(folder: Path) -> str:
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[: len(text) - 200])
+    return "the last line of metrics.jsonl is cut off"
+
+
+def _garbage(folder: Path) -> str:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(
+            "not json\n[1, 2]\n" + json.dumps({"step": 99, "balance/layer_00/load": "?", "train/loss": None}) + "\n"
+        )
+    return "2 unreadable line(s)"
+
+
+def _no_metrics(folder: Path) -> str:
+    (folder / "metrics.jsonl").unlink()
+    return "metrics.jsonl is not there"
+
+
+def _nothing_but_steps(folder: Path) -> str:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "train/loss": 3.0}) + "\n" for s in (1, 2)))
+    (folder / "alerts.jsonl").write_text("{\n")
+    return "alerts.jsonl has an unreadable line"
+
+
+def _broken_trace(folder: Path) -> str:
+    (folder / "load_trace" / "part_00000.npz").write_bytes(b"PK\x03\x04 no archive")
+    return "load_trace/part_00000.npz cannot be read"
+
+
+def _empty_trace(folder: Path) -> str:
+    shutil.rmtree(folder / "load_trace")
+    (folder / "load_trace").mkdir()
+    return "the load trace is empty"
+
+
+def _old_trace(folder: Path) -> str:
+    """As the first versions wrote it: three arrays, no names."""
+    for path in (folder / "load_trace").glob("*.npz"):
+        with np.load(path) as file:
+            part = {name: file[name] for name in ("step", "counts", "home", "planned")}
+        np.savez_compressed(path, **part)
+    (folder / "summary.json").unlink()
+    return "summary.json is not there: the run has not ended"
+
+
+def _broken_config(folder: Path) -> str:
+    (folder / "config.yaml").write_text("model: [")
+    (folder / "specialisation" / "step_40.json").write_text('{"domains": ["a"]}')
+    return "config.yaml cannot be read"
+
+
+BREAKS = (_torn, _garbage, _no_metrics, _nothing_but_steps, _broken_trace, _empty_trace, _old_trace, _broken_config)
+
+
+@pytest.mark.parametrize("spoil", BREAKS)
+def test_a_broken_run_gives_a_report_that_says_so(
+    spoil: Callable[[Path], str], full: Path, tmp_path: Path, browser: Browser | None
+) -> None:
+    folder = shutil.copytree(full, tmp_path / "broken")
+    expected = spoil(folder)
+    path, page = write(folder)
+    assert any(expected in text for text in page["runs"][0]["missing"]), page["runs"][0]["missing"]
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    assert expected in opened.evaluate("document.getElementById('missing').textContent")
+    shown = (
+        "[...document.querySelectorAll('[data-figure]')].filter(f => !f.hidden).every(f => f.querySelector('.plot *'))"
+    )
+    assert opened.evaluate(shown)
+    opened.press("ArrowLeft")
+    assert opened.complaints() == []
+
+
+def test_the_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "page.html"
+    assert cli.main(["report", str(full), "--out", str(out), "--png", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"] == str(out)
+    assert found["runs"][0]["findings"][0]["level"] == "trouble"
+    assert {Path(p).stem for p in found["pictures"]} >= {"loss", "load", "devices", "time", "domains"}
+    assert all(Path(p).read_bytes().startswith(b"\x89PNG") for p in found["pictures"])
+    assert cli.main(["report", str(full)]) == 0
+    assert (full / "report.html").is_file()
+    capsys.readouterr()
+    for wrong, line in (
+        ([str(tmp_path / "none")], "run="),
+        ([str(full), "--out", str(tmp_path / "no" / "page.html")], "out="),
+        ([str(full), "--live", "--port", "99999"], "port=99999: must be a free port"),
+    ):
+        assert cli.main(["report", *wrong]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_the_live_page_follows_its_run(full: Path, tmp_path: Path, browser: Browser | None) -> None:
+    folder = shutil.copytree(full, tmp_path / "going")
+    with server([open_run(str(folder))], 0) as serving:
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        address = f"http://127.0.0.1:{serving.server_address[1]}"
+        opened = browser.open(address + "/") if browser else None
+        row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]) | {"step": 41}
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n" + '{"step": 42, "half')
+        fresh = json.loads(urllib.request.urlopen(address + "/data.json").read())
+        assert fresh["runs"][0]["figures"]["loss"]["x"][-1] == 41
+        if opened:
+            opened.wait("document.getElementById('at').textContent === '41 of 41'")
+            assert opened.complaints() == []
+        for wrong in (urllib.request.Request(address, headers={"Host": "elsewhere.example"}), address + "/etc/passwd"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(wrong)
+            refused.value.close()
+        with pytest.raises(ConfigError, match="must be a free port"):
+            server([], serving.server_address[1])
+        serving.shutdown()
+        thread.join()
