@@ -137,10 +137,9 @@ def held_out_per_layer(pattern: str, missing: str, **more: Any) -> Callable[[Run
         if not rows:
             return absent(missing)
         if len(rows) == 1:
-            bars = [
-                {"name": name.replace("_", " "), "value": run.metrics.last(metric)} for name, metric in found.items()
-            ]
-            return {"kind": "bars", "rows": [bar for bar in bars if np.isfinite(bar["value"])], "digits": 2}
+            last = {name.replace("_", " "): run.metrics.last(metric) for name, metric in found.items()}
+            bars = [{"name": name, "value": value} for name, value in last.items() if np.isfinite(value)]
+            return {"kind": "bars", "rows": bars, "digits": 2}
         series = [
             {"name": name.removeprefix("layer_"), "y": plain(run.metrics.numbers(metric, rows))}
             for name, metric in found.items()
