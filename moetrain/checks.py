@@ -7,6 +7,7 @@ from typing import Any
 from moetrain.config import Config, ConfigError, short
 from moetrain.moe.planners import PLANNERS, planner_options
 from moetrain.moe.routers import ROUTERS
+from moetrain.observe import tensorboard_sink
 
 
 def check(c: Config) -> None:
@@ -59,6 +60,8 @@ def check(c: Config) -> None:
         f"must be below model.num_layers={m.num_layers}, so that one layer has experts",
     )
     rule(c.optim.min_lr <= c.optim.lr, "optim.min_lr", f"must be at most optim.lr={c.optim.lr}")
+    if c.track.tensorboard:
+        rule(tensorboard_sink.is_installed(), "track.tensorboard", "needs `pip install moetrain[tensorboard]`")
     if c.data.source == "folder":
         rule(c.data.path is not None, "data.path", "data.source=folder needs a folder or a file")
     if c.data.path is not None:

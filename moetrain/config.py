@@ -146,8 +146,13 @@ class Checkpoint(Section):
 
 class Track(Section):
     wandb: bool
+    tensorboard: bool
     project: str
     trace_every: NonNegative
+    window: Positive
+    alert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None
+    profile_from: Positive | None
+    profile_steps: Positive
 
 
 class Model(Section):

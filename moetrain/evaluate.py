@@ -1,10 +1,11 @@
-"""Held-out loss, for every domain and over all.
+"""Held-out loss, for every domain and over all; what experts specialise in.
 
 E experts of a layer, N experts of all layers, C domains.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from moetrain.config import Config
 from moetrain.data.loader import Corpus, Packed, Sequences
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
+from moetrain.observe import specialisation
+from moetrain.observe.health import max_vio
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class Score:
         return self.nats / math.log(2) / max(1, self.num_bytes)
 
 
+class HeldOut(NamedTuple):
+    scores: dict[str, Score]  # per domain, and `all`
+    metrics: dict[str, float]
+    specialisation: list[dict[str, Any]]  # of every layer
+
+
 def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
     """The sequences that a domain is judged by, from all over its held-out text: the same at every time and layout."""
     packed = Packed(corpus, "held_out", config.train.seq_len, seed=0, domain=domain)
@@ -42,15 +51,14 @@ def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Transformer, corpus: Corpus, config: Config, mesh: Mesh
-) -> tuple[dict[str, Score], dict[str, float]]:
-    """Scores per domain (and `all`), and metrics. All ranks call it, and call the model equally often."""
+def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> HeldOut:
+    """All ranks call it, and call the model equally often."""
     device, size = mesh.device, config.micro_batch(mesh.world)
     sizes = [router.num_experts for router in model.routers]
     counts_CN = torch.zeros(len(corpus.domains), sum(sizes), device=device)  # experts of all layers
     sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
     token_bytes = torch.from_numpy(corpus.token_bytes).to(device)
+    liked = specialisation.Tokens(len(sizes), len(corpus.domains), mesh)
     for domain in range(len(corpus.domains)):
         windows = held_out_windows(corpus, config, domain)
         for begin in range(0, len(windows.tokens), size * mesh.world):
@@ -69,6 +77,7 @@ def evaluate(
                 ]
             )
             counts_CN[domain] += torch.cat([s.counts_E for s in stats])
+            liked.add(domain, tokens[:, :-1].flatten(), stats)
     all_reduce_sum(sums)
     all_reduce_sum(counts_CN)
     scores = {
@@ -81,17 +90,10 @@ def evaluate(
     for name in (n for n in corpus.domains if scores[n].tokens):  # a tiny domain may not fill one held-out window
         metrics[f"eval/{name}/ppl"] = math.exp(min(50.0, scores[name].loss))
         metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
-    for name, counts_CE in zip(config.model.pass_names, counts_CN.double().cpu().split(sizes, dim=1), strict=True):
-        metrics[f"specialise/{name}/domain_mi"] = domain_information(counts_CE.numpy())
-        load_E = counts_CE.sum(0)
-        metrics[f"eval/{name}/max_vio"] = float(load_E.max() * len(load_E) / load_E.sum() - 1)
-    return scores, metrics
-
-
-def domain_information(counts_CE: np.ndarray) -> float:
-    """Mutual information of domain and expert in bits, every domain weighted alike. 0: no specialisation."""
-    joint = counts_CE / counts_CE.sum(-1, keepdims=True).clip(min=1) / len(counts_CE)
-    independent = joint.sum(0, keepdims=True) * joint.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(joint > 0, joint * np.log2(joint / independent), 0.0)
-    return float(terms.sum())
+    counts = [part.numpy() for part in counts_CN.double().cpu().split(sizes, dim=1)]
+    layers = specialisation.describe(config.model.pass_names, counts, liked, corpus)
+    for layer, counts_CE in zip(layers, counts, strict=True):
+        metrics[f"specialise/{layer['name']}/domain_mi"] = layer["domain_mi"]
+        metrics[f"eval/{layer['name']}/max_vio"] = max_vio(counts_CE.sum(0))
+    metrics["specialise/domain_mi"] = float(np.mean([layer["domain_mi"] for layer in layers]))
+    return HeldOut(scores, metrics, layers)

@@ -52,7 +52,7 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     model, corpus, saved = _restore(config, mesh)
-    scores, metrics = evaluate(model, corpus, config, mesh)
+    scores, metrics, _ = evaluate(model, corpus, config, mesh)
     if not mesh.is_main:
         return
     if as_json:

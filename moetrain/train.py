@@ -18,16 +18,16 @@ from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
-from moetrain.moe.balance import Balance, Losses, add_buffers
-from moetrain.moe.layer import LayerStats
+from moetrain.moe.balance import Balance, add_buffers
+from moetrain.moe.clock import Clock
 from moetrain.moe.routers import Choice
 from moetrain.observe import picture, summary
 from moetrain.observe.console import Voice
 from moetrain.observe.estimate import estimate, matmul_rate
+from moetrain.observe.health import RouterSums
 from moetrain.observe.layout import describe
-from moetrain.observe.meter import Meter, bias_metrics
-from moetrain.observe.trace import LoadTrace
-from moetrain.observe.tracker import Bar, JsonLines, Tracker, Wandb
+from moetrain.observe.meter import Part, Step
+from moetrain.observe.recorder import Recorder
 from moetrain.optim import learning_rate
 
 
@@ -56,49 +56,48 @@ def train(config: Config, mesh: Mesh) -> Path:
     if saved is not None:
         checkpoint.load(saved, engine)
         voice.say(f"resumed from {saved}, {first} steps done")
-    engine.plan_with(profile.obtain(mesh, profile.Layer.of(config), folder, saved))
-    tracker = Tracker([*sinks(config, folder, first)] if mesh.is_main else [])
-    trace = LoadTrace(folder / "load_trace", config.track.trace_every if mesh.is_main else 0, first)
+    costs = profile.obtain(mesh, profile.Layer.of(config), folder, saved)
+    engine.plan_with(costs)
     peak = matmul_rate(mesh.device, engine.dtype)
 
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     engine.model.at_step(first, config.train)
-    with checkpoint.Saver(folder, config, mesh, engine, first) as saver:
+    with (
+        checkpoint.Saver(folder, config, mesh, engine, first) as saver,
+        Recorder(config, mesh, folder, first, corpus.domains, engine.model.routers, costs) as recorder,
+    ):
         for step in range(first, config.train.steps):
-            began = time.perf_counter()
-            shares = list(micro_batches(config, mesh, loader, position))
+            recorder.begin(step + 1)
+            began, clock = time.perf_counter(), Clock(mesh.device)
+            with clock.phase("data"):
+                shares = list(micro_batches(config, mesh, loader, position))
             lr = learning_rate(config.optim, step, config.train.steps)
-            parts, counts, norm = optimizer_step(engine, config, shares, lr)
+            done = optimizer_step(engine, config, shares, lr, clock)
             position += config.train.global_batch
             engine.model.at_step(step + 1, config.train)
-
-            trace.record(step + 1, parts[0].stats)
-            meter = Meter(config, mesh, corpus.domains)
-            for part in parts:
-                meter.add(*part)
-            metrics = meter.metrics(counts) | bias_metrics(engine.model.routers, config.model.num_dense_layers)
             seconds = time.perf_counter() - began
-            metrics |= {"train/grad_norm": norm, "train/lr": lr, "train/tokens": position * config.train.seq_len}
-            metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
-            metrics["perf/mfu"] = size.flops_per_token * tokens_in_batch / seconds / (peak * mesh.world)
-            done = step + 1 == config.train.steps
-            saves = done or bool(config.checkpoint.every and (step + 1) % config.checkpoint.every == 0)
+
+            last = step + 1 == config.train.steps
+            saves = last or bool(config.checkpoint.every and (step + 1) % config.checkpoint.every == 0)
+            metrics = recorder.read(step + 1, done, always=saves)
             if saves:
-                trace.flush()
+                recorder.flush()
                 metrics["perf/checkpoint_stall_seconds"] = saver.save(step + 1, position)
             voice.say_all(saver.news())
-            if saves or (step + 1) % config.train.log_every == 0:
-                tracker.log(step + 1, metrics)
-            if not done and config.eval.every and (step + 1) % config.eval.every == 0:
-                tracker.log(step + 1, evaluate(engine.model, corpus, config, mesh)[1])
+            if metrics:
+                metrics |= {"train/lr": lr, "train/grad_norm": done.norm}
+                metrics["train/tokens"] = position * config.train.seq_len
+                metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
+                metrics["perf/mfu"] = size.flops_per_token * tokens_in_batch / seconds / (peak * mesh.world)
+                recorder.log(step + 1, metrics)
+            if not last and config.eval.every and (step + 1) % config.eval.every == 0:
+                recorder.held_out(step + 1, evaluate(engine.model, corpus, config, mesh))
 
-        scores, held_out = evaluate(engine.model, corpus, config, mesh)
-        tracker.log(config.train.steps, held_out)
+        held_out = evaluate(engine.model, corpus, config, mesh)
+        recorder.held_out(config.train.steps, held_out)
         prompts = prompts_of(corpus, config)
         texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
     voice.say_all(saver.news())
-    trace.flush()
-    tracker.close()
     if mesh.is_main:
         picture.draw(folder)
         written = [
@@ -106,7 +105,7 @@ def train(config: Config, mesh: Mesh) -> Path:
             for (title, prompt), text in zip(prompts, texts, strict=True)
         ]
         bigram = summary.bigram_scores(config, corpus, loader, position)
-        found = summary.collect(folder, config, size, scores, bigram, written)
+        found = summary.collect(folder, config, size, held_out.scores, bigram, written)
         summary.show(found, voice)
     voice.close()
     return folder
@@ -127,23 +126,11 @@ class Batch(NamedTuple):
         return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], (within, domain[:, :-1], sample))
 
 
-class Part(NamedTuple):
-    """What one micro-step contributes to the metrics."""
-
-    nats: Tensor  # [B, L] per target token
-    domain: Tensor  # [B, L] of the target tokens
-    losses: Losses
-    stats: list[LayerStats]  # light
-
-
-class Step(NamedTuple):
-    parts: list[Part]  # one a micro-step
-    counts: list[Tensor]  # int64 [E] of every layer: selections on all ranks, in all micro-steps
-    norm: float  # of the gradient
-
-
-def optimizer_step(engine: NativeEngine, config: Config, shares: Sequence[Sequences], lr: float) -> Step:
-    """Forward, losses and backward of every micro-step, then the update."""
+def optimizer_step(
+    engine: NativeEngine, config: Config, shares: Sequence[Sequences], lr: float, clock: Clock | None = None
+) -> Step:
+    """Forward, losses and backward of every micro-step, then the update; `clock` sees where the time goes."""
+    clock = clock or Clock(engine.mesh.device)
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     parts: list[Part] = []
     model, groups = engine.model, engine.mesh.ep.size
@@ -151,17 +138,21 @@ def optimizer_step(engine: NativeEngine, config: Config, shares: Sequence[Sequen
     batches = [Batch.of(share, config, engine.mesh.device) for share in shares]
     choices: list[list[Choice] | None] = [None] * len(batches)
     if balance.looks_ahead:
-        choices[1:] = [balance.foresee(model.count(batch.tokens, *batch.about)) for batch in batches[1:]]
+        with clock.phase("forward"):
+            choices[1:] = [balance.foresee(model.count(batch.tokens, *batch.about)) for batch in batches[1:]]
     for number, batch in enumerate(batches):
-        nats, stats = model(batch.tokens, batch.targets, *batch.about, choices[number])
-        losses = balance.losses(stats)
-        engine.backward(nats.sum() / tokens_in_batch + losses.weighted, last=number == len(batches) - 1)
+        with clock.phase("forward"):
+            nats, stats = model(batch.tokens, batch.targets, *batch.about, choices[number])
+            losses, router = balance.losses(stats), RouterSums.of(stats)
+        with clock.phase("backward"):
+            engine.backward(nats.sum() / tokens_in_batch + losses.weighted, last=number == len(batches) - 1)
         losses = losses._replace(weighted=losses.weighted.detach())
-        parts.append(Part(nats.detach(), batch.domain, losses, [s.light() for s in stats]))
+        parts.append(Part(nats.detach(), batch.domain, losses, [s.light() for s in stats], router))
         choices[number] = None  # they are large
-    norm = engine.step(lr)
-    balance.finish()
-    return Step(parts, balance.counts, norm)
+    with clock.phase("update"):
+        norm = engine.step(lr)
+        balance.finish()
+    return Step(parts, balance.counts, norm, clock)
 
 
 def build(config: Config) -> Transformer:
@@ -192,9 +183,3 @@ def micro_batches(config: Config, mesh: Mesh, loader: Samples, position: int) ->
     size = config.micro_batch(mesh.world)
     for first in range(position, position + config.train.global_batch, size * mesh.world):
         yield loader.samples(first + mesh.rank * size, first + (mesh.rank + 1) * size)
-
-
-def sinks(config: Config, folder: Path, first: int) -> list:
-    """What the main rank reports to."""
-    out: list = [JsonLines(folder / "metrics.jsonl", first), Bar(first, config.train.steps)]
-    return [*out, Wandb(config, folder)] if config.track.wandb else out

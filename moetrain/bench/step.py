@@ -27,11 +27,12 @@ from moetrain.config import Config
 from moetrain.data.loader import Corpus, Loader, Samples
 from moetrain.engine.native import NativeEngine
 from moetrain.mesh import Mesh
+from moetrain.moe.clock import PHASES
 from moetrain.moe.layer import MoE
 from moetrain.moe.plan import imbalance
 from moetrain.moe.planners import PLANNERS
 from moetrain.moe.routers import ROUTERS
-from moetrain.observe.meter import PHASES
+from moetrain.observe.meter import Part
 from moetrain.optim import learning_rate
 
 Records = list[dict[str, Any]]
@@ -111,7 +112,7 @@ class Bench:
 FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_crossing_fraction", *(f"{name}_ms" for name in PHASES))
 
 
-def facts_of(parts: Sequence[train.Part]) -> list[float]:
+def facts_of(parts: Sequence[Part]) -> list[float]:
     """Of one step on one rank: loads and rows as means over layers and micro-steps, guests and phases in all."""
     stats = [s for part in parts for s in part.stats]
     plans = [s.plan for s in stats]

@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 import torch
 
-from moetrain import train
 from moetrain.bench.cell import now
 from moetrain.comm import all_reduce_sum, barrier
 from moetrain.config import Balance as Options
 from moetrain.mesh import Mesh
 from moetrain.moe.balance import Balance
 from moetrain.moe.routers import Router
+from moetrain.observe.meter import Part
 
 REPEATS = 101
 
 
-def sync_ms(mesh: Mesh, options: Options, routers: Sequence[Router], parts: Sequence[train.Part]) -> float:
+def sync_ms(mesh: Mesh, options: Options, routers: Sequence[Router], parts: Sequence[Part]) -> float:
     """Median milliseconds of the slowest rank, for all micro-steps of a step whose `parts` are given.
 
     Every repetition begins right after a barrier: what a rank waits in a step for slower ones is imbalance, not this.

@@ -1,4 +1,9 @@
-"""Where the time of one forward pass goes: seconds per phase, on the host, or on the device where there is one."""
+"""Where the time of a layer's pass goes: seconds per phase, on the host, or on the device where there is one.
+
+In the phases of the forward: `route`, `plan`, `lend`, `dispatch`, `experts`, `combine`; of the backward: the last four
+with `backward_` before them. Inside of them, `wait_counts` and the like are the time from a rank's arrival at an
+exchange to the exchange's end: the rank that comes last waits least, and the others wait for it.
+"""
 
 import time
 from collections.abc import Iterator
@@ -6,6 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+PHASES = ("route", "plan", "lend", "dispatch", "experts", "combine")
+BACKWARD_PHASES = ("backward_lend", "backward_dispatch", "backward_experts", "backward_combine")
+WAITS = ("wait_counts", "wait_dispatch", "wait_combine", "backward_wait_dispatch", "backward_wait_combine")
 
 
 class Clock:
@@ -15,6 +24,7 @@ class Clock:
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
         self._running = True
+        self.sent_bytes = 0  # of tokens, to other ranks, in the forward
 
     def stop(self) -> None:
         """The forward is over: what a recompute does is not counted again."""
@@ -29,9 +39,21 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """A part of the forward."""
         if not self._running:
             yield
             return
+        with self._marked(name):
+            yield
+
+    @contextmanager
+    def backward(self, name: str) -> Iterator[None]:
+        """A part of the backward; it is called `backward_` and `name`."""
+        with self._marked(f"backward_{name}"):
+            yield
+
+    @contextmanager
+    def _marked(self, name: str) -> Iterator[None]:
         begin = self._now()
         yield
         self._marks.append((name, begin, self._now()))

@@ -273,3 +273,11 @@ def layer_time(plan: Plan, counts: Ints, home: Ints, costs: Costs, resident: Int
         new = [guest for _, _, guest in loans if resident is None or not resident[guest, expert]]
         count(copies, home[expert], np.array(new, np.int64), node)
     return LayerTime(*seconds(plan.loads(), at_home, segments, flow, copies, costs.vector()).tolist())
+
+
+def compute_seconds(rows_R: Ints, segments_R: Ints, costs: Costs, forwards: int = 1) -> float:
+    """Seconds of expert computation on the slowest rank, which has so many rows of so many experts; `forwards`: times
+    that the forward is computed (2 under full recompute)."""
+    row = forwards * costs.row_forward + costs.row_backward
+    segment = forwards * costs.segment_forward + costs.segment_backward
+    return float((rows_R * row + segments_R * segment).max())

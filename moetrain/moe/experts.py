@@ -92,6 +92,7 @@ class Experts(nn.Module):
             trip.start_lending((self.gate_up, self.down))
         with clock.phase("dispatch"):
             trip.route = Route.of(routing, plan, self.ep, len(x_TD), most_per_token, x_TD.dtype)
+            clock.sent_bytes = sum(trip.route.copies_out) * x_TD.shape[1] * x_TD.element_size()
             ticket = _Leave.apply(x_TD, routing.weight_N, trip)
         shared_TD = None if meanwhile is None else meanwhile(x_TD)
         y_TD = _Work.apply(ticket, self.gate_up, self.down, trip)
@@ -238,8 +239,11 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, ticket: Tensor) -> Any:
         trip: Trip = ctx.trip
         ctx.trip = None  # whoever holds a statistic of the layer holds this node, but nothing big with it
-        grad_TD = trip.route.finish_gather(*trip.sums)
-        return grad_TD, trip.route.finish_return(trip.grad_weights), None
+        with trip.clock.backward("combine"):
+            with trip.clock.backward("wait_combine"):
+                trip.sums[1].wait()
+            grad_TD = trip.route.finish_gather(*trip.sums)
+            return grad_TD, trip.route.finish_return(trip.grad_weights), None
 
 
 class _Work(torch.autograd.Function):
@@ -251,7 +255,8 @@ class _Work(torch.autograd.Function):
         with clock.phase("dispatch"):
             assert trip.pool is not None
             pool_PD, pending = trip.pool
-            pending.wait()
+            with clock.phase("wait_dispatch"):
+                pending.wait()
             rows_MD = pool_PD.index_select(0, route.pool_M)
             trip.pool = None
             del pool_PD, pending
@@ -273,20 +278,27 @@ class _Work(torch.autograd.Function):
         ctx.trip = trip
         ctx.save_for_backward(rows_MD, gate_up_MH2, gate_up, down)
         with clock.phase("combine"):
-            return route.finish_gather(*route.start_gather(out_MD, route.weight_M))
+            own_TD, pending = route.start_gather(out_MD, route.weight_M)
+            with clock.phase("wait_combine"):
+                pending.wait()
+            return route.finish_gather(own_TD, pending)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
         rows_MD, gate_up_MH2, gate_up, down = ctx.saved_tensors
         trip: Trip = ctx.trip
         ctx.trip = None
-        route = trip.route
-        trip.start_lending((gate_up, down))  # those that did not stay
-        pool_PD, pending = route.start_spread(grad_TD)
-        pending.wait()
-        grad_MD = pool_PD.index_select(0, route.pool_M)
-        del pool_PD
-        trip.relay()
+        route, clock = trip.route, trip.clock
+        with clock.backward("lend"):
+            trip.start_lending((gate_up, down))  # those that did not stay
+        with clock.backward("dispatch"):
+            pool_PD, pending = route.start_spread(grad_TD)
+            with clock.backward("wait_dispatch"):
+                pending.wait()
+            grad_MD = pool_PD.index_select(0, route.pool_M)
+            del pool_PD
+        with clock.backward("lend"):
+            trip.relay()
 
         keep = len(gate_up_MH2) == len(rows_MD)
         grads = [torch.empty_like(w) if keep else torch.zeros_like(w) for w in (gate_up, down)]
@@ -294,45 +306,53 @@ class _Work(torch.autograd.Function):
         back_MD, grad_weight_M = torch.empty_like(rows_MD), route.weight_M.new_empty(len(rows_MD))
         waiting: dict[bool, Products] = {}  # for weight gradients, until the rows' gradients are on their way
         for away in (False, True) if trip.awaits_guests else (True, False):
-            weights: Weights = trip.guest_weights((gate_up, down)) if away else (gate_up, down)
-            for rows, sizes in trip.pieces(away):
-                part_MH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), gate_up.shape[1])
-                if not keep:
-                    kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_MH2, transpose=True)
-                hidden_MH = rows_MD.new_empty(sum(sizes), down.shape[2])  # its gradient first
-                kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_MH, transpose=False)
-                grad_weight_M[rows] = kernels.swiglu_backward(part_MH2, hidden_MH, route.weight_M[rows])
-                kernels.segment_mm(part_MH2, weights[0], sizes, back_MD[rows], transpose=False)
-                products = Products([(part_MH2, rows_MD[rows]), (grad_MD[rows], hidden_MH)], sizes)
-                if guest_grads is None:
-                    waiting[away] = products
-                else:
-                    products.write(guest_grads.matrices if away else grads, add=True)
+            with clock.backward("lend"):
+                weights: Weights = trip.guest_weights((gate_up, down)) if away else (gate_up, down)
+            with clock.backward("experts"):
+                for rows, sizes in trip.pieces(away):
+                    part_MH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), gate_up.shape[1])
+                    if not keep:
+                        kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_MH2, transpose=True)
+                    hidden_MH = rows_MD.new_empty(sum(sizes), down.shape[2])  # its gradient first
+                    kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_MH, transpose=False)
+                    grad_weight_M[rows] = kernels.swiglu_backward(part_MH2, hidden_MH, route.weight_M[rows])
+                    kernels.segment_mm(part_MH2, weights[0], sizes, back_MD[rows], transpose=False)
+                    products = Products([(part_MH2, rows_MD[rows]), (grad_MD[rows], hidden_MH)], sizes)
+                    if guest_grads is None:
+                        waiting[away] = products
+                    else:
+                        products.write(guest_grads.matrices if away else grads, add=True)
             if away:
                 del weights
                 trip.forget_weights()
         torch.autograd.graph.increment_version(gate_up_MH2)  # a second backward has to fail
-        trip.grad_weights = route.start_return(grad_weight_M)
-        trip.sums = route.start_gather(back_MD, None)
+        with clock.backward("combine"):
+            trip.grad_weights = route.start_return(grad_weight_M)
+            trip.sums = route.start_gather(back_MD, None)
         del back_MD
 
         returning: Returning | None = None
         for batch in trip.batches():
             slots = trip.guest_slots(batch)
-            if guest_grads is None:
-                packed = Packed(slots.stop - slots.start, grads)
-                waiting[True].of(slots).write(packed.matrices)
-                grads_GW = packed.packed_GW
-            else:
-                grads_GW = guest_grads.packed_GW[slots]
-            if returning is not None:
-                returning.finish(grads, trip.first)
-            returning = trip.send_home(grads_GW, batch)
+            with clock.backward("experts"):
+                if guest_grads is None:
+                    packed = Packed(slots.stop - slots.start, grads)
+                    waiting[True].of(slots).write(packed.matrices)
+                    grads_GW = packed.packed_GW
+                else:
+                    grads_GW = guest_grads.packed_GW[slots]
+            with clock.backward("lend"):
+                if returning is not None:
+                    returning.finish(grads, trip.first)
+                returning = trip.send_home(grads_GW, batch)
             if False in waiting:  # while the first are under way
-                waiting.pop(False).write(grads)
+                with clock.backward("experts"):
+                    waiting.pop(False).write(grads)
         if False in waiting:
-            waiting.pop(False).write(grads)
+            with clock.backward("experts"):
+                waiting.pop(False).write(grads)
         if returning is not None:
-            returning.finish(grads, trip.first)
+            with clock.backward("lend"):
+                returning.finish(grads, trip.first)
         trip.store.close()
         return None, *grads, None

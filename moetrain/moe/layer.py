@@ -141,7 +141,8 @@ class MoE(nn.Module):
             ep = self.experts.ep
             assert ep is not None, "experts.shard() comes first"
             facts = torch.cat([kept_E[:num_experts], per_token[None]])
-            gathered = all_gather(facts, ep.rows).cpu().numpy()
+            with clock.phase("wait_counts"):
+                gathered = all_gather(facts, ep.rows).cpu().numpy()
         with clock.phase("plan"):
             counts_RE: Ints = gathered[:, :-1]
             rows_N = None if is_row_N is None else positions(is_row_N, int(counts_RE[ep.rank].sum()))

@@ -148,6 +148,11 @@ class Plan:
         """`(expert, home_rank, guest_rank)` of every expert copy that computes rows away from home, sorted."""
         return self._guests
 
+    def placed(self) -> Ints:
+        """[R, E] rows of each expert that each rank computes."""
+        flat = _sum_at(self.rank * self.num_experts + self.expert, self.num_rows, self.num_ranks * self.num_experts)
+        return flat.reshape(self.num_ranks, self.num_experts)
+
     def moved(self) -> int:
         """Rows computed on another rank than the home of their expert."""
         return int(self.num_rows[self.rank != self.home[self.expert]].sum())

@@ -1,12 +1,15 @@
-"""What one optimizer step amounts to, over all micro-steps, layers and ranks: one all-reduce a step.
+"""What one optimizer step amounts to, over all micro-steps, layers and ranks: one all-reduce and one transfer.
 
-L layers, E experts of a layer, R ranks of the world, C domains.
+L passes through MoE layers, E experts of one, N of all, R ranks of the expert group, W ranks of the world, C domains,
+P phases.
 """
 
-import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,122 +17,251 @@ from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
 from moetrain.mesh import Mesh
 from moetrain.moe.balance import Losses
+from moetrain.moe.clock import BACKWARD_PHASES, PHASES, WAITS, Clock
+from moetrain.moe.cost import Costs, compute_seconds
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.plan import imbalance
 from moetrain.moe.routers import Router
+from moetrain.observe import health
+from moetrain.observe.congestion import Array
 
-PHASES = ("route", "plan", "lend", "dispatch", "experts", "combine")
+TIMES = ("data", "forward", "backward", "update")
+ALL_PHASES = (*TIMES, *PHASES, *BACKWARD_PHASES)
+FORWARDS = {"full": 2}  # times that experts compute their rows before the backward, by train.recompute
+MEANS = ("max_vio", "max_vio_micro", "entropy", "load_entropy", "logit_norm", "gamma_eff")  # over layers
+PLAN_FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_moved", "crossing", "saved_seconds")
+
+
+class Part(NamedTuple):
+    """What one micro-step contributes to the metrics."""
+
+    nats: Tensor  # [B, L] per target token
+    domain: Tensor  # [B, L] of the target tokens
+    losses: Losses
+    stats: list[LayerStats]  # light
+    router: health.RouterSums
+
+
+class Step(NamedTuple):
+    parts: list[Part]  # one a micro-step
+    counts: list[Tensor]  # int64 [E] of every layer: selections on all ranks, in all micro-steps
+    norm: float  # of the gradient
+    clock: Clock  # of the step's TIMES
+
+
+class Reading(NamedTuple):
+    """What a step was, the same on every rank."""
+
+    metrics: dict[str, Any]
+    selected: list[Array]  # [E] of every layer: selections in the step
+    quality: list[Array]  # [E] of every layer: mean router logits
+    seconds: Array  # [W, P]
+    waits: Array  # [..., W] of every exchange: seconds from a rank's arrival to its end
+    memory: Array  # [W] GiB
 
 
 class Meter:
-    """Adds up one step; `metrics()` reads it on every rank."""
+    """Follows every step (`add`), and reads some of them (`read`): reading is what costs."""
 
-    def __init__(self, config: Config, mesh: Mesh, domains: Sequence[str]) -> None:
-        self._config, self._mesh, self._domains = config, mesh, domains
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=mesh.device)  # noqa: E731
-        self._nats_C, self._tokens_C = zeros(len(domains)), zeros(len(domains))
-        self._losses: list[Losses] = []
-        self._plans = zeros(5)  # imbalance at home, planned, guests, rows moved, rows crossing
-        self._rows = 0
-        self._loads = zeros(2, mesh.world)  # at home, planned
-        self._phases = zeros(len(PHASES))
-        self._lent_bytes = 0.0
-        self._stats: list[LayerStats] = []
+    def __init__(self, config: Config, mesh: Mesh, domains: Sequence[str], costs: Costs) -> None:
+        self._config, self._mesh, self._domains, self._costs = config, mesh, domains, costs
+        self._forwards = FORWARDS.get(config.train.recompute, 1)
+        self._window = health.Window(config.track.window)
+        self._peak = 0.0
+
+    def add(self, step: Step) -> None:
+        self._window.add(torch.cat(step.counts))
 
     @torch.no_grad()
-    def add(
-        self,
-        nats: Tensor,
-        domain: Tensor,
-        losses: Losses,
-        stats: Sequence[LayerStats],
-    ) -> None:
-        """One micro-step: nats [B, L] per token, domain [B, L] its label, this rank's shares of the losses."""
-        flat = domain.flatten()
-        self._nats_C.index_add_(0, flat, nats.flatten().double())
-        self._tokens_C += torch.bincount(flat, minlength=len(self._domains))
-        self._losses.append(losses)
-        self._stats += stats
+    def read(self, step: Step, routers: Sequence[Router]) -> Reading:
+        """The step last added. All ranks call it: it enters one collective."""
+        biased = [router.bias for router in routers if router.bias is not None]
+        assert self._window.counts_N is not None, "add() comes first"
+        found = summed(
+            self._on_device(step.parts),
+            self._on_host(step),
+            {
+                "counts": torch.cat(step.counts),
+                "window": self._window.counts_N,
+                "bias": torch.stack([bias.abs().max() for bias in biased]) if biased else torch.zeros(0),
+            },
+        )
+        sizes = np.cumsum([len(counts_E) for counts_E in step.counts])[:-1]
+        tokens = found["tokens"].sum()
+        selected, window, logits = (np.split(found[name], sizes) for name in ("counts", "window", "logits"))
+        quality = [sums / tokens for sums in logits]
+        metrics = self._losses(found, step.parts[0].losses) | self._plans(found, len(step.parts))
+        metrics |= self._resources(found)
+        metrics["balance/experts_per_token"] = float(found["counts"].sum() / tokens / len(step.counts))
+        metrics["balance/dropped_fraction"] = float(1 - found["kept"].sum() / max(found["counts"].sum(), 1))
+        layers = [health.layer_metrics(*each) for each in zip(selected, window, quality, strict=True)]
+        scale = [np.log(len(counts_E)) if len(counts_E) > 1 else np.inf for counts_E in selected]
+        for index, layer in enumerate(layers):
+            layer["entropy"] = float(found["entropy"][index] / tokens / scale[index])
+            layer["max_vio_micro"] = float(found["micro_vio"][index] / len(step.parts) / self._mesh.world)
+            layer["logit_norm"] = float(found["norm"][index] / tokens)
+            layer["z"] = float(found["z"][index] / tokens)
+            if biased:
+                layer["bias_max"] = float(found["bias"][index])
+        for name, layer in zip(self._config.model.pass_names, layers, strict=True):
+            metrics |= {f"balance/{name}/{key}": value for key, value in layer.items()}
+        for key in MEANS:
+            metrics[f"balance/{key}"] = _mean([layer[key] for layer in layers])
+        metrics["balance/dead_experts"] = sum(layer["dead_experts_window"] for layer in layers)
+        metrics["balance/starving_experts"] = sum(layer["starving_experts"] for layer in layers)
+        return Reading(metrics, selected, quality, found["seconds"], found["waits"], found["memory"])
 
-    def metrics(self, counts: Sequence[Tensor]) -> dict[str, float | list[float]]:
-        """Means and sums over the step. `counts`: [E] of every layer. Enters one collective: all ranks call it."""
-        m, ep = self._config.model, self._mesh.ep
-        expert_bytes = 3 * m.dim * m.expert_hidden * (2 if self._config.train.dtype == "bf16" else 4)
-        for s in self._stats:
-            home, planned = s.plan.home_loads(), s.plan.loads()
-            self._plans += torch.tensor(
-                [imbalance(home), imbalance(planned), len(s.plan.guests()), s.plan.moved(), s.plan.crossing()],
-                device=self._plans.device,
-            )
-            self._rows += int(home.sum())
-            self._loads[:, self._mesh.rank] += torch.tensor(
-                [int(home[ep.rank]), int(planned[ep.rank])], device=self._loads.device
-            )
-            self._lent_bytes += expert_bytes * s.num_lent
-            seconds = s.clock.seconds()
-            self._phases += torch.tensor([seconds.get(name, 0.0) for name in PHASES], device=self._phases.device)
-        parts = [
-            self._nats_C,
-            self._tokens_C,
-            torch.stack([x.weighted for x in self._losses]).double().sum(0, keepdim=True),
-            torch.stack([torch.stack([*x.shares.values()]) for x in self._losses]).double().sum(0),
-            torch.stack([x.entropy_L for x in self._losses]).double().sum(0),
-            torch.stack([s.kept_E.sum() for s in self._stats]).double().sum(0, keepdim=True),
-            self._plans,
-            self._loads.flatten(),
-        ]
-        parts += [
-            self._phases,
-            torch.tensor([self._rows, self._lent_bytes], device=self._phases.device).double(),
-        ]
-        parts = [part.cpu() for part in all_reduce_sum(torch.cat(parts)).split([len(p) for p in parts])]
-        nats, tokens, weighted, shares, entropy, kept, plans, loads, phases, (rows, lent) = parts
-        world, num_plans = self._mesh.world, len(self._stats) * self._mesh.world
-        home, planned, guests, moved, crossing = plans.tolist()
-        lm_loss = float(nats.sum() / tokens.sum())
-        out: dict[str, float | list[float]] = {
-            "train/loss": lm_loss + float(weighted),
-            "train/lm_loss": lm_loss,
-            "balance/imbalance_home": home / num_plans,
-            "balance/imbalance_planned": planned / num_plans,
-            "balance/guests": guests / self._mesh.ep.size,
-            "balance/rows_moved": moved / self._mesh.ep.size,
-            "balance/rows_moved_fraction": moved / max(float(rows), 1),
-            "balance/rows_crossing_fraction": crossing / max(float(rows), 1),
-            "balance/lend_bytes": float(lent) / self._mesh.ep.size,
-            "balance/device_load_home": loads[:world].tolist(),
-            "balance/device_load_planned": loads[world:].tolist(),
-            "perf/peak_memory_gib": peak_memory(self._mesh.device) / 2**30,
+    def _on_device(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+        """Of this rank, summed over micro-steps."""
+        domains = len(self._domains)
+        nats_C = parts[0].nats.new_zeros(domains, dtype=torch.float64)
+        tokens_C = torch.zeros_like(nats_C)
+        for part in parts:
+            flat = part.domain.flatten()
+            nats_C.index_add_(0, flat, part.nats.flatten().double())
+            tokens_C.index_add_(0, flat, torch.ones_like(flat, dtype=torch.float64))
+        total = lambda tensors: torch.stack(list(tensors)).double().sum(0)  # noqa: E731
+        return {
+            "nats": nats_C,
+            "tokens": tokens_C,
+            "weighted": total(part.losses.weighted for part in parts)[None],
+            "shares": total(torch.stack([*part.losses.shares.values()]) for part in parts),
+            "entropy": total(part.losses.entropy_L for part in parts),
+            "kept": torch.stack([s.kept_E.sum() for part in parts for s in part.stats]).double().sum()[None],
+            "logits": total(part.router.logits_N for part in parts),
+            "norm": total(part.router.norm_L for part in parts),
+            "z": total(part.router.z_L for part in parts),
         }
-        for name, share in zip(self._losses[0].shares, shares.tolist(), strict=True):
-            out[f"train/{name}_loss"] = share / len(counts)
-        out |= {f"perf/phase/{name}": float(phases[i]) / world for i, name in enumerate(PHASES)}
+
+    def _on_host(self, step: Step) -> dict[str, Array]:
+        """Of this rank: what plans and clocks say."""
+        rank, world, me = self._mesh.rank, self._mesh.world, self._mesh.ep.rank
+        stats = [s for part in step.parts for s in part.stats]
+        micro_vio = [[health.max_vio(s.plan.counts[me]) for s in part.stats] for part in step.parts]
+        facts = np.zeros(len(PLAN_FACTS))
+        loads, seconds = np.zeros((2, world)), np.zeros((world, len(ALL_PHASES)))
+        waits = np.zeros((len(stats) * len(WAITS), world))
+        clocks = [s.clock.seconds() for s in stats]
+        for s in stats:
+            home, planned = s.plan.home_loads(), s.plan.loads()
+            saved = self._saved(s, home, planned)
+            facts += [
+                imbalance(home), imbalance(planned), len(s.plan.guests()), s.plan.moved(), s.plan.crossing(), saved,
+            ]  # fmt: skip
+            loads[:, rank] += home[me], planned[me]
+        times = step.clock.seconds()
+        seconds[rank, : len(TIMES)] = [times.get(name, 0.0) for name in TIMES]
+        for at, name in enumerate(ALL_PHASES[len(TIMES) :], len(TIMES)):
+            seconds[rank, at] = sum(clock.get(name, 0.0) for clock in clocks)
+        waits[:, rank] = [clock.get(name, 0.0) for clock in clocks for name in WAITS]
+        memory, peak = np.zeros(world), np.zeros(world)
+        peak[rank] = peak_memory(self._mesh.device)
+        memory[rank] = memory_now(self._mesh.device)
+        weight = 3 * self._config.model.dim * self._config.model.expert_hidden
+        width = 2 if self._config.train.dtype == "bf16" else 4
+        return {
+            "plans": facts,
+            "loads": loads,
+            "seconds": seconds,
+            "waits": waits,
+            "memory": memory / 2**30,
+            "peak": peak / 2**30,
+            "micro_vio": np.sum(micro_vio, axis=0),
+            "rows": np.array([sum(int(s.plan.counts.sum()) for s in stats)]),
+            "lent": np.array([sum(weight * width * s.num_lent for s in stats)]),
+            "sent": np.array([sum(s.clock.sent_bytes for s in stats)]),
+        }
+
+    def _saved(self, stats: LayerStats, home_R: Array, planned_R: Array) -> float:
+        """Seconds of expert computation that the plan takes off the slowest rank, by the machine's measured curve."""
+        plan = stats.plan
+        rows_E = plan.counts.sum(0)
+        segments_R = np.bincount(plan.home[rows_E > 0], minlength=plan.num_ranks)
+        at_home = compute_seconds(home_R, segments_R, self._costs, self._forwards)
+        return at_home - compute_seconds(planned_R, (plan.placed() > 0).sum(1), self._costs, self._forwards)
+
+    def _losses(self, found: Mapping[str, Array], first: Losses) -> dict[str, Any]:
+        nats, tokens, layers = found["nats"], found["tokens"], len(found["entropy"])
+        lm_loss = float(nats.sum() / tokens.sum())
+        out = {"train/loss": lm_loss + float(found["weighted"][0]), "train/lm_loss": lm_loss}
+        out |= {f"train/{name}_loss": float(x) / layers for name, x in zip(first.shares, found["shares"], strict=True)}
         for name, spent, count in zip(self._domains, nats.tolist(), tokens.tolist(), strict=True):
             if count:
                 out[f"train/{name}/loss"] = spent / count
-        rows_L = torch.cat(list(counts)).double().cpu().split([len(c) for c in counts])
-        selected = float(sum(row.sum() for row in rows_L))
-        out["balance/experts_per_token"] = selected / float(tokens.sum()) / len(counts)
-        out["balance/dropped_fraction"] = 1 - float(kept) / max(selected, 1.0)
-        for index, (name, row) in enumerate(zip(m.pass_names, rows_L, strict=True)):
-            layer = f"balance/{name}"
-            share = row / row.sum().clamp(min=1)
-            out[f"{layer}/max_vio"] = float(share.max() * len(row) - 1)
-            out[f"{layer}/entropy"] = float(entropy[index] / tokens.sum()) / math.log(len(row)) if len(row) > 1 else 0.0
-            out[f"{layer}/dead_experts"] = int((row == 0).sum())
-            out[f"{layer}/load"] = share.tolist()
+        return out
+
+    def _plans(self, found: Mapping[str, Array], micro_steps: int) -> dict[str, Any]:
+        facts = dict(zip(PLAN_FACTS, found["plans"].tolist(), strict=True))
+        ep, rows = self._mesh.ep.size, max(float(found["rows"][0]), 1.0)
+        num_plans = micro_steps * len(found["entropy"]) * self._mesh.world
+        return {
+            "balance/imbalance_home": facts["imbalance_home"] / num_plans,
+            "balance/imbalance_planned": facts["imbalance_planned"] / num_plans,
+            "balance/guests": facts["guests"] / ep,
+            "balance/rows_moved": facts["rows_moved"] / ep,
+            "balance/rows_moved_fraction": facts["rows_moved"] / rows,
+            "balance/rows_crossing_fraction": facts["crossing"] / rows,
+            "balance/lend_bytes": float(found["lent"][0]) / ep,
+            "balance/crossing_bytes": float(found["sent"][0]),
+            "balance/saved_seconds": facts["saved_seconds"] / self._mesh.world,
+            "balance/device_load_home": found["loads"][0].tolist(),
+            "balance/device_load_planned": found["loads"][1].tolist(),
+        }
+
+    def _resources(self, found: Mapping[str, Array]) -> dict[str, Any]:
+        self._peak = max(self._peak, float(found["peak"].max()))
+        out: dict[str, Any] = {"perf/peak_memory_gib": self._peak, "perf/memory_gib": found["memory"].tolist()}
+        for name, value in zip(ALL_PHASES, found["seconds"].mean(0).tolist(), strict=True):
+            out[f"perf/{'time' if name in TIMES else 'phase'}/{name}"] = value
         return out
 
 
-def bias_metrics(routers: Sequence[Router], first: int) -> dict[str, float]:
-    """The largest bias of every layer's experts, where they have one; `first`: the number of the first layer."""
-    largest = [router.bias.abs().max() for router in routers if router.bias is not None]
-    values = torch.stack(largest).tolist() if largest else []
-    return {f"balance/layer_{first + index:02d}/bias_max": value for index, value in enumerate(values)}
+def waited(waits: Array, ep: int) -> Array:
+    """[W, W] seconds that each rank waited for each other one. waits [..., W]: of exchanges, each among the ranks of
+    an expert group, `ep` neighbours; whoever is there last waits least, and what others wait longer is for it."""
+    world = waits.shape[-1]
+    out = np.zeros((world, world))
+    for first in range(0, world, ep):
+        spent = waits.reshape(-1, world)[:, first : first + ep]
+        last = spent.argmin(1)
+        for rank in range(ep):
+            more = spent[:, rank] - spent[np.arange(len(spent)), last]
+            out[first + rank, first : first + ep] += np.bincount(last, more, minlength=ep)
+    return out
+
+
+def summed(
+    on_device: Mapping[str, Tensor], on_host: Mapping[str, Array], known: Mapping[str, Tensor]
+) -> dict[str, Array]:
+    """fp64 arrays on the host: the sums over all ranks of the first two, and `known` as it is on each of them."""
+    host = np.concatenate([x.astype(np.float64).ravel() for x in on_host.values()])
+    device = [x.double().flatten() for x in on_device.values()]
+    total = all_reduce_sum(torch.cat([*device, torch.from_numpy(host).to(device[0].device)]))
+    everything = torch.cat([total, *(x.double().flatten().to(total.device) for x in known.values())]).cpu().numpy()
+    shapes = {name: tuple(x.shape) for part in (on_device, on_host, known) for name, x in part.items()}
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])[:-1]
+    parts = zip(shapes.items(), np.split(everything, ends), strict=True)
+    return {name: flat.reshape(shape) for (name, shape), flat in parts}
+
+
+def memory_now(device: torch.device) -> int:
+    """Bytes: the most allocated on the GPU since this was last asked, or resident now."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on the GPU, or that this process ever had resident."""
+    """Bytes: the most that was allocated on the GPU since `memory_now`, or that this process ever had resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are finite; NaN where none is."""
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")

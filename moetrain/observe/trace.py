@@ -1,60 +1,96 @@
-"""The load trace: which source rank chose which expert, layer by layer, at sampled steps. `numpy` opens it.
+"""The load trace: which source rank chose which expert, layer by layer, at sampled steps; what the plan made of it; who
+took how long, and who waited for whom. `numpy` opens it; docs/metrics.md has every array.
 
-`load_trace/part_NNNNN.npz` has `step` [n], `counts` [n, L, R, E] (rows of each source rank for each expert, first
-micro-step, the expert group of rank 0; zeros behind the experts of a layer that has fewer), and `home` and `planned`
-[n, L, R] (rows of each rank's own experts, and rows computed on each rank). L counts passes through MoE layers. Parts
-are flushed as the run goes; each appears whole.
+`load_trace/part_NNNNN.npz` holds some samples. Parts are flushed as the run goes; each appears whole.
+
+n samples, L passes through MoE layers, R ranks of the expert group, E experts, A with those that compute nothing, W
+ranks of the world, P phases.
 """
 
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moetrain.moe.layer import LayerStats
+from moetrain.observe.congestion import Array
+from moetrain.observe.meter import ALL_PHASES, Reading, waited
 
 PART = 20  # samples
-FIELDS = ("counts", "home", "planned")
+SHAPES = {  # of one sample; the first few letters of an empty trace's axes are zero
+    "counts": "LRE",
+    "owner": "LE",
+    "placed": "LRE",
+    "traffic": "LRR",
+    "home": "LR",
+    "planned": "LR",
+    "selected": "LA",
+    "quality": "LA",
+    "seconds": "WP",
+    "waited": "WW",
+    "memory": "W",
+}
+NAMES = {"layers": "L", "phases": "P"}  # once a part
+FILL = {"owner": -1}  # where a layer has fewer experts than another; zero in the other arrays
 
 
 class LoadTrace:
-    """Collects samples into parts. `every` = 0 records nothing."""
+    """Collects samples into parts. `every` = 0 records nothing; so does a rank that does not write (no `folder`)."""
 
-    def __init__(self, folder: Path, every: int, first_step: int) -> None:
-        self._folder, self._every = folder, every
-        self._samples: list[tuple[Any, ...]] = []  # step, then FIELDS
-        if every:
+    def __init__(self, folder: Path | None, every: int, first_step: int, layers: Sequence[str], ep: int) -> None:
+        self._folder, self._every, self._layers, self._ep = folder, every, list(layers), ep
+        self._samples: list[dict[str, Any]] = []
+        if every and folder is not None:
             folder.mkdir(exist_ok=True)
-            for part in folder.glob("part_*.npz"):  # without what a resumed run will write again
-                with np.load(part) as old:
-                    samples = list(zip(old["step"].tolist(), *(old[name] for name in FIELDS), strict=True))
-                kept = [sample for sample in samples if sample[0] <= first_step]
-                if len(kept) < len(samples):
-                    part.unlink()
-                    self._samples += kept
+            for path in folder.glob("part_*.npz"):  # without what a resumed run will write again
+                part = _open(path)
+                if part is None or (part["step"] > first_step).any():
+                    path.unlink()
+                    self._samples += [] if part is None else [s for s in _split(part) if s["step"] <= first_step]
             self._next = 1 + max((int(p.stem.split("_")[1]) for p in folder.glob("part_*.npz")), default=-1)
 
-    def record(self, step: int, stats: Sequence[LayerStats]) -> None:
-        if self._every and (step % self._every == 0 or step == 1):
-            most = max(s.plan.counts.shape[1] for s in stats)
-            counts = [np.pad(s.plan.counts, ((0, 0), (0, most - s.plan.counts.shape[1]))) for s in stats]
-            home, planned = [s.plan.home_loads() for s in stats], [s.plan.loads() for s in stats]
-            self._samples.append((step, *(np.stack(x).astype(np.int32) for x in (counts, home, planned))))
+    def takes(self, step: int) -> bool:
+        return bool(self._every) and (step % self._every == 0 or step == 1)
+
+    def record(self, step: int, stats: Sequence[LayerStats], reading: Reading) -> dict[str, list[float]]:
+        """A sample of a step that `takes`: `stats` of its first micro-step. Returns the metrics that come with it."""
+        waited_WW = waited(reading.waits, self._ep)
+        if self._folder is not None:
+            plans = [s.plan for s in stats]
+            sample = {
+                "counts": _stack([p.counts for p in plans]),
+                "owner": _stack([p.home for p in plans], -1).astype(np.int16),
+                "placed": _stack([p.placed() for p in plans]),
+                "traffic": _stack([p.traffic for p in plans]),
+                "home": _stack([p.home_loads() for p in plans]),
+                "planned": _stack([p.loads() for p in plans]),
+                "selected": _stack(reading.selected).astype(np.int64),
+                "quality": _stack(reading.quality).astype(np.float32),
+                "seconds": reading.seconds.astype(np.float32),
+                "waited": waited_WW.astype(np.float32),
+                "memory": reading.memory.astype(np.float32),
+            }
+            shrunk = {
+                k: v.astype(np.int32) if v.dtype == np.int64 and k != "selected" else v for k, v in sample.items()
+            }
+            self._samples.append({"step": step, **shrunk})
             if len(self._samples) >= PART:
                 self.flush()
+        return {"perf/waited": waited_WW.sum(1).tolist(), "perf/waited_for": waited_WW.sum(0).tolist()}
 
     def flush(self) -> None:
-        if not self._samples:
+        if self._folder is None or not self._samples:
             return
-        steps, *arrays = zip(*self._samples, strict=True)
         path = self._folder / f"part_{self._next:05d}.npz"
         unfinished = self._folder / f".{path.name}"
-        found: dict[str, Any] = {name: np.stack(array) for name, array in zip(FIELDS, arrays, strict=True)}
+        found: dict[str, Any] = {name: _stack([s[name] for s in self._samples], FILL.get(name, 0)) for name in SHAPES}
+        found |= {"layers": np.array(self._layers), "phases": np.array(ALL_PHASES)}
         try:
             with unfinished.open("wb") as out:
-                np.savez_compressed(out, step=np.array(steps), **found)
+                np.savez_compressed(out, step=np.array([s["step"] for s in self._samples]), **found)
         except OSError:  # a full disk: the samples wait for the next flush
             unfinished.unlink(missing_ok=True)
             return
@@ -63,14 +99,43 @@ class LoadTrace:
         self._samples = []
 
 
-def read(folder: Path) -> dict[str, np.ndarray]:
-    """All parts of a run's trace, in order of step; empty arrays where there is none."""
-    parts = [np.load(p) for p in sorted((folder / "load_trace").glob("part_*.npz"))]
+def read(folder: Path) -> dict[str, Array]:
+    """All parts of a run's trace that can be read, in order of step; empty arrays where there is none.
+
+    Where parts differ in size (a run resumed on other ranks), the smaller ones are padded, with `FILL` or zeros.
+    """
+    parts = [part for path in sorted((folder / "load_trace").glob("part_*.npz")) if (part := _open(path)) is not None]
     if not parts:
-        return {
-            "step": np.zeros(0, int),
-            "counts": np.zeros((0, 0, 0, 0), int),
-            "home": np.zeros((0, 0, 0), int),
-            "planned": np.zeros((0, 0, 0), int),
-        }
-    return {name: np.concatenate([p[name] for p in parts]) for name in ("step", *FIELDS)}
+        empty = {name: np.zeros((0,) * (1 + len(axes)), int) for name, axes in SHAPES.items()}
+        return {"step": np.zeros(0, int), **empty, **{name: np.zeros(0, "<U1") for name in NAMES}}
+    found = {}
+    for name in ("step", *SHAPES):
+        samples = [sample for part in parts for sample in part[name]]
+        found[name] = _stack(samples, FILL.get(name, 0))
+    order = np.argsort(found["step"], kind="stable")
+    return {**{name: array[order] for name, array in found.items()}, **{name: parts[-1][name] for name in NAMES}}
+
+
+def _open(path: Path) -> dict[str, Array] | None:
+    """The arrays of a part; None where it is damaged or lacks some of them."""
+    try:
+        with np.load(path) as part:
+            return {name: part[name] for name in ("step", *SHAPES, *NAMES)}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _split(part: dict[str, Array]) -> Iterator[dict[str, Any]]:
+    for number, step in enumerate(part["step"].tolist()):
+        yield {"step": step, **{name: part[name][number] for name in SHAPES}}
+
+
+def _stack(arrays: Sequence[Any], fill: int = 0) -> Array:
+    """One array of them all, each padded to the largest at the end of every axis."""
+    arrays = [np.asarray(a) for a in arrays]
+    shape = np.max([a.shape for a in arrays], axis=0).astype(int)
+    if all(a.shape == tuple(shape) for a in arrays):
+        return np.stack(arrays)
+    return np.stack(
+        [np.pad(a, [(0, n - m) for n, m in zip(shape, a.shape, strict=True)], constant_values=fill) for a in arrays]
+    )

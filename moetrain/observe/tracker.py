@@ -1,18 +1,14 @@
 """Where metrics go: one tracker, many sinks. A rank that does not report has a tracker without sinks."""
 
 import json
-import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from moetrain.config import Config
-from moetrain.observe.console import console
+from moetrain.observe.alerts import Alert
 
 Metrics = Mapping[str, Any]
 
@@ -20,27 +16,67 @@ Metrics = Mapping[str, Any]
 class Sink(Protocol):
     def log(self, step: int, metrics: Metrics) -> None: ...
 
+    def alert(self, step: int, alert: Alert) -> None: ...
+
     def close(self) -> None: ...
 
 
 class Tracker:
-    """Hands metrics to every sink. Names are those of `docs/metrics.md`; values numbers or lists of numbers."""
+    """Hands metrics to every sink. Names are those of `docs/metrics.md`; values numbers or lists of numbers.
+
+    Its context closes the sinks; where a step was not finite it tells them so before.
+    """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = sinks
+        self._step = 0
 
     def log(self, step: int, metrics: Metrics) -> None:
+        self._step = step
         for sink in self._sinks:
             sink.log(step, metrics)
 
-    def close(self) -> None:
+    def alert(self, step: int, alert: Alert) -> None:
         for sink in self._sinks:
+            sink.alert(step, alert)
+
+    def close(self) -> None:
+        sinks, self._sinks = self._sinks, ()
+        for sink in sinks:
             sink.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, FloatingPointError):
+            self.alert(self._step + 1, Alert("not_finite", str(error)))
+        self.close()
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a line, each with `step`. What a resumed run would write again is cut off."""
+    """`metrics.jsonl` and `alerts.jsonl`: one object a line, each with `step`.
 
+    What a resumed run would write again is cut off.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._metrics = _Lines(folder / "metrics.jsonl", first_step)
+        self._alerts = _Lines(folder / "alerts.jsonl", first_step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self._metrics.append({"step": step, **finite})
+
+    def alert(self, step: int, alert: Alert) -> None:
+        self._alerts.append({"step": step, **alert._asdict()})
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._alerts.close()
+
+
+class _Lines:
     def __init__(self, path: Path, first_step: int) -> None:
         kept = []
         if path.is_file():
@@ -55,9 +91,8 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self._unwritten += (json.dumps({"step": step, **finite}) + "\n").encode()
+    def append(self, row: Metrics) -> None:
+        self._unwritten += (json.dumps(row) + "\n").encode()
         with suppress(OSError):  # a full disk: what it does not take goes with the next line
             self._write()
 
@@ -68,69 +103,3 @@ class JsonLines:
     def close(self) -> None:
         self._write()
         self._file.close()
-
-
-class Wandb:
-    """Weights & Biases: offline in the run's folder unless a key is set. Lists become histograms."""
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        import wandb
-
-        logging.getLogger("wandb").setLevel(logging.ERROR)
-        online = "WANDB_API_KEY" in os.environ and os.environ.get("WANDB_MODE") != "offline"
-        self._run = wandb.init(
-            project=config.track.project,
-            name=config.run.name,
-            dir=folder,
-            config=config.model_dump(mode="json"),
-            mode="online" if online else "offline",
-            settings=wandb.Settings(silent=not online, console="off", x_disable_stats=True),
-        )
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        import numpy as np
-        import wandb
-
-        def shown(value: Any) -> Any:
-            if not isinstance(value, list):
-                return value
-            return wandb.Histogram(np_histogram=(np.array(value, dtype=float), np.arange(len(value) + 1)))
-
-        self._run.log({"step": step, **{name: shown(value) for name, value in metrics.items()}})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Bar:
-    """A progress bar with what matters; plain lines, some twenty in all, where the output is no terminal."""
-
-    def __init__(self, first_step: int, steps: int) -> None:
-        self._every = max(1, steps // 20)
-        self._steps = steps
-        self._progress = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=steps, completed=first_step, line="")
-        self._progress.start()
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        if "train/lm_loss" not in metrics:
-            return
-        line = (
-            f"loss {metrics['train/lm_loss']:.3f} · {metrics['perf/tokens_per_second']:,.0f} tokens/s · imbalance "
-            f"{metrics['balance/imbalance_home']:.2f} → {metrics['balance/imbalance_planned']:.2f}"
-        )
-        self._progress.update(self._task, completed=step, line=line)
-        if self._progress.disable and (step % self._every == 0 or step in (1, self._steps)):
-            console.print(f"step {step:>5}/{self._steps} · {line}")
-
-    def close(self) -> None:
-        self._progress.stop()

@@ -1,0 +1,85 @@
+"""How a router is doing: what it says of the experts, how evenly it selects, which experts die.
+
+Gathered on the device, pass by pass through the MoE layers; read at the end of a step, together with all else.
+
+T tokens here, L passes through MoE layers, E experts of one of them, N of all of them.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetrain.moe.layer import LayerStats
+from moetrain.observe.congestion import Array, gamma_eff
+
+STARVING = 0.1  # of an even share
+
+
+class RouterSums(NamedTuple):
+    """Sums over this rank's tokens of one micro-step."""
+
+    logits_N: Tensor  # fp32: of the router's logits
+    norm_L: Tensor  # fp32: of the L2 norm of a token's logits
+    z_L: Tensor  # fp32: of the squared logsumexp of a token's logits
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, stats: Sequence[LayerStats]) -> "RouterSums":
+        logits = [s.scores.logits_TE.detach() for s in stats]
+        return cls(
+            torch.cat([x_TE.sum(0) for x_TE in logits]),
+            torch.stack([torch.linalg.vector_norm(x_TE, dim=-1).sum() for x_TE in logits]),
+            torch.stack([x_TE.logsumexp(-1).square().sum() for x_TE in logits]),
+        )
+
+
+class Window:
+    """Selections of the last `size` optimizer steps, added up on the device."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._steps: deque[Tensor] = deque()
+        self.counts_N: Tensor | None = None
+
+    def add(self, counts_N: Tensor) -> None:
+        """int64 [N] of one step."""
+        self._steps.append(counts_N)
+        self.counts_N = counts_N.clone() if self.counts_N is None else self.counts_N.add_(counts_N)
+        if len(self._steps) > self._size:
+            self.counts_N -= self._steps.popleft()
+
+
+def max_vio(counts_E: Array) -> float:
+    """(largest - mean) / mean load: MaxVio of Loss-Free Balancing (Wang et al., 2024). 0: even, or no load at all."""
+    total = counts_E.sum()
+    return float(counts_E.max() * len(counts_E) / total - 1) if total else 0.0
+
+
+def load_entropy(counts_E: Array) -> float:
+    """Entropy of the load as a share of log E: 1 is even, 0 is all for one."""
+    share = counts_E[counts_E > 0] / max(counts_E.sum(), 1)
+    return float(-(share * np.log(share)).sum()) / math.log(len(counts_E)) if len(counts_E) > 1 else 1.0
+
+
+def starving(counts_E: Array) -> int:
+    """Experts that were selected, but less than `STARVING` times an even share."""
+    return int(((counts_E > 0) & (counts_E * len(counts_E) < STARVING * counts_E.sum())).sum())
+
+
+def layer_metrics(counts_E: Array, window_E: Array, quality_E: Array) -> dict[str, Any]:
+    """What a layer's selections in one step, those in the window, and its mean logits say."""
+    total = max(counts_E.sum(), 1)
+    return {
+        "max_vio": max_vio(counts_E),
+        "load_entropy": load_entropy(counts_E),
+        "dead_experts": int((counts_E == 0).sum()),
+        "dead_experts_window": int((window_E == 0).sum()),
+        "starving_experts": starving(window_E),
+        "gamma_eff": gamma_eff(counts_E, quality_E),
+        "load": [round(float(share), 7) for share in counts_E / total],
+    }

@@ -1,0 +1,151 @@
+"""The terminal while a run goes: one calm view that stays in its place; plain lines where the output is no terminal."""
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from moetrain.observe.alerts import Alert
+from moetrain.observe.console import console
+from moetrain.observe.tracker import Metrics
+
+LINES = 20  # that a run has where the output is no terminal, about
+DEVICES, HOTTEST = 8, 4  # shown
+BAR = 28  # characters of a device's bar
+CALM = 0.5  # seconds at least between two looks of the view
+SMOOTH = 0.1  # weight of a new row in the speed that the time to go is worked out from
+
+
+class Plain:
+    """Some twenty lines in all, and every alert."""
+
+    def __init__(self, steps: int, out: Console = console) -> None:
+        self._every, self._steps, self._console = max(1, steps // LINES), steps, out
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if "train/lm_loss" in metrics and (step % self._every == 0 or step in (1, self._steps)):
+            self._console.print(f"step {step:>5}/{self._steps} · {_line(metrics)}")
+
+    def alert(self, step: int, alert: Alert) -> None:
+        self._console.print(_alert(step, alert))
+
+    def close(self) -> None:
+        pass
+
+
+class View:
+    """Progress and time to go, losses, speed, memory; the devices' load at home and as planned; the hottest experts."""
+
+    def __init__(self, first_step: int, steps: int, out: Console = console) -> None:
+        self._steps, self._step, self._began = steps, first_step, time.monotonic()
+        self._pace: float | None = None  # seconds a step, smoothed
+        self._row: dict[str, Any] = {}
+        self._held_out = ""
+        self._shown = -math.inf
+        self._live = Live(console=out, auto_refresh=False, transient=True, get_renderable=self._render)
+        self._console = out
+        self._live.start()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if "eval/loss" in metrics:
+            self._held_out = f"held out {metrics['eval/loss']:.3f} at step {step}"
+        if "train/lm_loss" not in metrics:
+            return
+        if step > self._step:
+            now = time.monotonic()
+            pace = (now - self._began) / (step - self._step)
+            self._pace = pace if self._pace is None else self._pace + SMOOTH * (pace - self._pace)
+            self._began = now
+        self._row, self._step = dict(metrics), step
+        if time.monotonic() - self._shown >= CALM or step == self._steps:
+            self._live.refresh()
+            self._shown = time.monotonic()
+
+    def alert(self, step: int, alert: Alert) -> None:
+        self._console.print(_alert(step, alert))
+
+    def close(self) -> None:
+        """The view goes; its last line stays."""
+        self._live.stop()
+        if self._row:
+            self._console.print(f"step {self._step:>5}/{self._steps} · {_line(self._row)}")
+
+    def _render(self) -> RenderableType:
+        progress = Table.grid(padding=(0, 2))
+        left = "" if self._pace is None else f"{_clock(self._pace * (self._steps - self._step))} to go"
+        bar = ProgressBar(total=self._steps, completed=self._step, width=BAR)
+        progress.add_row("[bold]training", bar, f"step {self._step}/{self._steps}", f"[dim]{left}")
+        if not self._row:
+            return progress
+        return Group(progress, _facts(self._row, self._held_out), devices(self._row), hottest(self._row))
+
+
+def _facts(row: Metrics, held_out: str) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    loss = f"[bold]{row['train/lm_loss']:.3f}[/bold]  balance {row['train/balance_loss']:.3f}"
+    table.add_row("[dim]loss", f"{loss}  z {row['train/z_loss']:.3f}  gradient {row['train/grad_norm']:.2f}", held_out)
+    speed = f"[bold]{row['perf/tokens_per_second']:,.0f}[/bold] tokens/s  {row['perf/step_seconds']:.2f} s a step"
+    table.add_row("[dim]speed", speed, f"memory {max(row['perf/memory_gib']):.2f} GiB")
+    dead = row["balance/dead_experts"]
+    table.add_row(
+        "[dim]experts",
+        f"{f'[red]{dead} dead[/]' if dead else 'none dead'}  {row['balance/starving_experts']} starving",
+        f"{row['balance/guests']:.0f} guests  {row['balance/rows_moved_fraction']:.1%} of rows moved",
+    )
+    return table
+
+
+def devices(row: Metrics) -> RenderableType:
+    """A bar for every device, before planning and after: in mean loads, the fullest devices first if they are many."""
+    home, planned = row["balance/device_load_home"], row["balance/device_load_planned"]
+    mean = sum(home) / max(len(home), 1) or 1.0
+    order = range(len(home))
+    if len(home) > DEVICES:
+        order = sorted(order, key=lambda rank: -home[rank])[:DEVICES]  # type: ignore[assignment]
+    table = Table.grid(padding=(0, 2))
+    imbalance = [f"max/mean {row[f'balance/imbalance_{when}']:.2f}" for when in ("home", "planned")]
+    table.add_row("[dim]device", f"[dim]load at home, {imbalance[0]}", "", f"[dim]as planned, {imbalance[1]}", "")
+    largest = max(*home, *planned, 1.0) / mean
+    for rank in order:
+        cells = [f"{rank:>6}"]
+        for loads, colour in ((home, "red"), (planned, "green")):
+            load = loads[rank] / mean
+            filled = round(BAR * load / largest)
+            cells += [f"[{colour}]{'█' * filled}[/][dim]{'·' * (BAR - filled)}[/]", f"{load:.2f}"]
+        table.add_row(*cells)
+    return table
+
+
+def hottest(row: Metrics) -> RenderableType:
+    """The experts with the largest load, in even shares."""
+    found = []
+    for name, shares in row.items():
+        if name.endswith("/load"):
+            layer = name.split("/")[1].removeprefix("layer_")
+            found += [(share * len(shares), layer, expert) for expert, share in enumerate(shares)]
+    found.sort(reverse=True)
+    words = [f"layer {layer} expert {expert} [bold]{load:.1f}×[/bold]" for load, layer, expert in found[:HOTTEST]]
+    return Text.from_markup("[dim]hottest[/dim]  " + "  ".join(words))
+
+
+def _line(row: Metrics) -> str:
+    return (
+        f"loss {row['train/lm_loss']:.3f} · {row['perf/tokens_per_second']:,.0f} tokens/s · imbalance "
+        f"{row['balance/imbalance_home']:.2f} → {row['balance/imbalance_planned']:.2f}"
+    )
+
+
+def _alert(step: int, alert: Alert) -> Text:
+    return Text(f"step {step}: {alert.text}", style="yellow")
+
+
+def _clock(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    whole = math.ceil(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

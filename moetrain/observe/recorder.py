@@ -1,0 +1,115 @@
+"""Everything that a run keeps of itself: metrics to all sinks, load trace, specialisation, alerts, profiler window.
+
+Every rank has a recorder and calls it at the same steps; rank 0 writes.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moetrain.config import Config
+from moetrain.evaluate import HeldOut
+from moetrain.mesh import Mesh
+from moetrain.moe.cost import Costs
+from moetrain.moe.routers import Router
+from moetrain.observe import specialisation
+from moetrain.observe.alerts import Alerts
+from moetrain.observe.congestion import Phase
+from moetrain.observe.console import console
+from moetrain.observe.live import Plain, View
+from moetrain.observe.meter import Meter, Step
+from moetrain.observe.profiler import Profiler
+from moetrain.observe.tensorboard_sink import TensorBoard
+from moetrain.observe.trace import LoadTrace
+from moetrain.observe.tracker import JsonLines, Sink, Tracker
+from moetrain.observe.wandb_sink import Wandb
+
+
+class Recorder:
+    """Of one run, from the step after `first` on. Its context ends the recording, whatever happened."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        folder: Path,
+        first: int,
+        domains: Sequence[str],
+        routers: Sequence[Router],
+        costs: Costs,
+    ) -> None:
+        track, mine = config.track, folder if mesh.is_main else None
+        self._config, self._folder, self._domains, self._routers = config, mine, domains, routers
+        self._meter = Meter(config, mesh, domains, costs)
+        self._tracker = Tracker(sinks(config, folder, first) if mesh.is_main else [])
+        trace = None if mine is None else mine / "load_trace"
+        self._trace = LoadTrace(trace, track.trace_every, first, config.model.pass_names, mesh.ep.size)
+        self._profiler = Profiler(None if mine is None else mine / "profile", track)
+        self._alerts = Alerts(track.alert_imbalance, track.window, first)
+        self._phase = Phase()
+        self._spent = 0.0  # seconds on recording since the last row
+        if mine is not None:
+            specialisation.forget(mine, first)
+
+    def begin(self, step: int) -> None:
+        self._profiler.before(step)
+
+    def read(self, step: int, done: Step, always: bool = False) -> dict[str, Any]:
+        """The metrics of a step that gets a row, which are the caller's to complete; else none.
+
+        May enter a collective. A row is written every `train.log_every` steps, and where it is to be `always`.
+        """
+        self._profiler.after(step)
+        began = time.perf_counter()
+        self._meter.add(done)
+        row = always or step % self._config.train.log_every == 0
+        sampled = self._trace.takes(step)
+        metrics: dict[str, Any] = {}
+        if row or sampled:
+            reading = self._meter.read(done, self._routers)
+            metrics = reading.metrics
+            if sampled:
+                metrics |= self._trace.record(step, done.parts[0].stats, reading)
+        self._spent += time.perf_counter() - began
+        return metrics if row else {}
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """A row."""
+        began, spent, self._spent = time.perf_counter(), self._spent, 0.0
+        phase = self._phase.update(metrics["balance/gamma_eff"])
+        metrics |= {"balance/gamma_phase": float("nan") if phase is None else phase, "perf/time/record": spent}
+        self._tracker.log(step, metrics)
+        for alert in self._alerts.check(step, metrics):
+            self._tracker.alert(step, alert)
+        self._spent = time.perf_counter() - began
+
+    def held_out(self, step: int, found: HeldOut) -> None:
+        self._tracker.log(step, found.metrics)
+        if self._folder is not None:
+            specialisation.write(self._folder, step, self._domains, found.specialisation)
+
+    def flush(self) -> None:
+        """What is not on disk yet."""
+        self._trace.flush()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._profiler.close()
+        self._trace.flush()
+        self._tracker.__exit__(kind, error, at)
+
+
+def sinks(config: Config, folder: Path, first: int) -> list[Sink]:
+    """What the main rank reports to."""
+    live = console.is_terminal and not console.quiet
+    out: list[Sink] = [JsonLines(folder, first)]
+    out.append(View(first, config.train.steps) if live else Plain(config.train.steps))
+    if config.track.wandb:
+        out.append(Wandb(config, folder))
+    if config.track.tensorboard:
+        out.append(TensorBoard(folder, first))
+    return out
