@@ -129,7 +129,7 @@ def test_every_range_is_written_once_and_ranges_must_tile() -> None:
         share_out([{"a": ("F32", (4, 8), 0, 8)}, {"a": ("F32", (4, 8), 9, 32)}])
     with pytest.raises(RuntimeError, match="a: the ranks hold 8 elements of"):
         share_out([{"a": ("F32", (4, 8), 0, 8)}])
-    with pytest.raises(RuntimeError, match="a: BF16 .* on rank 1"):
+    with pytest.raises(RuntimeError, match=r"a: BF16 .* on rank 1"):
         share_out([{"a": whole}, {"a": ("BF16", (4, 8), 0, 32)}])
 
 
