@@ -43,6 +43,7 @@ BENCH = """Measure a part by itself.
 examples:
   moetrain bench plan                                       planning time and plan quality, every planner, many loads
   moetrain bench plan --json                                the same as one JSON list
+  moetrain bench plan --trace runs/demo                     the recorded loads of a run through every planner
   moetrain bench layer --quick                              speed and memory of one layer, every routing and planner
   moetrain bench layer --help                               the whole grid, published shapes, many virtual ranks
   moetrain bench step --by-domain                           whole training steps: percent of perfect balance
@@ -153,6 +154,9 @@ def _benchmarks(verb: argparse.ArgumentParser) -> None:
     plan = what.add_parser("plan", help=PLAN, description=PLAN)
     plan.add_argument("--json", action="store_true", help="machine-readable output")
     plan.add_argument("--out", metavar="FOLDER", help="write plan.json and plan.png there")
+    plan.add_argument(
+        "--trace", metavar="RUN", help="the recorded loads of a run in place of drawn ones; writes nothing"
+    )
     for name, text, add_to in (
         ("layer", layer_options.LAYER, layer_options.add_to),
         ("step", step_options.STEP, step_options.add_to),
@@ -178,6 +182,8 @@ def _bench(options: argparse.Namespace) -> int:
         from moetrain.bench import hosts
 
         return hosts.run(options)
+    if options.trace:
+        return _replay(options)
     from moetrain.bench import plan
 
     records = plan.records()
@@ -187,6 +193,18 @@ def _bench(options: argparse.Namespace) -> int:
         print(json.dumps(records))
     else:
         plan.show(records)
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from moetrain.bench import replay
+
+    run = runs.find(options.trace)
+    records = replay.records(run)
+    if options.json:
+        print(json.dumps(records))
+    else:
+        replay.show(records, run)
     return 0
 
 

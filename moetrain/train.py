@@ -56,15 +56,14 @@ def train(config: Config, mesh: Mesh) -> Path:
     if saved is not None:
         checkpoint.load(saved, engine)
         voice.say(f"resumed from {saved}, {first} steps done")
-    costs = profile.obtain(mesh, profile.Layer.of(config), folder, saved)
-    engine.plan_with(costs)
+    engine.plan_with(profile.obtain(mesh, profile.Layer.of(config), folder, saved))
     peak = matmul_rate(mesh.device, engine.dtype)
 
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     engine.model.at_step(first, config.train)
     with (
         checkpoint.Saver(folder, config, mesh, engine, first) as saver,
-        Recorder(config, mesh, folder, first, corpus.domains, engine.model.routers, costs) as recorder,
+        Recorder(config, mesh, folder, first, corpus.domains, engine.model) as recorder,
     ):
         for step in range(first, config.train.steps):
             recorder.begin(step + 1)

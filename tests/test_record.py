@@ -13,10 +13,10 @@ import torch
 from conftest import TINY
 from rich.console import Console
 
-from moetrain import config, profile, train
+from moetrain import cli, config, profile, train
 from moetrain.mesh import Mesh
 from moetrain.moe.clock import Clock
-from moetrain.moe.cost import compute_seconds
+from moetrain.moe.cost import Limits, compute_seconds
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.plan import Plan
 from moetrain.moe.planners import default_home
@@ -179,12 +179,12 @@ def test_a_trace_is_read_whatever_happened_to_it(tmp_path: Path) -> None:
     """Two samples at two ranks, resumed at four after the first, a part that is torn and one that is foreign."""
     assert trace.read(tmp_path)["counts"].shape == (0, 0, 0, 0)
     folder = tmp_path / "load_trace"
-    first = trace.LoadTrace(folder, 10, 0, ["layer_00"], 2)
+    first = trace.LoadTrace(folder, 10, 0, ["layer_00"], 2, Limits(rows=None, guests=3))
     assert [step for step in range(1, 25) if first.takes(step)] == [1, 10, 20]
     for step in (1, 10):
         first.record(step, *sample(2, 1, 4))
     first.flush()
-    second = trace.LoadTrace(folder, 10, 5, ["layer_00"], 4)
+    second = trace.LoadTrace(folder, 10, 5, ["layer_00"], 4, Limits(rows=40, guests=3), lends=2)
     second.record(10, *sample(4, 1, 8))
     second.flush()
     (folder / "part_00007.npz").write_bytes(b"PK torn")
@@ -196,6 +196,8 @@ def test_a_trace_is_read_whatever_happened_to_it(tmp_path: Path) -> None:
     assert (found["placed"].sum((2, 3)) == found["counts"].sum((2, 3))).all()
     assert found["counts"][0, 0, 2:].sum() == 0
     assert found["layers"].tolist() == ["layer_00"]
+    assert [part["limits"].tolist() for part in trace.read_parts(tmp_path)] == [[-1, 3], [40, 3]]
+    assert found["lends"].tolist() == [2]
 
 
 def test_heat_maps_and_bins() -> None:
@@ -315,6 +317,23 @@ def test_the_trace_agrees_with_the_metrics(recorded: Path) -> None:
         assert row[f"balance/{name}/load"] == pytest.approx(share_E.tolist(), abs=1e-7)
     assert row["train/z_loss"] == pytest.approx(np.mean([row[f"balance/layer_0{i}/z"] for i in range(2)]))
     assert row["balance/crossing_bytes"] <= 4 * 64 * (s["traffic"].sum() - s["traffic"].trace(axis1=1, axis2=2).sum())
+
+
+def test_a_replay_gives_back_the_recorded_plans(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "plan", "--trace", str(recorded), "--json"]) == 0
+    found = {record["planner"]: record for record in json.loads(capsys.readouterr().out)}
+    for key in ("imbalance", "imbalance_worst", "guests", "rows_crossing_fraction"):
+        assert found["llep"][key] == found["as recorded"][key], key
+    assert found["home"]["guests"] == found["home"]["saved_percent"] == 0
+    assert found["makespan"]["predicted_ms"] <= min(found[name]["predicted_ms"] for name in ("home", "llep"))
+    assert cli.main(["bench", "plan", "--trace", str(recorded)]) == 0
+    assert "as recorded" in capsys.readouterr().out
+
+
+def test_a_replay_without_a_trace_is_one_line(recorded: Path, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "config.yaml").write_text((recorded / "config.yaml").read_text())
+    assert cli.main(["bench", "plan", "--trace", str(tmp_path)]) == 2
+    assert f"error: --trace {tmp_path}: has no load trace" in capfd.readouterr().err.replace("\n", " ")
 
 
 def test_specialisation_counts_held_out_text(recorded: Path) -> None:

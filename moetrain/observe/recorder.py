@@ -12,8 +12,9 @@ from typing import Any
 from moetrain.config import Config
 from moetrain.evaluate import HeldOut
 from moetrain.mesh import Mesh
-from moetrain.moe.cost import Costs
-from moetrain.moe.routers import Router
+from moetrain.model.transformer import Transformer
+from moetrain.moe.cost import default_costs
+from moetrain.moe.layer import MoE
 from moetrain.observe import specialisation
 from moetrain.observe.alerts import Alerts
 from moetrain.observe.congestion import Phase
@@ -37,15 +38,18 @@ class Recorder:
         folder: Path,
         first: int,
         domains: Sequence[str],
-        routers: Sequence[Router],
-        costs: Costs,
+        model: Transformer,
     ) -> None:
+        """`model` as it is about to be trained: its layers know the costs and limits that are planned with."""
         track, mine = config.track, folder if mesh.is_main else None
-        self._config, self._folder, self._domains, self._routers = config, mine, domains, routers
+        self._config, self._folder, self._domains, self._routers = config, mine, domains, model.routers
+        layer = next(module for module in model.modules() if isinstance(module, MoE))
+        costs = layer.costs or default_costs()
         self._meter = Meter(config, mesh, domains, costs)
         self._tracker = Tracker(sinks(config, folder, first) if mesh.is_main else [])
         trace = None if mine is None else mine / "load_trace"
-        self._trace = LoadTrace(trace, track.trace_every, first, config.model.pass_names, mesh.ep.size)
+        names, limits = config.model.pass_names, layer.experts.limits
+        self._trace = LoadTrace(trace, track.trace_every, first, names, mesh.ep.size, limits, costs.lends)
         self._profiler = Profiler(None if mine is None else mine / "profile", track)
         self._alerts = Alerts(track.alert_imbalance, track.window, first)
         self._phase = Phase()

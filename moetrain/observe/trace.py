@@ -9,12 +9,14 @@ ranks of the world, P phases.
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moetrain.moe.cost import Limits
 from moetrain.moe.layer import LayerStats
 from moetrain.observe.congestion import Array
 from moetrain.observe.meter import ALL_PHASES, Reading, waited
@@ -33,23 +35,43 @@ SHAPES = {  # of one sample; the first few letters of an empty trace's axes are 
     "waited": "WW",
     "memory": "W",
 }
-NAMES = {"layers": "L", "phases": "P"}  # once a part
+NAMES = {"layers": "L", "phases": "P", "limits": "2", "lends": "1"}  # once a part
+NO_LIMIT = -1
 FILL = {"owner": -1}  # where a layer has fewer experts than another; zero in the other arrays
 
 
 class LoadTrace:
     """Collects samples into parts. `every` = 0 records nothing; so does a rank that does not write (no `folder`)."""
 
-    def __init__(self, folder: Path | None, every: int, first_step: int, layers: Sequence[str], ep: int) -> None:
-        self._folder, self._every, self._layers, self._ep = folder, every, list(layers), ep
+    def __init__(
+        self,
+        folder: Path | None,
+        every: int,
+        first_step: int,
+        layers: Sequence[str],
+        ep: int,
+        limits: Limits,
+        lends: int = 1,
+    ) -> None:
+        """`limits` and `lends`: what the planner knew besides the machine's costs (`moe/cost.py`)."""
+        self._folder, self._every, self._ep = folder, every, ep
+        known = [NO_LIMIT if n is None else n for n in (limits.rows, limits.guests)]
+        self._once = {
+            "layers": np.array(layers),
+            "phases": np.array(ALL_PHASES),
+            "limits": np.array(known),
+            "lends": np.array([lends]),
+        }
         self._samples: list[dict[str, Any]] = []
         if every and folder is not None:
             folder.mkdir(exist_ok=True)
             for path in folder.glob("part_*.npz"):  # without what a resumed run will write again
                 part = _open(path)
-                if part is None or (part["step"] > first_step).any():
+                kept = None if part is None else part["step"] <= first_step
+                if part is None or kept is None or not kept.any():
                     path.unlink()
-                    self._samples += [] if part is None else [s for s in _split(part) if s["step"] <= first_step]
+                elif not kept.all():
+                    _write(path, {name: part[name] if name in NAMES else part[name][kept] for name in part})
             self._next = 1 + max((int(p.stem.split("_")[1]) for p in folder.glob("part_*.npz")), default=-1)
 
     def takes(self, step: int) -> bool:
@@ -84,19 +106,10 @@ class LoadTrace:
     def flush(self) -> None:
         if self._folder is None or not self._samples:
             return
-        path = self._folder / f"part_{self._next:05d}.npz"
-        unfinished = self._folder / f".{path.name}"
-        found: dict[str, Any] = {name: _stack([s[name] for s in self._samples], FILL.get(name, 0)) for name in SHAPES}
-        found |= {"layers": np.array(self._layers), "phases": np.array(ALL_PHASES)}
-        try:
-            with unfinished.open("wb") as out:
-                np.savez_compressed(out, step=np.array([s["step"] for s in self._samples]), **found)
-        except OSError:  # a full disk: the samples wait for the next flush
-            unfinished.unlink(missing_ok=True)
-            return
-        os.rename(unfinished, path)
-        self._next += 1
-        self._samples = []
+        found = {name: np.stack([np.asarray(s[name]) for s in self._samples]) for name in ("step", *SHAPES)}
+        if _write(self._folder / f"part_{self._next:05d}.npz", found | self._once):
+            self._next += 1
+            self._samples = []
 
 
 def read(folder: Path) -> dict[str, Array]:
@@ -104,7 +117,7 @@ def read(folder: Path) -> dict[str, Array]:
 
     Where parts differ in size (a run resumed on other ranks), the smaller ones are padded, with `FILL` or zeros.
     """
-    parts = [part for path in sorted((folder / "load_trace").glob("part_*.npz")) if (part := _open(path)) is not None]
+    parts = list(read_parts(folder))
     if not parts:
         empty = {name: np.zeros((0,) * (1 + len(axes)), int) for name, axes in SHAPES.items()}
         return {"step": np.zeros(0, int), **empty, **{name: np.zeros(0, "<U1") for name in NAMES}}
@@ -116,18 +129,33 @@ def read(folder: Path) -> dict[str, Array]:
     return {**{name: array[order] for name, array in found.items()}, **{name: parts[-1][name] for name in NAMES}}
 
 
+def read_parts(folder: Path) -> Iterator[dict[str, Array]]:
+    """The parts of a run's trace that can be read, as they are."""
+    for path in sorted((folder / "load_trace").glob("part_*.npz")):
+        if (part := _open(path)) is not None:
+            yield part
+
+
+def _write(path: Path, arrays: dict[str, Any]) -> bool:
+    """Whole or not at all; False on a full disk: the samples wait for the next time."""
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        with unfinished.open("wb") as out:
+            np.savez_compressed(out, **arrays)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        return False
+    os.rename(unfinished, path)
+    return True
+
+
 def _open(path: Path) -> dict[str, Array] | None:
     """The arrays of a part; None where it is damaged or lacks some of them."""
     try:
         with np.load(path) as part:
             return {name: part[name] for name in ("step", *SHAPES, *NAMES)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-
-
-def _split(part: dict[str, Array]) -> Iterator[dict[str, Any]]:
-    for number, step in enumerate(part["step"].tolist()):
-        yield {"step": step, **{name: part[name][number] for name in SHAPES}}
 
 
 def _stack(arrays: Sequence[Any], fill: int = 0) -> Array:

@@ -1,0 +1,137 @@
+"""`moetrain bench plan --trace RUN`: the recorded loads of a run through every planner, with the run's own costs.
+
+R ranks, E experts.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from moetrain import config, profile
+from moetrain.bench.plan import timed
+from moetrain.config import ConfigError
+from moetrain.moe.cost import Costs, Limits, State, layer_time
+from moetrain.moe.plan import Floats, Ints, imbalance
+from moetrain.moe.planners import PLANNERS
+from moetrain.observe import trace
+from moetrain.observe.console import console
+
+RECORDED = "as recorded"
+MEMORY = 0.8  # weight of what was before in the past that EPLB plans from
+TIMED = 20  # layers that a planner's time is taken from
+
+
+class Sample(NamedTuple):
+    """One layer in one step."""
+
+    counts: Ints  # [R, E]
+    home: Ints  # [E]
+    placed: Ints  # [R, E]
+    crossing: int
+    past: Floats | None  # [E]
+
+
+def samples(part: dict[str, Any]) -> Iterator[Sample]:
+    """Of a part of a trace, layer by layer: each one's samples follow each other."""
+    for layer in range(part["counts"].shape[1]):
+        past: Floats | None = None
+        for n in range(len(part["step"])):
+            owner = part["owner"][n, layer].astype(np.int64)
+            some = owner >= 0
+            counts, placed = (part[name][n, layer][:, some].astype(np.int64) for name in ("counts", "placed"))
+            traffic = part["traffic"][n, layer]
+            yield Sample(counts, owner[some], placed, int(traffic.sum() - traffic.trace()), past)
+            load = counts.sum(0).astype(np.float64)
+            past = load if past is None else MEMORY * past + (1 - MEMORY) * load
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """One record for what was recorded and for every planner. Raises `ConfigError` where there is no trace."""
+    parts = list(trace.read_parts(run))
+    if not parts:
+        raise ConfigError(f"--trace {run}: has no load trace that can be read (track.trace_every=0 keeps none)")
+    if not (run / profile.COSTS).is_file():
+        raise ConfigError(f"--trace {run}: has no {profile.COSTS}")
+    costs = profile.from_json((run / profile.COSTS).read_text())
+    own = config.load_resolved(run / "config.yaml").planner
+    found = [_recorded(parts)]
+    for name in PLANNERS:
+        options = own.options if name == own.name else config.load([f"planner={name}"]).planner.options
+        found.append(_planned(name, options, parts, costs))
+    home = next(r for r in found if r["planner"] == "home")["predicted_ms"]
+    return [{**r, "saved_percent": r["predicted_ms"] and 100 * (1 - r["predicted_ms"] / home)} for r in found]
+
+
+def _record(planner: str, imbalances: list[float], guests: int, crossing: int, rows: int) -> dict[str, Any]:
+    return {
+        "planner": planner,
+        "layers": len(imbalances),
+        "imbalance": statistics.mean(imbalances),
+        "imbalance_worst": max(imbalances),
+        "guests": guests / len(imbalances),
+        "rows_crossing_fraction": crossing / max(rows, 1),
+        "predicted_ms": None,
+        "plan_us": None,
+    }
+
+
+def _recorded(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    imbalances, guests, crossing, rows = [], 0, 0, 0
+    for sample in (s for part in parts for s in samples(part)):
+        away = sample.home[None, :] != np.arange(len(sample.counts))[:, None]
+        imbalances.append(imbalance(sample.placed.sum(1)))
+        guests += int(((sample.placed > 0) & away).sum())
+        crossing += sample.crossing
+        rows += int(sample.counts.sum())
+    return _record(RECORDED, imbalances, guests, crossing, rows)
+
+
+def _planned(name: str, options: dict[str, Any], parts: list[dict[str, Any]], costs: Costs) -> dict[str, Any]:
+    imbalances: list[float] = []
+    times: list[float] = []
+    guests, crossing, rows, seconds = 0, 0, 0, 0.0
+    for part in parts:
+        known = Limits(*(None if n == trace.NO_LIMIT else int(n) for n in part["limits"]))
+        machine = replace(costs, lends=int(part["lends"][0]))
+        for sample in samples(part):
+            state = State(past=sample.past)
+            call = partial(PLANNERS[name], sample.counts, sample.home, machine, known, state, **options)
+            plan = call()
+            if len(times) < TIMED:
+                times.append(timed(call)[1])
+            imbalances.append(imbalance(plan.loads()))
+            guests += len(plan.guests())
+            crossing += plan.crossing()
+            rows += int(sample.counts.sum())
+            seconds += layer_time(plan, sample.counts, sample.home, machine).total
+    return {
+        **_record(name, imbalances, guests, crossing, rows),
+        "predicted_ms": 1e3 * seconds / len(imbalances),
+        "plan_us": 1e6 * statistics.median(times),
+    }
+
+
+def show(found: list[dict[str, Any]], run: Path) -> None:
+    table = Table("planner", title=f"{run}: {found[0]['layers']:,} recorded layers")
+    for column in ("max/mean", "worst", "guests", "rows crossing", "predicted ms", "saved", "µs"):
+        table.add_column(column, justify="right")
+    for r in found:
+        table.add_row(
+            r["planner"],
+            f"{r['imbalance']:.3f}",
+            f"{r['imbalance_worst']:.3f}",
+            f"{r['guests']:.1f}",
+            f"{r['rows_crossing_fraction']:.1%}",
+            *(
+                "–" if r[key] is None else f"{r[key]:,.{digits}f}{unit}"
+                for key, digits, unit in (("predicted_ms", 3, ""), ("saved_percent", 1, " %"), ("plan_us", 0, ""))
+            ),
+        )
+    console.print(table)
+    console.print("[dim]means over layers and samples; predicted: forward and backward of a layer on the run's machine")
