@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
 from moetrain.model.schedule import spread
 
@@ -225,11 +225,30 @@ class Planner(Section):
         return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
 
 
-class Engine(Section):
+class Native(Section):
     name: Literal["native"]
     reshard_after_forward: bool
     guest_memory_mib: NonNegative
     max_rows: Positive | None
+
+
+class DeepSpeed(Section):
+    name: Literal["deepspeed"]
+    zero_stage: Literal[0, 1, 2, 3]
+    offload: Literal["none", "cpu", "nvme"]
+    nvme_path: str | None
+    extra: dict[str, Any]
+    guest_memory_mib: NonNegative
+    max_rows: Positive | None
+
+
+def _engine_name(engine: Any) -> Any:
+    return engine.get("name") if isinstance(engine, dict) else getattr(engine, "name", None)
+
+
+AnyEngine = Annotated[
+    Annotated[Native, Tag("native")] | Annotated[DeepSpeed, Tag("deepspeed")], Discriminator(_engine_name)
+]
 
 
 class Config(Section):
@@ -246,7 +265,7 @@ class Config(Section):
     model: Model
     data: Data
     planner: Planner
-    engine: Engine
+    engine: AnyEngine
 
     @property
     def top_k_of_layers(self) -> list[int]:
@@ -323,7 +342,14 @@ def from_tree(tree: Any) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
+        place = [str(part) for part in first["loc"]]
+        if place[0] == "engine":
+            del place[1:2]  # which of the engines
+        field = ".".join(place)
+        if first["type"] == "union_tag_invalid":
+            raise ConfigError(
+                f"{field}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
+            ) from None
         rule = _plain(first["msg"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{field}={short(first['input'])}: no such field{_nearest(field)}") from None
@@ -366,8 +392,10 @@ def _fields(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     names: list[str] = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _fields(field.annotation, f"{prefix}{name}.")
+        for kind in get_args(field.annotation) or (field.annotation,):
+            kind = getattr(kind, "__origin__", kind)
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names += [name for name in _fields(kind, f"{prefix}{name}.") if name not in names]
     return names
 
 

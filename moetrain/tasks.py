@@ -9,7 +9,7 @@ from moetrain.checkpoint import manifest
 from moetrain.comm import broadcast_text
 from moetrain.config import Config, ConfigError
 from moetrain.data.loader import Corpus
-from moetrain.engine.native import NativeEngine
+from moetrain.engine import build_engine
 from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
@@ -89,7 +89,7 @@ def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
         errors.print(f"{path} is not whole and is passed over: {said}", markup=False)
     if saved is None:
         raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
-    engine = NativeEngine(train.build(config), mesh, config)
+    engine = build_engine(train.build(config), mesh, config)
     checkpoint.load(saved, engine, optimizer=False)
     engine.plan_with(profile.of_checkpoint(saved))
     engine.model.at_step(checkpoint.progress(saved)[0], config.train)

@@ -13,7 +13,7 @@ from moetrain.comm import barrier, broadcast_text
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
 from moetrain.data.loader import Corpus, Samples, Sequences, samples_of
-from moetrain.engine.native import NativeEngine
+from moetrain.engine import Engine, build_engine
 from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
@@ -52,7 +52,7 @@ def train(config: Config, mesh: Mesh) -> Path:
         voice.say(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
         summary.show(summary.read(folder), voice)
         return folder
-    engine = NativeEngine(model, mesh, config)
+    engine = build_engine(model, mesh, config)
     if saved is not None:
         checkpoint.load(saved, engine)
         voice.say(f"resumed from {saved}, {first} steps done")
@@ -126,7 +126,7 @@ class Batch(NamedTuple):
 
 
 def optimizer_step(
-    engine: NativeEngine, config: Config, shares: Sequence[Sequences], lr: float, clock: Clock | None = None
+    engine: Engine, config: Config, shares: Sequence[Sequences], lr: float, clock: Clock | None = None
 ) -> Step:
     """Forward, losses and backward of every micro-step, then the update; `clock` sees where the time goes."""
     clock = clock or Clock(engine.mesh.device)
@@ -141,7 +141,7 @@ def optimizer_step(
             choices[1:] = [balance.foresee(model.count(batch.tokens, *batch.about)) for batch in batches[1:]]
     for number, batch in enumerate(batches):
         with clock.phase("forward"):
-            nats, stats = model(batch.tokens, batch.targets, *batch.about, choices[number])
+            nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number])
             losses, router = balance.losses(stats), RouterSums.of(stats)
         with clock.phase("backward"):
             engine.backward(nats.sum() / tokens_in_batch + losses.weighted, last=number == len(batches) - 1)

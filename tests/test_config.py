@@ -20,6 +20,7 @@ CASES = {
     "eplb": ["planner=eplb"],
     "debian": ["data=debian"],
     "folder": ["data=folder", "data.path=tests"],
+    "deepspeed": ["engine=deepspeed"],
     **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
 }
 
@@ -115,6 +116,9 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["planner.name=best"], "planner.name=best: known planners are home, llep, makespan, eplb"),
         (["planner=home", "+planner.alpha=1.5"], "planner.alpha=1.5: the planner home has no such option"),
         (["planner.alpha=1.5"], "planner.alpha: no such field in this planner preset"),
+        (["engine=fsdp"], "engine=fsdp: must be one of deepspeed, native"),
+        (["engine.name=fsdp"], "engine.name=fsdp: must be one of 'native', 'deepspeed'"),
+        (["+engine.zero_stage=1"], "engine.zero_stage=1: no such field in this engine preset"),
         (["engine.max_rows=0"], "engine.max_rows=0: must be greater than 0"),
         (["engine.guest_memory_mib=-1"], "engine.guest_memory_mib=-1: must be greater than or equal to 0"),
         (["planner=llep", "planner.alpha=0.5"], "planner.alpha=0.5: must be greater than or equal to 1"),

@@ -25,7 +25,7 @@ from moetrain.bench.sync import sync_ms
 from moetrain.comm import all_reduce_sum, barrier
 from moetrain.config import Config
 from moetrain.data.loader import Corpus, Loader, Samples
-from moetrain.engine.native import NativeEngine
+from moetrain.engine import Engine, build_engine
 from moetrain.mesh import Mesh
 from moetrain.moe.clock import PHASES
 from moetrain.moe.layer import MoE
@@ -58,7 +58,7 @@ class Bench:
 
     config: Config
     mesh: Mesh
-    engine: NativeEngine
+    engine: Engine
     loader: Samples
     position: int  # first global sample of the next step
 
@@ -68,7 +68,7 @@ class Bench:
         corpus, loader = train.open_data(settings)
         settings = train.with_vocabulary(settings, corpus)
         saved = checkpoint.given(settings)
-        engine = NativeEngine(train.build(settings), mesh, settings)
+        engine = build_engine(train.build(settings), mesh, settings)
         if saved is not None:
             checkpoint.load(saved, engine)
         with tempfile.TemporaryDirectory() as folder:

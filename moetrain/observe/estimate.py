@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.config import Config
+from moetrain.config import Config, Native
 from moetrain.model.transformer import Transformer
 from moetrain.moe.routers import Replicated
 
@@ -49,7 +49,7 @@ def estimate(config: Config, world: int) -> Estimate:
 
     width = 2 if t.dtype == "bf16" else 4
     tokens = t.seq_len * config.micro_batch(world)
-    live = m.num_layers if not config.engine.reshard_after_forward else 1
+    live = 1 if isinstance(config.engine, Native) and config.engine.reshard_after_forward else m.num_layers
     block = (dense - embeddings + experts // ep) // m.num_layers
     gathered = width * (embeddings + live * block)
     rows = round(computed * m.chain * config.router.top_k * tokens)

@@ -1,0 +1,135 @@
+"""What every engine offers, and what engines share: guests, the finite norm, three kinds of parameters."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.checkpoint.entries import MOMENTS, Entries
+from moetrain.comm import all_reduce_sum
+from moetrain.config import Config
+from moetrain.mesh import Mesh
+from moetrain.model.transformer import Transformer
+from moetrain.moe.cost import Costs
+from moetrain.moe.experts import Experts
+from moetrain.moe.layer import LayerStats, MoE
+from moetrain.moe.routers.base import Replicated
+
+
+class Engine(ABC):
+    """Owns the model on this rank and its optimizer.
+
+    Three kinds of parameters: dense; experts, whole ones on their home rank of `ep`; routers and what else is
+    `Replicated`: whole on every rank, kept and computed in fp32. Gradients are summed over ranks: the loss is divided by the global batch before its backward.
+    """
+
+    model: Transformer
+    optimizer: Any  # of torch: `param_groups` and `state`
+    dtype: torch.dtype  # of computation
+
+    def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
+        self.model, self.mesh, self.clip = model, mesh, config.optim.clip
+        self.dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        self._recompute = config.train.recompute != "none"
+
+    def forward(self, *args: Any) -> tuple[Tensor, list[LayerStats]]:
+        """The model's forward, with a backward to come."""
+        return self.model(*args)
+
+    def plan_with(self, costs: Costs) -> None:
+        """What the planner decides with from now on."""
+        again = 3 if self._recompute else 2  # forward, recompute, backward
+        for moe in moes(self.model):
+            lends = 1 if moe.experts.store.slots else again
+            moe.costs = replace(costs, lends=lends)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients; `last`: of this optimizer step's micro-steps, reduce them over the ranks."""
+        for moe in moes(self.model):
+            moe.experts.store.last, moe.experts.store.later = last, len(moe.routers) - 1
+        self._backward(loss, last)
+        learning = [p for p in replicated(self.model) if p.requires_grad]
+        if last and learning:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+            flat = all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
+            for parameter, part in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    def step(self, lr: float) -> float:
+        """Clip by the global norm, update, forget the gradients. Returns the norm before clipping.
+
+        Raises `FloatingPointError` on every rank, before anything is updated, where the norm is not finite.
+        """
+        norm = self.grad_norm()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}, nothing was updated; a lower optim.lr may help")
+        self._update(lr, self.clip / (norm + 1e-6) if self.clip and norm > self.clip else 1.0)
+        for moe in moes(self.model):
+            moe.experts.store.reset()  # weights have changed
+        return norm
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """`backward`, but for what is replicated."""
+
+    @abstractmethod
+    def grad_norm(self) -> float:
+        """The norm over all parameters of the model, each counted once, however many ranks hold it."""
+
+    @abstractmethod
+    def entries(self, optimizer: bool = True) -> Entries:
+        """This rank's part of what a checkpoint holds (`checkpoint.entries.Engine`)."""
+
+    @abstractmethod
+    def restored(self, entries: Entries, step: int) -> None:
+        """`entries` hold a checkpoint of `step` steps now."""
+
+    @abstractmethod
+    def _update(self, lr: float, scale: float) -> None:
+        """One step of the optimizer with the gradients times `scale`; then forget them."""
+
+
+def guest_slots(config: Config, world: int) -> int:
+    """Guests of a layer that may stay on a rank between forward and backward: weights, and gradients adding up."""
+    width = 2 if config.train.dtype == "bf16" else 4
+    gradient = width if config.micro_steps(world) == 1 else 4
+    guest = 3 * config.model.dim * config.model.expert_hidden * (width + gradient)
+    return (config.engine.guest_memory_mib << 20) // (guest * config.model.num_moe_layers)
+
+
+def moes(model: nn.Module) -> list[MoE]:
+    return [m for m in model.modules() if isinstance(m, MoE)]
+
+
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """Of routers and what else is whole on every rank, in an order that is the same on all."""
+    return list(dict.fromkeys(p for m in model.modules() if isinstance(m, Replicated) for p in m.parameters()))
+
+
+def groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups of an optimizer, one per `kind`, since kinds live on different ranks: dense, expert, replicated.
+
+    Matrices decay; norms and embeddings do not. Frozen parameters are in none.
+    """
+    whole = set(replicated(model))
+    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        kind = "replicated" if parameter in whole else "expert" if parameter in experts else "dense"
+        decays = parameter.ndim > 1 and parameter not in embeddings
+        found.setdefault((kind, decays), []).append(parameter)
+    decay = {True: weight_decay, False: 0.0}
+    return [{"params": p, "kind": k, "weight_decay": decay[d]} for (k, d), p in sorted(found.items())]
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter; before the first step as AdamW would make it then."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+    return state
