@@ -1,10 +1,11 @@
 """What must hold between the fields of a configuration, and between it and the number of ranks."""
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import Config, ConfigError, short
+from moetrain.config import Config, ConfigError, DeepSpeed, short
 from moetrain.moe.planners import PLANNERS, planner_options
 from moetrain.moe.routers import ROUTERS
 from moetrain.observe import tensorboard_sink
@@ -89,6 +90,31 @@ def check_world(c: Config, world: int) -> None:
             rule = "needs at least as many experts" if experts < ep else "must divide the number of experts"
             which = "model.num_experts" if c.model.expert_schedule == "uniform" else "of one layer"
             raise ConfigError(f"parallel.ep={ep}: {rule}, {which}={experts}")
+    if isinstance(c.engine, DeepSpeed):
+        _check_deepspeed(c, c.engine, world, ep)
     if t.global_batch % (world * (t.micro_batch or 1)):
         per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
         raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")
+
+
+def _check_deepspeed(c: Config, options: DeepSpeed, world: int, ep: int) -> None:
+    """What the deepspeed engine can do on `world` ranks."""
+    from moetrain.engine.deepspeed_config import ds_config  # which imports torch
+
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine=deepspeed: needs DeepSpeed, which is not installed: pip install 'moetrain[deepspeed]'"
+        )
+    if options.zero_stage == 3:
+        raise ConfigError("engine.zero_stage=3: must be 0, 1 or 2; DeepSpeed's MoE layers do not work under ZeRO-3")
+    if options.offload == "nvme":
+        rule = "DeepSpeed offloads to NVMe under ZeRO-3 alone, which its MoE layers refuse; cpu works at stages 1 and 2"
+        raise ConfigError(f"engine.offload=nvme: {rule}")
+    if options.offload != "none" and options.zero_stage == 0:
+        raise ConfigError(f"engine.offload={options.offload}: needs engine.zero_stage=1 or 2")
+    if any(experts % ep for experts in c.model.experts_of_layers):
+        raise ConfigError(f"parallel.ep={ep}: must divide the number of experts of every layer under engine=deepspeed")
+    if c.parallel.dp_replicate > 1:
+        rule = "must be 1 under engine=deepspeed, which shards over all ranks"
+        raise ConfigError(f"parallel.dp_replicate={c.parallel.dp_replicate}: {rule}")
+    ds_config(c, world)  # refuses what engine.extra may not say

@@ -236,7 +236,6 @@ class DeepSpeed(Section):
     name: Literal["deepspeed"]
     zero_stage: Literal[0, 1, 2, 3]
     offload: Literal["none", "cpu", "nvme"]
-    nvme_path: str | None
     extra: dict[str, Any]
     guest_memory_mib: NonNegative
     max_rows: Positive | None

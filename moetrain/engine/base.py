@@ -23,7 +23,8 @@ class Engine(ABC):
     """Owns the model on this rank and its optimizer.
 
     Three kinds of parameters: dense; experts, whole ones on their home rank of `ep`; routers and what else is
-    `Replicated`: whole on every rank, kept and computed in fp32. Gradients are summed over ranks: the loss is divided by the global batch before its backward.
+    `Replicated`: whole on every rank, kept and computed in fp32. Gradients are summed over ranks: the loss is divided
+    by the global batch before its backward.
     """
 
     model: Transformer

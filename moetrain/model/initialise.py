@@ -5,6 +5,7 @@ Experts are drawn one by one, by their global number, so that a rank draws only 
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,17 @@ from moetrain.moe.routers.base import Replicated
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Fill all parameters in place: normal(0, init_std), / sqrt(2 · layers) where they write to the residual stream;
-    routers may have a standard deviation of their own. Buffers become zero."""
+    """Fill all parameters in place with what `drawn` gives. Buffers become zero."""
+    for parameter, value in drawn(model, seed):
+        _copy(parameter, value)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def drawn(model: Transformer, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, its initial fp32 value) of all: normal(0, init_std), / sqrt(2 · layers) where they write to the
+    residual stream; routers may have a standard deviation of their own. The value is whole; of experts, those whose
+    home is this rank."""
     std = model.options.init_std
     small = std / math.sqrt(2 * model.options.num_layers)
     own_std = {
@@ -39,9 +49,7 @@ def initialise(model: Transformer, seed: int) -> None:
             value = torch.stack([_draw(shape, scale, seed, f"{name}.{expert}") for expert in own])
         else:
             value = _draw(parameter.shape, scale, seed, name)
-        _copy(parameter, value)
-    for buffer in model.buffers():
-        buffer.zero_()
+        yield parameter, value
 
 
 def _draw(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
