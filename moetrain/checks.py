@@ -85,11 +85,10 @@ def check_world(c: Config, world: int) -> None:
     ep = p.ep or math.gcd(shard, *c.model.experts_of_layers)
     if shard % ep:
         raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
-    for experts in c.model.experts_of_layers:
-        if experts % ep:
-            rule = "needs at least as many experts" if experts < ep else "must divide the number of experts"
-            which = "model.num_experts" if c.model.expert_schedule == "uniform" else "of one layer"
-            raise ConfigError(f"parallel.ep={ep}: {rule}, {which}={experts}")
+    fewest = min(c.model.experts_of_layers)
+    if fewest < ep:
+        which = "model.num_experts" if c.model.expert_schedule == "uniform" else "of one layer"
+        raise ConfigError(f"parallel.ep={ep}: needs at least as many experts, {which}={fewest}")
     if isinstance(c.engine, DeepSpeed):
         _check_deepspeed(c, c.engine, world, ep)
     if t.global_batch % (world * (t.micro_batch or 1)):
@@ -114,6 +113,8 @@ def _check_deepspeed(c: Config, options: DeepSpeed, world: int, ep: int) -> None
         raise ConfigError(f"engine.offload={options.offload}: needs engine.zero_stage=1 or 2")
     if any(experts % ep for experts in c.model.experts_of_layers):
         raise ConfigError(f"parallel.ep={ep}: must divide the number of experts of every layer under engine=deepspeed")
+    if c.optim.state_dtype != "fp32":
+        raise ConfigError(f"optim.state_dtype={c.optim.state_dtype}: must be fp32 under engine=deepspeed")
     if c.parallel.dp_replicate > 1:
         rule = "must be 1 under engine=deepspeed, which shards over all ranks"
         raise ConfigError(f"parallel.dp_replicate={c.parallel.dp_replicate}: {rule}")

@@ -21,6 +21,8 @@ examples:
   moetrain train model=tiny planner=home train.steps=50     any field of configs/config.yaml
   moetrain train router.skew=4 run.name=skewed              imbalance on purpose
   torchrun --nproc-per-node 2 -m moetrain train             workers started by torchrun
+  moetrain train --dry-run parallel.nproc=64 train.global_batch=64 model=olmoe_1b7b
+                                                            parameters and memory of a rank, in this process alone
 """
 EVAL = """Held-out loss of a run's newest checkpoint, per domain.
 
@@ -83,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         verb.add_argument("overrides", nargs="*", metavar="field=value", help="overrides of the configuration")
         verb.add_argument("--json", action="store_true", help="machine-readable output")
+        if name == "train":
+            verb.add_argument("--dry-run", action="store_true", help="only show parameters and memory per rank")
         if name in ("train", "data", "profile"):
             verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -115,6 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     settings = config.load(options.overrides, options.config_dir)
+    if options.dry_run:
+        from moetrain import dry_run, mesh
+
+        return dry_run.run(settings, settings.parallel.nproc or mesh.auto_nproc(), options.json)
     _check_run(settings)
     return _with_workers(options, settings, "train")
 

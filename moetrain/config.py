@@ -56,7 +56,8 @@ class Train(Section):
     global_batch: Positive
     micro_batch: Positive | None
     seq_len: Annotated[int, Field(ge=2)]
-    recompute: Literal["none", "full"]
+    recompute: Literal["none", "selective", "full"]
+    compile: bool
     dtype: Literal["fp32", "bf16"]
     log_every: Positive
     threads: Positive | None
@@ -72,6 +73,7 @@ class Optim(Section):
     eps: PositiveFloat
     weight_decay: NonNegativeFloat
     clip: NonNegativeFloat
+    state_dtype: Literal["fp32", "bf16"]
 
 
 class Parallel(Section):
@@ -228,6 +230,8 @@ class Planner(Section):
 class Native(Section):
     name: Literal["native"]
     reshard_after_forward: bool
+    offload: Literal["none", "cpu", "disk"]
+    offload_dir: str | None
     guest_memory_mib: NonNegative
     max_rows: Positive | None
 
@@ -236,7 +240,7 @@ class DeepSpeed(Section):
     name: Literal["deepspeed"]
     zero_stage: Literal[0, 1, 2, 3]
     offload: Literal["none", "cpu", "nvme"]
-    extra: dict[str, Any]
+    extra: dict[str, Any] | None
     guest_memory_mib: NonNegative
     max_rows: Positive | None
 

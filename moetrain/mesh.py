@@ -78,6 +78,18 @@ def start(
         dist.destroy_process_group()
 
 
+@contextmanager
+def pretended(parallel: Parallel, *, rank: int, world: int) -> Iterator[Mesh]:
+    """The mesh of one rank of a world that is not there: to build what is never run."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield _axes(parallel, rank, world, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
 def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Mesh:
     replicate = parallel.dp_replicate
     shard = world // replicate

@@ -1,12 +1,26 @@
-"""The learning rate of a step. Warm-up is linear from zero."""
+"""AdamW whose moments may be bf16 or lie in memory-mapped files; the learning rate of a step."""
 
 import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from moetrain.checkpoint.entries import MOMENTS
 from moetrain.config import Optim
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Of `step` (0-based) of `steps`: cosine to min_lr, or WSD: stable, then linear to min_lr at the end."""
+    """Of `step` (0-based) of `steps`: cosine to min_lr, or WSD: stable, then linear to min_lr at the end.
+
+    Warm-up is linear from zero.
+    """
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
     if optim.schedule == "cosine":
@@ -15,3 +29,105 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     else:
         share = min(1.0, (steps - step) / max(1.0, optim.decay_fraction * steps))
     return optim.min_lr + (optim.lr - optim.min_lr) * share
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW; its moments in `dtype`, in memory or in files of `folder`.
+
+    bf16 moments are rounded at random in proportion to the distance, so that they are right on average: rounded to
+    nearest, a second moment would not take in what is less than 1/512 of it, which with β2 = 0.999 is nearly all. The
+    random numbers depend on the step and the parameter alone: replicas stay equal, and a resumed run repeats itself.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], options: Optim, folder: Path | None = None) -> None:
+        super().__init__(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+        self._dtype = torch.bfloat16 if options.state_dtype == "bf16" else torch.float32
+        self._folder = folder
+
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """`step`, `exp_avg` and `exp_avg_sq`, the moments in the parameter's shape and placement; made at need."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state |= {moment: self._zeros_like(parameter) for moment in MOMENTS}
+        return state
+
+    def _zeros_like(self, parameter: Tensor) -> Tensor:
+        if self._folder is None:
+            return torch.zeros_like(parameter, dtype=self._dtype)
+        if not isinstance(parameter, DTensor):
+            return mapped(self._folder, parameter.shape, self._dtype)
+        local = mapped(self._folder, parameter.to_local().shape, self._dtype)
+        mesh, placements, shape, stride = (
+            parameter.device_mesh,
+            parameter.placements,
+            parameter.shape,
+            parameter.stride(),
+        )
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        parameters = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        steps = [self.state_of(parameter)["step"] for _, parameter in parameters]
+        if self._dtype == torch.float32:
+            super().step()
+            return
+        seed = int(steps[0]) * 0x9E3779B1
+        for number, (group, parameter) in enumerate(parameters):
+            self._step_narrow(group, parameter, seed + 2 * number)
+
+    def _step_narrow(self, group: dict[str, Any], parameter: Tensor, seed: int) -> None:
+        """The update in fp32, from moments that are widened for it and then narrowed."""
+        state = self.state[parameter]
+        moments = [local(state[moment]) for moment in MOMENTS]
+        wide = [moment.float() for moment in moments]
+        adamw(
+            [local(parameter)],
+            [local(parameter.grad)],  # type: ignore[arg-type]
+            [wide[0]],
+            [wide[1]],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for second, (moment, value) in enumerate(zip(moments, wide, strict=True)):
+            moment.copy_(rounded_at_random(value, (seed + second) % (1 << 32)))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU in a file of `folder` that loses its name: it goes with the process, however that ends.
+
+    Raises `OSError` where there is no room for it.
+    """
+    if not shape.numel():
+        return torch.zeros(shape, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".moments-") as file:
+        os.posix_fallocate(file.fileno(), 0, shape.numel() * dtype.itemsize)  # a full disk is to be noticed here
+        return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+
+
+def rounded_at_random(value: Tensor, seed: int) -> Tensor:
+    """bf16 of the fp32 `value`: one of its two neighbours, the nearer the likelier; the mean is `value`.
+
+    Overwrites `value`. `seed` below 2**32. Random numbers are added to the 16 bits that are cut off.
+    """
+    generator = torch.Generator(value.device).manual_seed(seed)
+    bits = value.view(torch.int32)
+    bits += torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
+    bits &= -(1 << 16)
+    return value.to(torch.bfloat16)

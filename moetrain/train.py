@@ -159,6 +159,8 @@ def build(config: Config) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config.model, config.router, config.planner, config.train.recompute)
         add_buffers(model.routers, config.balance)
+    if config.train.compile:
+        model.compile_dense()
     return model
 
 

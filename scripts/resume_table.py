@@ -20,7 +20,16 @@ JOB = [
     "track.wandb=false",
 ]
 JOB += ["planner.min_rows=1", "router.skew=0.5", "checkpoint.keep=99", "eval.tokens_per_domain=64", "generate.tokens=2"]
-LEGS = ((0, 2, 2, 1), (4, 1, 1, 1), (8, 4, 4, 1), (12, 4, 2, 2), (16, 2, 2, 1))  # first step, ranks, ep, replicas
+ZERO1, ZERO2 = ["engine=deepspeed"], ["engine=deepspeed", "engine.zero_stage=2", "engine.offload=cpu"]
+LEGS = (  # first step, ranks, ep, replicas, engine
+    (0, 2, 2, 1, []),
+    (4, 1, 1, 1, []),
+    (8, 4, 4, 1, []),
+    (12, 2, 2, 1, ZERO1),
+    (16, 4, 2, 2, []),
+    (20, 4, 2, 1, ZERO2),
+    (24, 2, 2, 1, []),
+)
 STEPS, EVERY = 56, 4
 
 
@@ -33,10 +42,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     whole: dict[int, float] = {}
     before = ("", "nothing")
-    for number, (first, ranks, ep, replicas) in enumerate(LEGS):
+    for number, (first, ranks, ep, replicas, engine) in enumerate(LEGS):
         layout = f"{ranks} ranks, ep {ep}" + (f", {replicas} replicas" if replicas > 1 else "")
         overrides = [f"parallel.nproc={ranks}", f"parallel.ep={ep}", f"parallel.dp_replicate={replicas}"]
-        overrides += [f"run.dir={options.dir}", f"run.name=leg-{number}"]
+        layout += "".join(f", {option}" for option in engine)
+        overrides += [*engine, f"run.dir={options.dir}", f"run.name=leg-{number}"]
         overrides += [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "train.threads=1"]
         overrides += [f"checkpoint.resume={before[0]}/checkpoints/step_{first}"] if first else []
         subprocess.run(

@@ -164,9 +164,9 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments: list[str], line: str
 def test_bad_input_under_torchrun_is_found_before_any_group(tmp_path: Path) -> None:
     """A worker that torchrun started: its own line, exit code 2, no rendezvous with anybody."""
     env = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    done = moetrain("train", "train.global_batch=9", "parallel.ep=3", f"run.dir={tmp_path}", **env)
+    done = moetrain("train", "train.global_batch=9", "parallel.ep=2", f"run.dir={tmp_path}", **env)
     assert done.returncode == 2
-    assert done.stderr == "error: parallel.ep=3: must divide the number of experts, model.num_experts=8\n"
+    assert done.stderr == "error: parallel.ep=2: must divide the ranks of one replica, 3\n"
 
 
 def test_another_model_than_the_checkpoints_is_refused(trained: tuple[Path, str], data: list[str]) -> None:

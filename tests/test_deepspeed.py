@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from test_routers import FAMILIES
 from torch import Tensor
 
 from moetrain import config, train
@@ -128,6 +129,23 @@ def test_each_engine_goes_on_from_the_other(pool, tiny) -> None:
             assert close, (variant, name)
         for curve in (onward, back):
             assert [x[0] for x in curve] == pytest.approx([x[0] for x in found["native"]], rel=1e-5)
+
+
+def every_family(mesh: Mesh, base: list[str]) -> dict[str, list[list[tuple[float, float, int]]]]:
+    """Two steps under each engine."""
+    out = {}
+    for family, options in FAMILIES.items():
+        engines = ([], ds(2, RECOMPUTE))
+        out[family] = [steps(*engine_of(mesh, [*base, *options, *engine]), 0, 2) for engine in engines]
+    return out
+
+
+def test_every_router_trains_alike(pool, tiny) -> None:
+    found = pool.run(every_family, 2, [*tiny, *MOVING, *EXACT, MICRO], ep=2)[0]
+    assert len(found) > 10
+    for family, (reference, curve) in found.items():
+        for ours, theirs in zip(curve, reference, strict=True):
+            assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4), family
 
 
 def bf16(mesh: Mesh, base: list[str], variants: list[list[str]]) -> list[list[tuple[float, float, int]]]:

@@ -29,21 +29,21 @@ def weights(num_experts: int = E) -> tuple[Tensor, Tensor]:
     return draw(num_experts, 2 * H, D) * 0.3, draw(num_experts, D, H) * 0.3
 
 
-def case(rank: int, tokens: int, kind: str | int) -> tuple[Tensor, Routing, Tensor]:
+def case(rank: int, tokens: int, kind: str | int, num_experts: int = E) -> tuple[Tensor, Routing, Tensor]:
     """x, routing and upstream gradient of one rank. `kind`: top-k, or any number of selections a token."""
     generator = torch.Generator().manual_seed(100 + rank)
     draw = partial(torch.randn, generator=generator)
     if kind == RAGGED:  # 0 to 3 selections a token, duplicates allowed, experts 5 and up never chosen
         per_token = torch.randint(0, 4, (tokens,), generator=generator)
         token = torch.arange(tokens).repeat_interleave(per_token)
-        expert = torch.randint(0, 5, (len(token),), generator=generator)
+        expert = torch.randint(0, min(5, num_experts), (len(token),), generator=generator)
     else:
         token = torch.arange(tokens).repeat_interleave(int(kind))
-        skew = draw(tokens, E) + torch.tensor([3.0, 2.0] + [0.0] * (E - 2))
+        skew = draw(tokens, num_experts) + torch.tensor([3.0, 2.0] + [0.0] * (num_experts - 2))
         expert = skew.topk(int(kind)).indices.flatten()
     weight = torch.rand(len(token), generator=generator).requires_grad_()
     x = draw(tokens, D).requires_grad_()
-    return x, Routing(token, expert, weight, torch.full((tokens, E), 1 / E)), draw(tokens, D)
+    return x, Routing(token, expert, weight, torch.full((tokens, num_experts), 1 / num_experts)), draw(tokens, D)
 
 
 def any_plan(counts: np.ndarray, home: np.ndarray, seed: int) -> Plan:
@@ -59,20 +59,21 @@ def any_plan(counts: np.ndarray, home: np.ndarray, seed: int) -> Plan:
 
 
 def make_plan(counts: np.ndarray, name: str | int) -> Plan:
-    home = default_home(E, counts.shape[0])
+    home = default_home(counts.shape[1], counts.shape[0])
     if isinstance(name, int):
         return any_plan(counts, home, name)
     return PLANNERS[name](counts, home, None, **({"min_rows": 1, "threshold": 1.0} if name == "llep" else {}))
 
 
-def counts_of(tokens: list[int], kind: str | int) -> np.ndarray:
-    return np.stack([np.bincount(case(r, t, kind)[1].expert_N.numpy(), minlength=E) for r, t in enumerate(tokens)])
+def counts_of(tokens: list[int], kind: str | int, num_experts: int = E) -> np.ndarray:
+    chosen = [case(r, t, kind, num_experts)[1].expert_N.numpy() for r, t in enumerate(tokens)]
+    return np.stack([np.bincount(expert_N, minlength=num_experts) for expert_N in chosen])
 
 
-def build(mesh: Mesh, slots: int = 0, max_rows: int | None = None) -> Experts:
-    experts = Experts(D, H, E)
+def build(mesh: Mesh, slots: int = 0, max_rows: int | None = None, num_experts: int = E) -> Experts:
+    experts = Experts(D, H, num_experts)
     with torch.no_grad():
-        for parameter, value in zip((experts.gate_up, experts.down), weights(), strict=True):
+        for parameter, value in zip((experts.gate_up, experts.down), weights(num_experts), strict=True):
             parameter.copy_(value)
     experts.shard(mesh.ep, slots, max_rows)
     return experts
@@ -86,11 +87,14 @@ def layer_on_ranks(
     recompute: bool = False,
     slots: int = 0,
     max_rows: int | None = None,
+    keep_hidden: bool = True,
+    num_experts: int = E,
 ) -> dict[str, Tensor]:
     """One rank's outputs and gradients."""
-    x, routing, upstream = case(mesh.rank, tokens[mesh.rank], kind)
-    experts = build(mesh, slots, max_rows)
-    plan = make_plan(counts_of(tokens, kind), plan_name)
+    x, routing, upstream = case(mesh.rank, tokens[mesh.rank], kind, num_experts)
+    experts = build(mesh, slots, max_rows, num_experts)
+    experts.keep_hidden = keep_hidden
+    plan = make_plan(counts_of(tokens, kind, num_experts), plan_name)
     most = max(int(torch.bincount(case(r, t, kind)[1].token_N, minlength=1).max()) for r, t in enumerate(tokens))
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
@@ -107,12 +111,12 @@ def layer_on_ranks(
     return {**found, "gate_up": experts.gate_up.grad, "down": experts.down.grad}
 
 
-def expected(tokens: list[int], kind: Any) -> list[dict[str, Tensor]]:
+def expected(tokens: list[int], kind: Any, num_experts: int = E) -> list[dict[str, Tensor]]:
     """The loop on one device in fp64, split into what each rank should have."""
-    gate_up, down = (w.double().requires_grad_() for w in weights())
+    gate_up, down = (w.double().requires_grad_() for w in weights(num_experts))
     found = []
     for rank, count in enumerate(tokens):
-        x, routing, upstream = case(rank, count, kind)
+        x, routing, upstream = case(rank, count, kind, num_experts)
         x64 = x.detach().double().requires_grad_()
         weight64 = routing.weight_N.detach().double().requires_grad_()
         y = oracle.moe(x64, routing._replace(weight_N=weight64), gate_up, down)
@@ -121,16 +125,16 @@ def expected(tokens: list[int], kind: Any) -> list[dict[str, Tensor]]:
         none = torch.zeros_like
         found.append({"y": y.detach(), "x": none(x64) if x64.grad is None else x64.grad})
         found[-1]["weight"] = none(weight64) if weight64.grad is None else weight64.grad
-    home = default_home(E, len(tokens))
+    home = default_home(num_experts, len(tokens))
     for rank, part in enumerate(found):
         for name, weight in (("gate_up", gate_up), ("down", down)):
             part[name] = (none(weight) if weight.grad is None else weight.grad)[home == rank]
     return found
 
 
-def check(pool: Any, tokens: list[int], kind: Any, *settings: Any) -> None:
-    got = pool.run(layer_on_ranks, len(tokens), tokens, kind, *settings)
-    for rank, (ours, theirs) in enumerate(zip(got, expected(tokens, kind), strict=True)):
+def check(pool: Any, tokens: list[int], kind: Any, *settings: Any, num_experts: int = E) -> None:
+    got = pool.run(partial(layer_on_ranks, num_experts=num_experts), len(tokens), tokens, kind, *settings)
+    for rank, (ours, theirs) in enumerate(zip(got, expected(tokens, kind, num_experts), strict=True)):
         for name, value in theirs.items():
             torch.testing.assert_close(
                 ours[name].double(), value, rtol=2e-5, atol=2e-5, msg=lambda m, r=rank, n=name: f"{r} {n}: {m}"
@@ -148,16 +152,24 @@ def test_any_plan_on_any_ranks_equals_the_loop(pool, tokens, kind, plan_name, re
     check(pool, tokens, kind, plan_name, recompute)
 
 
+@pytest.mark.parametrize("plan_name", ["home", "llep", "makespan", 0, 1])
+@pytest.mark.parametrize(("num_experts", "ranks"), [(3, 2), (4, 3), (5, 4), (9, 4)])
+def test_homes_may_be_uneven_or_empty(pool, num_experts, ranks, plan_name) -> None:
+    """The last rank has fewer experts, or none: it still takes guests."""
+    check(pool, [30, 0, 7, 12][:ranks], 2, plan_name, False, 1, num_experts=num_experts)
+
+
 @given(
     tokens=st.sampled_from([1, 2, 4]).flatmap(lambda r: st.lists(st.integers(0, 20), min_size=r, max_size=r)),
     kind=st.sampled_from([1, 3, RAGGED]),
     seed=st.one_of(st.integers(0, 10_000), st.just("makespan")),
     slots=st.integers(0, 3),
     max_rows=st.sampled_from([None, 1, 7]),
+    keep_hidden=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_random_plans_equal_the_loop(pool, tokens, kind, seed, slots, max_rows) -> None:
-    check(pool, tokens, kind, seed, False, slots, max_rows)
+def test_random_plans_equal_the_loop(pool, tokens, kind, seed, slots, max_rows, keep_hidden) -> None:
+    check(pool, tokens, kind, seed, False, slots, max_rows, keep_hidden)
 
 
 def micro_steps(mesh: Mesh, plans: list[Any], slots: int) -> list[Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moetrain import config, train
 from moetrain.mesh import Mesh
@@ -24,20 +23,15 @@ def rows_of(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-LAYOUTS = [
+LAYOUTS = [  # parameter by parameter, more of them: test_layouts.py
     (1, 1, 1, "home", "none"),
-    (2, 1, 1, "home", "none"),
-    (2, 2, 1, "home", "none", "engine.max_rows=20"),
-    (2, 2, 1, "llep", "full"),
-    (4, 2, 1, "llep", "none", "engine.reshard_after_forward=true"),
-    (4, 4, 1, "llep", "full", "engine.guest_memory_mib=0"),
-    (4, 1, 1, "home", "full"),
-    (4, 2, 2, "llep", "none"),
-    (4, 4, 1, "makespan", "none"),
+    (2, 2, 1, "llep", "full", "engine.max_rows=20"),
+    (4, 2, 2, "llep", "none", "engine.reshard_after_forward=true"),
+    (4, 4, 1, "makespan", "selective"),
 ]
 
 
-def test_every_layout_follows_the_same_curve(pool, tiny) -> None:
+def test_layouts_follow_the_same_curve(pool, tiny) -> None:
     """Issue's tolerance: 1e-5 over the first 5 steps, 1e-3 over 40 (near-ties of the router may flip later)."""
     curves = []
     for ranks, ep, replicate, planner, recompute, *rest in LAYOUTS:
@@ -81,14 +75,16 @@ def test_resume_is_bit_exact(pool, tiny) -> None:
     assert norms[0] == norms[1]
 
 
-def test_a_checkpoint_loads_at_other_layouts(pool, tiny) -> None:
-    """Saved at ep 2 on two ranks; the next steps at ep 1, 2 and 4 follow the uninterrupted run, moments included."""
-    more = [*tiny, "planner=llep", "planner.min_rows=1", "checkpoint.every=10", "train.steps=15"]
-    whole = pool.run(run, 2, [*more, "run.name=whole"])[0]
+def test_uneven_homes_train_alike_and_their_checkpoint_loads_anywhere(pool, tiny) -> None:
+    """Six experts on four ranks: two on each of the first three, none on the last."""
+    more = [*tiny, "model.num_experts=6", "planner=llep", "planner.min_rows=1", "checkpoint.every=10", "train.steps=15"]
+    one = losses(pool.run(run, 1, [*more, "run.name=one"])[0])
+    whole = pool.run(run, 4, [*more, "run.name=whole"], ep=4)[0]
+    assert losses(whole) == pytest.approx(one, rel=1e-4)
     saved = Path(whole) / "checkpoints" / "step_10"
-    for ranks, ep, replicate in ((1, 1, 1), (2, 1, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)):
-        name = f"run.name={ranks}-{ep}-{replicate}"
-        part = pool.run(run, ranks, [*more, name, f"checkpoint.resume={saved}"], ep=ep, replicate=replicate)[0]
+    for ranks, ep in ((1, 1), (4, 2)):
+        name = f"run.name={ranks}-{ep}"
+        part = pool.run(run, ranks, [*more, name, f"checkpoint.resume={saved}"], ep=ep)[0]
         assert losses(part) == pytest.approx(losses(whole)[10:], rel=1e-4)
 
 
@@ -117,62 +113,3 @@ def test_skew_is_taken_away_by_the_planner(pool, tiny) -> None:
 def test_a_run_that_diverges_stops_before_it_spoils_anything(pool, tiny) -> None:
     with pytest.raises(AssertionError, match="FloatingPointError: the gradient norm is nan, nothing was updated"):
         pool.run(run, 2, [*tiny, "run.name=nan", "train.steps=20", "optim.lr=1e30", "optim.clip=0", "optim.warmup=0"])
-
-
-def gradients(mesh: Mesh, overrides: list[str], plan_name: str) -> dict[str, torch.Tensor]:
-    """Full gradients of one step, gathered, under choices that do not depend on the layout (all experts, evenly)."""
-    from torch.distributed.tensor import DTensor
-
-    from moetrain.data import prepare
-    from moetrain.data.loader import Corpus, Loader
-    from moetrain.engine.native import NativeEngine
-    from moetrain.moe.balance import Balance
-
-    settings = config.load([*overrides, f"planner={plan_name}"])
-    corpus = Corpus(prepare.ensure(settings.data))
-    settings = train.with_vocabulary(settings, corpus)
-    engine = NativeEngine(train.build(settings), mesh, settings)
-    shares = list(train.micro_batches(settings, mesh, Loader(corpus, settings.train.seq_len, 0), 0))
-    tokens_in_batch = settings.train.global_batch * settings.train.seq_len
-    balance = Balance(settings.balance, engine.model.routers, tokens_in_batch, settings.train.seq_len)
-    for number, share in enumerate(shares):
-        tokens = torch.from_numpy(share.tokens)
-        nats, stats = engine.model(tokens[:, :-1], tokens[:, 1:])
-        loss = nats.sum() / tokens_in_batch + balance.losses(stats).weighted
-        engine.backward(loss, last=number == len(shares) - 1)
-    found = {}
-    for name, parameter in engine.model.named_parameters():
-        grad = parameter.grad
-        assert grad is not None, name
-        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        if ".experts." in name:
-            from moetrain.comm import all_gather
-
-            whole = all_gather(whole, mesh.ep.rows).flatten(0, 1)
-        found[name] = whole.clone()
-    return found
-
-
-@pytest.mark.parametrize("micro", [None, 1])
-def test_one_step_has_the_same_gradients_on_every_layout(pool, tiny, micro) -> None:
-    """Every parameter's gradient, to fp32 rounding; the choices are pinned by the equal initial weights."""
-    more = [
-        *tiny,
-        "router.skew=0.5",
-        "balance.coefficient=0.01" if micro is None else "balance.coefficient=0",
-    ]
-    size = [] if micro is None else [f"train.micro_batch={micro}"]
-    reference = pool.run(gradients, 1, more, "home")[0]
-    for ranks, ep, planner in (
-        (1, 1, "home"),
-        (2, 1, "home"),
-        (2, 2, "llep"),
-        (4, 2, "llep"),
-        (4, 4, "llep"),
-    ):
-        options = ["planner.min_rows=1"] if planner == "llep" else []
-        for found in pool.run(gradients, ranks, [*more, *size, *options], planner, ep=ep):
-            assert found.keys() == reference.keys()
-            for name, grad in found.items():
-                scale = reference[name].abs().max()
-                assert (grad - reference[name]).abs().max() <= 2e-5 * scale, (ranks, ep, planner, name)

@@ -34,7 +34,7 @@ class Engine(ABC):
     def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
         self.model, self.mesh, self.clip = model, mesh, config.optim.clip
         self.dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-        self._recompute = config.train.recompute != "none"
+        self._recompute = config.train.recompute == "full"
 
     def forward(self, *args: Any) -> tuple[Tensor, list[LayerStats]]:
         """The model's forward, with a backward to come."""

@@ -9,6 +9,7 @@ experts, its bf16 optimizer leaves experts out. The model and its autograd graph
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,12 +45,19 @@ class DeepSpeedEngine(Engine):
         options = config.engine
         assert isinstance(options, DeepSpeed)
         for moe in moes(model):
-            moe.experts.shard(mesh.ep, guest_slots(config, mesh.world), options.max_rows)
+            moe.experts.shard(
+                mesh.ep, guest_slots(config, mesh.world), options.max_rows, config.train.recompute != "selective"
+            )
         model.to_empty(device=mesh.device)
         if model.options.tied_embeddings:
             model.head.weight = model.embed.weight  # moving from the meta device made two of them
         initialise(model, config.train.seed)
-        adam = {"lr": config.optim.lr, "betas": config.optim.betas, "eps": config.optim.eps, "fused": True}
+        adam: dict[str, Any] = {
+            "lr": config.optim.lr,
+            "betas": config.optim.betas,
+            "eps": config.optim.eps,
+            "fused": True,
+        }
         for parameter in (p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()):
             parameter.allreduce, parameter.group_name = False, _group_name(mesh)  # type: ignore[attr-defined]
         self._own = dict.fromkeys(replicated(model))  # in an order that is the same on every rank
@@ -57,6 +65,7 @@ class DeepSpeedEngine(Engine):
         own = [g for g in kinds if g["kind"] == "replicated"]
         self._own_adam = torch.optim.AdamW(own or [{"params": []}], **adam)
         seen = [_group(g, mesh) for g in kinds if g["kind"] != "replicated"]
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's
         with _quiet():
             _join(mesh)
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -186,6 +195,7 @@ def _group(kind: dict, mesh: Mesh) -> dict:
 
 def _join(mesh: Mesh) -> None:
     """Use the process group that there is. What DeepSpeed remembers of an earlier one is forgotten."""
+    os.environ.setdefault("LOCAL_RANK", str(mesh.rank))  # DeepSpeed insists; torchrun has set it
     parallel._release_process_group_references()
     deepspeed.comm.comm.cdb = None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile for a minute, for little

@@ -62,8 +62,8 @@ def ours(config: Config, world: int) -> Tree:
 def ds_config(config: Config, world: int) -> Tree:
     """DeepSpeed's configuration of a run. Raises `ConfigError` where `engine.extra` contradicts what moetrain sets."""
     assert isinstance(config.engine, DeepSpeed)
-    _refuse(config.engine.extra, ours(config, world), "")
-    return _merged(_merged(DEFAULTS, config.engine.extra), ours(config, world))
+    _refuse(config.engine.extra or {}, ours(config, world), "")
+    return _merged(_merged(DEFAULTS, config.engine.extra or {}), ours(config, world))
 
 
 def _refuse(extra: Tree, fixed: Tree, path: str) -> None:

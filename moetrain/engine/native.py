@@ -6,26 +6,37 @@ Three kinds of parameters:
 - routers and what else is small (`Replicated`): whole on every rank, kept and computed in fp32.
 
 Gradients are summed over ranks: the loss is divided by the global batch before its backward, nothing is averaged.
-Master weights and optimizer states are fp32; under bf16, FSDP2 casts what it gathers and reduces in fp32.
+Master weights are fp32; under bf16, FSDP2 casts what it gathers and reduces in fp32. With `engine.offload` they,
+gradients and AdamW's moments lie in the host's memory and are updated there; the moments in files, if it is `disk`.
 """
 
 import math
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from moetrain.checkpoint.entries import MODEL, MOMENTS, Entries, Held, held, of_model
 from moetrain.comm import all_reduce_sum
 from moetrain.config import Config, Native
-from moetrain.engine.base import Engine, adam_state, groups, guest_slots, replicated
+from moetrain.engine.base import Engine, groups, guest_slots, replicated
 from moetrain.mesh import Mesh
 from moetrain.model.initialise import initialise
 from moetrain.model.transformer import Block, Transformer
+from moetrain.moe.routers.base import Replicated
+from moetrain.optim import AdamW, local
 
 
 class NativeEngine(Engine):
@@ -33,33 +44,16 @@ class NativeEngine(Engine):
 
     def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
         super().__init__(model, mesh, config)
-        assert isinstance(config.engine, Native)
-        self._shard(config, config.engine)
-        model.to_empty(device=mesh.device)
+        options = _options(config)
+        shard(model, mesh, config)
+        if _on_host(mesh, options):
+            model.to_empty(device="cpu")
+            for module in (m for m in model.modules() if isinstance(m, Replicated)):
+                module.to(mesh.device)  # FSDP moves all others to where they are used
+        else:
+            model.to_empty(device=mesh.device)
         initialise(model, config.train.seed)
-        self.optimizer = torch.optim.AdamW(
-            groups(model, config.optim.weight_decay),
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=True,
-        )
-
-    def _shard(self, config: Config, options: Native) -> None:
-        policy = MixedPrecisionPolicy(
-            param_dtype=self.dtype if self.dtype != torch.float32 else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-        reshard = options.reshard_after_forward
-        dense = {"mesh": self.mesh.dense, "mp_policy": policy, "ignored_params": set(replicated(self.model))}
-        for block in self.model.layers:
-            if (moe := cast(Block, block).moe) is not None:
-                moe.experts.shard(self.mesh.ep, guest_slots(config, self.mesh.world), options.max_rows)
-                _sharded(moe.experts, mesh=self.mesh.expert_data, mp_policy=policy, reshard_after_forward=reshard)
-            _sharded(block, reshard_after_forward=reshard, **dense)
-        _sharded(self.model, reshard_after_forward=False, **dense)
-        register_fsdp_forward_method(self.model, "count")
+        self.optimizer = AdamW(groups(model, config.optim.weight_decay), config.optim, _scratch(config))
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         cast(FSDPModule, self.model).set_requires_gradient_sync(last)
@@ -69,7 +63,7 @@ class NativeEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if scale != 1.0:
-            torch._foreach_mul_([_local(g) for g in self._grads()], scale)
+            torch._foreach_mul_([local(g) for g in self._grads()], scale)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -78,7 +72,7 @@ class NativeEngine(Engine):
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 copies = self.mesh.dp_replicate if isinstance(parameter, DTensor) else self.mesh.world
-                total += _local(parameter.grad).double().square().sum() / copies
+                total += local(parameter.grad).double().square().sum() / copies
         return math.sqrt(all_reduce_sum(total).item())
 
     def entries(self, optimizer: bool = True) -> Entries:
@@ -91,7 +85,7 @@ class NativeEngine(Engine):
     def _kinds(self, optimizer: bool, parameter: nn.Parameter) -> dict[str, Held]:
         kinds = {MODEL: held(parameter)}
         if optimizer:
-            state = adam_state(self.optimizer, parameter)
+            state = self.optimizer.state_of(parameter)
             kinds |= {moment: held(state[moment]) for moment in MOMENTS}
         return kinds
 
@@ -104,12 +98,50 @@ class NativeEngine(Engine):
         return (p.grad for p in self.model.parameters() if p.grad is not None)
 
 
+def shard(model: Transformer, mesh: Mesh, config: Config) -> None:
+    """Spread `model`, on whatever device it is, over the ranks; without values yet where that is the meta device."""
+    options = _options(config)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.train.dtype == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    offload = CPUOffloadPolicy() if _on_host(mesh, options) else OffloadPolicy()
+    reshard = options.reshard_after_forward
+    common = {"mp_policy": policy, "offload_policy": offload}
+    dense = {"mesh": mesh.dense, "ignored_params": set(replicated(model)), **common}
+    keep_hidden = config.train.recompute != "selective"
+    for block in model.layers:
+        if (moe := cast(Block, block).moe) is not None:
+            moe.experts.shard(mesh.ep, guest_slots(config, mesh.world), options.max_rows, keep_hidden)
+            for parameter in moe.experts.parameters():
+                parameter.requires_grad_(len(parameter) > 0)  # no home here: FSDP cannot reduce an empty gradient
+            _sharded(moe.experts, mesh=mesh.expert_data, reshard_after_forward=reshard, **common)
+        _sharded(block, reshard_after_forward=reshard, **dense)
+    _sharded(model, reshard_after_forward=False, **dense)
+    register_fsdp_forward_method(model, "count")
+
+
+def _options(config: Config) -> Native:
+    assert isinstance(config.engine, Native)
+    return config.engine
+
+
+def _on_host(mesh: Mesh, options: Native) -> bool:
+    """Whether masters, gradients and moments lie in host memory, apart from the device."""
+    return options.offload != "none" and mesh.device.type == "cuda"
+
+
+def _scratch(config: Config) -> Path | None:
+    """The folder of memory-mapped optimizer states, if they are to be that."""
+    options = _options(config)
+    if options.offload != "disk":
+        return None
+    return Path(options.offload_dir or Path(config.run.dir, config.run.name or ""))
+
+
 def _sharded(module: nn.Module, **options: object) -> None:
     fully_shard(module, **options)  # type: ignore[call-overload]
     fsdp = cast(FSDPModule, module)
     fsdp.set_gradient_divide_factor(1.0)
     fsdp.set_force_sum_reduction_for_comms(True)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

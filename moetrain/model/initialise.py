@@ -46,7 +46,9 @@ def drawn(model: Transformer, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]
         elif owner in experts:
             own = experts[owner].own_experts()
             shape = parameter.shape[1:]
-            value = torch.stack([_draw(shape, scale, seed, f"{name}.{expert}") for expert in own])
+            value = torch.empty(parameter.shape)
+            for slot, expert in enumerate(own):
+                value[slot] = _draw(shape, scale, seed, f"{name}.{expert}")
         else:
             value = _draw(parameter.shape, scale, seed, name)
         yield parameter, value

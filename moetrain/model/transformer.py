@@ -7,7 +7,7 @@ B sequences, L positions, T = B·L tokens, D model width, A heads, G key/value h
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,29 @@ from moetrain.model.schedule import spread
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.routers import ROUTERS, Choice, Place, Router
 
-Run = Callable[..., Any]
+Run = Callable[..., Any]  # run(function, *args) calls it, perhaps recomputing it in the backward
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+_again: Run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+class Recompute(NamedTuple):
+    """How the parts of a layer run."""
+
+    dense: Run  # attention and router; a whole dense layer
+    shared: Run  # shared experts, inside of `experts`
+    experts: Run  # dispatch, experts, combine
+
+
+RECOMPUTE = {
+    "none": Recompute(_call, _call, _call),
+    "selective": Recompute(_again, _again, _call),  # experts by themselves keep what they were sent, and no more
+    "full": Recompute(_again, _call, _again),
+}
 
 
 class RMSNorm(nn.Module):
@@ -113,23 +135,22 @@ class Block(nn.Module):
         place: Place,
         rope: Tensor,
         mask: Tensor | None,
-        run: Run,
+        run: Recompute,
         replay: Iterator[Choice],
     ) -> tuple[Tensor, list[LayerStats], Any]:
         """[B, L, D] -> [B, L, D]; statistics of each pass through the experts.
 
-        `run(function, *args)` calls it, perhaps recomputing it in the backward. `replay`: choices to take instead of
-        making them, until there are none left.
+        `replay`: choices to take instead of making them, until there are none left.
         """
         if self.moe is None:
-            return run(self._dense, x, rope, mask), [], carry
-        x, flat_TD, scores, carry = run(self._attend_and_route, x, carry, place, rope, mask)
+            return run.dense(self._dense, x, rope, mask), [], carry
+        x, flat_TD, scores, carry = run.dense(self._attend_and_route, x, carry, place, rope, mask)
         stats = []
         for turn in range(len(self.moe.routers)):
             if turn:
-                flat_TD, scores, carry = run(self._route, x, carry, place, turn)
+                flat_TD, scores, carry = run.dense(self._route, x, carry, place, turn)
             decision = self.moe.decide(scores, place, next(replay, None), turn)
-            x = x + run(self.moe.compute, flat_TD, scores, decision, turn).view_as(x)
+            x = x + run.experts(self.moe.compute, flat_TD, scores, decision, turn, run.shared).view_as(x)
             stats.append(LayerStats.of(scores, decision))
         return x, stats, carry
 
@@ -149,10 +170,6 @@ class Block(nn.Module):
         return flat_TD, *self.moe.route(flat_TD, carry, place, turn)
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
 class Transformer(nn.Module):
     def __init__(self, m: config.Model, router: config.Router, planner: config.Planner, recompute: str = "none"):
         super().__init__()
@@ -169,9 +186,13 @@ class Transformer(nn.Module):
         self.head = nn.Linear(m.dim, m.vocab_size, bias=False)
         if m.tied_embeddings:
             self.head.weight = self.embed.weight
-        self.run: Run = _call
-        if recompute == "full":
-            self.run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        self.run = RECOMPUTE[recompute]
+
+    def compile_dense(self) -> None:
+        """torch.compile for attention, norms and dense MLPs, at their first call; experts and head stay as they are."""
+        for module in self.modules():
+            if isinstance(module, Attention | MLP | RMSNorm):
+                module.compile()
 
     @property
     def routers(self) -> list[Router]:
@@ -222,7 +243,7 @@ class Transformer(nn.Module):
         place = Place(tokens.shape[1], sample, None if domain is None else domain.flatten())
         x, stats = self.embed(tokens), []
         carry = None if self.shared_router is None else self.shared_router()
-        run, replay = self.run if torch.is_grad_enabled() else _call, iter(choices)
+        run, replay = self.run if torch.is_grad_enabled() else RECOMPUTE["none"], iter(choices)
         for layer in self.layers:
             x, layer_stats, carry = layer(x, carry, place, rope, mask, run, replay)
             stats += layer_stats

@@ -46,14 +46,15 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.ep: Expert | None = None
         self.max_rows: int | None = None
+        self.keep_hidden = True
 
-    def shard(self, ep: Expert, guest_slots: int = 0, max_rows: int | None = None) -> None:
+    def shard(self, ep: Expert, guest_slots: int = 0, max_rows: int | None = None, keep_hidden: bool = True) -> None:
         """Keep the experts whose home is `ep.rank`.
 
         `guest_slots`: guests that stay here until the last backward of an optimizer step; `max_rows`: rows computed at
-        a time.
+        a time; `keep_hidden`: whether rows and hidden activations stay for the backward, or just the tokens that came.
         """
-        self.ep, self.max_rows = ep, max_rows
+        self.ep, self.max_rows, self.keep_hidden = ep, max_rows, keep_hidden
         self.store = Store.empty(guest_slots, ep.size, self.num_experts)
         if ep.size > 1:
             self.gate_up = nn.Parameter(self.gate_up.detach()[self.own_experts()].clone())
@@ -110,10 +111,11 @@ class Trip:
     def __init__(self, experts: Experts, plan: Plan, clock: Clock) -> None:
         assert experts.ep is not None
         self.ep, self.store, self.home, self.max_rows = experts.ep, experts.store, experts.home, experts.max_rows
+        self.keep_hidden = experts.keep_hidden
         self.plan, self.clock = plan, clock
         self.first = int(np.searchsorted(self.home, self.ep.rank))  # the expert in slot 0
         self.guests_here = [e for e, _, guest in plan.guests() if guest == self.ep.rank]
-        self.guest_bytes = sum(w[0].numel() for w in experts.parameters()) * experts.gate_up.element_size()
+        self.guest_bytes = guests.size_of(tuple(experts.parameters())) * experts.gate_up.element_size()
         self._lending: Lending | None = None
 
     @property
@@ -143,8 +145,9 @@ class Trip:
         split = [guests.split(p, like) for p in packed]
         return [gate_up for gate_up, _ in split], [down for _, down in split]
 
-    def keeps_hidden(self) -> bool:
-        """Whether the hidden activations stay for the backward: not where rows are computed piece by piece."""
+    @property
+    def at_once(self) -> bool:
+        """Whether all rows are computed together; else piece by piece."""
         return self.max_rows is None or sum(self.route.slot_rows) <= self.max_rows
 
     def forget_weights(self) -> None:
@@ -258,12 +261,13 @@ class _Work(torch.autograd.Function):
             with clock.phase("wait_dispatch"):
                 pending.wait()
             rows_MD = pool_PD.index_select(0, route.pool_M)
+            kept = rows_MD if trip.keep_hidden else pool_PD.detach()
             trip.pool = None
             del pool_PD, pending
         with clock.phase("lend"):
             trip.relay()
         width = gate_up.shape[1]
-        keep = trip.keeps_hidden()
+        keep = trip.keep_hidden and trip.at_once
         gate_up_MH2 = rows_MD.new_empty(len(rows_MD) if keep else 0, width)
         out_MD = torch.empty_like(rows_MD)
         for away in (False, True):
@@ -276,7 +280,7 @@ class _Work(torch.autograd.Function):
                     hidden_MH = kernels.swiglu(part)
                     kernels.segment_mm(hidden_MH, weights[1], sizes, out_MD[rows], transpose=True)
         ctx.trip = trip
-        ctx.save_for_backward(rows_MD, gate_up_MH2, gate_up, down)
+        ctx.save_for_backward(kept, gate_up_MH2, gate_up, down)
         with clock.phase("combine"):
             own_TD, pending = route.start_gather(out_MD, route.weight_M)
             with clock.phase("wait_combine"):
@@ -285,7 +289,7 @@ class _Work(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
-        rows_MD, gate_up_MH2, gate_up, down = ctx.saved_tensors
+        kept, gate_up_MH2, gate_up, down = ctx.saved_tensors
         trip: Trip = ctx.trip
         ctx.trip = None
         route, clock = trip.route, trip.clock
@@ -300,9 +304,10 @@ class _Work(torch.autograd.Function):
         with clock.backward("lend"):
             trip.relay()
 
-        keep = len(gate_up_MH2) == len(rows_MD)
-        grads = [torch.empty_like(w) if keep else torch.zeros_like(w) for w in (gate_up, down)]
-        guest_grads = None if keep else Packed(len(trip.guests_here), grads).zero()
+        rows_MD = kept if trip.keep_hidden else kept.index_select(0, route.pool_M)
+        keep, at_once = trip.keep_hidden and trip.at_once, trip.at_once
+        grads = [torch.empty_like(w) if at_once else torch.zeros_like(w) for w in (gate_up, down)]
+        guest_grads = None if at_once else Packed(len(trip.guests_here), grads).zero()
         back_MD, grad_weight_M = torch.empty_like(rows_MD), route.weight_M.new_empty(len(rows_MD))
         waiting: dict[bool, Products] = {}  # for weight gradients, until the rows' gradients are on their way
         for away in (False, True) if trip.awaits_guests else (True, False):

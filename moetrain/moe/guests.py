@@ -94,7 +94,7 @@ class Lending:
     def __init__(self, weights: Sequence[Tensor], first: int, copies: Sequence[Copy], ep: Expert) -> None:
         """`first`: the expert in slot 0 of `weights`."""
         self._ep, self._like = ep, weights[0]
-        self._size = sum(w[0].numel() for w in weights)
+        self._size = size_of(weights)
         parcels, self._second = ways(copies, self._size)
         self._mail = Mail(
             parcels, lambda p, out: _copy([w.detach()[p.expert - first] for w in weights], p, out), self._like, ep
@@ -259,7 +259,7 @@ class Packed:
 
     def __init__(self, num_guests: int, like: Sequence[Tensor]) -> None:
         """`like`: [S, ...] each."""
-        self.packed_GW = like[0].new_empty(num_guests, sum(w[0].numel() for w in like))
+        self.packed_GW = like[0].new_empty(num_guests, size_of(like))
         split_ = [split(row, like) for row in self.packed_GW]
         self.matrices = [[parts[n] for parts in split_] for n in range(len(like))]
 
@@ -268,7 +268,12 @@ class Packed:
         return self
 
 
+def size_of(like: Sequence[Tensor]) -> int:
+    """W; `like`: [S, ...] each, S may be zero."""
+    return sum(w.shape[1:].numel() for w in like)
+
+
 def split(packed_W: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The matrices of one packed expert, as views; `like`: [S, ...] each."""
-    parts = packed_W.split([w[0].numel() for w in like])
+    parts = packed_W.split([w.shape[1:].numel() for w in like])
     return [part.view(w.shape[1:]) for part, w in zip(parts, like, strict=True)]

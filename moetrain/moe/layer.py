@@ -153,11 +153,19 @@ class MoE(nn.Module):
                 store.admit(plan)
         return Decision(choice, kept_N, rows_N, plan, int(gathered[:, -1].max()), counts_E, kept_E, num_lent, clock)
 
-    def compute(self, x_TD: Tensor, scores: Scores, decision: Decision, turn: int = 0) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def compute(
+        self,
+        x_TD: Tensor,
+        scores: Scores,
+        decision: Decision,
+        turn: int = 0,
+        run_shared: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """[T, D] -> [T, D]. `run_shared(shared, x_TD)` calls the shared experts, perhaps recomputing them later."""
+        shared = partial(run_shared, self.shared) if run_shared and self.shared else self.shared
         routing = self.routers[turn].weigh(scores, decision.choice)
         rows = routing if decision.rows_N is None else routing.take(decision.rows_N)
-        y_TD = self.experts(x_TD, rows, decision.plan, decision.most_per_token, decision.clock, self.shared)
+        y_TD = self.experts(x_TD, rows, decision.plan, decision.most_per_token, decision.clock, shared)
         if self.zero_compute is None:
             return y_TD
         weight_N = routing.weight_N if decision.kept_N is None else routing.weight_N * decision.kept_N

@@ -1,5 +1,6 @@
 """Parameters and memory, worked out before anything is allocated; and the rate of large matrix products."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -14,15 +15,21 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parameters are counted, bytes estimated: states are exact, activations rough (±30 %)."""
+    """Of a rank. Parameters are counted, bytes estimated: states are exact, activations rough (±30 %)."""
 
     total: int  # parameters of the model
     active: int  # of them used by one token, counted at each use; of a router that varies, with top_k experts
     per_rank: int  # of them whose master copy lies on one rank
-    states: int  # bytes a rank: fp32 masters, two moments, gradients
-    gathered: int  # bytes a rank: parameters gathered for use, in the compute dtype
-    activations: int  # bytes a rank, of one micro-step under balanced routing
+    masters: int  # bytes, fp32
+    gradients: int  # bytes: fp32, and what is not reduced yet
+    moments: int  # bytes: AdamW's two
+    gathered: int  # bytes: parameters gathered for use, in the compute dtype
+    activations: int  # bytes of one micro-step under balanced routing
     flops_per_token: int  # forward and backward, matrix products only
+
+    @property
+    def states(self) -> int:
+        return self.masters + self.gradients + self.moments
 
     @property
     def bytes(self) -> int:
@@ -45,16 +52,22 @@ def estimate(config: Config, world: int) -> Estimate:
     tau = config.router.zero_compute_tau  # a balanced layer gives experts that compute nothing 1 / tau times the rows
     computed = tau * m.num_experts / (tau * m.num_experts + m.num_zero_compute)
     active = dense + routers + round(computed * m.chain * sum(config.top_k_of_layers) * expert)
-    per_rank = dense // shard + experts // shard + routers
+    whole = [math.ceil(math.ceil(e / ep) / (shard // ep)) for e in m.experts_of_layers]  # experts that a rank holds
+    per_rank = dense // shard + sum(whole) * expert + routers
 
     width = 2 if t.dtype == "bf16" else 4
     tokens = t.seq_len * config.micro_batch(world)
     live = 1 if isinstance(config.engine, Native) and config.engine.reshard_after_forward else m.num_layers
     block = (dense - embeddings + experts // ep) // m.num_layers
     gathered = width * (embeddings + live * block)
+    held = width * block  # gradients before they are reduced: of one layer, or adding up until the last micro-step
+    if config.micro_steps(world) > 1:
+        held = 4 * (embeddings + m.num_layers * block)
     rows = round(computed * m.chain * config.router.top_k * tokens)
     layer = width * (tokens * (8 * m.dim + 3 * m.num_heads * m.head_dim) + rows * (3 * m.dim + 4 * m.expert_hidden))
-    kept = m.num_layers * (width * 2 * tokens * m.dim if t.recompute == "full" else layer) + layer
+    sent = ep * (1 - (1 - 1 / ep) ** config.router.top_k)  # ranks that a token goes to
+    inputs = {"none": 0.0, "selective": 2 + sent * (ep - 1) / ep, "full": 2.0}[t.recompute]  # tokens that a layer keeps
+    kept = layer + m.num_layers * (layer if t.recompute == "none" else round(width * inputs * tokens * m.dim))
     activations = kept + tokens * m.vocab_size * (width + 8)
     matrices = active - (0 if m.tied_embeddings else m.vocab_size * m.dim)
     matrices += (m.chain - 1) * m.num_moe_layers * shared
@@ -63,7 +76,9 @@ def estimate(config: Config, world: int) -> Estimate:
         dense + experts + routers,
         active,
         per_rank,
-        16 * per_rank + width * block,
+        4 * per_rank,
+        4 * per_rank + held,
+        (8 if config.optim.state_dtype == "fp32" else 4) * per_rank,
         gathered,
         activations,
         flops,

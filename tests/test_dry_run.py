@@ -1,0 +1,45 @@
+"""Presets at their full world size, in one process."""
+
+import json
+
+import pytest
+
+from moetrain import config, dry_run
+from moetrain.observe.estimate import estimate
+
+BATCH = ["train.seq_len=4096", "train.micro_batch=1", "train.recompute=selective"]
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "replicate", "ep", "total", "active"),
+    [
+        ("olmoe_1b7b", 8, 1, 8, 6_919_161_856, 1.28e9),
+        ("qwen3_30b_a3b", 64, 1, 8, 30_532_122_624, 3.35e9),  # as Hugging Face counts it
+        ("deepseek_v3_like", 2048, 8, 64, 6.71e11, 3.78e10),
+    ],
+)
+def test_presets_build_at_full_size(model, world, replicate, ep, total, active, capsys) -> None:
+    overrides = [
+        f"model={model}",
+        f"parallel.nproc={world}",
+        f"parallel.dp_replicate={replicate}",
+        f"parallel.ep={ep}",
+        f"train.global_batch={world}",
+        *BATCH,
+    ]
+    settings = config.load(overrides)
+    assert dry_run.run(settings, world, as_json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    size = estimate(settings, world)
+    assert sum(found["parameters"].values()) == size.total == pytest.approx(total, rel=0.01 if "like" in model else 0)
+    assert size.active == pytest.approx(active, rel=0.02)
+    assert sum(found["per_rank"].values()) == pytest.approx(size.per_rank, rel=1e-3)
+    assert found["per_rank"]["experts"] == found["parameters"]["experts"] // (world // replicate)
+
+
+def test_a_dry_run_shows_memory_and_where_it_lies(capsys) -> None:
+    overrides = ["model=tiny", "parallel.nproc=4", "parallel.ep=4", "model.num_experts=6", "engine.offload=disk"]
+    dry_run.run(config.load(overrides), 4, as_json=False)
+    shown = capsys.readouterr().out
+    for word in ("4 ranks", "experts", "AdamW's moments, fp32", "disk", "activations"):
+        assert word in shown
