@@ -48,18 +48,22 @@ def _calm() -> None:
     os.environ["WANDB_MODE"] = "offline"
 
 
-@pytest.fixture(scope="session")
-def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small documents in two domains: counting, and letters."""
-    root = tmp_path_factory.mktemp("text")
+def write_text(root: Path) -> None:
+    """Small documents in two domains: counting, and letters."""
     for domain, words in (
         ("numbers", "one two three four five six seven"),
         ("greek", "alpha beta gamma delta epsilon"),
     ):
-        (root / domain).mkdir()
+        (root / domain).mkdir(parents=True)
         for number in range(24):
             turned = words.split()[number % 5 :] + words.split()[: number % 5]
             (root / domain / f"{number:02d}.txt").write_text(" ".join(turned * (20 + number)) + f" end {number}\n")
+
+
+@pytest.fixture(scope="session")
+def corpus_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("text")
+    write_text(root)
     return root
 
 

@@ -36,12 +36,11 @@ LAYOUTS = [
     Layout(2, 1),
     Layout(2, 2, planner="llep"),
     Layout(2, 2, planner="makespan"),
-    Layout(4, 2, planner="llep", options=("engine.reshard_after_forward=true",)),
-    Layout(4, 4, planner="llep", options=("engine.guest_memory_mib=0",)),
+    Layout(4, 2, planner="llep"),
     Layout(4, 4, planner="makespan"),
     Layout(2, 1, replicate=2),
-    Layout(4, 2, replicate=2, planner="llep"),
-    Layout(4, 1, replicate=4),
+    Layout(4, 2, replicate=2, planner="llep", options=("engine.reshard_after_forward=true",)),
+    Layout(4, 4, planner="llep", options=("engine.guest_memory_mib=0",)),
     Layout(4, 4, planner="llep", options=("train.recompute=selective",)),
     Layout(4, 2, planner="makespan", options=("train.recompute=full", "engine.max_rows=20")),
 ]
@@ -158,7 +157,8 @@ def check(pool: Any, given: list[str], layout: Layout, micro_steps: int, referen
 def test_weights_and_gradients_are_the_same_on_every_layout(pool, tiny, micro_steps) -> None:
     reference = run(pool, tiny, ONE, 1)[0]
     for layout in LAYOUTS:
-        check(pool, tiny, layout, micro_steps, reference)
+        if micro_steps > 1 or not layout.options:
+            check(pool, tiny, layout, micro_steps, reference)
 
 
 def test_homes_may_be_uneven_or_empty(pool, tiny) -> None:
@@ -223,7 +223,7 @@ def test_compiled_dense_parts_agree(pool, tiny) -> None:
 
 def main() -> None:
     """Print the table of `docs/results`: every layout against one device."""
-    from conftest import TINY
+    from conftest import TINY, write_text
     from pool import Pool
 
     from moetrain.bench import tables
@@ -231,9 +231,7 @@ def main() -> None:
 
     pool, rows = Pool(), []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "text").mkdir()
-        text = " ".join(f"line {number} of {number % 7}" for number in range(20_000))
-        (Path(folder) / "text" / "some.txt").write_text(text)
+        write_text(Path(folder) / "text")
         data = ["data=folder", f"data.path={folder}/text", f"data.dir={folder}/corpora", "data.vocab_size=300"]
         prepare.ensure(config.load(data).data)
         for num_experts in (8, *sorted({number for number, _ in UNEVEN})):

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0, 1 and 2 for dense parameters and experts, optimizer states on device, host or NVMe.
+"""The DeepSpeed engine: ZeRO 0, 1 and 2 for dense parameters and experts, optimizer states on the device or the host.
 
 DeepSpeed keeps, reduces and updates two of the three kinds of parameters: dense ones over all ranks, experts over the
 ranks that hold the same ones. Routers it never sees (`_Seen`): replicated in fp32, with an optimizer of their own.
@@ -7,18 +7,20 @@ Gradients are summed, not averaged, and clipped here: DeepSpeed's stage 0 averag
 experts, its bf16 optimizer leaves experts out. The model and its autograd graph are those of the native engine.
 """
 
+import io
 import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it guesses, aloud
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
@@ -204,8 +206,8 @@ def _join(mesh: Mesh) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed's logger says warnings only."""
+    """DeepSpeed says nothing but warnings of its logger; what it prints is lost."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
