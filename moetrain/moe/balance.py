@@ -35,6 +35,7 @@ class Losses(NamedTuple):
     weighted: Tensor  # with gradient: the sum of all, each times its coefficient; to be added to the loss
     shares: dict[str, Tensor]  # of each loss before its coefficient, summed over layers; no gradient
     entropy_L: Tensor  # Σ_t entropy of the token's probabilities, nats; no gradient
+    z_L: Tensor  # Σ_t logsumexp(logits_t)²; no gradient
 
 
 class Balance:
@@ -79,9 +80,10 @@ class Balance:
         weight_N = self._weights(local_N.device)
         decided = bool(options.entropy_coefficient)  # else its graph, of [T, E] in every layer, is spared
         entropy_L = torch.stack([entropy(s.scores.probs_TE if decided else s.scores.probs_TE.detach()) for s in stats])
+        z_L = z_sums(stats)
         terms = {
             "balance": (options.coefficient, (weight_N * f_N * prob_N).sum()),
-            "z": (options.z_coefficient, z_loss(stats, tokens)),
+            "z": (options.z_coefficient, z_L.sum() / tokens),
         }
         if options.micro_fraction:
             micro = (weight_N * frequencies(local_N, self._sizes) * prob_N).sum()
@@ -97,7 +99,7 @@ class Balance:
             terms["entropy"] = (options.entropy_coefficient, entropy_L.sum() / tokens)
         weighted = torch.stack([coefficient * value for coefficient, value in terms.values()]).sum()
         shares = {name: value.detach() for name, (_, value) in terms.items()}
-        return Losses(weighted, shares, entropy_L.detach())
+        return Losses(weighted, shares, entropy_L.detach(), z_L.detach())
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -168,9 +170,9 @@ def bias_step(counts_E: Tensor, rule: str) -> Tensor:
     return (error_E.sign() if rule == "sign" else error_E).float()
 
 
-def z_loss(stats: Sequence[LayerStats], tokens_in_batch: int) -> Tensor:
-    """This rank's and micro-step's share of Σ_layers mean_t logsumexp(logits_t)² (ST-MoE, Eq. 5)."""
-    return torch.stack([s.scores.logits_TE.logsumexp(-1).square().sum() for s in stats]).sum() / tokens_in_batch
+def z_sums(stats: Sequence[LayerStats]) -> Tensor:
+    """[L] Σ_t logsumexp(logits_t)²: over the tokens of the batch, what the z-loss is the mean of (ST-MoE, Eq. 5)."""
+    return torch.stack([s.scores.logits_TE.logsumexp(-1).square().sum() for s in stats])
 
 
 def entropy(probs_TE: Tensor) -> Tensor:

@@ -275,9 +275,11 @@ def layer_time(plan: Plan, counts: Ints, home: Ints, costs: Costs, resident: Int
     return LayerTime(*seconds(plan.loads(), at_home, segments, flow, copies, costs.vector()).tolist())
 
 
-def compute_seconds(rows_R: Ints, segments_R: Ints, costs: Costs, forwards: int = 1) -> float:
-    """Seconds of expert computation on the slowest rank, which has so many rows of so many experts; `forwards`: times
-    that the forward is computed (2 under full recompute)."""
+def compute_seconds(rows: Ints, segments: Ints, costs: Costs, forwards: int = 1) -> Floats:
+    """[...] seconds of expert computation on the slowest rank: rows [..., R] of so many experts, segments [..., R].
+
+    `forwards`: times that the forward is computed (2 under full recompute).
+    """
     row = forwards * costs.row_forward + costs.row_backward
     segment = forwards * costs.segment_forward + costs.segment_backward
-    return float((rows_R * row + segments_R * segment).max())
+    return (rows * row + segments * segment).max(-1)

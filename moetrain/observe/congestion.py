@@ -12,17 +12,15 @@ E experts.
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from moetrain.observe.arrays import Array
 
 SURGE, STABILISATION, RELAXATION = 1, 2, 3
 NAMES = {SURGE: "surge", STABILISATION: "stabilisation", RELAXATION: "relaxation"}
 READINGS = 20  # over which γ̂ is smoothed, and after which it is compared with itself
 CHANGE = 0.1  # relative, of the smoothed γ̂ over as many readings: more is a surge or a relaxation
-
-Array = NDArray[Any]
 
 
 def gamma_eff(counts_E: Array, quality_E: Array) -> float:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.layer import LayerStats
-from moetrain.observe.congestion import Array, gamma_eff
+from moetrain.observe.arrays import Array
+from moetrain.observe.congestion import gamma_eff
 
 STARVING = 0.1  # of an even share
 
@@ -25,7 +26,6 @@ class RouterSums(NamedTuple):
 
     logits_N: Tensor  # fp32: of the router's logits
     norm_L: Tensor  # fp32: of the L2 norm of a token's logits
-    z_L: Tensor  # fp32: of the squared logsumexp of a token's logits
 
     @classmethod
     @torch.no_grad()
@@ -34,7 +34,6 @@ class RouterSums(NamedTuple):
         return cls(
             torch.cat([x_TE.sum(0) for x_TE in logits]),
             torch.stack([torch.linalg.vector_norm(x_TE, dim=-1).sum() for x_TE in logits]),
-            torch.stack([x_TE.logsumexp(-1).square().sum() for x_TE in logits]),
         )
 
 

@@ -20,16 +20,16 @@ from moetrain.moe.balance import Losses
 from moetrain.moe.clock import BACKWARD_PHASES, PHASES, WAITS, Clock
 from moetrain.moe.cost import Costs, compute_seconds
 from moetrain.moe.layer import LayerStats
-from moetrain.moe.plan import imbalance
+from moetrain.moe.plan import Plan
 from moetrain.moe.routers import Router
 from moetrain.observe import health
-from moetrain.observe.congestion import Array
+from moetrain.observe.arrays import Array, stack
 
 TIMES = ("data", "forward", "backward", "update")
 ALL_PHASES = (*TIMES, *PHASES, *BACKWARD_PHASES)
 FORWARDS = {"full": 2}  # times that experts compute their rows before the backward, by train.recompute
 MEANS = ("max_vio", "max_vio_micro", "entropy", "load_entropy", "logit_norm", "gamma_eff")  # over layers
-PLAN_FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_moved", "crossing", "saved_seconds")
+PLAN_FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_moved", "saved_seconds")
 
 
 class Part(NamedTuple):
@@ -130,55 +130,40 @@ class Meter:
             "kept": torch.stack([s.kept_E.sum() for part in parts for s in part.stats]).double().sum()[None],
             "logits": total(part.router.logits_N for part in parts),
             "norm": total(part.router.norm_L for part in parts),
-            "z": total(part.router.z_L for part in parts),
+            "z": total(part.losses.z_L for part in parts),
         }
 
     def _on_host(self, step: Step) -> dict[str, Array]:
         """Of this rank: what plans and clocks say."""
         rank, world, me = self._mesh.rank, self._mesh.world, self._mesh.ep.rank
         stats = [s for part in step.parts for s in part.stats]
-        micro_vio = [[health.max_vio(s.plan.counts[me]) for s in part.stats] for part in step.parts]
-        facts = np.zeros(len(PLAN_FACTS))
         loads, seconds = np.zeros((2, world)), np.zeros((world, len(ALL_PHASES)))
-        waits = np.zeros((len(stats) * len(WAITS), world))
+        waits, memory, peak = np.zeros((len(stats) * len(WAITS), world)), np.zeros(world), np.zeros(world)
+        plans = Plans.of([s.plan for s in stats])
+        loads[:, rank] = plans.home_SR[:, me].sum(), plans.planned_SR[:, me].sum()
         clocks = [s.clock.seconds() for s in stats]
-        for s in stats:
-            home, planned = s.plan.home_loads(), s.plan.loads()
-            saved = self._saved(s, home, planned)
-            facts += [
-                imbalance(home), imbalance(planned), len(s.plan.guests()), s.plan.moved(), s.plan.crossing(), saved,
-            ]  # fmt: skip
-            loads[:, rank] += home[me], planned[me]
         times = step.clock.seconds()
         seconds[rank, : len(TIMES)] = [times.get(name, 0.0) for name in TIMES]
         for at, name in enumerate(ALL_PHASES[len(TIMES) :], len(TIMES)):
             seconds[rank, at] = sum(clock.get(name, 0.0) for clock in clocks)
         waits[:, rank] = [clock.get(name, 0.0) for clock in clocks for name in WAITS]
-        memory, peak = np.zeros(world), np.zeros(world)
         peak[rank] = peak_memory(self._mesh.device)
         memory[rank] = memory_now(self._mesh.device)
         weight = 3 * self._config.model.dim * self._config.model.expert_hidden
         width = 2 if self._config.train.dtype == "bf16" else 4
         return {
-            "plans": facts,
+            "plans": np.array([*plans.facts(), plans.saved_seconds(self._costs, self._forwards)]),
             "loads": loads,
             "seconds": seconds,
             "waits": waits,
             "memory": memory / 2**30,
             "peak": peak / 2**30,
-            "micro_vio": np.sum(micro_vio, axis=0),
-            "rows": np.array([sum(int(s.plan.counts.sum()) for s in stats)]),
+            "micro_vio": plans.max_vio_S(me).reshape(len(step.parts), -1).sum(0),
+            "rows": np.array([plans.planned_SR.sum()]),
+            "crossing": np.array([sum(_leaving(s.plan, me) for s in stats)]),
             "lent": np.array([sum(weight * width * s.num_lent for s in stats)]),
             "sent": np.array([sum(s.clock.sent_bytes for s in stats)]),
         }
-
-    def _saved(self, stats: LayerStats, home_R: Array, planned_R: Array) -> float:
-        """Seconds of expert computation that the plan takes off the slowest rank, by the machine's measured curve."""
-        plan = stats.plan
-        rows_E = plan.counts.sum(0)
-        segments_R = np.bincount(plan.home[rows_E > 0], minlength=plan.num_ranks)
-        at_home = compute_seconds(home_R, segments_R, self._costs, self._forwards)
-        return at_home - compute_seconds(planned_R, (plan.placed() > 0).sum(1), self._costs, self._forwards)
 
     def _losses(self, found: Mapping[str, Array], first: Losses) -> dict[str, Any]:
         nats, tokens, layers = found["nats"], found["tokens"], len(found["entropy"])
@@ -200,7 +185,7 @@ class Meter:
             "balance/guests": facts["guests"] / ep,
             "balance/rows_moved": facts["rows_moved"] / ep,
             "balance/rows_moved_fraction": facts["rows_moved"] / rows,
-            "balance/rows_crossing_fraction": facts["crossing"] / rows,
+            "balance/rows_crossing_fraction": ep * float(found["crossing"][0]) / rows,
             "balance/lend_bytes": float(found["lent"][0]) / ep,
             "balance/crossing_bytes": float(found["sent"][0]),
             "balance/saved_seconds": facts["saved_seconds"] / self._mesh.world,
@@ -214,6 +199,53 @@ class Meter:
         for name, value in zip(ALL_PHASES, found["seconds"].mean(0).tolist(), strict=True):
             out[f"perf/{'time' if name in TIMES else 'phase'}/{name}"] = value
         return out
+
+
+class Plans(NamedTuple):
+    """The plans of S layers and micro-steps, side by side; layers with fewer experts than others are padded."""
+
+    counts_SRE: Array
+    placed_SRE: Array
+    at_home_SRE: Array  # bool: whether the rank owns the expert
+    home_SR: Array  # rows of own experts
+    planned_SR: Array  # rows computed
+
+    @classmethod
+    def of(cls, plans: Sequence[Plan]) -> "Plans":
+        counts_SRE, placed_SRE = stack([p.counts for p in plans]), stack([p.placed() for p in plans])
+        at_home_SRE = stack([p.home for p in plans], -1)[:, None, :] == np.arange(plans[0].num_ranks)[:, None]
+        home_SR = (counts_SRE.sum(1)[:, None, :] * at_home_SRE).sum(2)
+        return cls(counts_SRE, placed_SRE, at_home_SRE, home_SR, placed_SRE.sum(2))
+
+    def facts(self) -> list[float]:
+        """Sums over the plans: imbalance at home and planned, guests, rows moved."""
+        away_SRE = self.placed_SRE * ~self.at_home_SRE
+        return [_uneven(self.home_SR), _uneven(self.planned_SR), float((away_SRE > 0).sum()), float(away_SRE.sum())]
+
+    def saved_seconds(self, costs: Costs, forwards: int) -> float:
+        """Of expert computation, that the plans take off the slowest rank, by the machine's measured curve."""
+        segments_SR = ((self.counts_SRE.sum(1)[:, None, :] > 0) & self.at_home_SRE).sum(2)
+        at_home = compute_seconds(self.home_SR, segments_SR, costs, forwards)
+        planned = compute_seconds(self.planned_SR, (self.placed_SRE > 0).sum(2), costs, forwards)
+        return float((at_home - planned).sum())
+
+    def max_vio_S(self, rank: int) -> Array:
+        """[S] `health.max_vio` of one source rank's rows."""
+        mine_SE, num_experts_S = self.counts_SRE[:, rank], self.at_home_SRE.any(1).sum(1)
+        total_S = mine_SE.sum(1)
+        return np.where(total_S > 0, mine_SE.max(1) * num_experts_S / np.maximum(total_S, 1) - 1, 0.0)
+
+
+def _uneven(loads_SR: Array) -> float:
+    """Σ_S of the largest over the mean load (1 where there is none)."""
+    total_S = loads_SR.sum(1)
+    return float(np.where(total_S > 0, loads_SR.max(1) * loads_SR.shape[1] / np.maximum(total_S, 1), 1.0).sum())
+
+
+def _leaving(plan: Plan, rank: int) -> int:
+    """Rows that a source sends to other ranks."""
+    sent_ER = plan.rows(rank)
+    return int(sent_ER.sum() - sent_ER[:, rank].sum())
 
 
 def waited(waits: Array, ep: int) -> Array:

@@ -20,7 +20,7 @@ from moetrain.comm import all_reduce_sum
 from moetrain.data.loader import Corpus
 from moetrain.mesh import Mesh
 from moetrain.moe.layer import LayerStats
-from moetrain.observe.congestion import Array
+from moetrain.observe.arrays import Array
 
 EXPERTS = 4  # of a layer, the most specialised
 TOKENS = 12  # of an expert

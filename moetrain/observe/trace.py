@@ -18,7 +18,7 @@ import numpy as np
 
 from moetrain.moe.cost import Limits
 from moetrain.moe.layer import LayerStats
-from moetrain.observe.congestion import Array
+from moetrain.observe.arrays import Array, stack
 from moetrain.observe.meter import ALL_PHASES, Reading, waited
 
 PART = 20  # samples
@@ -83,14 +83,14 @@ class LoadTrace:
         if self._folder is not None:
             plans = [s.plan for s in stats]
             sample = {
-                "counts": _stack([p.counts for p in plans]),
-                "owner": _stack([p.home for p in plans], -1).astype(np.int16),
-                "placed": _stack([p.placed() for p in plans]),
-                "traffic": _stack([p.traffic for p in plans]),
-                "home": _stack([p.home_loads() for p in plans]),
-                "planned": _stack([p.loads() for p in plans]),
-                "selected": _stack(reading.selected).astype(np.int64),
-                "quality": _stack(reading.quality).astype(np.float32),
+                "counts": stack([p.counts for p in plans]),
+                "owner": stack([p.home for p in plans], -1).astype(np.int16),
+                "placed": stack([p.placed() for p in plans]),
+                "traffic": stack([p.traffic for p in plans]),
+                "home": stack([p.home_loads() for p in plans]),
+                "planned": stack([p.loads() for p in plans]),
+                "selected": stack(reading.selected).astype(np.int64),
+                "quality": stack(reading.quality).astype(np.float32),
                 "seconds": reading.seconds.astype(np.float32),
                 "waited": waited_WW.astype(np.float32),
                 "memory": reading.memory.astype(np.float32),
@@ -124,7 +124,7 @@ def read(folder: Path) -> dict[str, Array]:
     found = {}
     for name in ("step", *SHAPES):
         samples = [sample for part in parts for sample in part[name]]
-        found[name] = _stack(samples, FILL.get(name, 0))
+        found[name] = stack(samples, FILL.get(name, 0))
     order = np.argsort(found["step"], kind="stable")
     return {**{name: array[order] for name, array in found.items()}, **{name: parts[-1][name] for name in NAMES}}
 
@@ -156,14 +156,3 @@ def _open(path: Path) -> dict[str, Array] | None:
             return {name: part[name] for name in ("step", *SHAPES, *NAMES)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-
-
-def _stack(arrays: Sequence[Any], fill: int = 0) -> Array:
-    """One array of them all, each padded to the largest at the end of every axis."""
-    arrays = [np.asarray(a) for a in arrays]
-    shape = np.max([a.shape for a in arrays], axis=0).astype(int)
-    if all(a.shape == tuple(shape) for a in arrays):
-        return np.stack(arrays)
-    return np.stack(
-        [np.pad(a, [(0, n - m) for n, m in zip(shape, a.shape, strict=True)], constant_values=fill) for a in arrays]
-    )

@@ -13,7 +13,7 @@ import numpy as np
 
 from moetrain.config import Config
 from moetrain.observe.alerts import Alert
-from moetrain.observe.congestion import Array
+from moetrain.observe.arrays import Array
 from moetrain.observe.tracker import Metrics
 
 MOST_BINS = 512  # that a histogram may have
