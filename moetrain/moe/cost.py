@@ -275,10 +275,10 @@ def layer_time(plan: Plan, counts: Ints, home: Ints, costs: Costs, resident: Int
     return LayerTime(*seconds(plan.loads(), at_home, segments, flow, copies, costs.vector()).tolist())
 
 
-def compute_seconds(rows: Ints, segments: Ints, costs: Costs, forwards: int = 1) -> Floats:
+def compute_seconds(rows: Ints, segments: Ints, costs: Costs, forwards: float = 1.0) -> Floats:
     """[...] seconds of expert computation on the slowest rank: rows [..., R] of so many experts, segments [..., R].
 
-    `forwards`: times that the forward is computed (2 under full recompute).
+    `forwards`: times that the forward is computed: 2 under full recompute, 5/3 with two of its three products again.
     """
     row = forwards * costs.row_forward + costs.row_backward
     segment = forwards * costs.segment_forward + costs.segment_backward

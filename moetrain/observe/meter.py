@@ -27,7 +27,7 @@ from moetrain.observe.arrays import Array, stack
 
 TIMES = ("data", "forward", "backward", "update")
 ALL_PHASES = (*TIMES, *PHASES, *BACKWARD_PHASES)
-FORWARDS = {"full": 2}  # times that experts compute their rows before the backward, by train.recompute
+FORWARDS = {"selective": 5 / 3, "full": 2.0}  # times that experts compute their products of the forward; else once
 MEANS = ("max_vio", "max_vio_micro", "entropy", "load_entropy", "logit_norm", "gamma_eff")  # over layers
 PLAN_FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_moved", "saved_seconds")
 
@@ -65,7 +65,7 @@ class Meter:
 
     def __init__(self, config: Config, mesh: Mesh, domains: Sequence[str], costs: Costs) -> None:
         self._config, self._mesh, self._domains, self._costs = config, mesh, domains, costs
-        self._forwards = FORWARDS.get(config.train.recompute, 1)
+        self._forwards = FORWARDS.get(config.train.recompute, 1.0)
         self._window = health.Window(config.track.window)
         self._peak = 0.0
 
@@ -222,7 +222,7 @@ class Plans(NamedTuple):
         away_SRE = self.placed_SRE * ~self.at_home_SRE
         return [_uneven(self.home_SR), _uneven(self.planned_SR), float((away_SRE > 0).sum()), float(away_SRE.sum())]
 
-    def saved_seconds(self, costs: Costs, forwards: int) -> float:
+    def saved_seconds(self, costs: Costs, forwards: float) -> float:
         """Of expert computation, that the plans take off the slowest rank, by the machine's measured curve."""
         segments_SR = ((self.counts_SRE.sum(1)[:, None, :] > 0) & self.at_home_SRE).sum(2)
         at_home = compute_seconds(self.home_SR, segments_SR, costs, forwards)
