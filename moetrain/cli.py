@@ -11,6 +11,7 @@ from moetrain import __version__, config, runs
 from moetrain.bench import gpu_options, hosts_options, step_options
 from moetrain.bench import options as layer_options
 from moetrain.config import Config, ConfigError
+from moetrain.observe import workspace
 from moetrain.observe.console import console, say_bad_input
 from moetrain.report import options as report_options
 
@@ -60,7 +61,7 @@ examples:
 """
 PLAN = "Planning time and plan quality, every planner, many loads."
 VERBS = {"train": TRAIN, "eval": EVAL, "generate": GENERATE, "data": DATA, "profile": PROFILE, "bench": BENCH}
-VERBS |= {"report": report_options.REPORT}
+VERBS |= {"report": report_options.REPORT, "workspace": workspace.WORKSPACE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "report":
             report_options.add_to(verb)
             continue
+        if name == "workspace":
+            workspace.add_to(verb)
+            continue
         verb.add_argument("overrides", nargs="*", metavar="field=value", help="overrides of the configuration")
         verb.add_argument("--json", action="store_true", help="machine-readable output")
         if name == "train":
@@ -91,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(given)
-    takes_overrides = options.verb not in ("bench", "report") or getattr(options, "what", "") == "step"
+    takes_overrides = options.verb not in ("bench", "report", "workspace") or getattr(options, "what", "") == "step"
     if unknown := [word for word in more if not takes_overrides or "=" not in word or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += more
@@ -111,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "profile": _profile,
             "bench": _bench,
             "report": report_options.run,
+            "workspace": workspace.run,
         }
         return functions[options.verb](options)
     except ConfigError as error:

@@ -32,7 +32,7 @@ def overrides(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list
     shape = ["model=tiny", "train.seq_len=32", "train.global_batch=8", *data, *SMALL, "router.skew=4"]
     shape += ["eval.tokens_per_domain=256", "generate.tokens=4", f"run.dir={folder}", "run.name=first"]
     shape += ["balance.micro_fraction=0.01", "balance.sequence_coefficient=1e-4", "balance.device_coefficient=1e-3"]
-    shape += ["balance.entropy_coefficient=1e-4", "balance.bias=sign"]
+    shape += ["balance.entropy_coefficient=1e-4", "balance.bias=sign", "track.window=2"]
     return [*shape, "planner=llep", "planner.min_rows=1"]
 
 
@@ -85,15 +85,51 @@ def test_the_load_trace_is_what_was_routed(trained: tuple[Path, str]) -> None:
     assert (found["planned"].sum(2) == 8 * 32 * 2).all()
 
 
-def test_wandbs_own_reader_lists_the_metrics(trained: tuple[Path, str]) -> None:
+def test_wandbs_own_reader_shows_what_was_sent(trained: tuple[Path, str]) -> None:
+    """Every row, loads as histograms, the heat map of a sample, layers kept out of the way, the alert."""
     (offline,) = (trained[0] / "wandb").glob("offline-run-*")
     reader = Path(sys.executable).with_name("wandb")
     done = subprocess.run(
         [str(reader), "leet", "inspect", "--json", str(offline)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    for name in ("train/loss", "balance/imbalance_home", "balance/imbalance_planned", "eval/loss"):
-        assert name in done.stdout, name
+    records = [json.loads(line) for line in done.stdout.splitlines() if line]
+    sent = [r["history"]["item"] for r in records if r["type"] == "history"]
+    rows = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    for row, item in zip(rows, sent, strict=True):
+        for name, value in row.items():
+            if isinstance(value, list):
+                assert item[f"{name}._type"] == "histogram"
+                assert item[f"{name}.values"] == pytest.approx(value)
+            elif value is not None:
+                assert item[name] == pytest.approx(value), name
+    assert [item.get("experts/load._type") for item in sent] == ["image-file", None, None, None]
+    assert (sent[0]["experts/load.width"], sent[0]["experts/load.height"]) == (8 * 12, 2 * 12)
+    metrics = [r["metric"] for r in records if r["type"] == "metric"]
+    hidden = [metric["glob_name"] for metric in metrics if metric["options"].get("hidden") and "glob_name" in metric]
+    assert hidden == ["balance/layer_*", "eval/layer_*", "specialise/layer_*"]
+    alerts = [json.loads(line) for line in (trained[0] / "alerts.jsonl").read_text().splitlines()]
+    assert [alert["kind"] for alert in alerts] == ["dead_experts"]
+    assert [r["alert"]["text"] for r in records if r["type"] == "alert"] == [alert["text"] for alert in alerts]
+    assert alerts[0]["text"] in trained[1].replace("\n", " ")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package that makes workspaces
+def test_the_workspace_draws_metrics_that_there_are(trained: tuple[Path, str], capsys: pytest.CaptureFixture) -> None:
+    from moetrain import cli
+    from moetrain.observe.workspace import MEDIA, SECTIONS
+
+    rows = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    written = {name for row in rows for name in row}
+    for panel in (panel for panels in SECTIONS.values() for panel in panels):
+        assert set(panel.metrics) <= written, panel
+        assert panel.regex is None or any(re.search(panel.regex, name) for name in written), panel
+    assert cli.main(["workspace", "somebody", "--json"]) == 0
+    found = json.dumps(json.loads(capsys.readouterr().out))
+    assert MEDIA in found
+    for name, panels in SECTIONS.items():
+        assert name in found
+        assert all(panel.title in found for panel in panels)
 
 
 def test_run_again_trains_nothing_and_shows_the_same(trained: tuple[Path, str], overrides: list[str]) -> None:
