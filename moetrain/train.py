@@ -29,6 +29,7 @@ from moetrain.observe.layout import describe
 from moetrain.observe.meter import Part, Step
 from moetrain.observe.recorder import Recorder
 from moetrain.optim import learning_rate
+from moetrain.report import build as report
 
 
 def train(config: Config, mesh: Mesh) -> Path:
@@ -105,6 +106,7 @@ def train(config: Config, mesh: Mesh) -> Path:
         ]
         bigram = summary.bigram_scores(config, corpus, loader, position)
         found = summary.collect(folder, config, size, held_out.scores, bigram, written)
+        report.write_of(folder)
         summary.show(found, voice)
     voice.close()
     return folder

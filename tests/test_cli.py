@@ -56,7 +56,16 @@ def test_train_prints_layout_progress_and_summary(trained: tuple[Path, str]) -> 
 
 def test_the_runs_folder_has_what_the_design_says(trained: tuple[Path, str]) -> None:
     folder, _printed = trained
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "run.png", "log.txt", "load_trace", "wandb"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "run.png",
+        "log.txt",
+        "load_trace",
+        "wandb",
+    ):
         assert (folder / name).exists(), name
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
     assert "Run complete" in (folder / "log.txt").read_text()
@@ -83,6 +92,16 @@ def test_the_load_trace_is_what_was_routed(trained: tuple[Path, str]) -> None:
     assert found["counts"].shape == (1, 2, 2, 8)  # samples, layers, ranks, experts
     assert (found["counts"].sum((2, 3)) == 8 * 32 * 2).all()
     assert (found["planned"].sum(2) == 8 * 32 * 2).all()
+
+
+def test_the_report_of_a_real_run_lacks_nothing(trained: tuple[Path, str]) -> None:
+    from moetrain.report import build
+    from moetrain.report.read import open_run
+
+    (page,) = build.data([open_run(str(trained[0]))])["runs"]
+    assert [name for name, figure in page["figures"].items() if figure["kind"] == "absent"] == []
+    assert page["missing"] == []
+    assert {card["name"] for card in page["cards"]} >= {"Steps", "Held-out", "Speed", "Saved by the plan", "Memory"}
 
 
 def test_wandbs_own_reader_shows_what_was_sent(trained: tuple[Path, str]) -> None:

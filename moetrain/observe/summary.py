@@ -123,7 +123,8 @@ def show(found: dict[str, Any], voice: Voice) -> None:
     for item in found["generated"]:
         voice.say(f"\n[bold]{item['title']}[/bold] [dim]prompt, then what the model wrote:[/dim]")
         voice.say(_escape(item["prompt"]) + "[green]" + _escape(item["text"]) + "[/green]")
-    voice.say(f"\nEverything is in [bold]{found['run']}[/bold]: run.png, metrics.jsonl, checkpoints/, load_trace/")
+    places = "report.html, run.png, metrics.jsonl, checkpoints/, load_trace/"
+    voice.say(f"\nEverything is in [bold]{found['run']}[/bold]: {places}")
 
 
 def _escape(text: str) -> str:

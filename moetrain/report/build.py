@@ -88,6 +88,11 @@ def write(runs: Sequence[Run], path: Path) -> dict[str, Any]:
     return found
 
 
+def write_of(folder: Path) -> None:
+    """`report.html` in a run's own folder."""
+    write([Run(folder)], folder / "report.html")
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}

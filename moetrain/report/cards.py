@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.observe.estimate import short
-from moetrain.report.figures import layers
+from moetrain.report.curves import layers
 from moetrain.report.findings import recent, recent_list, window
 from moetrain.report.read import Run
 
@@ -125,4 +125,4 @@ def _memory(run: Run) -> dict[str, Any] | None:
     value = float(ranks.max()) if len(ranks) else run.metrics.last("perf/peak_memory_gib")
     if np.isnan(value):
         return None
-    return _card("Memory", f"{value:.2f}", "GiB", "fullest rank" if len(ranks) else "peak of rank 0", value, -1)
+    return _card("Memory", f"{value:.2f}", "GiB", "on the fullest rank", value, -1)

@@ -7,7 +7,7 @@ import numpy as np
 
 from moetrain.report import reduce
 from moetrain.report.cards import cards
-from moetrain.report.figures import Figure, Grid, absent, layers
+from moetrain.report.curves import Figure, Grid, absent, layers
 from moetrain.report.read import Run
 from moetrain.report.reduce import plain
 

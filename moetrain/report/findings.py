@@ -9,7 +9,7 @@ import numpy as np
 
 from moetrain.observe.meter import PHASES
 from moetrain.report import reduce
-from moetrain.report.figures import layers
+from moetrain.report.curves import layers
 from moetrain.report.read import Run
 
 DEAD, STARVING, HOT = 0.0, 0.1, 4.0  # of an expert's load, in mean loads
@@ -143,7 +143,7 @@ def _time(run: Run) -> list[Finding]:
 
 def _memory(run: Run) -> list[Finding]:
     _, values = run.metrics.lists("perf/memory_gib")
-    if len(values) < 40:
+    if len(values) < 200:  # caches fill in the first steps
         return []
     before, after = (values[part].mean(0) for part in (slice(len(values) // 4, len(values) // 2), window(len(values))))
     growth = after / np.maximum(before, 1e-9)

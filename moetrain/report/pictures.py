@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrain.report.figures import Figure
+from moetrain.report.curves import Figure
 
 PICTURES = ("loss", "load", "devices", "imbalance", "time", "moved", "domains", "information")
 TONES = {"main": "#28354d", "home": "#c65a35", "planned": "#177a68"}

@@ -164,7 +164,9 @@ class Run:
             self.missing.append("there is no load trace: track.trace_every=0" if off else "the load trace is empty")
             return {}
         common = set.intersection(*({*part} for part in parts))
-        return {name: _joined([part[name] for part in parts]) for name in common}
+        found = {name: _joined([part[name] for part in parts]) for name in common}
+        order = np.argsort(found["step"], kind="stable")
+        return {name: array if array.dtype.kind == "U" else array[order] for name, array in found.items()}
 
     def _specialisation(self) -> dict[str, Any]:
         """The newest evaluation's experts × domains; {} where there is none."""

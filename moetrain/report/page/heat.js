@@ -185,7 +185,7 @@ function domains(box, data, view) {
   }, view);
 }
 
-// From rank (row) to rank (column), of one layer or of all; 0 is empty, the strongest colour is the run's largest.
+// From rank (row) to rank (column), of one layer or of all; the strongest colour stands for `most` and more.
 function matrix(box, data, view) {
   const cells = new Uint16Array(bytes(data.cells).buffer), depth = Math.max(1, data.layers.length);
   const f = () => nearest(data.steps, view.hover ?? view.step);
@@ -200,7 +200,7 @@ function matrix(box, data, view) {
     columns: data.size,
     height: Math.min(300, 34 * data.size + 40),
     scale: ["0", shown(data.most), "half"],
-    code: (r, c) => Math.round(EVEN + 48 * (value(r, c) / (data.most || 1))),
+    code: (r, c) => Math.round(EVEN + 48 * Math.min(1, value(r, c) / (data.most || 1))),
     rowName: name,
     columnName: name,
     describe: (r, c) => `${where()}: ${said(r, c)}`,
@@ -215,7 +215,8 @@ function matrix(box, data, view) {
 
 function specialists(box, data, view) {
   const list = box.appendChild(make("div", { class: "specialists" }));
-  const chip = (t) => make("code", { title: `${t.count} times, ${number(t.lift)} × as often as in the text at large` }, t.text.replaceAll("\n", "↵"));
+  const chip = (t) => make("code", { title: `${t.count} times, ${number(t.lift)} × as often as in the text at large` }, shown(t.text));
+  const shown = (text) => { const seen = text.replaceAll("\n", "↵").replace(/\s/g, "·"); return seen.length > 14 ? `${seen.slice(0, 13)}…` : seen; };
   return () => {
     const layer = data.layers[Math.min(view.layer, data.layers.length - 1)];
     list.replaceChildren(...layer.experts.map((e) => make("div", {},
