@@ -217,13 +217,32 @@ def _old_trace(folder: Path) -> str:
     return "summary.json is not there: the run has not ended"
 
 
+def _odd_shapes(folder: Path) -> str:
+    for path in (folder / "load_trace").glob("*.npz"):
+        with np.load(path) as file:
+            part = {name: file[name] for name in file.files}
+        np.savez_compressed(path, **part | {"owner": part["owner"][..., :3], "limits": np.array([1, 2])})
+    (folder / "summary.json").write_text('["no", "fields"]')
+    return "summary.json does not hold fields"
+
+
 def _broken_config(folder: Path) -> str:
     (folder / "config.yaml").write_text("model: [")
     (folder / "specialisation" / "step_40.json").write_text('{"domains": ["a"]}')
     return "config.yaml cannot be read"
 
 
-BREAKS = (_torn, _garbage, _no_metrics, _nothing_but_steps, _broken_trace, _empty_trace, _old_trace, _broken_config)
+BREAKS = (
+    _torn,
+    _garbage,
+    _no_metrics,
+    _nothing_but_steps,
+    _broken_trace,
+    _empty_trace,
+    _old_trace,
+    _odd_shapes,
+    _broken_config,
+)
 
 
 @pytest.mark.parametrize("spoil", BREAKS)

@@ -2,7 +2,18 @@
 
 from collections.abc import Callable
 
-from moetrain.report.curves import Figure, held_out, held_out_per_layer, lines, loss, memory, per_layer, saved, time
+from moetrain.report.curves import (
+    Figure,
+    absent,
+    held_out,
+    held_out_per_layer,
+    lines,
+    loss,
+    memory,
+    per_layer,
+    saved,
+    time,
+)
 from moetrain.report.maps import devices, domains, load, specialists, traffic, waited
 from moetrain.report.read import Run
 
@@ -57,4 +68,11 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
 
 
 def figures(run: Run) -> dict[str, Figure]:
-    return {name: draw(run) for name, draw in FIGURES.items()}
+    """All of them; one whose records have a form that no version wrote is absent with that reason."""
+    found = {}
+    for name, draw in FIGURES.items():
+        try:
+            found[name] = draw(run)
+        except (ValueError, LookupError, TypeError) as error:
+            found[name] = absent(f"its records cannot be read: {error}")
+    return found

@@ -17,6 +17,7 @@ import yaml
 from moetrain.config import ConfigError
 
 Row = dict[str, Any]
+TRACE = ("step", "layers", "counts", "owner", "placed", "traffic", "home", "planned", "waited")  # what figures use
 
 
 @dataclass
@@ -147,12 +148,12 @@ class Run:
         return {}
 
     def _trace(self) -> dict[str, np.ndarray]:
-        """The load trace, arrays over samples; {} where there is none. What some parts lack is left out."""
+        """The load trace, arrays over samples but for `layers`; {} where there is none. Names that a part lacks go."""
         parts: list[dict[str, np.ndarray]] = []
         for path in sorted((self.folder / "load_trace").glob("part_*.npz")):
             try:
                 with path.open("rb") as raw, np.load(raw) as file:  # np.load leaves a broken file open
-                    part = {name: file[name] for name in file.files}
+                    part = {name: file[name] for name in TRACE if name in file}
                 count = len(part["step"])
             except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
                 self.missing.append(f"load_trace/{path.name} cannot be read ({type(error).__name__})")
