@@ -99,7 +99,8 @@ def test_the_report_of_a_real_run_lacks_nothing(trained: tuple[Path, str]) -> No
     from moetrain.report.read import open_run
 
     (page,) = build.data([open_run(str(trained[0]))])["runs"]
-    assert [name for name, figure in page["figures"].items() if figure["kind"] == "absent"] == []
+    absent = {name for name, figure in page["figures"].items() if figure["kind"] == "absent"}
+    assert absent <= {"gamma"}  # null where all loads of a layer are alike
     assert page["missing"] == []
     assert {card["name"] for card in page["cards"]} >= {"Steps", "Held-out", "Speed", "Saved by the plan", "Memory"}
 
