@@ -266,8 +266,8 @@ def test_the_live_view_shows_devices_and_hot_experts() -> None:
     shown = out.getvalue()
     for expected in (
         "step 10/200", "to go", "3.250", "12,345 tokens/s", "2.50 GiB", "3 dead", "1 starving", "max/mean 1.50",
-        "1.50  ", "0.50  ", "1.00", "layer 00 expert 0 1.5×", "step 11: devices uneven", "held out 3.500",
-        "step   200/200 · loss 3.250",
+        "1.50  ", "0.50  ", "1.00", "layer 00 expert 0 1.5×", "balance 1.02 · z 4.00", "step 11: devices uneven",
+        "held out 3.500", "step   200/200 · loss 3.250",
     ):  # fmt: skip
         assert expected in shown, expected
     many = {**ROW, "balance/device_load_home": [1.0] * 63 + [9.0], "balance/device_load_planned": [1.125] * 64}
@@ -388,6 +388,13 @@ def test_the_profiler_window_is_a_chrome_trace(recorded: Path) -> None:
     with gzip.open(recorded / "profile" / "rank_0_steps_4_5.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert any(name and "AdamW" in name for name in names)
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetrain.observe.tensorboard_sink.is_installed", lambda: False)
+    with pytest.raises(config.ConfigError) as caught:
+        config.load(["track.tensorboard=true"])
+    assert str(caught.value) == "track.tensorboard=True: needs `pip install moetrain[tensorboard]`"
 
 
 def test_tensorboards_own_reader_has_the_metrics(recorded: Path) -> None:

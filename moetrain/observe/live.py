@@ -15,8 +15,8 @@ from moetrain.observe.console import console
 from moetrain.observe.tracker import Metrics
 
 LINES = 20  # that a run has where the output is no terminal, about
-DEVICES, HOTTEST = 8, 4  # shown
-BAR = 28  # characters of a device's bar
+DEVICES, HOTTEST = 8, 3  # shown
+BAR = 26  # characters of a device's bar
 CALM = 0.5  # seconds at least between two looks of the view
 SMOOTH = 0.1  # weight of a new row in the speed that the time to go is worked out from
 
@@ -86,30 +86,46 @@ class View:
 
 
 def _facts(row: Metrics, held_out: str) -> RenderableType:
-    table = Table.grid(padding=(0, 2))
-    loss = f"[bold]{row['train/lm_loss']:.3f}[/bold]  balance {row['train/balance_loss']:.3f}"
-    table.add_row("[dim]loss", f"{loss}  z {row['train/z_loss']:.3f}  gradient {row['train/grad_norm']:.2f}", held_out)
-    speed = f"[bold]{row['perf/tokens_per_second']:,.0f}[/bold] tokens/s  {row['perf/step_seconds']:.2f} s a step"
-    table.add_row("[dim]speed", speed, f"memory {max(row['perf/memory_gib']):.2f} GiB")
-    dead = row["balance/dead_experts"]
-    table.add_row(
-        "[dim]experts",
-        f"{f'[red]{dead} dead[/]' if dead else 'none dead'}  {row['balance/starving_experts']} starving",
-        f"{row['balance/guests']:.0f} guests  {row['balance/rows_moved_fraction']:.1%} of rows moved",
-    )
-    return table
+    dead, starving = row["balance/dead_experts"], row["balance/starving_experts"]
+    lines = {
+        "loss": [
+            f"[bold]{row['train/lm_loss']:.3f}[/bold]",
+            f"balance {row['train/balance_loss']:.2f}",
+            f"z {row['train/z_loss']:.2f}",
+            f"gradient {row['train/grad_norm']:.2f}",
+            held_out,
+        ],
+        "speed": [
+            f"[bold]{row['perf/tokens_per_second']:,.0f}[/bold] tokens/s",
+            f"{row['perf/step_seconds']:.2f} s a step",
+            f"memory {max(row['perf/memory_gib']):.2f} GiB",
+        ],
+        "experts": [
+            f"[red]{dead} dead[/red]" if dead else "none dead",
+            f"{starving} starving",
+            f"{row['balance/guests']:.0f} guests",
+            f"{row['balance/rows_moved_fraction']:.1%} of rows moved",
+        ],
+    }
+    return Group(*(_said(name, " · ".join(word for word in words if word)) for name, words in lines.items()))
+
+
+def _said(name: str, markup: str) -> Text:
+    text = Text.from_markup(f"[dim]{name:<10}[/dim]{markup}", overflow="ellipsis")
+    text.no_wrap = True
+    return text
 
 
 def devices(row: Metrics) -> RenderableType:
     """A bar for every device, before planning and after: in mean loads, the fullest devices first if they are many."""
     home, planned = row["balance/device_load_home"], row["balance/device_load_planned"]
     mean = sum(home) / max(len(home), 1) or 1.0
-    order = range(len(home))
+    order, title = list(range(len(home))), "device"
     if len(home) > DEVICES:
-        order = sorted(order, key=lambda rank: -home[rank])[:DEVICES]  # type: ignore[assignment]
+        order, title = sorted(order, key=lambda rank: -home[rank])[:DEVICES], f"{DEVICES} of {len(home)}"
     table = Table.grid(padding=(0, 2))
     imbalance = [f"max/mean {row[f'balance/imbalance_{when}']:.2f}" for when in ("home", "planned")]
-    table.add_row("[dim]device", f"[dim]load at home, {imbalance[0]}", "", f"[dim]as planned, {imbalance[1]}", "")
+    table.add_row(f"[dim]{title:<8}", f"[dim]load at home, {imbalance[0]}", "", f"[dim]as planned, {imbalance[1]}", "")
     largest = max(*home, *planned, 1.0) / mean
     for rank in order:
         cells = [f"{rank:>6}"]
@@ -130,7 +146,7 @@ def hottest(row: Metrics) -> RenderableType:
             found += [(share * len(shares), layer, expert) for expert, share in enumerate(shares)]
     found.sort(reverse=True)
     words = [f"layer {layer} expert {expert} [bold]{load:.1f}×[/bold]" for load, layer, expert in found[:HOTTEST]]
-    return Text.from_markup("[dim]hottest[/dim]  " + "  ".join(words))
+    return _said("hottest", " · ".join(words))
 
 
 def _line(row: Metrics) -> str:

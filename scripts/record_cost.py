@@ -1,0 +1,91 @@
+"""What recording costs: whole steps with and without it in turn, in one process a rank, under torchrun.
+
+    torchrun --nproc-per-node 2 scripts/record_cost.py train.threads=1 run.name=cost
+
+Overrides as for `moetrain train`. Every other pair of steps records: sums over router logits, a row of metrics to all
+sinks, samples of the load trace. The time of a step is the processor's on this rank (`cpu`: other programs do not
+disturb it) and the clock's; a ratio is that of two neighbouring steps.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from moetrain import config, mesh, profile, runs, train
+from moetrain.comm import barrier
+from moetrain.config import Config
+from moetrain.engine import build_engine
+from moetrain.mesh import Mesh
+from moetrain.moe.clock import Clock
+from moetrain.moe.layer import LayerStats
+from moetrain.observe.health import RouterSums
+from moetrain.observe.recorder import Recorder
+
+PAIRS = int(os.environ.get("PAIRS", "30"))
+WARMUP = 8  # steps
+
+
+class Switch:
+    """Stands in for `RouterSums` in the training step: what it says is worked out, or that of the step before."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.last: RouterSums | None = None
+
+    def of(self, stats: Sequence[LayerStats]) -> RouterSums:
+        if self.on or self.last is None:
+            self.last = RouterSums.of(stats)
+        return self.last
+
+
+def measure(settings: Config, joined: Mesh) -> dict[str, list[float]]:
+    """Ratios of neighbouring steps, with over without."""
+    corpus, loader = train.open_data(settings)
+    settings = train.with_vocabulary(settings, corpus)
+    folder, switch = runs.folder_of(settings), Switch()
+    train.RouterSums = switch  # type: ignore[assignment, misc]
+    if joined.is_main:
+        runs.create(settings)
+    barrier()
+    engine = build_engine(train.build(settings), joined, settings)
+    engine.plan_with(profile.obtain(joined, profile.Layer.of(settings), folder))
+    times: dict[str, dict[bool, list[float]]] = {way: {True: [], False: []} for way in ("cpu", "clock")}
+    batch = settings.train.global_batch
+    with Recorder(settings, joined, folder, 0, corpus.domains, engine.model) as recorder:
+        for step in range(1, WARMUP + 2 * PAIRS + 1):
+            switch.on = step <= WARMUP or step % 4 in (1, 2)
+            shares = list(train.micro_batches(settings, joined, loader, (step - 1) * batch))
+            barrier()
+            cpu, clock = time.process_time(), time.perf_counter()
+            done = train.optimizer_step(engine, settings, shares, 1e-4, Clock(joined.device))
+            if switch.on:
+                metrics = recorder.read(step, done, always=True)
+                metrics |= {"train/grad_norm": done.norm, "perf/step_seconds": 1.0, "perf/tokens_per_second": 1.0}
+                recorder.log(step, metrics)
+            cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+            barrier()
+            if step > WARMUP:
+                times["cpu"][switch.on].append(cpu)
+                times["clock"][switch.on].append(clock)
+    return {way: [a / b for a, b in zip(both[True], both[False], strict=True)] for way, both in times.items()}
+
+
+def main() -> None:
+    settings = config.load(sys.argv[1:])
+    place = mesh.from_env()
+    if place is None:
+        raise SystemExit("error: start it with torchrun")
+    rank, world, local_rank = place
+    torch.set_num_threads(settings.train.threads or 1)
+    with mesh.start(settings.layout(world), rank=rank, world=world, local_rank=local_rank) as joined:
+        for way, ratios in measure(settings, joined).items():
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            print(f"rank {rank} {way:5} with/without {middle:.4f} ({low:.4f} to {high:.4f}), {len(ratios)} pairs")
+
+
+if __name__ == "__main__":
+    main()
