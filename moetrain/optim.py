@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,30 +54,29 @@ class AdamW(torch.optim.AdamW):
         return state
 
     def _zeros_like(self, parameter: Tensor) -> Tensor:
-        if self._folder is None:
-            return torch.zeros_like(parameter, dtype=self._dtype)
-        if not isinstance(parameter, DTensor):
-            return mapped(self._folder, parameter.shape, self._dtype)
-        local = mapped(self._folder, parameter.to_local().shape, self._dtype)
-        mesh, placements, shape, stride = (
-            parameter.device_mesh,
-            parameter.placements,
-            parameter.shape,
-            parameter.stride(),
-        )
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+        out = torch.zeros_like(parameter, dtype=self._dtype)
+        if self._folder is None or local(out).device.type != "cpu":
+            return out
+        held = mapped(self._folder, local(out).shape, self._dtype)
+        if not isinstance(out, DTensor):
+            return held
+        out._local_tensor = held  # `DTensor.from_local` would move it to where its mesh computes
+        return out
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        parameters = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        steps = [self.state_of(parameter)["step"] for _, parameter in parameters]
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state_of(parameter)
         if self._dtype == torch.float32:
             super().step()
             return
-        seed = int(steps[0]) * 0x9E3779B1
-        for number, (group, parameter) in enumerate(parameters):
-            self._step_narrow(group, parameter, seed + 2 * number)
+        for group in self.param_groups:
+            kind = zlib.crc32(f"{group.get('kind')} {group['weight_decay']}".encode())  # ranks may lack whole groups
+            for number, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    seed = int(self.state[parameter]["step"]) * 0x9E3779B1 + kind + 2 * number
+                    self._step_narrow(group, parameter, seed)
 
     def _step_narrow(self, group: dict[str, Any], parameter: Tensor, seed: int) -> None:
         """The update in fp32, from moments that are widened for it and then narrowed."""

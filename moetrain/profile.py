@@ -51,12 +51,13 @@ def folder() -> Path:
 
 
 def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Costs:
-    """The costs of the checkpoint `saved` or of the run; else the machine's stored ones; else measured now. They are
-    written to the run's folder, and kept for the machine."""
+    """The costs of the checkpoint `saved` or of the run, if they are of as many ranks of this kind; else the machine's
+    stored ones; else measured now. They are written to the run's folder, and kept for the machine."""
     own, stored = run / COSTS, folder() / f"{_key(mesh, layer)}.json"
     places = [*([saved / COSTS] if saved is not None else []), own, stored]
-    found = next((p.read_text() for p in places if p.is_file()), "") if mesh.is_main else ""
-    text = broadcast_text(found, mesh.device) or to_json(measure(mesh, layer))
+    texts = (p.read_text() for p in places if p.is_file()) if mesh.is_main else ()
+    found = next((text for text in texts if json.loads(text).get("ranks") == _ranks(mesh)), "")
+    text = broadcast_text(found, mesh.device) or to_json(measure(mesh, layer), mesh)
     if mesh.is_main:
         own.write_text(text)
         if not stored.is_file():
@@ -84,16 +85,18 @@ def keep(mesh: Mesh, layer: Layer, costs: Costs) -> Path:
     """Keep costs as the machine's, in place of what was there. Returns the file."""
     path = folder() / f"{_key(mesh, layer)}.json"
     if mesh.is_main:
-        _write(path, to_json(costs))
+        _write(path, to_json(costs, mesh))
     return path
 
 
-def to_json(costs: Costs) -> str:
-    return json.dumps(dataclasses.asdict(costs), indent=1)
+def to_json(costs: Costs, mesh: Mesh) -> str:
+    """`mesh`: the ranks that they are of."""
+    return json.dumps({"ranks": _ranks(mesh), **dataclasses.asdict(costs)}, indent=1)
 
 
 def from_json(text: str) -> Costs:
     tree = json.loads(text)
+    del tree["ranks"]
     links = {name: Link(**tree[name]) for name in ("inside", "between")}
     return Costs(**{**tree, **links, "nodes": tuple(tree["nodes"])})
 
@@ -131,7 +134,7 @@ def measure(mesh: Mesh, layer: Layer) -> Costs:
         nodes=nodes,
     )
     costs = dataclasses.replace(costs, handling=_handling(mesh, dim, hidden, dtype, costs))
-    costs = from_json(broadcast_text(to_json(costs), mesh.device))
+    costs = from_json(broadcast_text(to_json(costs, mesh), mesh.device))
     return dataclasses.replace(costs, nodes=nodes)
 
 
@@ -250,10 +253,14 @@ def _nodes(mesh: Mesh) -> tuple[int, ...]:
     return tuple(order.index(host) for host in hosts)
 
 
+def _ranks(mesh: Mesh) -> str:
+    return f"{mesh.world} on {mesh.device.type}, ep {mesh.ep.size}"
+
+
 def _key(mesh: Mesh, layer: Layer) -> str:
     if mesh.device.type == "cuda":
         device = torch.cuda.get_device_name(mesh.device)
     else:
         device = f"{socket.gethostname()} {os.cpu_count()} cores {torch.get_num_threads()} threads"
-    facts = f"{device} {torch.__version__} {_nodes(mesh)} {mesh.world} {layer}"
+    facts = f"{device} {torch.__version__} {_nodes(mesh)} {mesh.world} {mesh.ep.size} {layer}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     if not mesh.is_main:
         return
     if as_json:
-        print(profile.to_json(costs))
+        print(profile.to_json(costs, mesh))
         return
     console.print(f"[bold]{path}[/bold], measured in {time.perf_counter() - began:.1f} s")
     console.print(
@@ -89,6 +89,7 @@ def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
         errors.print(f"{path} is not whole and is passed over: {said}", markup=False)
     if saved is None:
         raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
+    checkpoint.check_data(saved, corpus.fingerprint, same_run=False)
     engine = build_engine(train.build(config), mesh, config)
     checkpoint.load(saved, engine, optimizer=False)
     engine.plan_with(profile.of_checkpoint(saved))

@@ -38,7 +38,7 @@ def train(config: Config, mesh: Mesh) -> Path:
     config = with_vocabulary(runs.absolute(config), corpus)
     folder = runs.folder_of(config)
     model = build(config)
-    saved, notes = checkpoint.agree(config, folder, mesh, model)
+    saved, notes = checkpoint.agree(config, folder, mesh, model, corpus.fingerprint)
     first, position = checkpoint.progress(saved)
     finished = bool(broadcast_text("yes" * (first >= config.train.steps and summary.is_there(folder)), mesh.device))
     if not finished and mesh.is_main:
@@ -63,7 +63,7 @@ def train(config: Config, mesh: Mesh) -> Path:
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     engine.model.at_step(first, config.train)
     with (
-        checkpoint.Saver(folder, config, mesh, engine, first) as saver,
+        checkpoint.Saver(folder, config, mesh, engine, corpus.fingerprint, first) as saver,
         Recorder(config, mesh, folder, first, corpus.domains, engine.model) as recorder,
     ):
         for step in range(first, config.train.steps):
@@ -99,16 +99,21 @@ def train(config: Config, mesh: Mesh) -> Path:
         texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
     voice.say_all(saver.news())
     if mesh.is_main:
-        picture.draw(folder)
         written = [
             {"title": title, "prompt": corpus.tokenizer.decode(prompt), "text": text}
             for (title, prompt), text in zip(prompts, texts, strict=True)
         ]
         bigram = summary.bigram_scores(config, corpus, loader, position)
-        found = summary.collect(folder, config, size, held_out.scores, bigram, written)
-        report.write_of(folder)
-        summary.show(found, voice)
+        try:
+            picture.draw(folder)
+            found = summary.collect(folder, config, size, held_out.scores, bigram, written)
+            report.write_of(folder)
+            summary.show(found, voice)
+        except OSError as error:
+            voice.say(f"the run's picture, summary and report could not be written: {error.strerror}")
     voice.close()
+    if saver.saved != config.train.steps:
+        raise RuntimeError(f"the state after step {config.train.steps} is not saved; what was said above tells why")
     return folder
 
 

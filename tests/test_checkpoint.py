@@ -17,7 +17,7 @@ from test_train import losses, run
 from torch import nn
 
 from moetrain import checkpoint, config
-from moetrain.checkpoint import loading, manifest
+from moetrain.checkpoint import loading, manifest, resume
 from moetrain.checkpoint.entries import Entries, Held
 from moetrain.checkpoint.saving import share_out
 from moetrain.config import ConfigError
@@ -48,6 +48,9 @@ class Toy:
         self.steps = step
 
 
+DATA = {"tokenizer": "a", "documents": "b"}
+
+
 @lru_cache
 def tiny_model() -> config.Config:
     return config.load(["model=tiny"])
@@ -63,7 +66,7 @@ def saved(mesh: Mesh, folder: str, steps: list[int], by_rows: bool = True, keep:
     """Saves of a toy at these steps, with seed = step; the tensors change as soon as `save` returns."""
     (Path(folder) / "costs.json").write_text("{}")
     toy = Toy(mesh, 0, by_rows)
-    with checkpoint.Saver(Path(folder), settings(keep=keep, keep_every=every), mesh, toy) as saver:
+    with checkpoint.Saver(Path(folder), settings(keep=keep, keep_every=every), mesh, toy, DATA) as saver:
         for step in steps:
             toy.states.update(Toy(mesh, step, by_rows).states)
             saver.save(step, 10 * step)
@@ -175,7 +178,7 @@ def agreed(mesh: Mesh, folder: str, resume: str, names: list[str]) -> list[tuple
         place = Path(folder) / name
         choice = "auto" if resume == "auto" else str(place / "checkpoints" / resume)
         try:
-            start = checkpoint.agree(settings(resume=choice), place, mesh, model)
+            start = checkpoint.agree(settings(resume=choice), place, mesh, model, DATA)
             out.append((start.path.name if start.path else "", start.notes))
         except ConfigError as error:
             out.append(("error", [str(error)]))
@@ -213,10 +216,54 @@ def test_a_run_without_a_whole_checkpoint_does_not_silently_begin_anew(pool, tmp
         assert "none of its checkpoints is whole, step_4: rank_00001.safetensors is damaged" in notes[0]
 
 
+def data_checked(mesh: Mesh, path: str) -> list[str]:
+    out = []
+    for data, same_run in (
+        (DATA, True),
+        ({**DATA, "documents": "other"}, False),
+        ({**DATA, "documents": "other"}, True),
+        ({**DATA, "tokenizer": "other"}, False),
+    ):
+        try:
+            checkpoint.check_data(Path(path), data, same_run)
+            out.append("")
+        except ConfigError as error:
+            out.append(str(error).partition(": ")[2])
+    return out
+
+
+def test_token_numbers_must_mean_what_they_meant(pool, tmp_path: Path) -> None:
+    pool.run(saved, 1, str(tmp_path), [2])
+    assert pool.run(data_checked, 1, str(tmp_path / "checkpoints" / "step_2"))[0] == [
+        "",
+        "",
+        "was trained on other documents; another run.name starts a new run",
+        "was trained with another tokenizer; data.tokenizer=FILE takes that of the corpus it was trained on",
+    ]
+
+
+def noted(mesh: Mesh, path: str) -> list[list[str]]:
+    """On two ranks what one rank saved: notes under options that depend on the layout, and under one that does not."""
+    base, out = tiny_model(), []
+    for change in ({}, {"scope": "micro"}, {"device_coefficient": 0.1}):
+        balance = base.balance.model_copy(update=change)
+        given = base.model_copy(update={"balance": balance})
+        out.append(resume.of_the_layout(given, Path(path), mesh))
+    return out
+
+
+def test_what_depends_on_the_layout_is_said(pool, tmp_path: Path) -> None:
+    pool.run(saved, 1, str(tmp_path), [2])
+    none, scope, groups = pool.run(noted, 2, str(tmp_path / "checkpoints" / "step_2"), ep=2)[0]
+    assert none == []
+    assert "on which balance.scope depend" in scope[0]
+    assert "on which balance.device_groups depend" in groups[0]
+
+
 def saved_on_a_full_disk(mesh: Mesh, folder: str) -> tuple[list[str], list[str]]:
     """The kernel refuses rank 1 to write more than a few bytes into a file, at the second of three saves."""
     (Path(folder) / "costs.json").write_text("{}")
-    saver = checkpoint.Saver(Path(folder), settings(), mesh, Toy(mesh, 1))
+    saver = checkpoint.Saver(Path(folder), settings(), mesh, Toy(mesh, 1), DATA)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     seen = []
     for step in (1, 2, 3):

@@ -185,7 +185,15 @@ def test_a_norm_that_is_not_finite_updates_nothing(pool, tiny) -> None:
         (["parallel.ep=4", "model.num_experts=6"], "parallel.ep=4: must divide the number of experts"),
         (["parallel.dp_replicate=2"], "parallel.dp_replicate=2: must be 1 under engine=deepspeed"),
         (["engine.extra={gradient_clipping: 2}"], "engine.extra.gradient_clipping=2: is set by moetrain, to 0.0"),
-        (["engine.extra={optimizer: Lion}"], "engine.extra.optimizer=Lion: is moetrain's to set (optim)"),
+        (
+            ["engine.extra={zero_optimization: {offload_optimizer: {device: nvme}}}"],
+            "engine.extra.zero_optimization.offload_optimizer: is moetrain's to set (engine.offload)",
+        ),
+        (
+            ["engine.extra={comet: {api_key: secret}}"],
+            "engine.extra.comet: is moetrain's to set (track; keys would lie",
+        ),
+        (["engine.extra={optimizer: Lion}"], "engine.extra.optimizer: is moetrain's to set (optim)"),
         (
             ["engine.extra={zero_optimization: {stage: 2}}"],
             "engine.extra.zero_optimization.stage=2: is set by moetrain, to 1",

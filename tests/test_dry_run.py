@@ -37,7 +37,8 @@ def test_presets_build_at_full_size(model, world, replicate, ep, total, active, 
     assert found["per_rank"]["experts"] == found["parameters"]["experts"] // (world // replicate)
 
 
-def test_a_dry_run_shows_memory_and_where_it_lies(capsys) -> None:
+def test_a_dry_run_shows_memory_and_where_it_lies(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(dry_run.console, "quiet", False)  # other tests ask for JSON
     overrides = ["model=tiny", "parallel.nproc=4", "parallel.ep=4", "model.num_experts=6", "engine.offload=disk"]
     dry_run.run(config.load(overrides), 4, as_json=False)
     shown = capsys.readouterr().out

@@ -169,6 +169,15 @@ def test_homes_may_be_uneven_or_empty(pool, tiny) -> None:
             check(pool, given, layout, 3, reference)
 
 
+def test_routers_stay_equal_where_a_rank_has_no_experts(pool, tiny) -> None:
+    """Rounding at random is the same on all ranks, whatever else they hold."""
+    given = [*tiny, "model.num_experts=6", "optim.state_dtype=bf16"]
+    first, *others = run(pool, given, Layout(4, 4), 1)
+    for found in others:
+        for name, value in first.weights.items():
+            assert torch.equal(found.weights[name], value), name
+
+
 def same(found: Found, reference: Found) -> bool:
     return all(
         torch.equal(ours[name], theirs[name])

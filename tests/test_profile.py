@@ -13,9 +13,14 @@ from moetrain.moe.cost import Costs, default_costs
 LAYER = profile.Layer(32, 48, 2, torch.float32)
 
 
-def test_costs_survive_json() -> None:
+def through_json(mesh: Mesh, costs: Costs) -> str:
+    return profile.to_json(costs, mesh)
+
+
+def test_costs_survive_json(pool) -> None:
     costs = dataclasses.replace(default_costs(), nodes=(0, 0, 1))
-    assert profile.from_json(profile.to_json(costs)) == costs
+    (text,) = pool.run(through_json, 1, costs)
+    assert profile.from_json(text) == costs
 
 
 def obtain(mesh: Mesh, cache: str, run: str, saved: str | None) -> list[Costs]:
@@ -41,10 +46,12 @@ def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
 
     assert pool.run(obtain, 2, str(cache), str(second), None)[0][0] == a  # the machine's
     (kept,) = (cache / "moetrain" / "profiles").iterdir()
-    kept.write_text(profile.to_json(dataclasses.replace(a, overlap=0.25)))
+    (text, _) = pool.run(through_json, 2, dataclasses.replace(a, overlap=0.25))
+    kept.write_text(text)
     assert pool.run(obtain, 2, str(cache), str(second), None)[0][0] == a  # the run's own goes before
 
     third = tmp_path / "third"
     third.mkdir()
     assert pool.run(obtain, 2, str(cache), str(third), str(first))[0][0] == a  # and the checkpoint's before all
     assert profile.of_checkpoint(third) == a
+    assert pool.run(obtain, 2, str(cache), str(third), str(first), ep=1)[0][0].row_bytes == 64  # another layout: anew

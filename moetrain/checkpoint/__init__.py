@@ -6,7 +6,18 @@ planner's `costs.json`, and `manifest.json`. The folder appears whole or not at 
 
 from moetrain.checkpoint.loading import load
 from moetrain.checkpoint.manifest import newest, progress
-from moetrain.checkpoint.resume import agree, check_fits, first_whole, given, to_resume
+from moetrain.checkpoint.resume import agree, check_data, check_fits, first_whole, given, to_resume
 from moetrain.checkpoint.saving import Saver
 
-__all__ = ["Saver", "agree", "check_fits", "first_whole", "given", "load", "newest", "progress", "to_resume"]
+__all__ = [
+    "Saver",
+    "agree",
+    "check_data",
+    "check_fits",
+    "first_whole",
+    "given",
+    "load",
+    "newest",
+    "progress",
+    "to_resume",
+]

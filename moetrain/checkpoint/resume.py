@@ -1,6 +1,6 @@
 """What a run goes on from: the newest checkpoint that is whole, or the one it is told; decided before weights load."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,11 @@ def to_resume(config: Config, folder: Path | None) -> Path | None:
     path = given(config)
     if path is not None and (step := progress(path)[0]) >= config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}: must be above the {step} steps of {path}")
-    if present is not None and progress(present)[0] > progress(path)[0]:
+    if present is not None and (
+        path is None
+        or not path.resolve().is_relative_to(present.parent.resolve())
+        or progress(present) > progress(path)
+    ):
         later = progress(present)[0]
         raise ConfigError(f"run.name={config.run.name}: has a checkpoint of step {later} already; take another name")
     return path
@@ -60,11 +64,12 @@ def given(config: Config) -> Path | None:
     return path
 
 
-def agree(config: Config, folder: Path, mesh: Mesh, model: nn.Module) -> Start:
+def agree(config: Config, folder: Path, mesh: Mesh, model: nn.Module, data: Mapping[str, str]) -> Start:
     """What the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of bytes.
 
-    `model`: whole, on the meta device. Raises `ConfigError` on all ranks where `to_resume` does, where no checkpoint of
-    the run is whole although there are some, and where the model has other entries.
+    `model`: whole, on the meta device; `data`: the corpus's fingerprint. Raises `ConfigError` on all ranks where
+    `to_resume` does, where no checkpoint of the run is whole although there are some, and where the model has other
+    entries or the data another meaning.
     """
     _first_rank_checks(mesh, lambda: to_resume(config, folder))
     choice = config.checkpoint.resume
@@ -77,8 +82,9 @@ def agree(config: Config, folder: Path, mesh: Mesh, model: nn.Module) -> Start:
         rule = f"none of its checkpoints is whole, {worst.name}: {said}; another name begins anew"
         raise ConfigError(f"run.name={config.run.name}: {rule}")
     if path is not None:
-        _first_rank_checks(mesh, partial(_check_all, config, path, choice == "auto", model))
-    return Start(path, [f"{bad} is not whole and is passed over: {said}" for bad, said in passed])
+        _first_rank_checks(mesh, partial(_check_all, config, path, choice == "auto", model, data))
+    notes = [f"{bad} is not whole and is passed over: {said}" for bad, said in passed]
+    return Start(path, notes if path is None else [*notes, *of_the_layout(config, path, mesh)])
 
 
 def first_whole(candidates: Sequence[Path], mesh: Mesh) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -111,9 +117,46 @@ def _first_rank_checks(mesh: Mesh, check: Callable[[], object]) -> None:
         raise ConfigError(found)
 
 
-def _check_all(config: Config, path: Path, same_run: bool, model: nn.Module) -> None:
+def _check_all(config: Config, path: Path, same_run: bool, model: nn.Module, data: Mapping[str, str]) -> None:
     check_fits(config, path, same_run)
+    check_data(path, data, same_run)
     check_entries(path, model)
+
+
+def check_data(path: Path, data: Mapping[str, str], same_run: bool) -> None:
+    """The numbers of tokens must mean what they meant; where a run goes on, its documents must be the same, too.
+
+    Raises `ConfigError`.
+    """
+    theirs = manifest.read(path)["data"]
+    if theirs["tokenizer"] != data["tokenizer"]:
+        advice = "data.tokenizer=FILE takes that of the corpus it was trained on"
+        raise ConfigError(f"checkpoint={path}: was trained with another tokenizer; {advice}")
+    if same_run and theirs["documents"] != data["documents"]:
+        raise ConfigError(f"checkpoint={path}: was trained on other documents; another run.name starts a new run")
+
+
+def of_the_layout(config: Config, path: Path, mesh: Mesh) -> list[str]:
+    """A note where the layout or the micro-batches are others and the loss depends on them."""
+    found = manifest.read(path)
+    theirs, was, now = found["config"], found["layout"], config.balance
+    groups = was["ep"] != mesh.ep.size and now.device_groups is None and now.device_coefficient > 0
+    shares = (was["ranks"], theirs["train"]["micro_batch"], theirs["train"]["global_batch"]) != (
+        mesh.world,
+        config.train.micro_batch,
+        config.train.global_batch,
+    )
+    fields = {
+        "balance.device_groups": groups,
+        "router.capacity_factor": shares and config.router.capacity_factor is not None,
+        "balance.scope": shares and now.scope != "global",
+        "balance.micro_fraction": shares and now.micro_fraction > 0,
+        "balance.accumulate": shares and now.accumulate == "buffer" and config.micro_steps(mesh.world) > 1,
+    }
+    if not any(fields.values()):
+        return []
+    names = ", ".join(name for name, depends in fields.items() if depends)
+    return [f"{path} was trained in other shares a rank, on which {names} depend: the loss may not go on smoothly"]
 
 
 def check_fits(config: Config, path: Path, same_run: bool) -> None:
@@ -125,7 +168,10 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
     ours = config.model_dump(mode="json")
     sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - FREE}
     if same_run:
-        sections |= {"train": {"seed", "seq_len"}, "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out"}}
+        sections |= {
+            "train": {"seed", "seq_len"},
+            "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out", "domain_block"},
+        }
     for section, fields in sections.items():
         for field in ours[section]:
             value, other = ours[section][field], theirs[section].get(field)

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -90,18 +91,23 @@ class Unsaved(Exception):
 
 
 class Saver:
-    """Saves the states of `engine` into a run's folder; `first`: steps done when the run starts here.
+    """Saves the states of `engine` into a run's folder; `data`: the corpus's fingerprint; `first`: steps done when the
+    run starts here.
 
     All ranks make one, and call `save` and `wait` at the same steps. Its context ends when the last save has.
     """
 
-    def __init__(self, folder: Path, config: Config, mesh: Mesh, engine: Engine, first: int = 0) -> None:
+    def __init__(
+        self, folder: Path, config: Config, mesh: Mesh, engine: Engine, data: Mapping[str, str], first: int = 0
+    ) -> None:
         self._folder, self._config, self._mesh, self._engine = folder, config, mesh, engine
+        self._data, self._source = dict(data), _source()
         held = engine.entries()
         holding = {n: (DTYPES[h.values.dtype], h.shape, h.begin, h.begin + len(h.values)) for n, h in held.items()}
         holdings = [json.loads(text) for text in gather_texts(json.dumps(holding), mesh.saving)]
         self._shares = share_out(holdings)
         self._pieces = self._shares[mesh.rank]
+        self.saved = first  # steps done in the newest whole checkpoint, as far as this rank knows
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -115,7 +121,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, FloatingPointError):  # which every rank raises: all can finish
             self.wait()
         elif self._thread is not None:
             self._thread.join(PATIENCE_SECONDS)
@@ -166,6 +172,7 @@ class Saver:
                 copied.synchronize()
             stamps = dict(self._together(lambda: self._write_own(part)))
             self._together(lambda: self._finish(part, path, step, samples, stamps) if self._mesh.is_main else None)
+            self.saved = step
         except Unsaved as why:
             if self._mesh.is_main:
                 shutil.rmtree(part, ignore_errors=True)
@@ -216,7 +223,7 @@ class Saver:
         body = {
             "step": step,
             "samples": samples,
-            "code": {"moetrain": moetrain.__version__, "source": _source(), "torch": torch.__version__},
+            "code": {"moetrain": moetrain.__version__, "source": self._source, "torch": torch.__version__},
             "layout": {
                 "engine": self._config.engine.name,
                 "ranks": mesh.world,
@@ -224,16 +231,19 @@ class Saver:
                 "dp_shard": mesh.world // mesh.dp_replicate,
                 "dp_replicate": mesh.dp_replicate,
             },
+            "data": self._data,
             "files": stamps,
             "config": self._config.model_dump(mode="json"),
         }
         manifest.write(part, body)
+        _sync(part)
         part.rename(path)
-        _sync(path.parent)
-        for old in self._too_old():
-            gone = old.with_name(f".{old.name}.gone")
-            old.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+        with suppress(OSError):  # it is there, whatever becomes of the old ones
+            _sync(path.parent)
+            for old in self._too_old():
+                gone = old.with_name(f".{old.name}.gone")
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
     def _entries(self) -> dict[str, Entry]:
         out: dict[str, Entry] = {}

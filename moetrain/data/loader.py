@@ -3,6 +3,7 @@
 The same global batch at any number of ranks; resumed by one integer; a domain label for every token.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -47,6 +48,12 @@ class Corpus:
     @property
     def end_of_text(self) -> int:
         return self.manifest["end_of_text"]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What a checkpoint remembers of the data: digests of the tokenizer and of the table of training documents."""
+        files = {"tokenizer": "tokenizer.json", "documents": "train.docs.npy"}
+        return {k: hashlib.sha256((self.folder / f).read_bytes()).hexdigest()[:16] for k, f in files.items()}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -30,6 +30,14 @@ TAKEN = {  # what moetrain does in DeepSpeed's place, or what its MoE layers can
     "tensor_parallel": "no field: not supported",
     "sequence_parallel_size": "no field: not supported",
     "activation_checkpointing": "train.recompute",
+    "bf16": "train.dtype",
+    "data_types": "no field: gradients add up in fp32",
+    "comet": "track; keys would lie in checkpoints",
+    "wandb": "track",
+    "tensorboard": "track",
+    "csv_monitor": "track",
+    "zero_optimization.cpu_offload": "engine.offload",
+    "zero_optimization.offload_optimizer": "engine.offload",
     "zero_optimization.offload_param": "no field: for ZeRO-3 only",
     "zero_optimization.zenflow": "no field: not supported",
 }
@@ -70,7 +78,7 @@ def _refuse(extra: Tree, fixed: Tree, path: str) -> None:
     for key, value in extra.items():
         name = f"{path}{key}"
         if name in TAKEN:
-            raise ConfigError(f"engine.extra.{name}={value}: is moetrain's to set ({TAKEN[name]})")
+            raise ConfigError(f"engine.extra.{name}: is moetrain's to set ({TAKEN[name]})")
         if key in fixed and isinstance(value, dict) and isinstance(fixed[key], dict):
             _refuse(value, fixed[key], f"{name}.")
         elif key in fixed:

@@ -69,7 +69,9 @@ def collect(
         "rows_moved_fraction": mean("balance/rows_moved_fraction"),
         "generated": texts,
     }
-    (folder / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    whole = folder / ".summary.json.part"
+    whole.write_text(json.dumps(found, indent=2) + "\n")
+    whole.rename(folder / "summary.json")
     return found
 
 

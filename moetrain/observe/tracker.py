@@ -101,5 +101,6 @@ class _Lines:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def close(self) -> None:
-        self._write()
+        with suppress(OSError):
+            self._write()
         self._file.close()
