@@ -26,8 +26,8 @@ CHANGE = 0.1  # relative, of the smoothed γ̂ over as many readings: more is a 
 def gamma_eff(counts_E: Array, quality_E: Array) -> float:
     """γ̂ = -cov_k(m_k, log m_k - q_k) / var_k(m_k), over the experts that were selected at all.
 
-    counts_E selections, quality_E mean logits, not finite where a router masks an expert for some tokens: such experts are
-    left out. NaN where fewer than three experts were selected, or all equally often.
+    counts_E selections, quality_E mean logits; where a router masks an expert for some tokens they are not finite, and
+    the expert is left out. NaN where fewer than three experts were selected, or all equally often.
     """
     some = (counts_E > 0) & np.isfinite(quality_E)
     load = counts_E[some] / max(counts_E.sum(), 1)
