@@ -101,7 +101,7 @@ def test_runs_side_by_side(full: Path, browser: Browser | None, tmp_path: Path) 
     path, page = write(full, other)
     assert len({run["name"] for run in page["runs"]}) == 2  # the same folder name in two places
     assert [d["field"] for d in page["compare"]["differences"]] == ["train.steps"]
-    speed = page["compare"]["table"]["columns"].index("Speed")
+    speed = [column["text"] for column in page["compare"]["table"]["columns"]].index("Speed")
     assert sum(row["cells"][speed]["best"] for row in page["compare"]["table"]["rows"]) == 1
     if browser is None:
         return

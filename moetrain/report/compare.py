@@ -33,17 +33,24 @@ def compare(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
 def _table(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
     """A row a run. Of a column in which less or more is better, the best is marked."""
     found = [{card["name"]: card for card in cards(run)} for run in runs]
-    columns = list(dict.fromkeys(name for each in found for name in each))
+    columns = {name: card["unit"] for each in reversed(found) for name, card in each.items()}
+    order = [name for each in sorted(found, key=len, reverse=True) for name in each]
+    columns = {name: columns[name] for name in dict.fromkeys(order)}
     rows = []
     for name, each in zip(names, found, strict=True):
-        row = []
+        cells = []
         for column in columns:
-            others = [e[column]["number"] * e[column]["better"] for e in found if column in e]
             card = each.get(column)
-            best = card and card["better"] and len({*others}) > 1 and card["number"] * card["better"] == max(others)
-            row.append({"text": f"{card['value']} {card['unit']}".strip() if card else "–", "best": bool(best)})
-        rows.append({"name": name, "cells": row})
-    return {"columns": columns, "rows": rows}
+            if card is None:
+                cells.append({"text": "–", "best": False})
+                continue
+            others = {e[column]["number"] * card["better"] for e in found if column in e}
+            own = f" {card['unit']}" if card["unit"].startswith("of ") else ""
+            best = card["better"] != 0 and len(others) > 1 and card["number"] * card["better"] == max(others)
+            cells.append({"text": card["value"] + own, "best": best})
+        rows.append({"name": name, "cells": cells})
+    shared = [{"text": name, "unit": "" if unit.startswith("of ") else unit} for name, unit in columns.items()]
+    return {"columns": shared, "rows": rows}
 
 
 def _overlay(runs: Sequence[Run], names: Sequence[str], metric: str, more: Figure) -> Figure:

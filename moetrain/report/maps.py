@@ -151,8 +151,8 @@ def trace_layers(run: Run) -> list[str]:
 
 
 def usual_most(cells: np.ndarray) -> float:
-    """The largest cell of nine frames in ten: one outlier does not make all others pale."""
-    return float(max(np.quantile(cells.reshape(len(cells), -1).max(1), 0.9), 1e-9))
+    """The largest cell of three frames in four: outliers do not make all others pale."""
+    return float(max(np.quantile(cells.reshape(len(cells), -1).max(1), 0.75), 1e-9))
 
 
 def coarse(cells: np.ndarray, most: int = 64) -> tuple[np.ndarray, int]:

@@ -199,7 +199,7 @@ function matrix(box, data, view) {
     rows: data.size,
     columns: data.size,
     height: Math.min(300, 34 * data.size + 40),
-    scale: ["0", shown(data.most), "half"],
+    scale: ["0", `${shown(data.most)}${data.unit === "seconds" ? " s" : ""} and more`, "half"],
     code: (r, c) => Math.round(EVEN + 48 * Math.min(1, value(r, c) / (data.most || 1))),
     rowName: name,
     columnName: name,

@@ -60,7 +60,7 @@ function draw() {
 function table(node, columns, rows) {
   const cell = (tag, { text, best }) => make(tag, best ? { class: "best" } : {}, text);
   node.replaceChildren(
-    make("thead", {}, make("tr", {}, ...columns.map((text) => make("th", { scope: "col" }, text)))),
+    make("thead", {}, make("tr", {}, ...columns.map(({ text, unit }) => make("th", { scope: "col" }, text, ...(unit ? [make("small", {}, unit)] : []))))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((c) => cell("td", c))))),
   );
 }
@@ -77,7 +77,7 @@ function head() {
   find("missing").replaceChildren();
   if (missing.length) find("missing").append("What this report could not show:", make("ul", {}, ...missing.map((text) => make("li", {}, text))));
   if (alerts.length) find("missing").append(make("p", {}, "Alerts of the run:"), make("ul", {}, ...alerts.map((a) => make("li", {}, `step ${a.step}: ${a.text}`))));
-  table(find("config"), ["field", "value"], Object.entries(config).map(([field, value]) => [{ text: field }, { text: value }]));
+  table(find("config"), [{ text: "field" }, { text: "value" }], Object.entries(config).map(([field, value]) => [{ text: field }, { text: value }]));
   find("runs").hidden = page.runs.length < 2;
   find("runs").replaceChildren(...page.runs.map((r, index) => {
     const button = make("button", { type: "button", "aria-pressed": String(index === chosen) }, r.name);
@@ -87,8 +87,8 @@ function head() {
   find("compare").hidden = !page.compare;
   if (!page.compare) return;
   const { table: compared, differences } = page.compare;
-  table(find("table"), ["run", ...compared.columns], compared.rows.map((r) => [{ text: r.name }, ...r.cells]));
-  table(find("differences").querySelector("table"), ["field", ...compared.rows.map((r) => r.name)], differences.map((d) => [{ text: d.field }, ...d.values.map((text) => ({ text }))]));
+  table(find("table"), [{ text: "run" }, ...compared.columns], compared.rows.map((r) => [{ text: r.name }, ...r.cells]));
+  table(find("differences").querySelector("table"), [{ text: "field" }, ...compared.rows.map((r) => ({ text: r.name }))], differences.map((d) => [{ text: d.field }, ...d.values.map((text) => ({ text }))]));
 }
 
 // The slider stops at the steps of the finest figure; it stays where it is when the data grow, or follows the last step.
