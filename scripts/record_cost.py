@@ -1,6 +1,6 @@
 """What recording costs: whole steps with and without it in turn, in one process a rank, under torchrun.
 
-    torchrun --nproc-per-node 2 scripts/record_cost.py train.threads=1 run.name=cost
+    torchrun --nproc-per-node 2 -m scripts.record_cost train.threads=1 run.name=cost
 
 Overrides as for `moetrain train`. Every other pair of steps records: sums over router logits, a row of metrics to all
 sinks, samples of the load trace. The time of a step is the processor's on this rank (`cpu`: other programs do not
