@@ -99,6 +99,16 @@ def test_a_run_stopped_and_started_again_continues(pool, tiny) -> None:
     assert losses(folder) == before
 
 
+def test_eplb_plans_from_the_steps_before(pool, tiny) -> None:
+    more = [*tiny, "router.skew=2", "train.steps=4"]
+    home = pool.run(run, 2, [*more, "planner=home", "run.name=home"])[0]
+    moved = pool.run(run, 2, [*more, "planner=eplb", "run.name=eplb"])[0]
+    guests = [row["balance/guests"] for row in rows_of(moved) if "balance/guests" in row]
+    assert guests[0] == 0  # nothing is known yet
+    assert min(guests[1:]) > 0
+    assert losses(moved) == pytest.approx(losses(home), rel=1e-5)
+
+
 def test_skew_is_taken_away_by_the_planner(pool, tiny) -> None:
     folder = pool.run(
         run, 2, [*tiny, "run.name=skew", "train.steps=4", "router.skew=6", "planner=llep", "planner.min_rows=1"]

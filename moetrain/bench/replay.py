@@ -19,11 +19,11 @@ from moetrain.config import ConfigError
 from moetrain.moe.cost import Costs, Limits, State, layer_time
 from moetrain.moe.plan import Floats, Ints, imbalance
 from moetrain.moe.planners import PLANNERS
+from moetrain.moe.planners.eplb import remember
 from moetrain.observe import trace
 from moetrain.observe.console import console
 
 RECORDED = "as recorded"
-MEMORY = 0.8  # weight of what was before in the past that EPLB plans from
 TIMED = 20  # layers that a planner's time is taken from
 
 
@@ -47,8 +47,7 @@ def samples(part: dict[str, Any]) -> Iterator[Sample]:
             counts, placed = (part[name][n, layer][:, some].astype(np.int64) for name in ("counts", "placed"))
             traffic = part["traffic"][n, layer]
             yield Sample(counts, owner[some], placed, int(traffic.sum() - traffic.trace()), past)
-            load = counts.sum(0).astype(np.float64)
-            past = load if past is None else MEMORY * past + (1 - MEMORY) * load
+            past = remember(past, counts)
 
 
 def records(run: Path) -> list[dict[str, Any]]:

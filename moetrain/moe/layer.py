@@ -22,8 +22,9 @@ from moetrain.moe.clock import Clock
 from moetrain.moe.cost import Costs, State
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels import positions
-from moetrain.moe.plan import Ints, Plan
+from moetrain.moe.plan import Floats, Ints, Plan
 from moetrain.moe.planners import PLANNERS
+from moetrain.moe.planners.eplb import remember
 from moetrain.moe.routers import ROUTERS, Choice, Place, Router, Scores
 from moetrain.moe.zero_compute import ZeroCompute
 
@@ -95,6 +96,7 @@ class MoE(nn.Module):
         self.room_weights: tuple[float, ...] | None = None  # [E] of the experts' shares of the capacity; None: equal
         self.planner: Planner = partial(PLANNERS[planner.name], **planner.options)
         self.costs: Costs | None = None  # of this machine; None: those of the reference machine
+        self.past_E: Floats | None = None  # [E] rows of the expert group in training so far, the later the heavier
         if model.num_zero_compute:
             tau = router.zero_compute_tau
             self.room_weights = (tau,) * model.num_experts + (1.0,) * model.num_zero_compute
@@ -147,10 +149,12 @@ class MoE(nn.Module):
             counts_RE: Ints = gathered[:, :-1]
             rows_N = None if is_row_N is None else positions(is_row_N, int(counts_RE[ep.rank].sum()))
             store, home = self.experts.store, self.experts.home
-            plan = self.planner(counts_RE, home, self.costs, self.experts.limits, State(resident=store.keeps_RE))
+            state = State(resident=store.keeps_RE, past=self.past_E)
+            plan = self.planner(counts_RE, home, self.costs, self.experts.limits, state)
             num_lent = len(store.missing(plan))
             if torch.is_grad_enabled():
                 store.admit(plan)
+                self.past_E = remember(self.past_E, counts_RE)
         return Decision(choice, kept_N, rows_N, plan, int(gathered[:, -1].max()), counts_E, kept_E, num_lent, clock)
 
     def compute(

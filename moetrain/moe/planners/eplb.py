@@ -10,6 +10,14 @@ from moetrain.moe.cost import Costs, Limits, State, default_costs
 from moetrain.moe.plan import Floats, Ints, Plan
 from moetrain.moe.planners.home import home as stay_home
 
+MEMORY = 0.8  # weight of what was before in the past that is planned from
+
+
+def remember(past: Floats | None, counts: Ints) -> Floats:
+    """The past [E] after the rows `counts` [R, E] as well."""
+    load = counts.sum(0).astype(np.float64)
+    return load if past is None else MEMORY * past + (1 - MEMORY) * load
+
 
 def place(past: Floats, home: Ints, num_ranks: int, replicas: int) -> list[list[int]]:
     """[E] the ranks that hold each expert, home first. past [E] loads, home [E]; `replicas` guest slots per rank."""
