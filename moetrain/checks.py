@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import Config, ConfigError, DeepSpeed, short
+from moetrain.config import Config, ConfigError, DeepSpeed
+from moetrain.mistakes import short
 from moetrain.moe.planners import PLANNERS, planner_options
 from moetrain.moe.routers import ROUTERS
 from moetrain.observe import tensorboard_sink

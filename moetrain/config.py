@@ -4,13 +4,11 @@
 value and the rule. Below `train.py` nobody sees a `DictConfig`, and nothing changes a config after it was loaded.
 """
 
-import difflib
 import logging
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -20,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
+from moetrain import mistakes
 from moetrain.model.schedule import spread
 
 Positive = Annotated[int, Field(gt=0)]
@@ -315,7 +314,7 @@ def load(overrides: Sequence[str] = (), extra_dir: str | None = None) -> Config:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             tree = OmegaConf.to_container(compose("config", overrides), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_composition_error(error)) from None
+        raise ConfigError(mistakes.of_composition(error, Config)) from None
     return from_tree(tree)
 
 
@@ -335,7 +334,7 @@ def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
             parsed = value if _takes_text(key) and value != "null" else yaml.safe_load(value)
             OmegaConf.update(tree, key, parsed, merge=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(_composition_error(error)) from None
+        raise ConfigError(mistakes.of_composition(error, Config)) from None
     return from_tree(OmegaConf.to_container(tree))
 
 
@@ -353,10 +352,12 @@ def from_tree(tree: Any) -> Config:
             raise ConfigError(
                 f"{field}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
             ) from None
-        rule = _plain(first["msg"])
+        rule = mistakes.plain(first["msg"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{field}={short(first['input'])}: no such field{_nearest(field)}") from None
-        raise ConfigError(f"{field}={short(first['input'])}: {rule}") from None
+            raise ConfigError(
+                f"{field}={mistakes.short(first['input'])}: no such field{mistakes.nearest(field, Config)}"
+            ) from None
+        raise ConfigError(f"{field}={mistakes.short(first['input'])}: {rule}") from None
     from moetrain.checks import check  # which looks routers and planners up
 
     check(config)
@@ -368,18 +369,6 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def short(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _plain(message: str) -> str:
-    message = message.removeprefix("Input should be ").removeprefix("Value error, ")
-    message = "must be given" if message == "Field required" else message
-    message = re.sub(r"^a valid (\w+)(, .*)?$", r"must be a valid \1", message)
-    return message if message.startswith("must") else f"must be {message}"
-
-
 def _takes_text(field: str) -> bool:
     """Whether `field` holds text, so that what a user writes is meant literally."""
     section: Any = Config
@@ -389,38 +378,3 @@ def _takes_text(field: str) -> bool:
         section = section.annotation if section else None
     found = getattr(section, "model_fields", {}).get(last)
     return found is not None and found.annotation in (str, str | None)
-
-
-def _fields(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        for kind in get_args(field.annotation) or (field.annotation,):
-            kind = getattr(kind, "__origin__", kind)
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                names += [name for name in _fields(kind, f"{prefix}{name}.") if name not in names]
-    return names
-
-
-def _nearest(field: str) -> str:
-    if field in _fields():
-        return f" in this {field.partition('.')[0]} preset"
-    close = difflib.get_close_matches(field, _fields(), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _composition_error(error: Exception) -> str:
-    text = str(error)
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return f"{found[1]}: no such field{_nearest(found[1])}"
-    if found := re.search(r"Key '[^']+' (?:is not in struct|not in)[\s\S]*?full_key: (\S+)", text):
-        return f"{found[1]}: no such field{_nearest(found[1])}"
-    if found := re.search(
-        r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '[^']*':\n([\s\S]*?)\nConfig", text
-    ):
-        return f"{found[1]}={found[2]}: must be one of {', '.join(found[3].split())}"
-    if found := re.search(r"Missing mandatory value: [\s\S]*?full_key: (\S+)", text):
-        return f"{found[1]}: must be given"
-    if found := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", text):
-        return f"{found[1]}: an override reads field=value"
-    return " ".join(text.split())
