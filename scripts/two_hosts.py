@@ -1,10 +1,11 @@
 """Train over two hosts that this machine makes up, with a link of limited rate between them. Needs root.
 
 example:
-  python scripts/two_hosts.py 50mbit experiment=trouble_slow_link run.name=slow     two workers on each host
+  python scripts/two_hosts.py 100mbit experiment=trouble_slow_link run.name=slow     two workers on each host
 """
 
 import os
+import signal
 import sys
 
 from moetrain.bench.namespaces import Hosts
@@ -21,6 +22,7 @@ def main(arguments: list[str]) -> int:
         return 2
     rate, *overrides = arguments
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # hosts are taken down on the way out
     try:
         with Hosts(rate) as hosts:
             codes = [worker.wait() for worker in hosts.start_ranks(["train", *overrides], PER_HOST)]

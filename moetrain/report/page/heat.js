@@ -65,7 +65,7 @@ function heat(box, map, view) {
     pen.textBaseline = "middle";
     pen.textAlign = "right";
     const everyRow = Math.ceil(13 / ch);
-    for (let r = 0; r < map.rows; r += everyRow) pen.fillText(names[r], left - 6, (r + 0.5) * ch);
+    for (let r = 0; r < map.rows; r += everyRow) pen.fillText(names[r], left - 6, Math.max(6, (r + 0.5) * ch));
     pen.textAlign = "center";
     for (const c of map.labels ?? spread(map.columns, Math.floor((width - left) / 42))) pen.fillText(map.columnName(c), Math.min(left + (c + 0.5) * cw, width - 16), tall + 12);
     pen.strokeStyle = strong;
