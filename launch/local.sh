@@ -18,4 +18,6 @@ if [[ -x "$here/.venv/bin/torchrun" ]]; then bin="$here/.venv/bin/"; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + workers - 1) / workers))}
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:glibc.malloc.arena_max=1:glibc.malloc.top_pad=67108864}
 
-exec "${bin}torchrun" --standalone --nproc-per-node "$workers" -m moetrain train "$@"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else every other restart waits for a store that is gone
+
+exec "${bin}torchrun" --standalone --nproc-per-node "$workers" --max-restarts 3 -m moetrain train "$@"

@@ -92,7 +92,9 @@ def check_world(c: Config, world: int) -> None:
         raise ConfigError(f"parallel.ep={ep}: needs at least as many experts, {which}={fewest}")
     if isinstance(c.engine, DeepSpeed):
         _check_deepspeed(c, c.engine, world, ep)
-    if t.global_batch % (world * (t.micro_batch or 1)):
+    if p.uneven and t.global_batch < world:
+        raise ConfigError(f"train.global_batch={t.global_batch}: must be at least the number of ranks, {world}")
+    if not p.uneven and t.global_batch % (world * (t.micro_batch or 1)):
         per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
         raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")
 

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moetrain import __version__, config, runs
+from moetrain import __version__, config, runs, worker
 from moetrain.bench import gpu_options, hosts_options, step_options
 from moetrain.bench import options as layer_options
 from moetrain.config import Config, ConfigError
+from moetrain.doctor import command as doctor
 from moetrain.observe import workspace
 from moetrain.observe.console import console, say_bad_input
 from moetrain.report import options as report_options
@@ -34,6 +35,12 @@ GENERATE = """Text from a run's newest checkpoint.
 
 example:
   moetrain generate runs/demo 'generate.prompt=def main(' generate.tokens=100
+"""
+CONFIG = """Print the resolved configuration of a run.
+
+examples:
+  moetrain config model=tiny train.steps=50                 YAML, which `moetrain train --resolved FILE` takes
+  moetrain config --keep run.name=big                       keep it in the run's folder, whose name is printed
 """
 DATA = """Prepare a corpus: tokenizer, token files, held-out split. `train` does it by itself where it is missing.
 
@@ -62,6 +69,7 @@ examples:
 PLAN = "Planning time and plan quality, every planner, many loads."
 VERBS = {"train": TRAIN, "eval": EVAL, "generate": GENERATE, "data": DATA, "profile": PROFILE, "bench": BENCH}
 VERBS |= {"report": report_options.REPORT, "workspace": workspace.WORKSPACE}
+VERBS |= {"config": CONFIG, "doctor": doctor.DOCTOR}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,10 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         verb.add_argument("overrides", nargs="*", metavar="field=value", help="overrides of the configuration")
         verb.add_argument("--json", action="store_true", help="machine-readable output")
+        if name == "doctor":
+            doctor.add_to(verb)
+        if name == "config":
+            verb.add_argument("--keep", action="store_true", help="write it to submitted.yaml in the run's folder")
         if name == "train":
+            verb.add_argument(
+                "--resolved", metavar="FILE", help="a resolved configuration, instead of the shipped YAML"
+            )
             verb.add_argument("--dry-run", action="store_true", help="only show parameters and memory per rank")
-        if name in ("train", "data", "profile"):
+        if name in ("train", "data", "profile", "config", "doctor"):
             verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
+    worker.die_with_launcher()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(given)
     takes_overrides = options.verb not in ("bench", "report", "workspace") or getattr(options, "what", "") == "step"
@@ -114,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "data": _data,
             "profile": _profile,
             "bench": _bench,
+            "config": _config,
+            "doctor": _doctor,
             "report": report_options.run,
             "workspace": workspace.run,
         }
@@ -123,7 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    settings = config.load(options.overrides, options.config_dir)
+    if options.resolved:
+        settings = config.load_resolved(Path(options.resolved), options.overrides)
+    else:
+        settings = config.load(options.overrides, options.config_dir)
     if options.dry_run:
         from moetrain import dry_run, mesh
 
@@ -158,6 +179,23 @@ def _data(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace) -> int:
     return _with_workers(options, config.load(options.overrides, options.config_dir), "profile")
+
+
+def _config(options: argparse.Namespace) -> int:
+    settings = config.load(options.overrides, options.config_dir)
+    if options.keep:
+        settings = runs.with_name(settings)
+        runs.check_writable(settings)
+        print(runs.keep_submitted(settings))
+    elif options.json:
+        print(settings.model_dump_json())
+    else:
+        print(config.dump(settings), end="")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return doctor.run(config.load(options.overrides, options.config_dir), options)
 
 
 def _benchmarks(verb: argparse.ArgumentParser) -> None:
@@ -254,18 +292,24 @@ def _check_run(settings: Config) -> None:
 def _with_workers(options: argparse.Namespace, settings: Config, verb: str) -> int:
     """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
     from moetrain import launcher, mesh, train
+    from moetrain.recovery import shrink
 
     place = mesh.from_env()
     workers = place[1] if place else settings.parallel.nproc or mesh.auto_nproc()
+    if verb == "train" and settings.run.name is not None:
+        settings = shrink.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
     settings.layout(workers)
     if verb != "profile":
         train.open_data(settings)
     if place is not None:
-        return launcher.work(lambda: _work(options, settings, verb, place))
-    arguments = list(options.given)
-    if verb == "train" and settings.run.name is None:
-        arguments.insert(1, f"run.name={runs.name_of(settings)}")
-    return launcher.launch(arguments, workers)
+        return worker.work(lambda: _work(options, settings, verb, place))
+    arguments, again = list(options.given), None
+    if verb == "train":
+        name = runs.name_of(settings)
+        if settings.run.name is None:
+            arguments.insert(1, f"run.name={name}")
+        again = launcher.Again(settings.recovery.restarts, runs.heartbeats(Path(settings.run.dir, name)))
+    return launcher.launch(arguments, workers, again)
 
 
 def _work(options: argparse.Namespace, settings: Config, verb: str, place: tuple[int, int, int]) -> None:
@@ -276,7 +320,9 @@ def _work(options: argparse.Namespace, settings: Config, verb: str, place: tuple
     rank, world, local_rank = place
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     torch.set_num_threads(settings.train.threads or max(1, (os.cpu_count() or 1) // here))
-    with mesh.start(settings.layout(world), rank=rank, world=world, local_rank=local_rank) as joined:
+    patience = settings.recovery.timeout + 60  # the heartbeat speaks first
+    layout = settings.layout(world)
+    with mesh.start(layout, rank=rank, world=world, local_rank=local_rank, timeout=patience) as joined:
         if verb == "bench":
             from moetrain.bench import step
 

@@ -59,6 +59,17 @@ def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
     return [bytes(row[: int(size)].numpy()).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
+def start_sending(tensor: Tensor, to: int, group: dist.ProcessGroup) -> Any:
+    """Begin to send to rank `to` of the world; wait for what is returned."""
+    return dist.isend(tensor, to, group=group)
+
+
+def receive(out: Tensor, source: int, group: dist.ProcessGroup) -> Tensor:
+    """What rank `source` of the world sends, in `out`."""
+    dist.recv(out, source, group=group)
+    return out
+
+
 def barrier() -> None:
     dist.barrier()
 

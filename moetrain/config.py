@@ -80,6 +80,7 @@ class Parallel(Section):
     ep: Positive | None
     dp_shard: Positive | None
     dp_replicate: Positive
+    uneven: bool = False
 
 
 Shape = Literal["uniform", "descending", "ascending", "pyramid_up", "pyramid_down", "wave_up", "wave_down"]
@@ -143,6 +144,13 @@ class Checkpoint(Section):
     keep: Positive
     keep_every: NonNegative
     resume: str
+
+
+class Recovery(Section):
+    timeout: PositiveFloat
+    restarts: NonNegative
+    skips: Positive
+    snapshot_every: NonNegative
 
 
 class Track(Section):
@@ -263,6 +271,7 @@ class Config(Section):
     eval: Eval
     generate: Generate
     checkpoint: Checkpoint
+    recovery: Recovery
     track: Track
     model: Model
     data: Data
@@ -274,12 +283,12 @@ class Config(Section):
         return spread(self.router.k_schedule, self.model.num_moe_layers, self.router.top_k, 1)
 
     def micro_batch(self, world: int) -> int:
-        """Sequences per rank and micro-step."""
-        return self.train.micro_batch or max(1, self.train.global_batch // world)
+        """Sequences per rank and micro-step; the most, where shares are uneven."""
+        return self.train.micro_batch or -(-self.train.global_batch // world)
 
     def micro_steps(self, world: int) -> int:
         """Micro-steps of an optimizer step."""
-        return self.train.global_batch // (self.micro_batch(world) * world)
+        return -(-self.train.global_batch // (self.micro_batch(world) * world))
 
     def layout(self, world: int) -> Parallel:
         """`parallel` with `ep` and `dp_shard` filled in; raises `ConfigError` where it does not fit `world` ranks."""

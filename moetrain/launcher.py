@@ -1,91 +1,172 @@
-"""Workers: started with torchrun's API when nobody else did, and how one of them ends.
+"""Starts the workers of one host when no other launcher did, and starts them again when one of them dies.
 
-A worker that raises writes its traceback where the launcher finds it; the launcher prints the first cause last.
+The workers meet at a store that this process keeps, on the loopback interface, a new one every time. A worker that
+fails writes its traceback to a file; the first cause has the last word. Requests to end are passed on; a second Ctrl-C
+kills.
 """
 
-import logging
+import json
 import os
-import re
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import time
-import traceback
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
 
 from rich.markup import escape
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed import TCPStore
 
-from moetrain.config import ConfigError
-from moetrain.mesh import from_env
-from moetrain.observe.console import BAD_INPUT, errors, say_bad_input
+from moetrain.observe.console import BAD_INPUT, errors
+from moetrain.recovery import heartbeat
+from moetrain.recovery.exits import GAVE_UP, REQUEUE
+from moetrain.recovery.signals import INTERRUPTED
+from moetrain.worker import ERROR_FILE
 
-PEER_GONE = re.compile(r"connection (closed|reset)|gloo|nccl|socket|broken pipe", re.IGNORECASE)
 MALLOC = (  # keep big blocks, on huge pages: faulting them in anew in every step costs a CPU run a quarter of its time
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:"
     "glibc.malloc.arena_max=1:glibc.malloc.top_pad=67108864"
 )
-PATIENCE_SECONDS = 5.0  # for which a rank that lost its peer leaves the first word to the peer
+LOOPBACK = "127.0.0.1"
+LOOK_SECONDS = 0.05  # between two looks at the workers
+GOODBYE_SECONDS = 10.0  # for the last worker to close its files, after the first one has ended as all agreed
 
 
-def launch(arguments: Sequence[str], workers: int) -> int:
+class Failure(NamedTuple):
+    """The first worker that ended in any other way than it should."""
+
+    rank: int
+    code: int  # below zero: killed by that signal
+    message: str
+
+
+class Again(NamedTuple):
+    """When workers that died are started again: `times` in a row without getting further in the run."""
+
+    times: int
+    heartbeats: Path  # of the run, which say how far it got
+
+
+def launch(arguments: Sequence[str], workers: int, again: Again | None = None) -> int:
     """Run `python -m moetrain ARGUMENTS` in `workers` processes on this host. Returns the exit code."""
-    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    plan = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id=f"moetrain-{uuid.uuid4().hex[:8]}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
+    requests = _Requests()
+    in_vain, reached = 0, heartbeat.furthest(again.heartbeats) if again else 0
+    while True:
+        began = time.time()
+        failure = _run(arguments, workers, requests)
+        if failure is None:
+            return 0
+        if requests.interrupted:
+            errors.print("interrupted")
+            return INTERRUPTED
+        if failure.code == REQUEUE or requests.heard:
+            return REQUEUE
+        if failure.code == BAD_INPUT:  # a worker has said what was wrong already
+            return BAD_INPUT
+        beats = [beat for beat in heartbeat.read(again.heartbeats) if beat.now > began] if again else []
+        where = next((f" in {beat.place()}" for beat in beats if beat.rank == failure.rank and beat.step), "")
+        errors.print(f"[bold red]rank {failure.rank} failed{where}:[/bold red]\n{escape(failure.message)}")
+        if again is None or failure.code == GAVE_UP:
+            return 1
+        here = max((beat.step for beat in beats), default=0)
+        if failure.code > 0 and not here:  # it raised before its first step, and would again
+            return 1
+        in_vain = 1 if here > reached else in_vain + 1
+        reached = max(reached, here)
+        if in_vain > again.times:
+            return 1
+        errors.print(
+            f"the workers start again ({in_vain} of {again.times} times without getting beyond step {reached})"
+        )
+
+
+class _Requests:
+    """SIGTERM, SIGUSR1 and Ctrl-C, as this process gets them."""
+
+    def __init__(self) -> None:
+        self.heard = 0  # how many
+        self.interrupted = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.heard += 1
+        if number == signal.SIGINT:
+            if not self.interrupted:
+                errors.print("the run ends after this step and saves; Ctrl-C again ends it now")
+            self.interrupted = True
+
+
+def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure | None:
+    """One attempt. All workers are gone when it returns."""
+    listening = socket.create_server((LOOPBACK, 0))
+    port = listening.getsockname()[1]
+    store = TCPStore(
+        LOOPBACK, port, None, True, timedelta(seconds=60), wait_for_workers=False, master_listen_fd=listening.detach()
     )
+    with tempfile.TemporaryDirectory(prefix="moetrain-") as folder:
+        words = [Path(folder, f"rank_{rank}.json") for rank in range(workers)]
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "moetrain", *arguments],
+                env={
+                    "GLOO_SOCKET_IFNAME": "lo",
+                    **os.environ,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(workers),
+                    "LOCAL_WORLD_SIZE": str(workers),
+                    "MASTER_ADDR": LOOPBACK,
+                    "MASTER_PORT": str(port),
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                    ERROR_FILE: str(words[rank]),
+                },
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # what the terminal sends, this process passes on
+            )
+            for rank in range(workers)
+        ]
+        passed_on = 0
+        try:
+            while True:
+                codes = [worker.poll() for worker in running]
+                for rank, code in enumerate(codes):
+                    if code == REQUEUE:
+                        _wait(running, GOODBYE_SECONDS)
+                    if code:
+                        return Failure(rank, code, _message(words[rank], code))
+                if all(code == 0 for code in codes):
+                    return None
+                if requests.heard > passed_on:
+                    if requests.heard > 1:
+                        return Failure(0, REQUEUE, "")
+                    passed_on = requests.heard
+                    for worker in running:
+                        worker.send_signal(signal.SIGTERM)
+                time.sleep(LOOK_SECONDS)
+        finally:
+            for worker in running:
+                worker.kill()
+                worker.wait()
+            del store
+
+
+def _wait(running: Sequence[subprocess.Popen], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(worker.poll() is None for worker in running):
+        time.sleep(LOOK_SECONDS)
+
+
+def _message(word: Path, code: int) -> str:
     try:
-        elastic_launch(plan, sys.executable)("-m", "moetrain", *arguments)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode != BAD_INPUT:  # a worker has said what was wrong already
-            _report(rank, failure.message, failure.exitcode)
-        return BAD_INPUT if failure.exitcode == BAD_INPUT else 1
-    except (SignalException, KeyboardInterrupt):
-        errors.print("interrupted")
-        return 130
-    return 0
-
-
-def work(body: Callable[[], None]) -> int:
-    """Run a worker's part. Returns its exit code; never raises."""
-    place = from_env()
-    rank = place[0] if place else 0
-    try:
-        body()
-    except ConfigError as error:
-        return say_bad_input(error)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)):
-            time.sleep(PATIENCE_SECONDS)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            get_error_handler().record_exception(error)
-        else:
-            errors.print(f"rank {rank} failed:\n{traceback.format_exc()}", markup=False)
-        return 1
-    return 0
-
-
-def _report(rank: int, message: object, code: int) -> None:
-    if isinstance(message, dict):
-        message = message.get("extraInfo", {}).get("py_callstack") or message.get("message")
-    elif code < 0:
-        message = f"the process was killed by signal {-code}"
-    errors.print(f"[bold red]rank {rank} failed:[/bold red]\n{escape(str(message))}")
+        about = json.loads(word.read_text())["message"]
+        return about["extraInfo"]["py_callstack"]
+    except (OSError, ValueError, KeyError):
+        return f"the process was killed by signal {-code}" if code < 0 else f"its exit code was {code}"

@@ -40,6 +40,7 @@ class Mesh:
     expert_data: DeviceMesh  # a rank's expert shard: (expert_data) or (dp_replicate, expert_data)
     dp_replicate: int
     saving: dist.ProcessGroup  # all ranks, over the hosts' network: for the thread that writes checkpoints
+    peers: dist.ProcessGroup  # the same: for the thread that sends snapshots to another host
 
     @property
     def is_main(self) -> bool:
@@ -107,7 +108,9 @@ def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Me
         group = dist.new_group(ranks)
         lend = group if rank in ranks else lend
     assert lend is not None
-    saving = dist.new_group(timeout=SLOWEST_SAVE, backend="gloo" if device.type == "cuda" else None)
+    saving, peers = (
+        dist.new_group(timeout=SLOWEST_SAVE, backend="gloo" if device.type == "cuda" else None) for _ in range(2)
+    )
     expert = Expert(rank % ep, ep, grid.get_group("ep"), lend)
     return Mesh(
         rank=rank,
@@ -118,6 +121,7 @@ def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Me
         expert_data=grid["dp_replicate", "expert_data"] if replicate > 1 else grid["expert_data"],
         dp_replicate=replicate,
         saving=saving,
+        peers=peers,
     )
 
 

@@ -13,6 +13,11 @@ def name_of(config: Config) -> str:
     return config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.planner.name}"
 
 
+def with_name(config: Config) -> Config:
+    """With a `run.name`."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name_of(config)})})
+
+
 def check_writable(config: Config) -> None:
     """Raises `ConfigError` where the run's folder could not be written. Leaves nothing behind."""
     folder = Path(config.run.dir) / (config.run.name or "")
@@ -32,6 +37,11 @@ def folder_of(config: Config) -> Path:
     return Path(config.run.dir, str(config.run.name))
 
 
+def heartbeats(folder: Path) -> Path:
+    """Where the ranks of the run in `folder` say how far they are."""
+    return folder / "recovery" / "heartbeat"
+
+
 def absolute(config: Config) -> Config:
     """With the data's places in full, so that the run is found complete from any folder."""
     places = {field: getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
@@ -41,11 +51,23 @@ def absolute(config: Config) -> Config:
 
 def create(config: Config) -> None:
     """Make the folder with the user's umask and write the resolved config into it."""
+    _write(config, "config.yaml")
+
+
+def keep_submitted(config: Config) -> Path:
+    """The configuration of a run that begins later, in its folder, which is returned."""
+    inside = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
+    config = absolute(config.model_copy(update={"run": inside}))
+    return _write(config, "submitted.yaml")
+
+
+def _write(config: Config, name: str) -> Path:
     folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / ".config.yaml.part"
+    unfinished = folder / f".{name}.part"
     unfinished.write_text(dump(config))
-    unfinished.rename(folder / "config.yaml")
+    unfinished.rename(folder / name)
+    return folder
 
 
 def find(name: str | None, directory: str = "runs") -> Path:

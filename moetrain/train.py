@@ -1,5 +1,6 @@
 """Training, from top to bottom: config -> mesh -> data -> model -> engine -> loop."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from moetrain.observe.layout import describe
 from moetrain.observe.meter import Part, Step
 from moetrain.observe.recorder import Recorder
 from moetrain.optim import learning_rate
+from moetrain.recovery import watch as recovery
+from moetrain.recovery.exits import Preempted
 from moetrain.report import build as report
 
 
@@ -38,7 +41,8 @@ def train(config: Config, mesh: Mesh) -> Path:
     config = with_vocabulary(runs.absolute(config), corpus)
     folder = runs.folder_of(config)
     model = build(config)
-    saved, notes = checkpoint.agree(config, folder, mesh, model, corpus.fingerprint)
+    start = checkpoint.agree(config, folder, mesh, model, corpus.fingerprint)
+    saved, notes = recovery.newer(start, config, folder, mesh)
     first, position = checkpoint.progress(saved)
     finished = bool(broadcast_text("yes" * (first >= config.train.steps and summary.is_there(folder)), mesh.device))
     if not finished and mesh.is_main:
@@ -65,10 +69,12 @@ def train(config: Config, mesh: Mesh) -> Path:
     with (
         checkpoint.Saver(folder, config, mesh, engine, corpus.fingerprint, first) as saver,
         Recorder(config, mesh, folder, first, corpus.domains, engine.model) as recorder,
+        recovery.Watch(config, folder, mesh, engine, first, voice) as watch,
     ):
         for step in range(first, config.train.steps):
             recorder.begin(step + 1)
-            began, clock = time.perf_counter(), Clock(mesh.device)
+            watch.begin(step + 1)
+            began, clock = time.perf_counter(), Clock(mesh.device, watch.mark)
             with clock.phase("data"):
                 shares = list(micro_batches(config, mesh, loader, position))
             lr = learning_rate(config.optim, step, config.train.steps)
@@ -77,26 +83,34 @@ def train(config: Config, mesh: Mesh) -> Path:
             engine.model.at_step(step + 1, config.train)
             seconds = time.perf_counter() - began
 
-            last = step + 1 == config.train.steps
-            saves = last or bool(config.checkpoint.every and (step + 1) % config.checkpoint.every == 0)
+            last, asked = step + 1 == config.train.steps, watch.end(step + 1, position, done.norm)
+            due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
+            saves = last or asked or bool(due and watch.sound)
             metrics = recorder.read(step + 1, done, always=saves)
             if saves:
+                watch.mark("save")
                 recorder.flush()
                 metrics["perf/checkpoint_stall_seconds"] = saver.save(step + 1, position)
+                watch.saved()
             voice.say_all(saver.news())
             if metrics:
                 metrics |= {"train/lr": lr, "train/grad_norm": done.norm}
-                metrics["train/tokens"] = position * config.train.seq_len
+                metrics |= {"train/tokens": position * config.train.seq_len, "train/skipped_steps": watch.skipped}
                 metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
                 metrics["perf/mfu"] = size.flops_per_token * tokens_in_batch / seconds / (peak * mesh.world)
                 recorder.log(step + 1, metrics)
             if not last and config.eval.every and (step + 1) % config.eval.every == 0:
                 recorder.held_out(step + 1, evaluate(engine.model, corpus, config, mesh))
+            if asked and not last:
+                saver.wait()
+                voice.say(f"asked to end: saved after step {step + 1}; the same command goes on from there")
+                raise Preempted
 
         held_out = evaluate(engine.model, corpus, config, mesh)
         recorder.held_out(config.train.steps, held_out)
         prompts = prompts_of(corpus, config)
         texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
+    watch.complete()
     voice.say_all(saver.news())
     if mesh.is_main:
         written = [
@@ -151,14 +165,21 @@ def optimizer_step(
             nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number])
             losses, router = balance.losses(stats), RouterSums.of(stats)
         with clock.phase("backward"):
-            engine.backward(nats.sum() / tokens_in_batch + losses.weighted, last=number == len(batches) - 1)
+            loss = nats.sum() / tokens_in_batch + losses.weighted
+            engine.backward(spoilt(loss), last=number == len(batches) - 1)
         losses = losses._replace(weighted=losses.weighted.detach())
         parts.append(Part(nats.detach(), batch.domain, losses, [s.light() for s in stats], router))
         choices[number] = None  # they are large
     with clock.phase("update"):
         norm = engine.step(lr)
-        balance.finish()
+        if math.isfinite(norm):
+            balance.finish()
     return Step(parts, balance.counts, norm, clock)
+
+
+def spoilt(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, one whose gradients are not either, so that all ranks see it in their norm."""
+    return loss * (1 + 0 * loss.detach())
 
 
 def build(config: Config) -> Transformer:
@@ -187,7 +208,11 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
 
 
 def micro_batches(config: Config, mesh: Mesh, loader: Samples, position: int) -> Iterator[Sequences]:
-    """This rank's sequences of one optimizer step, micro-step by micro-step; `position`: its first global sample."""
-    size = config.micro_batch(mesh.world)
-    for first in range(position, position + config.train.global_batch, size * mesh.world):
-        yield loader.samples(first + mesh.rank * size, first + (mesh.rank + 1) * size)
+    """This rank's sequences of one optimizer step, micro-step by micro-step; `position`: its first global sample.
+
+    The batch is cut into equal parts, one a rank and micro-step, or parts that differ by one.
+    """
+    size, parts = config.train.global_batch, config.micro_steps(mesh.world) * mesh.world
+    for part in range(mesh.rank, parts, mesh.world):
+        first, end = (-(-size * n // parts) for n in (part, part + 1))
+        yield loader.samples(position + first, position + end)

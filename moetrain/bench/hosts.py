@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moetrain import launcher
+from moetrain import launcher, worker
 from moetrain.bench import hosts_options, tables
 from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Cell, Setup, interleave
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     """Be a worker on a host; else make the hosts and start the workers on them."""
     place = from_env()
     if place is not None:
-        return launcher.work(lambda: _work(options, place))
+        return worker.work(lambda: _work(options, place))
     found: Records = []
     with tempfile.TemporaryDirectory() as folder, Hosts() as hosts:
         os.environ.setdefault("GLIBC_TUNABLES", launcher.MALLOC)

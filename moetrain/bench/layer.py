@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moetrain import launcher
+from moetrain import launcher, worker
 from moetrain.bench import cases, layer_report, peers, virtual
 from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Setup, interleave
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError(f"--out {options.out}: {error.strerror}") from None
     if place is None:
         return launcher.launch(options.given, workers)
-    return launcher.work(lambda: _work(options, grid, place))
+    return worker.work(lambda: _work(options, grid, place))
 
 
 def _work(options: argparse.Namespace, grid: Grid, place: tuple[int, int, int]) -> None:

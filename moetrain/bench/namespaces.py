@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from moetrain.config import ConfigError
 
@@ -71,16 +72,23 @@ class Hosts:
         """Take the link down: the hosts no longer hear each other."""
         _call(*f"ip -n {self.names[host]} link set {INTERFACE} down".split())
 
-    def start(self, host: int, arguments: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen:
-        """Run a command on a host. `GLOO_SOCKET_IFNAME` names its interface; killed on the way out."""
+    def start(
+        self, host: int, arguments: Sequence[str], env: Mapping[str, str], out: IO[str] | None = None
+    ) -> subprocess.Popen:
+        """Run a command on a host. `GLOO_SOCKET_IFNAME` names its interface; killed on the way out.
+
+        `out`: where what it says goes; None: where ours does.
+        """
         name = self.names[host]
         inside = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name]
         env = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE, **env}
-        worker = subprocess.Popen([*inside, *arguments], env=env)
+        worker = subprocess.Popen([*inside, *arguments], env=env, stdout=out, stderr=out)
         self._workers.append(worker)
         return worker
 
-    def start_ranks(self, arguments: Sequence[str], per_host: int) -> list[subprocess.Popen]:
+    def start_ranks(
+        self, arguments: Sequence[str], per_host: int, out: IO[str] | None = None
+    ) -> list[subprocess.Popen]:
         """`python -m moetrain ARGUMENTS` as every rank, `per_host` on each host, neighbours on the same one."""
         common = {
             "MASTER_ADDR": self.addresses[0],
@@ -94,6 +102,7 @@ class Hosts:
                 rank // per_host,
                 [sys.executable, "-m", "moetrain", *arguments],
                 {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % per_host)},
+                out,
             )
             for rank in range(2 * per_host)
         ]

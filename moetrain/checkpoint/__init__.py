@@ -6,16 +6,18 @@ planner's `costs.json`, and `manifest.json`. The folder appears whole or not at 
 
 from moetrain.checkpoint.loading import load
 from moetrain.checkpoint.manifest import newest, progress
-from moetrain.checkpoint.resume import agree, check_data, check_fits, first_whole, given, to_resume
+from moetrain.checkpoint.resume import Start, agree, check_data, check_fits, first_whole, given, goes_on, to_resume
 from moetrain.checkpoint.saving import Saver
 
 __all__ = [
     "Saver",
+    "Start",
     "agree",
     "check_data",
     "check_fits",
     "first_whole",
     "given",
+    "goes_on",
     "load",
     "newest",
     "progress",

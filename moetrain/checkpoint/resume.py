@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from torch import nn
 
 from moetrain.checkpoint import manifest
@@ -22,15 +23,25 @@ class Start(NamedTuple):
     notes: list[str]  # what was passed over, and why
 
 
+def goes_on(config: Config, folder: Path) -> bool:
+    """Whether `checkpoint.resume` lets a run in `folder` go on with what is its own.
+
+    `auto` does. A path or `none` says how a run begins: the same command again goes on with it.
+    """
+    choice, known = config.checkpoint.resume, folder / "config.yaml"
+    if choice == "auto" or not known.is_file():
+        return choice == "auto"
+    return yaml.safe_load(known.read_text()).get("checkpoint", {}).get("resume") == choice
+
+
 def to_resume(config: Config, folder: Path | None) -> Path | None:
     """The checkpoint that `checkpoint.resume` means for a run in `folder`, if any; the tensors' bytes are not read.
 
     Raises `ConfigError` where it is not there, damaged or foreign, or where going on from it would mix two runs in one
     folder.
     """
-    choice = config.checkpoint.resume
     present = newest(folder) if folder is not None else None
-    if choice == "auto":
+    if config.checkpoint.resume == "auto" or (folder is not None and present is not None and goes_on(config, folder)):
         if present is not None:
             check_fits(config, present, same_run=True)
         return present
@@ -73,6 +84,8 @@ def agree(config: Config, folder: Path, mesh: Mesh, model: nn.Module, data: Mapp
     """
     _first_rank_checks(mesh, lambda: to_resume(config, folder))
     choice = config.checkpoint.resume
+    again = goes_on(config, folder) and (choice == "auto" or newest(folder) is not None)
+    choice = broadcast_text("auto" if again else choice, mesh.device)
     candidates = manifest.folders(folder) if choice == "auto" else [] if choice == "none" else [Path(choice)]
     path, passed = first_whole(candidates, mesh)
     if path is None and passed:

@@ -219,18 +219,11 @@ class Saver:
         entries = manifest.entries_text(self._entries())
         stamps[manifest.ENTRIES] = files.write(part / manifest.ENTRIES, entries.encode())
         stamps[COSTS] = files.write(part / COSTS, (self._folder / COSTS).read_bytes())
-        mesh = self._mesh
         body = {
             "step": step,
             "samples": samples,
             "code": {"moetrain": moetrain.__version__, "source": self._source, "torch": torch.__version__},
-            "layout": {
-                "engine": self._config.engine.name,
-                "ranks": mesh.world,
-                "ep": mesh.ep.size,
-                "dp_shard": mesh.world // mesh.dp_replicate,
-                "dp_replicate": mesh.dp_replicate,
-            },
+            "layout": layout_of(self._config, self._mesh),
             "data": self._data,
             "files": stamps,
             "config": self._config.model_dump(mode="json"),
@@ -260,6 +253,17 @@ class Saver:
             for path in manifest.folders(self._folder)[keep.keep :]
             if not keep.keep_every or manifest.step_of(path) % keep.keep_every
         ]
+
+
+def layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """How states are cut: equal ones are held alike, rank by rank."""
+    return {
+        "engine": config.engine.name,
+        "ranks": mesh.world,
+        "ep": mesh.ep.size,
+        "dp_shard": mesh.world // mesh.dp_replicate,
+        "dp_replicate": mesh.dp_replicate,
+    }
 
 
 def _file_of(rank: int) -> str:

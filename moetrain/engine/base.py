@@ -62,12 +62,13 @@ class Engine(ABC):
     def step(self, lr: float) -> float:
         """Clip by the global norm, update, forget the gradients. Returns the norm before clipping.
 
-        Raises `FloatingPointError` on every rank, before anything is updated, where the norm is not finite.
+        Where it is not finite nothing is updated; raises `FloatingPointError` then, if the engine cannot go on.
         """
         norm = self.grad_norm()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}, nothing was updated; a lower optim.lr may help")
-        self._update(lr, self.clip / (norm + 1e-6) if self.clip and norm > self.clip else 1.0)
+        if math.isfinite(norm):
+            self._update(lr, self.clip / (norm + 1e-6) if self.clip and norm > self.clip else 1.0)
+        else:
+            self._forget()
         for moe in moes(self.model):
             moe.experts.store.reset()  # weights have changed
         return norm
@@ -91,6 +92,10 @@ class Engine(ABC):
     @abstractmethod
     def _update(self, lr: float, scale: float) -> None:
         """One step of the optimizer with the gradients times `scale`; then forget them."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Forget the gradients: the step is left out."""
 
 
 def guest_slots(config: Config, world: int) -> int:

@@ -104,6 +104,10 @@ class DeepSpeedEngine(Engine):
         self._own_adam.step()
         self._own_adam.zero_grad()
 
+    def _forget(self) -> None:
+        rule = "under engine=deepspeed a step cannot be left out; a lower optim.lr may help"
+        raise FloatingPointError(f"the gradient norm is not finite, nothing was updated; {rule}")
+
     def grad_norm(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for grad, copies in self._grads():

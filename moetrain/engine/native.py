@@ -65,6 +65,9 @@ class NativeEngine(Engine):
         if scale != 1.0:
             torch._foreach_mul_([local(g) for g in self._grads()], scale)
         self.optimizer.step()
+        self._forget()
+
+    def _forget(self) -> None:
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:

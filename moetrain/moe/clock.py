@@ -6,7 +6,7 @@ exchange to the exchange's end: the rank that comes last waits least, and the ot
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,18 @@ PHASES = ("route", "plan", "lend", "dispatch", "experts", "combine")
 BACKWARD_PHASES = ("backward_lend", "backward_dispatch", "backward_experts", "backward_combine")
 WAITS = ("wait_counts", "wait_dispatch", "wait_combine", "backward_wait_dispatch", "backward_wait_combine")
 
+Mark = Callable[[str], None]  # is told a phase when it begins
+
+
+def unmarked(phase: str) -> None:
+    pass
+
 
 class Clock:
     """Adds up the phases of one layer and micro-step; `seconds()` may wait for the device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, mark: Mark = unmarked) -> None:
+        self._mark = mark
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
         self._running = True
@@ -40,6 +47,7 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A part of the forward."""
+        self._mark(name)
         if not self._running:
             yield
             return
@@ -49,6 +57,7 @@ class Clock:
     @contextmanager
     def backward(self, name: str) -> Iterator[None]:
         """A part of the backward; it is called `backward_` and `name`."""
+        self._mark(f"backward_{name}")
         with self._marked(f"backward_{name}"):
             yield
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moetrain import config
 from moetrain.comm import all_gather
 from moetrain.moe import capacity
-from moetrain.moe.clock import Clock
+from moetrain.moe.clock import Clock, Mark, unmarked
 from moetrain.moe.cost import Costs, State
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels import positions
@@ -97,6 +97,7 @@ class MoE(nn.Module):
         self.planner: Planner = partial(PLANNERS[planner.name], **planner.options)
         self.costs: Costs | None = None  # of this machine; None: those of the reference machine
         self.past_E: Floats | None = None  # [E] rows of the expert group in training so far, the later the heavier
+        self.mark: Mark = unmarked
         if model.num_zero_compute:
             tau = router.zero_compute_tau
             self.room_weights = (tau,) * model.num_experts + (1.0,) * model.num_zero_compute
@@ -126,7 +127,7 @@ class MoE(nn.Module):
         The layer's one host sync: the counts of all ranks of the expert group.
         """
         scores = Scores(*(x.detach() for x in scores))
-        clock = Clock(scores.logits_TE.device)
+        clock = Clock(scores.logits_TE.device, self.mark)
         (num_tokens, num_all), num_experts = scores.logits_TE.shape, self.experts.num_experts
         with clock.phase("route"):
             if choice is None:

@@ -40,8 +40,8 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: 
         ),
         (
             "batch",
-            f"{t.global_batch} sequences × {t.seq_len} tokens in {t.global_batch // (micro * mesh.world)} "
-            f"micro-step(s) of {micro} a rank; {t.steps} steps",
+            f"{t.global_batch} sequences × {t.seq_len} tokens in {config.micro_steps(mesh.world)} "
+            f"micro-step(s) of {'up to ' * (t.global_batch % (micro * mesh.world) > 0)}{micro} a rank; {t.steps} steps",
         ),
         ("run", f"{config.run.dir}/{config.run.name}"),
     ):

@@ -1,0 +1,190 @@
+"""What a run needs of the host that it is on."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from moetrain import mesh, runs
+from moetrain.config import Config, ConfigError
+from moetrain.data import prepare
+from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
+from moetrain.recovery import memory
+
+OPTIONAL = {
+    "deepspeed": "engine=deepspeed",
+    "tensorboard": "TensorBoard",
+    "transformers": "moetrain convert",
+    "hydra-submitit-launcher": "sweeps on Slurm",
+    "hydra-joblib-launcher": "sweeps side by side on one host",
+}
+STATES = 12  # bytes a parameter: fp32 weight and two moments
+TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """In the order in which things would fail."""
+    yield _python()
+    yield _torch()
+    yield from _devices()
+    yield _packages()
+    yield from _disks(config)
+    yield _shared_memory(config)
+    yield _loopback()
+    yield _name()
+    yield _clock()
+    yield _open_files()
+
+
+def parameters(config: Config) -> int:
+    from moetrain.observe.estimate import estimate
+
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.vocab_size})
+    return estimate(config.model_copy(update={"model": model}), 1).total
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()} on {platform.system()} {platform.release()}, {platform.machine()}"
+    if sys.platform != "linux":
+        return Finding("python", NOTE, text, "snapshots in memory and huge pages are of Linux; train elsewhere without")
+    return Finding("python", GOOD, text)
+
+
+def _torch() -> Finding:
+    import torch
+
+    needs = next(r for r in importlib.metadata.requires("moetrain") or [] if r.startswith("torch"))
+    high, low = sorted(tuple(map(int, version)) for version in re.findall(r"(\d+)\.(\d+)", needs))[::-1]
+    here = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
+    backends = [name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")()]
+    text = f"{torch.__version__}, backends {', '.join(backends) or 'none'}"
+    if not low <= here < high:
+        return Finding("torch", BAD, text, f"pip install '{needs}'")
+    if "gloo" not in backends or (torch.cuda.is_available() and "nccl" not in backends):
+        return Finding("torch", BAD, text, "install a build of torch with gloo, and with NCCL for GPUs")
+    return Finding("torch", GOOD, text)
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("cpu", GOOD if cores > 1 else NOTE, f"{cores} cores", "" if cores > 1 else "parallel.nproc=1")
+    if not torch.cuda.is_available():
+        found = [path for path in ("/dev/nvidia0", "/dev/nvidiactl") if Path(path).exists()]
+        if found:
+            yield Finding(
+                "gpu", BAD, f"{found[0]} is there, torch sees no GPU", "a CUDA build of torch for this driver"
+            )
+        else:
+            yield Finding("gpu", GOOD, f"none: {mesh.auto_nproc()} workers on the CPU, over gloo")
+        return
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        text = f"{about.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        busy = free < 0.9 * total
+        yield Finding(f"gpu {index}", NOTE if busy else GOOD, text, "another process holds memory" if busy else "")
+
+
+def _packages() -> Finding:
+    have, lack = [], []
+    for name, use in OPTIONAL.items():
+        try:
+            have.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lack.append(f"{name} ({use})")
+    text = "; ".join(
+        [", ".join(have) or "none of the optional ones"] + ([f"without {', '.join(lack)}"] if lack else [])
+    )
+    return Finding("packages", GOOD, text)
+
+
+def _disks(config: Config) -> Iterator[Finding]:
+    needed = STATES * parameters(config) * (config.checkpoint.keep + 1)
+    try:
+        runs.check_writable(config)
+    except ConfigError as error:
+        yield Finding("runs", BAD, str(error), "run.dir=FOLDER, one that all hosts share")
+    else:
+        free = shutil.disk_usage(_there(Path(config.run.dir))).free
+        text = f"{config.run.dir}: {free / 2**30:.1f} GiB free, checkpoints take {needed / 2**30:.2f}"
+        bad = free < needed
+        yield Finding("runs", BAD if bad else GOOD, text, "another run.dir, or checkpoint.keep=1" if bad else "")
+    folder = prepare.folder_of(config.data)
+    if (folder / "manifest.json").is_file():
+        yield Finding("data", GOOD, f"{folder} is prepared")
+        return
+    try:
+        with tempfile.TemporaryFile(dir=_there(folder)):
+            pass
+    except OSError as error:
+        yield Finding("data", BAD, f"{config.data.dir}: {error.strerror}", "data.dir=FOLDER, one that all hosts share")
+    else:
+        yield Finding(
+            "data", NOTE, f"{folder} is not prepared", "`moetrain data` does it once; else the first run does"
+        )
+
+
+def _shared_memory(config: Config) -> Finding:
+    if not memory.ROOT.is_dir():
+        return Finding("memory", NOTE, f"there is no {memory.ROOT}", "recovery.snapshot_every=0")
+    usage = shutil.disk_usage(memory.ROOT)
+    needed = 2 * STATES * parameters(config)
+    left = memory.left_behind()
+    text = f"{memory.ROOT}: {usage.free / 2**30:.1f} GiB free, snapshots of one host alone take {needed / 2**30:.2f}"
+    if left:
+        text += f"; {sum(size for _, size in left) / 2**30:.2f} in use by {len(left)} run(s)"
+    if config.recovery.snapshot_every and usage.free < needed:
+        return Finding("memory", NOTE, text, f"mount it larger, remove old runs in {memory.root()}, or go without")
+    return Finding("memory", GOOD, text)
+
+
+def _loopback() -> Finding:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
+            return Finding("loopback", GOOD, "workers of this host can meet")
+    except OSError as error:
+        return Finding("loopback", BAD, f"127.0.0.1: {error.strerror}", "ip link set lo up")
+
+
+def _name() -> Finding:
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        advice = "GLOO_SOCKET_IFNAME=INTERFACE (and NCCL_SOCKET_IFNAME), or a line for it in /etc/hosts"
+        return Finding("name", NOTE, f"{name} has no address", advice)
+    if address.startswith("127."):
+        advice = "on several hosts set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them"
+        return Finding("name", NOTE, f"{name} is {address}", advice)
+    return Finding("name", GOOD, f"{name} is {address}")
+
+
+def _clock() -> Finding:
+    if sys.platform != "linux":
+        return Finding("clock", NOTE, "not looked at on this system", "synchronise the hosts' clocks (NTP)")
+    state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    if state == TIME_ERROR:
+        return Finding("clock", NOTE, "is not synchronised", "chronyd or ntpd; heartbeats compare the hosts' clocks")
+    return Finding("clock", GOOD, "is synchronised" if state >= 0 else "cannot be asked here")
+
+
+def _open_files() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = soft < 4096
+    return Finding("files", NOTE if few else GOOD, f"{soft} may be open", "ulimit -n 65536" if few else "")
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,0 +1,180 @@
+"""Snapshots in memory: the states of every rank, every so many steps, on its own host and on a peer host.
+
+A step waits while its states are copied into one of two files of shared memory, in turn. A thread stamps the copy and
+sends it to the peer. A file is written over only when all ranks have stamped the newer one: one whole snapshot is
+always there, whichever worker or host is lost.
+"""
+
+import shutil
+import threading
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.checkpoint import files
+from moetrain.checkpoint.entries import Engine, Entries
+from moetrain.checkpoint.files import DTYPES, Block
+from moetrain.comm import all_reduce_sum
+from moetrain.mesh import Mesh
+from moetrain.recovery import memory, transfer
+from moetrain.recovery.memory import SLOTS, Stamp
+
+
+def keepers(hosts: Sequence[str]) -> list[int | None]:
+    """For the rank on each of these hosts, the one on the next host that keeps a copy; None where there is one host."""
+    names = list(dict.fromkeys(hosts))
+    ranks = {name: [rank for rank, host in enumerate(hosts) if host == name] for name in names}
+    if len(names) == 1:
+        return [None] * len(hosts)
+    out: list[int | None] = []
+    for rank, host in enumerate(hosts):
+        others = ranks[names[(names.index(host) + 1) % len(names)]]
+        out.append(others[ranks[host].index(rank) % len(others)])
+    return out
+
+
+class Snapshots:
+    """Takes them. All ranks make one and call `take` at the same steps, when `busy` is false on all of them."""
+
+    def __init__(self, run: str, mesh: Mesh, engine: Engine, layout: dict[str, Any], hosts: Sequence[str]) -> None:
+        """`run`: its identity; `hosts`: of every rank; `layout`: as in a checkpoint's manifest."""
+        self._mesh, self._engine, self._layout, self._hosts = mesh, engine, layout, hosts
+        self._place = memory.home(run, hosts[mesh.rank])
+        keeper = keepers(hosts)
+        self._to = keeper[mesh.rank]
+        self._from = [rank for rank, to in enumerate(keeper) if to == mesh.rank]
+        there = [(stamp.step, slot.name) for slot, stamp in memory.stamps(self._place) if slot.name in SLOTS]
+        newest = max(there, default=(0, SLOTS[1]))
+        self._turn = (self._newest_of_all(2 * newest[0] + SLOTS.index(newest[1])) + 1) % 2
+        self._clear_assembled()
+        self._held: dict[tuple[str, int], Tensor] = {}  # (slot, rank) -> its file's memory
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._too_small = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last one is still being stamped and sent."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def take(self, step: int, samples: int) -> str | None:
+        """Copy the states now, the rest in a thread. What to say, where there is no memory for it: none is taken."""
+        self.wait()
+        if self._too_small:
+            return None
+        slot, rank = self._place / SLOTS[self._turn], self._mesh.rank
+        held = self._engine.entries()
+        blocks = _blocks(held)
+        header = files.header(blocks)
+        size = len(header) + sum(block.bytes for block in blocks)
+        if (SLOTS[self._turn], rank) not in self._held and (short := self._reserve(SLOTS[self._turn], size)):
+            self._too_small = True
+            return short
+        self._turn ^= 1
+        mapped = self._held[slot.name, rank]
+        for owner in (rank, *self._from):
+            memory.stamp_file(slot, owner).unlink(missing_ok=True)
+        mapped[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        for block, place in zip(blocks, mapped[len(header) :].split([b.bytes for b in blocks]), strict=True):
+            values = held[block.name].values
+            place.view(values.dtype).copy_(values, non_blocking=True)
+        if self._mesh.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        holding = {n: (DTYPES[h.values.dtype], h.shape, h.begin, h.begin + len(h.values)) for n, h in held.items()}
+        stamp = Stamp(rank, step, samples, self._layout, size, "", holding)
+        self._thread = threading.Thread(target=self._work, args=(slot.name, stamp), daemon=True)
+        self._thread.start()
+        return None
+
+    def wait(self) -> None:
+        """Until the last one is done. Raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            raise self._failure
+
+    def forget(self) -> None:
+        """The run is complete: its snapshots go."""
+        self.wait()
+        self._held.clear()
+        memory.forget(self._place)
+
+    def _work(self, slot: str, stamp: Stamp) -> None:
+        try:
+            mapped = self._held[slot, stamp.rank]
+            stamp = replace(stamp, crc32=f"{zlib.crc32(mapped.numpy().data):08x}")
+            memory.put_stamp(self._place / slot, stamp)
+            under_way = [] if self._to is None else transfer.start_send(mapped, stamp, self._to, self._mesh)
+            for source in self._from:
+                theirs = transfer.receive_stamp(source, self._mesh)
+                transfer.receive_file(self._held[slot, source], source, self._mesh)
+                memory.put_stamp(self._place / slot, theirs)
+            for work in under_way:
+                work.wait()
+        except BaseException as error:
+            self._failure = error
+
+    def _newest_of_all(self, mine: int) -> int:
+        """2 · step + slot of the newest file that any rank sees."""
+        seen = torch.zeros(self._mesh.world, dtype=torch.int64, device=self._mesh.device)
+        seen[self._mesh.rank] = mine
+        return int(all_reduce_sum(seen).max())
+
+    def _reserve(self, slot: str, size: int) -> str | None:
+        """Memory for this slot's files on this host. All ranks call it; where one has none, all say so."""
+        sizes = torch.zeros(self._mesh.world + 1, dtype=torch.int64, device=self._mesh.device)
+        sizes[self._mesh.rank] = size
+        all_reduce_sum(sizes)
+        self._clear_others(slot)
+        failed = 0
+        for rank in (self._mesh.rank, *self._from):
+            try:
+                self._held[slot, rank] = memory.reserve(memory.data_file(self._place / slot, rank), int(sizes[rank]))
+            except OSError:
+                failed = 1
+        sizes[-1] = failed
+        if int(all_reduce_sum(sizes)[-1]) == 0:
+            return None
+        for key in [key for key in self._held if key[0] == slot]:
+            memory.data_file(self._place / slot, key[1]).unlink(missing_ok=True)
+            del self._held[key]
+        here = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]]
+        most = 2 * len(here) * size * (1 if self._to is None else 2)
+        return f"no snapshots in memory: {memory.ROOT} is too small, a host needs about {most / 2**30:.1f} GiB there"
+
+    def _clear_assembled(self) -> None:
+        """What this start was loaded from, `restore.assemble`: all ranks have by now."""
+        for path in self._place.glob(f"for_rank_{self._mesh.rank:05d}"):
+            shutil.rmtree(path, ignore_errors=True)
+        if self._is_first_here:
+            shutil.rmtree(self._place / memory.FETCHED, ignore_errors=True)
+
+    @property
+    def _is_first_here(self) -> bool:
+        """Of the ranks on its host."""
+        return self._mesh.rank == self._hosts.index(self._hosts[self._mesh.rank])
+
+    def _clear_others(self, slot: str) -> None:
+        """Files of ranks that an earlier start with more of them had here; one rank a host does it."""
+        if not self._is_first_here:
+            return
+        here = {rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]}
+        keep = here | {rank for rank, to in enumerate(keepers(self._hosts)) if to in here}
+        known = {f"rank_{rank:05d}" for rank in keep}
+        for path in (self._place / slot).glob("rank_*"):
+            if path.name.partition(".")[0] not in known:
+                path.unlink(missing_ok=True)
+
+
+def _blocks(held: Entries) -> list[Block]:
+    """In the order of a file: wide elements first, each aligned to its width."""
+    order = sorted(held, key=lambda name: (-held[name].values.element_size(), name))
+    return [
+        Block(name, DTYPES[values.dtype], (len(values),), values.nbytes)
+        for name, values in ((name, held[name].values) for name in order)
+    ]

@@ -1,0 +1,124 @@
+"""What a training loop does for the day when something fails: a heartbeat, snapshots, an ear for requests to end."""
+
+import socket
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import yaml
+
+from moetrain import checkpoint, runs
+from moetrain.checkpoint import Start
+from moetrain.checkpoint.saving import layout_of
+from moetrain.comm import all_reduce_sum, broadcast_text, gather_texts
+from moetrain.config import Config
+from moetrain.engine import Engine
+from moetrain.mesh import Mesh
+from moetrain.observe.console import Voice
+from moetrain.profile import COSTS
+from moetrain.recovery import restore, signals
+from moetrain.recovery.guard import Guard
+from moetrain.recovery.heartbeat import Heart
+from moetrain.recovery.snapshots import Snapshots
+
+
+def newer(start: Start, config: Config, folder: Path, mesh: Mesh) -> Start:
+    """`start`, or the run's newest snapshot in memory where that is further. All ranks call it, and agree.
+
+    Raises `ConfigError` where the snapshot is of another model or other data.
+    """
+    if not checkpoint.goes_on(config, folder):
+        return start
+    run = _identity(folder, mesh, make=False)
+    hosts = _hosts(mesh)
+    found = restore.newest(run, mesh, hosts, checkpoint.progress(start.path)[0]) if run else None
+    if found is None:
+        return start
+    begun_with = yaml.safe_load((folder / "config.yaml").read_text())
+    path = restore.assemble(found, run, mesh, hosts, layout_of(config, mesh), begun_with, folder / COSTS)
+    checkpoint.check_fits(config, path, same_run=True)
+    return Start(path, [*start.notes, f"a snapshot in memory is newer than what is on the disk: step {found.step}"])
+
+
+class Watch:
+    """Over one training loop, on every rank; its context ends with the loop.
+
+    `begin` and `end` enclose a step; `end` enters one small collective.
+    """
+
+    def __init__(self, config: Config, folder: Path, mesh: Mesh, engine: Engine, first: int, voice: Voice) -> None:
+        """`first`: steps done when the loop begins."""
+        options = config.recovery
+        self._mesh, self._voice, self._every = mesh, voice, options.snapshot_every
+        self._run = _identity(folder, mesh, make=True)
+        self.guard = Guard(folder / "recovery", mesh, options.skips, saved=first > 0)
+        self._heart = Heart(runs.heartbeats(folder), mesh.rank, mesh.world, options.timeout)
+        self._heart.watch(engine.model)
+        self._snapshots = Snapshots(self._run, mesh, engine, layout_of(config, mesh), _hosts(mesh))
+        self._last = first
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Watch":
+        self._stack.enter_context(signals.heeded())
+        self._stack.enter_context(self._heart)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def begin(self, step: int) -> None:
+        self._heart.begin(step)
+
+    def mark(self, phase: str) -> None:
+        """A part of the step that is not of a layer."""
+        self._heart.mark(None, phase)
+
+    def end(self, step: int, samples: int, norm: float) -> bool:
+        """Whether all ranks have agreed to end here. Raises `Ended` after too many steps that were not finite."""
+        self.mark("end of the step")
+        if said := self.guard.judge(step, norm):
+            self._voice.say(said)
+        votes = torch.tensor([signals.asked(), self._snapshots.busy], dtype=torch.int64, device=self._mesh.device)
+        asked, busy = all_reduce_sum(votes).tolist()
+        due = self._every and step - self._last >= self._every
+        if due and not busy and not self.guard.in_a_row:
+            if said := self._snapshots.take(step, samples):
+                self._voice.say(said)
+            self._last, self.guard.saved = step, True
+        return asked > 0
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out since this process began."""
+        return self.guard.skipped
+
+    @property
+    def sound(self) -> bool:
+        """Whether the last step was not left out."""
+        return not self.guard.in_a_row
+
+    def saved(self) -> None:
+        """There is a checkpoint of this run to go back to."""
+        self.guard.saved = True
+
+    def complete(self) -> None:
+        """The run is: what was kept for it in memory goes."""
+        self._snapshots.forget()
+
+
+def _identity(folder: Path, mesh: Mesh, make: bool) -> str:
+    """Of the run in `folder`: another one of the same name has another. Empty where there is none yet."""
+    path, text = folder / "recovery" / "run", ""
+    if mesh.is_main:
+        if make and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{folder.name}-{uuid.uuid4().hex[:12]}")
+        text = path.read_text() if path.is_file() else ""
+    return broadcast_text(text, mesh.device)
+
+
+def _hosts(mesh: Mesh) -> list[str]:
+    """The host of every rank."""
+    return gather_texts(socket.gethostname(), mesh.saving)

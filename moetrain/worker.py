@@ -1,0 +1,69 @@
+"""A worker's life around its task: it dies with its launcher, and leaves word of how it ended where that one looks."""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from moetrain.config import ConfigError
+from moetrain.observe.console import errors, say_bad_input
+from moetrain.recovery import signals
+from moetrain.recovery.exits import Ended
+
+PEER_GONE = re.compile(r"connection (closed|reset|refused)|gloo|nccl|socket|broken pipe", re.IGNORECASE)
+PATIENCE_SECONDS = 5.0  # for which a rank that lost its peer leaves the first word to the peer
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # as torchrun names it to its workers, and our launcher to its own
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_launcher() -> None:
+    """Where torchrun or our launcher started this process: when they are killed, so is it (Linux)."""
+    if ERROR_FILE in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def work(body: Callable[[], None]) -> int:
+    """Run a worker's part. Returns its exit code; never raises."""
+    signals.leave_when_asked()
+    try:
+        body()
+    except ConfigError as error:
+        return say_bad_input(error)
+    except Ended as end:
+        if str(end):
+            _leave_word(str(end), str(end))
+        return end.code
+    except KeyboardInterrupt:
+        return signals.INTERRUPTED
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)) and not signals.asked():
+            time.sleep(PATIENCE_SECONDS)
+        _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())
+        return 1
+    return 0
+
+
+def end_now(line: str) -> None:
+    """End this process from any of its threads, whatever the others wait for; `line` says why."""
+    errors.print(line, markup=False, soft_wrap=True)
+    _leave_word(line, line, spoken=True)
+    os._exit(1)
+
+
+def _leave_word(message: str, details: str, spoken: bool = False) -> None:
+    """For the launcher, as torch's own workers do; on the terminal where there is none."""
+    rank = int(os.environ.get("RANK", 0))
+    if ERROR_FILE in os.environ:
+        about = {"py_callstack": details, "timestamp": str(int(time.time()))}
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
+    elif not spoken and (details != message or rank == 0):
+        errors.print(details if details == message else f"rank {rank} failed:\n{details}", markup=False)

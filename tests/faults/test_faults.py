@@ -1,0 +1,132 @@
+"""Real faults in real runs: no hang, no silent divergence; losses are those of a run without faults."""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from faults import PATIENCE_SECONDS, Job, alive, last_step, steps
+from test_hosts import allowed
+from test_train import losses, run
+
+from moetrain.bench.namespaces import Hosts
+from moetrain.recovery import memory
+from moetrain.recovery.exits import REQUEUE
+
+ROOT = Path(__file__).parents[2]
+STEPS, EVERY = 60, 5
+JOB = [*TINY, f"train.steps={STEPS}", f"recovery.snapshot_every={EVERY}", "recovery.timeout=6", "planner=llep"]
+JOB += ["planner.min_rows=1", "train.threads=1", "track.trace_every=0", "parallel.nproc=2", "generate.tokens=2"]
+JOB += ["eval.tokens_per_domain=64"]
+
+
+@pytest.fixture(scope="module")
+def job(data: list[str]) -> list[str]:
+    return [*JOB, *data]
+
+
+@pytest.fixture(scope="module")
+def sound(pool, job: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the run without any fault."""
+    folder = tmp_path_factory.mktemp("sound")
+    return losses(pool.run(run, 2, [*job, f"run.dir={folder}", "run.name=sound"])[0])
+
+
+def test_a_run_survives_a_kill_a_hang_and_a_request_to_end(job: list[str], sound: list[float], tmp_path: Path) -> None:
+    """One run, four times interrupted; bit for bit the losses of the run that was not."""
+    draw = random.Random(7)
+    with Job([*job, f"run.dir={tmp_path}", "run.name=struck"]) as struck:
+        killed = struck.at(draw.randrange(EVERY + 1, 4 * EVERY)).strike(1, signal.SIGKILL)
+        reached = last_step(struck.folder)
+        stopped = struck.at(reached + draw.randrange(2, 2 * EVERY), killed).strike(0, signal.SIGSTOP)
+        reached = last_step(struck.folder)
+        struck.at(reached + draw.randrange(2, 2 * EVERY), stopped).process.terminate()
+        assert struck.end() == REQUEUE, struck.said
+    said = " ".join(struck.said.split())
+    assert "rank 1 failed in step" in said
+    assert "the process was killed by signal 9" in said
+    assert "rank 0 on " in said
+    assert "is stopped, last seen" in said
+    assert "asked to end: saved after step" in said
+    assert said.count("a snapshot in memory is newer than what is on the disk") == 2
+    assert not struck.ranks()
+    with Job([*job, f"run.dir={tmp_path}", "run.name=struck"]) as again:
+        assert again.end() == 0, again.said
+    found = steps(struck.folder)
+    assert [found[step] for step in range(1, STEPS + 1)] == sound
+
+
+def test_torchrun_starts_again_and_its_workers_do_not_outlive_it(job, sound, tmp_path: Path) -> None:
+    """A worker of torchrun is killed, then torchrun itself; then a shard is damaged, and another layout goes on."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["env", f"PATH={path}", "bash", str(ROOT / "launch" / "local.sh"), "2"]
+    overrides = [*job, f"run.dir={tmp_path}", "run.name=elastic", "checkpoint.every=5", "recovery.snapshot_every=0"]
+    with Job(overrides, command) as elastic:
+        killed = elastic.at(12).strike(0, signal.SIGKILL)
+        elastic.at(26, killed)
+        workers = elastic.ranks()
+        elastic.process.kill()
+        until = time.monotonic() + 5
+        while time.monotonic() < until and any(map(alive, workers.values())):
+            time.sleep(0.05)
+        assert len(workers) == 2
+        assert not [pid for pid in workers.values() if alive(pid)]
+    assert "resumed from" in elastic.said
+    newest, *_ = sorted((elastic.folder / "checkpoints").glob("step_*"), key=lambda p: -int(p.name[5:]))
+    shard = newest / "rank_00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with Job([*overrides, "parallel.ep=1"]) as again:
+        assert again.end() == 0, again.said
+    assert f"{newest.name} is not whole" in " ".join(again.said.split())
+    assert list(steps(elastic.folder).values()) == pytest.approx(sound, rel=1e-3)
+
+
+def test_the_second_interrupt_ends_everything_at_once(job: list[str], tmp_path: Path) -> None:
+    with Job([*job, f"run.dir={tmp_path}", "run.name=impatient", "recovery.timeout=60"]) as impatient:
+        impatient.at(3).strike(1, signal.SIGSTOP)  # so that no step ends any more
+        impatient.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert impatient.process.poll() is None
+        impatient.process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert impatient.end() == 130
+        assert time.monotonic() - began < 20  # a third of the time-out
+        assert not impatient.ranks()
+
+
+def test_a_cut_link_is_named_and_one_host_goes_on_alone(job, sound, tmp_path: Path) -> None:
+    """Two hosts of one rank each; the second is lost with all its memory, the first has its states."""
+    overrides = [*job, f"run.dir={tmp_path}", "run.name=apart"]
+    command = [sys.executable, "-m", "moetrain", "train", *overrides]
+    folder, log = tmp_path / "apart", tmp_path / "hosts.txt"
+    if not allowed():
+        return
+    with log.open("w") as out, Hosts("1gbit") as hosts:
+        ranks = hosts.start_ranks(["train", *overrides], 1, out)
+        wait_for(folder, 4 * EVERY + 3)
+        hosts.cut(1)
+        assert [rank.wait(60) for rank in ranks] == [1, 1], log.read_text()
+        said = " ".join(log.read_text().split())
+        assert "no progress for" in said
+        assert "in step" in said
+        run_of = (folder / "recovery" / "run").read_text()
+        shutil.rmtree(memory.home(run_of, hosts.names[1]))
+        alone = hosts.start(0, command, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", **HERE}, out)
+        assert alone.wait(120) == 0, log.read_text()
+    assert "a snapshot in memory is newer than what is on the disk: step 20" in " ".join(log.read_text().split())
+    assert list(steps(folder).values()) == pytest.approx(sound, rel=1e-3)
+
+
+HERE = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29401"}
+
+
+def wait_for(folder: Path, step: int) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not (folder / "metrics.jsonl").is_file() or last_step(folder) < step:
+        assert time.monotonic() < until
+        time.sleep(0.02)
