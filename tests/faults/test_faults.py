@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 from faults import PATIENCE_SECONDS, Job, alive, last_step, steps
+from test_checkpoint import flip
 from test_hosts import allowed
 from test_train import losses, run
 
@@ -78,8 +79,7 @@ def test_torchrun_starts_again_and_its_workers_do_not_outlive_it(job, sound, tmp
         assert not [pid for pid in workers.values() if alive(pid)]
     assert "resumed from" in elastic.said
     newest, *_ = sorted((elastic.folder / "checkpoints").glob("step_*"), key=lambda p: -int(p.name[5:]))
-    shard = newest / "rank_00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    flip(newest / "rank_00001.safetensors")
     with Job([*overrides, "parallel.ep=1"]) as again:
         assert again.end() == 0, again.said
     assert f"{newest.name} is not whole" in " ".join(again.said.split())
