@@ -118,8 +118,3 @@ def test_skew_is_taken_away_by_the_planner(pool, tiny) -> None:
             assert row["balance/imbalance_home"] > 1.8
             assert row["balance/imbalance_planned"] < 1.02
             assert row["balance/guests"] > 0
-
-
-def test_a_run_that_diverges_stops_before_it_spoils_anything(pool, tiny) -> None:
-    with pytest.raises(AssertionError, match="FloatingPointError: the gradient norm is nan, nothing was updated"):
-        pool.run(run, 2, [*tiny, "run.name=nan", "train.steps=20", "optim.lr=1e30", "optim.clip=0", "optim.warmup=0"])

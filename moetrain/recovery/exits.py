@@ -12,6 +12,10 @@ class Ended(Exception):
         self.code = code
 
 
+class Diverged(Ended, FloatingPointError):
+    """Too many steps in a row were not finite; all ranks found it at the same step."""
+
+
 class Preempted(Ended):
     """All ranks agreed to end at a step boundary, have saved and have said so."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moetrain.comm import broadcast_text
 from moetrain.mesh import Mesh
-from moetrain.recovery.exits import GAVE_UP, Ended
+from moetrain.recovery.exits import GAVE_UP, Diverged
 
 
 class Guard:
@@ -24,7 +24,7 @@ class Guard:
         self.skipped = 0  # by this process
 
     def judge(self, step: int, norm: float) -> str | None:
-        """What to say of the step, if anything. Raises `Ended` on all ranks after too many in a row."""
+        """What to say of the step, if anything. Raises `Diverged` on all ranks after too many in a row."""
         if math.isfinite(norm):
             self.in_a_row = 0
             if self._went_back_from and step > self._went_back_from:
@@ -40,8 +40,8 @@ class Guard:
         if not self.saved or self._went_back_from:
             again = ", again after the run went back" if self._went_back_from else ", and nothing was saved before"
             advice = "no weight was changed by them; a lower optim.lr may help, or other data"
-            raise Ended(f"{said}{again}; {advice}", GAVE_UP)
+            raise Diverged(f"{said}{again}; {advice}", GAVE_UP)
         if self._mesh.is_main:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.write_text(str(step))
-        raise Ended(f"{said}; started again, the run goes back to what was saved last")
+        raise Diverged(f"{said}; started again, the run goes back to what was saved last")

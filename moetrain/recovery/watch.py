@@ -76,7 +76,7 @@ class Watch:
         self._heart.mark(None, phase)
 
     def end(self, step: int, samples: int, norm: float) -> bool:
-        """Whether all ranks have agreed to end here. Raises `Ended` after too many steps that were not finite."""
+        """Whether all ranks have agreed to end here. Raises `Diverged` after too many steps that were not finite."""
         self.mark("end of the step")
         if said := self.guard.judge(step, norm):
             self._voice.say(said)
