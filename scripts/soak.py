@@ -113,8 +113,10 @@ def strike(job: Job, kind: str, draw: random.Random, overrides: list[str]) -> Jo
         return Job(overrides)
     job.__exit__(None, None, None)
     shutil.rmtree(memory.root() / (job.folder / "recovery" / "run").read_text(), ignore_errors=True)
-    if newest := manifest.newest(job.folder):
-        shard = draw.choice(sorted(newest.glob("*.safetensors")))
+    paths = [path for path in manifest.folders(job.folder) if manifest.problem(path) is None]
+    whole = [path for path in paths if not manifest.damaged(path, manifest.share_of(path, 0, 1))]
+    if len(whole) > 1:  # with none left the run would refuse to begin anew, and rightly
+        shard = draw.choice(sorted(whole[0].glob("*.safetensors")))
         data = bytearray(shard.read_bytes())
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         shard.write_bytes(data)
