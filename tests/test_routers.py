@@ -39,7 +39,6 @@ FAMILIES = {
     "schedule": ["model.expert_schedule=descending", "model.min_experts=4", "router.k_schedule=ascending"],
 }
 LAYOUTS = [  # ranks, ep, overrides; a batch of 8 sequences
-    (2, 2, ["planner=makespan", "train.recompute=full"]),
     (2, 2, ["planner=llep", "planner.min_rows=1", "train.micro_batch=2", "engine.guest_memory_mib=0"]),
     (4, 2, ["planner=makespan", "train.micro_batch=1", "train.recompute=full"]),
     (4, 4, ["planner=llep", "planner.min_rows=1", "train.micro_batch=1", "engine.max_rows=16"]),
