@@ -55,6 +55,10 @@ Holding = Mapping[str, tuple[str, Sequence[int], int, int]]  # name -> dtype, sh
 _WIDTH = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
+def holding_of(held: Entries) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    return {n: (DTYPES[h.values.dtype], h.shape, h.begin, h.begin + len(h.values)) for n, h in held.items()}
+
+
 def share_out(holdings: Sequence[Holding]) -> list[list[Piece]]:
     """What each rank writes: every range once, by the rank that has least to write among those that hold it.
 
@@ -90,7 +94,27 @@ class Unsaved(Exception):
     """On one rank at least, something kept a checkpoint from being saved."""
 
 
-class Saver:
+class Behind:
+    """Work in a thread of its own, one piece at a time, behind the training loop."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None  # what the work leaves here, `wait` raises
+
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
+        self._thread = threading.Thread(target=work, args=args, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last piece is done. Raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            raise self._failure
+
+
+class Saver(Behind):
     """Saves the states of `engine` into a run's folder; `data`: the corpus's fingerprint; `first`: steps done when the
     run starts here.
 
@@ -102,15 +126,13 @@ class Saver:
     ) -> None:
         self._folder, self._config, self._mesh, self._engine = folder, config, mesh, engine
         self._data, self._source = dict(data), _source()
-        held = engine.entries()
-        holding = {n: (DTYPES[h.values.dtype], h.shape, h.begin, h.begin + len(h.values)) for n, h in held.items()}
-        holdings = [json.loads(text) for text in gather_texts(json.dumps(holding), mesh.saving)]
+        super().__init__()
+        texts = gather_texts(json.dumps(holding_of(engine.entries())), mesh.saving)
+        holdings = [json.loads(text) for text in texts]
         self._shares = share_out(holdings)
         self._pieces = self._shares[mesh.rank]
         self.saved = first  # steps done in the newest whole checkpoint, as far as this rank knows
         self._buffer: Tensor | None = None
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
         self._news: list[str] = []
         if mesh.is_main:
             for path in manifest.folders(folder):
@@ -131,17 +153,8 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         copied = self._copy(self._engine.entries())
-        self._thread = threading.Thread(target=self._work, args=(step, samples, copied), daemon=True)
-        self._thread.start()
+        self._start(self._work, step, samples, copied)
         return time.perf_counter() - began
-
-    def wait(self) -> None:
-        """Until the last save is done. Raises what no full disk explains."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            raise self._failure
 
     def news(self) -> list[str]:
         """What was not saved, and why, since this was last asked; the same on every rank."""

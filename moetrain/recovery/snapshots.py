@@ -6,7 +6,6 @@ always there, whichever worker or host is lost.
 """
 
 import shutil
-import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor
 from moetrain.checkpoint import files
 from moetrain.checkpoint.entries import Engine, Entries
 from moetrain.checkpoint.files import DTYPES, Block
+from moetrain.checkpoint.saving import Behind, holding_of
 from moetrain.comm import all_reduce_sum
 from moetrain.mesh import Mesh
 from moetrain.recovery import memory, transfer
@@ -37,11 +37,12 @@ def keepers(hosts: Sequence[str]) -> list[int | None]:
     return out
 
 
-class Snapshots:
+class Snapshots(Behind):
     """Takes them. All ranks make one and call `take` at the same steps, when `busy` is false on all of them."""
 
     def __init__(self, run: str, mesh: Mesh, engine: Engine, layout: dict[str, Any], hosts: Sequence[str]) -> None:
         """`run`: its identity; `hosts`: of every rank; `layout`: as in a checkpoint's manifest."""
+        super().__init__()
         self._mesh, self._engine, self._layout, self._hosts = mesh, engine, layout, hosts
         self._place = memory.home(run, hosts[mesh.rank])
         keeper = keepers(hosts)
@@ -52,8 +53,6 @@ class Snapshots:
         self._turn = (self._newest_of_all(2 * newest[0] + SLOTS.index(newest[1])) + 1) % 2
         self._clear_assembled()
         self._held: dict[tuple[str, int], Tensor] = {}  # (slot, rank) -> its file's memory
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
         self._too_small = False
 
     @property
@@ -84,19 +83,9 @@ class Snapshots:
             place.view(values.dtype).copy_(values, non_blocking=True)
         if self._mesh.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        holding = {n: (DTYPES[h.values.dtype], h.shape, h.begin, h.begin + len(h.values)) for n, h in held.items()}
-        stamp = Stamp(rank, step, samples, self._layout, size, "", holding)
-        self._thread = threading.Thread(target=self._work, args=(slot.name, stamp), daemon=True)
-        self._thread.start()
+        stamp = Stamp(rank, step, samples, self._layout, size, "", holding_of(held))
+        self._start(self._work, slot.name, stamp)
         return None
-
-    def wait(self) -> None:
-        """Until the last one is done. Raises what went wrong with it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            raise self._failure
 
     def forget(self) -> None:
         """The run is complete: its snapshots go."""
