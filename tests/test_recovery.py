@@ -263,6 +263,29 @@ def test_the_newest_snapshot_is_not_written_over_first(pool, identity: str) -> N
     assert held == ["0 of step 3 in a", "0 of step 4 in b", "1 of step 3 in a"]
 
 
+def forgotten(mesh: Mesh, run: str) -> bool:
+    """A run ends while rank 1 is still stamping its snapshot."""
+    put_stamp = memory.put_stamp
+
+    def late(slot: Path, stamp: memory.Stamp) -> None:
+        time.sleep(0.3 * mesh.rank)
+        put_stamp(slot, stamp)
+
+    memory.put_stamp = late
+    try:
+        snapshots = Snapshots(run, mesh, Toy(mesh, 0), {**LAYOUT, "ranks": mesh.world}, ["x"] * mesh.world)
+        snapshots.take(1, 10)
+        snapshots.forget()
+    finally:
+        memory.put_stamp = put_stamp
+    torch.distributed.barrier()
+    return memory.home(run, "x").exists()
+
+
+def test_a_run_that_ends_waits_for_every_rank_before_its_snapshots_go(pool, identity: str) -> None:
+    assert pool.run(forgotten, 2, identity) == [False, False]
+
+
 # Fewer ranks
 
 

@@ -88,10 +88,12 @@ class Snapshots(Behind):
         return None
 
     def forget(self) -> None:
-        """The run is complete: its snapshots go."""
+        """The run is complete: its snapshots go, when the threads of all ranks are through with them."""
         self.wait()
         self._held.clear()
-        memory.forget(self._place)
+        all_reduce_sum(torch.zeros(1, device=self._mesh.device))
+        if self._is_first_here:
+            memory.forget(self._place)
 
     def _work(self, slot: str, stamp: Stamp) -> None:
         try:
