@@ -16,7 +16,7 @@ train: .venv/installed
 	$(BIN)/moetrain train run.name=$(RUN) $(ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: check-static test
 

@@ -1,5 +1,24 @@
+"""`python -m moetrain`, and the command `moetrain`."""
+
+import atexit
+import os
 import sys
+import threading
+from contextlib import suppress
 
 from moetrain.cli import main
 
-sys.exit(main())
+
+def run() -> None:
+    """Ends the process as Python does, but for the taking down of every module: once torch is loaded, over a second."""
+    code = main()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with suppress(BrokenPipeError):  # whoever reads the output has seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -25,6 +25,8 @@ examples:
   torchrun --nproc-per-node 2 -m moetrain train             workers started by torchrun
   moetrain train --dry-run parallel.nproc=64 train.global_batch=64 model=olmoe_1b7b
                                                             parameters and memory of a rank, in this process alone
+  moetrain train -m planner=home,llep train.seed=0,1 run.name=sweep
+                                                            four runs, below runs/sweep/ (docs/sweep.md)
 """
 EVAL = """Held-out loss of a run's newest checkpoint, per domain.
 
@@ -106,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--resolved", metavar="FILE", help="a resolved configuration, instead of the shipped YAML"
             )
             verb.add_argument("--dry-run", action="store_true", help="only show parameters and memory per rank")
+            verb.add_argument(
+                "-m", "--multirun", action="store_true", help="a sweep: one run for each combination of values a,b,c"
+            )
         if name in ("train", "data", "profile", "config", "doctor"):
             verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
     worker.die_with_launcher()
@@ -141,6 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.multirun:
+        from moetrain import sweep
+
+        if options.resolved or options.dry_run or options.json:
+            raise ConfigError("--multirun: goes with none of --resolved, --dry-run and --json")
+        return sweep.run(options.overrides, options.config_dir)
     if options.resolved:
         settings = config.load_resolved(Path(options.resolved), options.overrides)
     else:

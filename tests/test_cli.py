@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moetrain import checkpoint
+from moetrain import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["train.steps=3", "parallel.nproc=2", "train.threads=1"]
@@ -136,7 +136,6 @@ def test_wandbs_own_reader_shows_what_was_sent(trained: tuple[Path, str]) -> Non
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package that makes workspaces
 def test_the_workspace_draws_metrics_that_there_are(trained: tuple[Path, str], capsys: pytest.CaptureFixture) -> None:
-    from moetrain import cli
     from moetrain.observe.workspace import MEDIA, SECTIONS
 
     rows = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
@@ -208,11 +207,14 @@ def test_generate_continues_a_prompt(trained: tuple[Path, str]) -> None:
         ),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_two(arguments: list[str], line: str, tmp_path: Path) -> None:
-    done = moetrain(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (only,) = done.stderr.splitlines()
+def test_bad_input_is_one_line_and_exit_code_two(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    (only,) = said.err.splitlines()
     assert only.startswith(line)
     assert not list(tmp_path.iterdir())
 
@@ -225,20 +227,23 @@ def test_bad_input_under_torchrun_is_found_before_any_group(tmp_path: Path) -> N
     assert done.stderr == "error: parallel.ep=2: must divide the ranks of one replica, 3\n"
 
 
-def test_another_model_than_the_checkpoints_is_refused(trained: tuple[Path, str], data: list[str]) -> None:
+def test_another_model_than_the_checkpoints_is_refused(
+    trained: tuple[Path, str], data: list[str], capfd: pytest.CaptureFixture
+) -> None:
     saved = checkpoint.newest(trained[0])
-    done = moetrain("train", "model=small", *data, *SMALL, f"checkpoint.resume={saved}", f"run.dir={trained[0].parent}")
-    assert done.returncode == 2
-    assert done.stderr == f"error: model.dim=256: the checkpoint {saved} has 64\n"
+    more = [*data, *SMALL, f"checkpoint.resume={saved}", f"run.dir={trained[0].parent}"]
+    assert cli.main(["train", "model=small", *more]) == 2
+    assert capfd.readouterr().err == f"error: model.dim=256: the checkpoint {saved} has 64\n"
 
 
-def test_two_runs_are_never_mixed_in_one_folder(trained: tuple[Path, str], overrides: list[str]) -> None:
-    done = moetrain("train", *overrides, "checkpoint.resume=none")
-    assert done.returncode == 2
-    assert done.stderr == "error: run.name=first: has a checkpoint of step 3 already; take another name\n"
-    done = moetrain("train", *overrides, "router.top_k=1")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: router.top_k=1: the checkpoint ")
+def test_two_runs_are_never_mixed_in_one_folder(
+    trained: tuple[Path, str], overrides: list[str], capfd: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["train", *overrides, "checkpoint.resume=none"]) == 2
+    refused = "error: run.name=first: has a checkpoint of step 3 already; take another name\n"
+    assert capfd.readouterr().err == refused
+    assert cli.main(["train", *overrides, "router.top_k=1"]) == 2
+    assert capfd.readouterr().err.startswith("error: router.top_k=1: the checkpoint ")
 
 
 def test_a_worker_that_raises_has_the_last_word(trained: tuple[Path, str], data: list[str], tmp_path: Path) -> None:
