@@ -17,8 +17,6 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -27,7 +25,7 @@ from moetrain.recovery import memory
 from moetrain.recovery.exits import REQUEUE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
-from faults import PATIENCE_SECONDS, Job, last_step, steps
+from faults import Job, last_step, steps, wait
 
 JOB = [
     "model=tiny",
@@ -83,7 +81,7 @@ def strike_all(overrides: list[str], faults: int, draw: random.Random) -> list[C
             job.at(first + draw.randrange(1, GAP))
             with (job.folder / "metrics.jsonl").open() as before:
                 if kind == KINDS[1]:
-                    wait(partial(saving, job.folder))
+                    job.saving()
                 time.sleep(draw.random() * 0.05)
                 began = time.monotonic()
                 job = strike(job, kind, draw, overrides)
@@ -123,11 +121,6 @@ def strike(job: Job, kind: str, draw: random.Random, overrides: list[str]) -> Jo
     return Job(overrides)
 
 
-def saving(folder: Path) -> bool:
-    """Whether a checkpoint is being written."""
-    return any((folder / "checkpoints").glob(".step_*.part"))
-
-
 def begun_again(folder: Path, before: TextIO) -> int:
     """The step that the run goes on from, once it has written the next one."""
     metrics = folder / "metrics.jsonl"
@@ -136,14 +129,6 @@ def begun_again(folder: Path, before: TextIO) -> int:
     first = last_step(folder)
     wait(lambda: last_step(folder) > first)
     return first
-
-
-def wait(until: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not until():
-        if time.monotonic() > end:
-            raise SystemExit("nothing happens any more")
-        time.sleep(0.002)
 
 
 def table(costs: list[Cost]) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +68,11 @@ class Job:
             time.sleep(0.01)
         raise AssertionError(f"step {step} was not reached:\n{self.said}")
 
+    def saving(self) -> "Job":
+        """Wait until a checkpoint is being written."""
+        wait(lambda: any((self.folder / "checkpoints").glob(".step_*.part")))
+        return self
+
     def strike(self, rank: int, number: signal.Signals) -> float:
         """Send a signal to a worker. Returns when, of the wall clock."""
         strike(self.ranks()[rank], number)
@@ -76,6 +81,14 @@ class Job:
     def end(self) -> int:
         """The exit code."""
         return self.process.wait(PATIENCE_SECONDS)
+
+
+def wait(until: Callable[[], object]) -> None:
+    """Raises `AssertionError` where it does not become true."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not until():
+        assert time.monotonic() < end, "nothing happens any more"
+        time.sleep(0.002)
 
 
 def alive(pid: int) -> bool:

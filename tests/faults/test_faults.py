@@ -4,13 +4,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import TINY
-from faults import PATIENCE_SECONDS, Job, alive, last_step, steps
+from faults import Job, alive, last_step, steps, wait
 from test_checkpoint import flip
 from test_hosts import allowed
 from test_train import losses, run
@@ -63,12 +65,13 @@ def test_a_run_survives_a_kill_a_hang_and_a_request_to_end(job: list[str], sound
 
 
 def test_torchrun_starts_again_and_its_workers_do_not_outlive_it(job, sound, tmp_path: Path) -> None:
-    """A worker of torchrun is killed, then torchrun itself; then a shard is damaged, and another layout goes on."""
+    """A worker of torchrun is killed while it saves, then torchrun itself; then a shard is damaged, and another layout
+    goes on."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["env", f"PATH={path}", "bash", str(ROOT / "launch" / "local.sh"), "2"]
     overrides = [*job, f"run.dir={tmp_path}", "run.name=elastic", "checkpoint.every=5", "recovery.snapshot_every=0"]
     with Job(overrides, command) as elastic:
-        killed = elastic.at(12).strike(0, signal.SIGKILL)
+        killed = elastic.at(12).saving().strike(0, signal.SIGKILL)
         elastic.at(26, killed)
         workers = elastic.ranks()
         elastic.process.kill()
@@ -84,6 +87,35 @@ def test_torchrun_starts_again_and_its_workers_do_not_outlive_it(job, sound, tmp
         assert again.end() == 0, again.said
     assert f"{newest.name} is not whole" in " ".join(again.said.split())
     assert list(steps(elastic.folder).values()) == pytest.approx(sound, rel=1e-3)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path | None]:
+    """A file system of 64 MiB; None where this user may not mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "moetrain-test", place], capture_output=True)
+    yield None if mounted.returncode else place
+    subprocess.run(["umount", "--lazy", place], capture_output=True)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on(job, sound, small_disk: Path | None) -> None:
+    """Everything is written to a disk that fills up and, twelve steps later, has room again."""
+    if small_disk is None:
+        return
+    saving = ["checkpoint.every=4", "recovery.snapshot_every=0"]
+    with Job([*job, *saving, f"run.dir={small_disk}", "run.name=full"]) as full:
+        full.at(9)
+        filler = small_disk / "filler"
+        left = shutil.disk_usage(small_disk).free
+        filler.write_bytes(bytes(left - (1 << 20)))  # a checkpoint takes 3 MB
+        whole = set((full.folder / "checkpoints").glob("step_*"))
+        wait(lambda: "was not saved: No space left on device" in " ".join(full.said.split()))
+        assert whole & set((full.folder / "checkpoints").glob("step_*"))
+        filler.unlink()
+        assert full.end() == 0, full.said
+    assert list(steps(full.folder).values()) == sound
+    assert (full.folder / "checkpoints" / f"step_{STEPS}").is_dir()
 
 
 def test_the_second_interrupt_ends_everything_at_once(job: list[str], tmp_path: Path) -> None:
@@ -108,7 +140,7 @@ def test_a_cut_link_is_named_and_one_host_goes_on_alone(job, sound, tmp_path: Pa
         return
     with log.open("w") as out, Hosts("1gbit") as hosts:
         ranks = hosts.start_ranks(["train", *overrides], 1, out)
-        wait_for(folder, 4 * EVERY + 3)
+        wait(lambda: (folder / "metrics.jsonl").is_file() and last_step(folder) >= 4 * EVERY + 3)
         hosts.cut(1)
         assert [rank.wait(60) for rank in ranks] == [1, 1], log.read_text()
         said = " ".join(log.read_text().split())
@@ -123,10 +155,3 @@ def test_a_cut_link_is_named_and_one_host_goes_on_alone(job, sound, tmp_path: Pa
 
 
 HERE = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29401"}
-
-
-def wait_for(folder: Path, step: int) -> None:
-    until = time.monotonic() + PATIENCE_SECONDS
-    while not (folder / "metrics.jsonl").is_file() or last_step(folder) < step:
-        assert time.monotonic() < until
-        time.sleep(0.02)
