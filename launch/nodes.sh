@@ -22,13 +22,17 @@ bin=""
 here=$(cd "$(dirname "$0")/.." && pwd)
 if [[ -x "$here/.venv/bin/torchrun" ]]; then bin="$here/.venv/bin/"; fi
 
-# The address of this host on the way to the head; the head itself finds the head's.
+# The address of this host on the way to the head; the head itself finds the head's, or where its name is one of the
+# loopback's (127.0.1.1, as Debian has it), that of the way out.
 read -r local_address head_address < <("${bin}python" - "$host" <<'PYTHON'
-import socket, sys
+import contextlib, socket, sys
 head = socket.gethostbyname(sys.argv[1])
+to = "192.0.2.1" if head.startswith("127.") else head  # no packet is sent
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-    way.connect((head, 9))
-    print(way.getsockname()[0], head)
+    with contextlib.suppress(OSError):  # no way out: this host alone
+        way.connect((to, 9))
+    own = way.getsockname()[0].replace("0.0.0.0", "127.0.0.1")
+    print(own, own if head.startswith("127.") else head)
 PYTHON
 )
 is_head=0

@@ -70,8 +70,6 @@ def check(c: Config) -> None:
         rule(Path(c.data.path).exists(), "data.path", "there is no such file or folder")
     if c.data.tokenizer is not None:
         rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "there is no such file")
-    if c.parallel.nproc is not None:
-        check_world(c, c.parallel.nproc)
 
 
 def check_world(c: Config, world: int) -> None:

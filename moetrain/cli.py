@@ -194,6 +194,8 @@ def _profile(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> int:
     settings = config.load(options.overrides, options.config_dir)
+    if settings.parallel.nproc:
+        settings.layout(settings.parallel.nproc)
     if options.keep:
         settings = runs.with_name(settings)
         runs.check_writable(settings)

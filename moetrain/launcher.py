@@ -25,7 +25,7 @@ from torch.distributed import TCPStore
 from moetrain.observe.console import BAD_INPUT, errors
 from moetrain.recovery import heartbeat
 from moetrain.recovery.exits import GAVE_UP, REQUEUE
-from moetrain.recovery.signals import INTERRUPTED
+from moetrain.recovery.signals import INTERRUPTED, ONE_PRESS_SECONDS
 from moetrain.worker import ERROR_FILE
 
 MALLOC = (  # keep big blocks, on huge pages: faulting them in anew in every step costs a CPU run a quarter of its time
@@ -91,17 +91,20 @@ class _Requests:
     """SIGTERM, SIGUSR1 and Ctrl-C, as this process gets them."""
 
     def __init__(self) -> None:
-        self.heard = 0  # how many
+        self.heard = False
         self.interrupted = False
+        self.insists = False  # a second Ctrl-C; one press, or one SIGTERM, may come twice, to all of a process group
+        self._pressed = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.heard += 1
-        if number == signal.SIGINT:
-            if not self.interrupted:
-                errors.print("the run ends after this step and saves; Ctrl-C again ends it now")
-            self.interrupted = True
+        self.heard = True
+        if number == signal.SIGINT and not self.interrupted:
+            self.interrupted, self._pressed = True, time.monotonic()
+            os.write(2, b"the run ends after this step and saves; Ctrl-C again ends it now\n")  # it may be amid a print
+        elif number == signal.SIGINT and time.monotonic() - self._pressed > ONE_PRESS_SECONDS:
+            self.insists = True
 
 
 def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure | None:
@@ -133,7 +136,7 @@ def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure
             )
             for rank in range(workers)
         ]
-        passed_on = 0
+        passed_on = False
         try:
             while True:
                 codes = [worker.poll() for worker in running]
@@ -144,10 +147,10 @@ def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure
                         return Failure(rank, code, _message(words[rank], code))
                 if all(code == 0 for code in codes):
                     return None
-                if requests.heard > passed_on:
-                    if requests.heard > 1:
-                        return Failure(0, REQUEUE, "")
-                    passed_on = requests.heard
+                if requests.insists:
+                    return Failure(0, REQUEUE, "")
+                if requests.heard and not passed_on:
+                    passed_on = True
                     for worker in running:
                         worker.send_signal(signal.SIGTERM)
                 time.sleep(LOOK_SECONDS)

@@ -7,15 +7,19 @@ wherever Slurm finds room (`hydra/launcher=submitit_slurm`). All are below `run.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
+from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,12 +28,14 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from moetrain import config, runs
-from moetrain.config import ConfigError
+from moetrain.config import Config, ConfigError
 from moetrain.observe.console import console
 from moetrain.recovery.exits import REQUEUE
-from moetrain.recovery.signals import INTERRUPTED
+from moetrain.recovery.signals import INTERRUPTED, REQUESTS
 
 FAILED = float("nan")  # the result of a run that has none
+ASKED = ".asked"  # a file in the sweep's folder: the runs under way are to save and end, no other is to begin
+LOOK_SECONDS = 0.1
 
 
 def run(overrides: Sequence[str], extra_dir: str | None) -> int:
@@ -43,51 +49,96 @@ def run(overrides: Sequence[str], extra_dir: str | None) -> int:
         raise ConfigError("--multirun: no field has several values (planner=home,llep)")
     if named := [o for o in swept if o.key_or_group in ("run.name", "run.dir")]:
         raise ConfigError(f"{named[0].input_line}: a sweep has one name, its runs are named by what differs")
-    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override() and not o.is_hydra_override()]
-    settings = config.load(fixed, extra_dir)
-    if not any(o.key_or_group == "hydra/sweeper" for o in parsed):
-        for batch in BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None):
-            for one in batch:
-                runs.check_writable(config.load(one, extra_dir))
+    same = [str(o.key_or_group) for o in parsed if not o.is_sweep_override()]
+    settings = config.load([str(o.input_line) for o in parsed if not o.is_sweep_override() and _is_ours(o)], extra_dir)
     folder = Path(settings.run.dir, settings.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-sweep").resolve()
-    same = [o.key_or_group for o in parsed if not o.is_sweep_override()]
+    runs.check_writable(settings)
+    names = _checked(parsed, same, extra_dir)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ASKED).unlink(missing_ok=True)
+    heard: list[int] = []
+
+    def hear(number: int, _: object) -> None:
+        heard.append(number)
+        (folder / ASKED).touch()
+
+    for number in REQUESTS:
+        signal.signal(number, hear)
     sys.argv = [sys.argv[0], "--multirun", *overrides, *_options(folder, same)]
     sys.argv += [f"--config-dir={Path(extra_dir).resolve()}"] if extra_dir else []
     hydra.main(version_base="1.3", config_path=str(config.config_dir()), config_name="config")(_one)()
-    return _show(folder)
+    (folder / ASKED).unlink(missing_ok=True)
+    code = _show(folder, names)
+    return (INTERRUPTED if signal.SIGINT in heard else REQUEUE) if heard else code
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
-    parser, out = OverridesParser.create(), []
-    for override in overrides:
-        try:
-            out.append(parser.parse_override(override))
-        except HydraException:
-            raise ConfigError(f"{override}: not an override as Hydra reads it (field=value, field=a,b,c)") from None
+    out = []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.config_dir()), version_base="1.3"):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which glob() looks through
+        for override in overrides:
+            try:
+                out.append(parser.parse_override(override))
+            except HydraException:
+                raise ConfigError(f"{override}: not an override as Hydra reads it (field=value, field=a,b,c)") from None
     return out
+
+
+def _is_ours(override: Override) -> bool:
+    return not override.is_hydra_override()
+
+
+def _given(parsed: Sequence[Override], group: str) -> str:
+    """The value given for one of Hydra's own groups, or nothing."""
+    return next((str(o.value()) for o in parsed if o.key_or_group == group), "")
 
 
 def _check_launcher(parsed: Sequence[Override]) -> None:
     """That Hydra's launcher is installed."""
-    for override in parsed:
-        package = str(override.value()).partition("_")[0]
-        if override.key_or_group != "hydra/launcher" or package not in ("joblib", "submitit"):
-            continue
-        if find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
-            raise ConfigError(f"{override.input_line}: needs a package, pip install 'moetrain[sweep]'")
+    launcher = _given(parsed, "hydra/launcher")
+    package = launcher.partition("_")[0]
+    if package in ("joblib", "submitit") and find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
+        raise ConfigError(f"hydra/launcher={launcher}: needs a package, pip install 'moetrain[sweep]'")
+
+
+def _checked(parsed: Sequence[Override], same: Sequence[str], extra_dir: str | None) -> list[str] | None:
+    """The names of all runs, whose settings are sound. None where a sweeper finds out as it goes."""
+    if _given(parsed, "hydra/sweeper"):
+        return None
+    try:
+        (jobs,) = BasicSweeper.split_arguments([o for o in parsed if _is_ours(o)], None)
+    except HydraException as error:
+        raise ConfigError(f"--multirun: {str(error).partition(chr(10))[0]}") from None
+    here = not _given(parsed, "hydra/launcher").startswith("submitit")
+    for job in jobs:
+        _check(config.load(job, extra_dir), here)
+    return [_name(number, job, same) for number, job in enumerate(jobs)]
+
+
+def _check(settings: Config, here: bool) -> None:
+    """`here`: the run will be on this host, whose devices tell how many workers it has."""
+    from moetrain import mesh
+
+    if here or settings.parallel.nproc:
+        settings.layout(settings.parallel.nproc or mesh.auto_nproc())
+
+
+def _name(number: int, overrides: Sequence[str], same: Sequence[str]) -> str:
+    """Of a run, by its number and what differs."""
+    differs = [o for o in overrides if o.partition("=")[0].lstrip("+~") not in same]
+    return re.sub(r"[^\w.+-]+", "-", "-".join([str(number), *differs]))
 
 
 def _options(folder: Path, same: Sequence[str]) -> list[str]:
     """Hydra's own, for runs whose folders are made by moetrain."""
-    dirname = "hydra.job.config.override_dirname"
     return [
         f"hydra.sweep.dir='{folder}'",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra/job_logging=disabled",
-        f"{dirname}.exclude_keys=[{','.join(same)}]",
-        f"{dirname}.kv_sep=-",
-        f"{dirname}.item_sep=-",
+        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]",
     ]
 
 
@@ -95,19 +146,21 @@ def _one(_: DictConfig) -> float:
     """One run of the sweep. Returns its held-out bits per byte, which a sweeper that searches takes for the score."""
     given = HydraConfig.get()
     folder = Path(given.sweep.dir)
-    name = re.sub(r"[^\w.+-]+", "-", f"{given.job.num}-{given.job.override_dirname}")
+    name = _name(given.job.num, given.overrides.task, given.job.config.override_dirname.exclude_keys)
     overrides = [o for o in given.overrides.task if o.partition("=")[0] not in ("run.name", "run.dir")]
     sources = [s.path for s in given.runtime.config_sources if s.provider == "command-line"]
     command = [sys.executable, "-m", "moetrain", "train", *overrides, f"run.dir='{folder}'", f"run.name='{name}'"]
     command += [f"--config-dir={path}" for path in sources]
+    if (folder / ASKED).exists():
+        return FAILED
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # another process than the sweep's
+        signal.signal(signal.SIGINT, lambda *_: None)
     with subprocess.Popen(command) as process:
         while process.poll() is None:
-            try:
+            if (folder / ASKED).exists():
+                process.send_signal(signal.SIGTERM)
                 process.wait()
-            except KeyboardInterrupt:  # it heard it too: it saves, and ends
-                continue
-    if process.returncode in (INTERRUPTED, REQUEUE):
-        raise SystemExit(process.returncode)
+            time.sleep(LOOK_SECONDS)
     found = _summary(folder / name) if process.returncode == 0 else None
     return found["bits_per_byte"]["all"] if found else FAILED
 
@@ -117,19 +170,23 @@ def _summary(run: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _show(folder: Path) -> int:
+def _show(folder: Path, names: Sequence[str] | None) -> int:
     """The runs side by side. Returns 1 where one of them failed."""
-    found = sorted((p.parent for p in folder.glob("*/config.yaml")), key=lambda p: int(p.name.partition("-")[0]))
-    table = Table(box=None, header_style="bold")
+    if names is None:
+        found = [path.parent.name for path in folder.glob("*-*/config.yaml")]
+        names = sorted((n for n in found if n[0].isdigit()), key=lambda n: int(re.match(r"\d+", n)[0]))  # type: ignore[index]
+    summaries = {name: _summary(folder / name) for name in names}
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("run", "bits per byte", "tokens/s", "imbalance at home", "planned"):
         table.add_column(column, justify="left" if column == "run" else "right")
-    whole = [(run, summary) for run in found if (summary := _summary(run))]
-    for run, summary in whole:
-        balance = summary["imbalance"]
-        values = f"{summary['bits_per_byte']['all']:.3f}", f"{summary['tokens_per_second']:,.0f}"
-        table.add_row(run.name, *values, f"{balance['home']:.3f}", f"{balance['planned']:.3f}")
+    for name, summary in summaries.items():
+        if summary is not None:
+            values = f"{summary['bits_per_byte']['all']:.3f}", f"{summary['tokens_per_second']:,.0f}"
+            balance = summary["imbalance"]
+            table.add_row(name, *values, f"{balance['home']:.3f}", f"{balance['planned']:.3f}")
     console.print(table)
-    if missing := [run.name for run in found if run not in [run for run, _ in whole]]:
+    missing = [name for name, summary in summaries.items() if summary is None]
+    if missing:
         console.print(f"[red]not complete:[/] {', '.join(missing)}; the same command goes on with them")
-    console.print(f"compare them: moetrain report {folder}/*/")
-    return 1 if missing or not found else 0
+    console.print(f"compare them: moetrain report {folder}/[0-9]*/")
+    return 1 if missing else 0

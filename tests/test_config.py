@@ -158,8 +158,12 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_field_value_and_rule(overrides: list[str], line: str) -> None:
+    def laid_out() -> None:
+        settings = config.load(overrides)
+        settings.layout(settings.parallel.nproc or 1)
+
     with pytest.raises(ConfigError) as caught:
-        config.load(overrides)
+        laid_out()
     assert str(caught.value) == line
 
 

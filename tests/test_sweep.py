@@ -4,11 +4,14 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from test_train import rows_of
 
 from moetrain import cli
+from moetrain.recovery.exits import REQUEUE
 
 
 def test_runs_at_once_are_named_kept_and_compared(tiny: list[str], tmp_path: Path) -> None:
@@ -28,7 +31,24 @@ def test_runs_at_once_are_named_kept_and_compared(tiny: list[str], tmp_path: Pat
         assert re.search(r"betas:\n *- 0.8\n *- 0.9\n", text)
         bits = json.loads((swept / name / "summary.json").read_text())["bits_per_byte"]["all"]
         assert any(line.split()[:2] == [name, f"{bits:.3f}"] for line in lines)
-    assert lines[-1] == f"compare them: moetrain report {swept}/*/"
+    assert lines[-1] == f"compare them: moetrain report {swept}/[0-9]*/"
+
+
+def test_a_sweep_that_is_asked_to_end_saves_the_run_in_progress(tiny: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny, "parallel.nproc=1", "train.threads=1", "run.name=swept", "train.steps=30000,40000"]
+    command = [sys.executable, "-m", "moetrain", "train", "--multirun", *overrides]
+    first, second = (tmp_path / "swept" / f"{n}-train.steps-{steps}" for n, steps in ((0, 30000), (1, 40000)))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 100
+        while not (first / "metrics.jsonl").is_file() or len(rows_of(str(first))) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE
+    assert list((first / "checkpoints").glob("step_*"))
+    assert not second.exists()
+    assert f"not complete: {first.name}, {second.name}" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -38,6 +58,8 @@ def test_runs_at_once_are_named_kept_and_compared(tiny: list[str], tmp_path: Pat
         (["planner=home,lep"], "planner=lep: must be one of eplb, home, llep, makespan"),
         (["train.steps=1,0"], "train.steps=0: must be greater than 0"),
         (["train.steps=1,,"], "train.steps=1,,: not an override as Hydra reads it (field=value, field=a,b,c)"),
+        (["train.global_batch=8,9", "parallel.nproc=2"], "train.global_batch=9: must be a multiple of 2 ranks"),
+        (["optim.lr=interval(0,1)"], "--multirun: BasicSweeper does not support sweep type : INTERVAL_SWEEP"),
         (["run.name=a,b"], "run.name=a,b: a sweep has one name, its runs are named by what differs"),
         (["planner=home,llep", "--json"], "--multirun: goes with none of --resolved, --dry-run and --json"),
     ],

@@ -142,7 +142,8 @@ def _shared_memory(config: Config) -> Finding:
     left = memory.left_behind()
     text = f"{memory.ROOT}: {usage.free / 2**30:.1f} GiB free, snapshots of one host alone take {needed / 2**30:.2f}"
     if left:
-        text += f"; {sum(size for _, size in left) / 2**30:.2f} in use by {len(left)} run(s)"
+        names = ", ".join(folder.name.rpartition("-")[0] for folder, _ in left)
+        text += f"; {sum(size for _, size in left) / 2**30:.2f} in use by runs in progress or left behind: {names}"
     if config.recovery.snapshot_every and usage.free < needed:
         return Finding("memory", NOTE, text, f"mount it larger, remove old runs in {memory.root()}, or go without")
     return Finding("memory", GOOD, text)

@@ -50,7 +50,7 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(error, FloatingPointError):
-            self.alert(self._step + 1, Alert("not_finite", str(error)))
+            self.alert(self._step + 1, Alert("not_finite", str(error).removeprefix(f"step {self._step + 1}: ")))
         self.close()
 
 
