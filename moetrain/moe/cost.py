@@ -130,7 +130,13 @@ def seconds(loads, at_home, segments, flow, copies, costs):  # type: ignore[no-u
         exposed += (lends + 1) * wait + (lends * weight + gradient) * travel
     if exposed > 0:
         exposed -= min(overlap * exposed, idle)
-        exposed += handling * copies.sum(0).sum(0).max()
+        most = 0.0
+        for r in range(len(loads)):
+            handled = 0.0
+            for side in range(4):  # .sum(0) would take seconds to compile
+                handled += copies[0, side, r] + copies[1, side, r]
+            most = max(most, handled)
+        exposed += handling * most
     return np.array([way, exposed, compute, way])
 
 
