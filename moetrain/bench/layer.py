@@ -61,7 +61,7 @@ def _work(options: argparse.Namespace, grid: Grid, place: tuple[int, int, int]) 
     if options.json:
         print(json.dumps(found + others))
     report(found, options.out)
-    peers.show(others)
+    peers.show(others, options.out)
 
 
 def records(mesh: Mesh, grid: Grid) -> Records:

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,16 +174,22 @@ def _ready(layer: nn.Module, gate_ED: nn.Parameter, shape: Shape) -> nn.Module:
     return _First(layer.to(DTYPES[shape.dtype]))
 
 
-def show(found: Records) -> None:
-    if found:
-        console.print(
-            "Peers, through their own gates; speed as % of our balanced layer and of the bare GEMMs, in pairs:"
-        )
-    for r in found:
-        place = "experts on each rank, nothing travels" if "transformers" in r["planner"] else f"{r['ranks']} ranks"
-        speed = f"{r['percent_of_balanced']:.1f} % ±{r['spread'] / 2:.1f} of balanced"
-        console.print(
-            f"{r['planner']}, {r['dtype']}, {r['experts']} experts, {r['scenario']} "
-            f"({r['percent_into_first']:.0f} % of selections into the first; {place}): {r['total_ms']:,.0f} ms, "
-            f"{speed}, {r['percent_of_gemm']:.1f} % of the GEMMs"
-        )
+def show(found: Records, out: Path | None) -> None:
+    """Print; with a folder, add to its layer.md."""
+    if not found:
+        return
+    title = "Peers, through their own gates; speed as % of our balanced layer and of the bare GEMMs, in pairs:"
+    lines = [_line(record) for record in found]
+    console.print("\n".join([title, *lines]), markup=False)
+    if out is not None:
+        with (out / "layer.md").open("a") as file:
+            file.write("\n".join(["", title, "", *(f"- {line}" for line in lines), ""]))
+
+
+def _line(r: dict[str, Any]) -> str:
+    place = "experts on each rank, nothing travels" if "transformers" in r["planner"] else f"{r['ranks']} ranks"
+    return (
+        f"{r['planner']}, {r['dtype']}, {r['experts']} experts, {r['scenario']} "
+        f"({r['percent_into_first']:.0f} % of selections into the first; {place}): {r['total_ms']:,.0f} ms, "
+        f"{r['percent_of_balanced']:.1f} % ±{r['spread'] / 2:.1f} of balanced, {r['percent_of_gemm']:.1f} % of the GEMMs"
+    )
