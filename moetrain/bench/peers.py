@@ -191,5 +191,6 @@ def _line(r: dict[str, Any]) -> str:
     return (
         f"{r['planner']}, {r['dtype']}, {r['experts']} experts, {r['scenario']} "
         f"({r['percent_into_first']:.0f} % of selections into the first; {place}): {r['total_ms']:,.0f} ms, "
-        f"{r['percent_of_balanced']:.1f} % ±{r['spread'] / 2:.1f} of balanced, {r['percent_of_gemm']:.1f} % of the GEMMs"
+        f"{r['percent_of_balanced']:.1f} % ±{r['spread'] / 2:.1f} of balanced, "
+        f"{r['percent_of_gemm']:.1f} % of the GEMMs"
     )
