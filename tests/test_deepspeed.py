@@ -203,8 +203,9 @@ def test_a_norm_that_is_not_finite_updates_nothing(pool, tiny) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(overrides: list[str], line: str) -> None:
+    settings = config.load(["engine=deepspeed", *overrides])
     with pytest.raises(ConfigError) as caught:
-        config.load(["engine=deepspeed", "parallel.nproc=4", *overrides])
+        settings.layout(4)
     assert str(caught.value).startswith(line)
 
 
@@ -221,8 +222,9 @@ def test_extra_comes_on_top() -> None:
 
 def test_without_deepspeed_it_says_how_to_install(monkeypatch) -> None:
     monkeypatch.setattr("moetrain.checks.find_spec", lambda name: None)
+    settings = config.load(["engine=deepspeed"])
     with pytest.raises(ConfigError, match=r"engine=deepspeed: needs DeepSpeed.*pip install 'moetrain\[deepspeed\]'"):
-        config.load(["engine=deepspeed", "parallel.nproc=2"])
+        settings.layout(2)
 
 
 def test_other_runs_never_import_it() -> None:
