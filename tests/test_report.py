@@ -39,6 +39,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser | None
         opened.close()
 
 
+def change(folder: Path, field: Callable[[int], dict]) -> None:
+    """Put the fields that `field` gives for a step into the run's training rows."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | field(row["step"]) if "train/loss" in row else row for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def findings(folder: Path) -> dict[str, str]:
+    """{text: section} of everything but what is good."""
+    found = build.data([open_run(str(folder))])["runs"][0]["findings"]
+    return {finding["text"]: finding["section"] for finding in found if finding["level"] != "good"}
+
+
 def write(folder: Path, *more: Path) -> tuple[Path, dict]:
     path = folder.parent / f"{folder.name}.html"
     return path, build.write([open_run(str(f)) for f in (folder, *more)], path)
@@ -124,18 +137,59 @@ def test_it_says_what_is_wrong(full: Path) -> None:
 
 def test_a_collapsed_router_and_a_busy_device_are_named(tmp_path: Path) -> None:
     folder = made_run.write(tmp_path / "collapsed", ranks=4)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for row in (row for row in rows if "train/loss" in row):
-        row |= {"balance/layer_00/load": [0.5, 0.45] + [0.05 / 6] * 6, "balance/imbalance_planned": 1.6}
-        row |= {"balance/device_load_planned": [10.0, 10.0, 40.0, 10.0], "perf/waited": [0.3, 0.3, 0, 0.3]}
-        row |= {"perf/waited_for": [0.0, 0.0, 0.9, 0.0], "train/lm_loss": None if row["step"] == 7 else 4.0}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"balance/layer_00/load": [0.5, 0.45] + [0.05 / 6] * 6, "balance/imbalance_planned": 1.6}
+    fields |= {"balance/device_load_planned": [10.0, 10.0, 40.0, 10.0], "perf/waited": [0.3, 0.3, 0, 0.3]}
+    fields |= {"perf/waited_for": [0.0, 0.0, 0.9, 0.0]}
+    change(folder, lambda step: fields | {"train/lm_loss": None if step == 7 else 4.0})
     found = build.data([open_run(str(folder))])["runs"][0]["findings"]
     text = " ".join(finding["text"] for finding in found if finding["level"] == "trouble")
     assert "layer 00: experts 0, 1 take 95% of all selections: collapsed" in text
     assert "It is mostly device 2" in text
     assert "Ranks spend 45% of a step waiting for each other, 100% of that for rank 2" in text
     assert "The loss was not a number in 1 step(s), first 7" in text
+
+
+def test_an_uneven_plan_says_why_it_may_be(full: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(full, tmp_path / "uneven")
+    change(folder, lambda step: {"balance/imbalance_planned": 1.6})
+    assert "1.60 as planned: moving more would not pay, or a limit stands in the way" in " ".join(findings(folder))
+    config = json.loads((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(json.dumps(config | {"planner": {"name": "home"}}))
+    assert "planner=home moves nothing; planner=makespan moves what pays off" in " ".join(findings(folder))
+
+
+def test_lending_that_costs_more_than_it_saves_is_named(full: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(full, tmp_path / "dear")
+    assert "plan" not in findings(folder).values()  # 40 ms for 40 ms
+    change(folder, lambda step: {"perf/phase/backward_lend": 0.07})
+    said = "Lending experts takes 100 ms of a step and saves 40 ms of computing."
+    assert findings(folder)[said] == "plan"
+    cards = {card["name"]: card["note"] for card in build.data([open_run(str(folder))])["runs"][0]["cards"]}
+    assert cards["Saved by the plan"] == "8.0% of a step; lending took 100 ms"
+    change(folder, lambda step: {"balance/guests": 0})
+    assert said not in findings(folder)
+
+
+def test_noise_is_no_rising_loss_and_a_rise_is(tmp_path: Path) -> None:
+    folder = made_run.write(tmp_path / "noisy", steps=200)
+    noise = np.random.default_rng(0).normal(size=201)
+    for size in (0.4, 1.5):
+        change(folder, lambda step, size=size: {"train/lm_loss": 4 + size * noise[step]})
+        assert not any("above its lowest" in text for text in findings(folder))
+    change(folder, lambda step: {"train/lm_loss": 4 + 0.1 * noise[step] + 0.01 * abs(step - 90)})
+    assert "above its lowest, which it had in steps 81 to 100" in " ".join(findings(folder))
+
+
+def test_findings_link_to_their_figures(tmp_path: Path) -> None:
+    folder = made_run.write(tmp_path / "waits", steps=250)
+    waits = {"perf/waited": [0.3, 0.3], "perf/waited_for": [0.0, 0.6]}
+    change(folder, lambda step: waits | {"perf/memory_gib": [1.0, 0.01 * step]})
+    for kind, section in (("dead_experts", "experts"), ("imbalance", "devices"), ("not_finite", "loss")):
+        (folder / "alerts.jsonl").write_text(json.dumps({"step": 9, "kind": kind, "text": "so it was"}) + "\n")
+        said = findings(folder)
+        assert said["One alert during the run; the last at step 9: so it was."] == section
+    sections = {text.split()[0]: where for text, where in said.items()}
+    assert sections["Ranks"] == sections["Memory"] == "devices"
 
 
 def test_ten_thousand_steps_stay_small_and_keep_their_peaks(tmp_path: Path, browser: Browser | None) -> None:
@@ -232,6 +286,15 @@ def _broken_config(folder: Path) -> str:
     return "config.yaml cannot be read"
 
 
+def _odd_numbers(folder: Path) -> str:
+    config = json.loads((folder / "config.yaml").read_text())
+    config |= {"train": {"steps": "many"}, "router": {"name": "topk", "top_k": "two"}}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": Infinity}\n')
+    return "1 unreadable line(s)"
+
+
 BREAKS = (
     _torn,
     _garbage,
@@ -242,6 +305,7 @@ BREAKS = (
     _old_trace,
     _odd_shapes,
     _broken_config,
+    _odd_numbers,
 )
 
 

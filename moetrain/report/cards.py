@@ -6,7 +6,7 @@ import numpy as np
 
 from moetrain.observe.estimate import short
 from moetrain.report.curves import layers
-from moetrain.report.findings import recent, recent_list, window
+from moetrain.report.findings import recent, recent_list, spent_lending, window
 from moetrain.report.read import Run
 
 PHASES = {1: "surge", 2: "stabilisation", 3: "relaxation"}
@@ -17,8 +17,9 @@ def about(run: Run) -> str:
     option, parts = run.option, []
     if ranks := run.metrics.lists("balance/device_load_home")[1].shape[1]:
         parts.append(f"{ranks} ranks")
-    if size := run.summary.get("parameters"):
-        parts.append(f"{short(size['total'])} parameters, {short(size['active'])} active a token")
+    total, active = run.ended("parameters", "total"), run.ended("parameters", "active")
+    if np.isfinite(total + active):
+        parts.append(f"{short(total)} parameters, {short(active)} active a token")
     if option("model"):
         parts.append(f"{option('model.num_layers')} layers × {option('model.num_experts')} experts")
     if option("router"):
@@ -47,7 +48,7 @@ def _card(name: str, value: str, unit: str, note: str, number: float, better: in
 def _progress(run: Run) -> dict[str, Any] | None:
     if not run.metrics.rows:
         return None
-    step, wanted = max(row["step"] for row in run.metrics.rows), run.option("train.steps")
+    step, wanted = max(row["step"] for row in run.metrics.rows), run.whole("train.steps")
     tokens = run.metrics.last("train/tokens")
     note = f"{short(tokens)} tokens" if np.isfinite(tokens) else ""
     return _card("Steps", f"{step:,}", f"of {wanted:,}" if wanted else "", note, step)
@@ -57,8 +58,8 @@ def _held_out(run: Run) -> dict[str, Any] | None:
     value = run.metrics.last("eval/bits_per_byte")
     if np.isnan(value):
         return None
-    bigram = (run.summary.get("bigram_bits_per_byte") or {}).get("all")
-    note = f"a bigram model: {bigram:.3f}" if bigram else "at the last evaluation"
+    bigram = run.ended("bigram_bits_per_byte", "all")
+    note = f"a bigram model: {bigram:.3f}" if np.isfinite(bigram) else "at the last evaluation"
     return _card("Held-out", f"{value:.3f}", "bits a byte", note, value, -1)
 
 
@@ -90,7 +91,9 @@ def _saved(run: Run) -> dict[str, Any] | None:
     value, step = recent(run, "balance/saved_seconds"), recent(run, "perf/step_seconds")
     if np.isnan(value):
         return None
-    note = f"{value / step:.1%} of a step" if step > 0 else "by the plan"
+    note = f"{value / step:.1%} of a step" if step > 0 else "of computing"
+    if np.isfinite(spent := spent_lending(run)):
+        note += f"; lending took {1e3 * spent:,.3g} ms"
     return _card("Saved by the plan", f"{1e3 * value:,.3g}", "ms a step", note, value, 1)
 
 

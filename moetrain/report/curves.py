@@ -74,16 +74,31 @@ def held_out(run: Run) -> Figure:
     values = {name: run.metrics.last(f"eval/{name}/bits_per_byte") for name in sorted(names)}
     if not values:
         return absent("no held-out evaluation yet (eval.every; one at the end of every run)")
-    bigram = run.summary.get("bigram_bits_per_byte") or {}
     values["all"] = run.metrics.last("eval/bits_per_byte")
-    rows = [{"name": n, "value": v, "mark": bigram.get(n)} for n, v in values.items() if np.isfinite(v)]
+    bigram = {name: run.ended("bigram_bits_per_byte", name) for name in values}
+    rows = [{"name": n, "value": v, "mark": bigram[n]} for n, v in values.items() if np.isfinite(v)]
     return {
         "kind": "bars",
         "rows": rows,
         "unit": "bits a byte",
-        "mark": "a bigram model" if bigram else None,
+        "mark": "a bigram model" if np.isfinite([*bigram.values()]).any() else None,
         "digits": 3,
     }
+
+
+def held_out_steps(run: Run) -> Figure:
+    """The same over the run's evaluations."""
+    form = re.compile(r"eval/(?:([^/]+)/)?bits_per_byte")
+    found = {name: m[1] or "all" for name in run.metrics.names if (m := form.fullmatch(name))}
+    rows = [row for row in run.metrics.rows if any(name in row for name in found)]
+    if len(rows) < 2:
+        return absent("fewer than two held-out evaluations (eval.every)")
+    series: list[Figure] = [
+        {"name": found[name], "y": plain(run.metrics.numbers(name, rows))}
+        for name in sorted(found, key=lambda name: (name != "eval/bits_per_byte", name))
+    ]
+    series[0] |= {"tone": "main"} if series[0]["name"] == "all" else {}
+    return {"kind": "lines", "x": [row["step"] for row in rows], "series": series, "unit": "bits a byte"}
 
 
 def per_layer(pattern: str, missing: str, smoothing: float = 0.7, **more: Any) -> Callable[[Run], Figure]:

@@ -7,6 +7,7 @@ from moetrain.report.curves import (
     absent,
     held_out,
     held_out_per_layer,
+    held_out_steps,
     lines,
     loss,
     memory,
@@ -20,6 +21,7 @@ from moetrain.report.read import Run
 FIGURES: dict[str, Callable[[Run], Figure]] = {
     "loss": loss,
     "held_out": held_out,
+    "held_out_steps": held_out_steps,
     "load": load,
     "max_vio": per_layer("balance/LAYER/max_vio", "balance/layer_LL/max_vio was not recorded", floor=0),
     "dead": per_layer("balance/LAYER/dead_experts", "balance/layer_LL/dead_experts was not recorded", 0.0, floor=0),

@@ -17,7 +17,14 @@ COLLAPSED = 0.8  # share of all selections that the top_k most loaded experts ta
 UNEVEN, LOPSIDED = 1.10, 1.25  # busiest device over the mean, after planning
 WAITING, STALLED = 0.2, 0.4  # share of a step that ranks wait for each other
 TRAVELLING, CLOGGED = 0.3, 0.5  # share of a step in exchanges, waiting left out
+UNPROFITABLE = 0.01  # share of a step that lending takes beyond what it saves
 SLOWER, GROWN = 0.8, 1.15  # tokens a second, memory: of what they were
+RISEN, SCATTER = 0.05, 3.0  # of the loss over its lowest: in shares of that, and in standard errors of the difference
+LEFT = {  # why a plan may leave an imbalance
+    "home": "planner=home moves nothing; planner=makespan moves what pays off",
+    "makespan": "moving more would not pay, or a limit stands in the way (costs.json, engine.guest_memory_mib)",
+}
+SECTIONS = {"dead_experts": "experts", "imbalance": "devices", "not_finite": "loss"}  # that alerts are about
 
 
 class Finding(NamedTuple):
@@ -27,7 +34,7 @@ class Finding(NamedTuple):
 
 
 def findings(run: Run) -> list[Finding]:
-    found = [*_loss(run), *_experts(run), *_devices(run), *_time(run), *_memory(run), *_alerts(run)]
+    found = [*_loss(run), *_experts(run), *_devices(run), *_plan(run), *_time(run), *_memory(run), *_alerts(run)]
     return sorted(found, key=lambda f: ("trouble", "watch", "good").index(f.level))
 
 
@@ -54,11 +61,16 @@ def _loss(run: Run) -> list[Finding]:
     out = []
     if len(lost := [row["step"] for row, x in zip(rows, values, strict=True) if not np.isfinite(x)]):
         out.append(Finding("trouble", f"The loss was not a number in {len(lost)} step(s), first {lost[0]}.", "loss"))
-    smooth = reduce.smooth(values)
-    if len(smooth) >= 20 and np.isfinite(smooth).any():
-        best = int(np.nanargmin(smooth))
-        if (rise := smooth[-1] - smooth[best]) > 0.05 * abs(smooth[best]):
-            text = f"The training loss ends {rise:.2f} nats above its lowest, which was at step {rows[best]['step']}."
+    width = -window(len(values)).start
+    begin = np.arange(len(values) % width, len(values), width)  # of windows that end with the run
+    means = reduce.means(values, begin)
+    if np.isfinite(means[-1:]).any():
+        best = int(np.nanargmin(means))
+        lowest = slice(begin[best], begin[best] + width)
+        error = np.sqrt((np.nanvar(values[lowest]) + np.nanvar(values[-width:])) / width)
+        if (rise := means[-1] - means[best]) > max(RISEN * abs(means[best]), SCATTER * error):
+            first, last = (rows[lowest][at]["step"] for at in (0, -1))
+            text = f"The training loss ends {rise:.2f} nats above its lowest, which it had in steps {first} to {last}."
             out.append(Finding("watch", text, "loss"))
     return out
 
@@ -66,11 +78,11 @@ def _loss(run: Run) -> list[Finding]:
 def _experts(run: Run) -> list[Finding]:
     out: list[Finding] = []
     dead, starving, hot = [], [], []
-    top_k = int(run.option("router.top_k", 2))
-    found = layers(run, "balance/LAYER/load")
-    for name, metric in found.items():
-        steps, values = run.metrics.lists(metric)
-        values = values[window(len(steps))]
+    top_k = run.whole("router.top_k") or 2
+    found = {name: run.metrics.lists(metric)[1] for name, metric in layers(run, "balance/LAYER/load").items()}
+    found = {name: values for name, values in found.items() if values.size}
+    for name, values in found.items():
+        values = values[window(len(values))]
         load, layer = values.mean(0) * values.shape[1], name.replace("_", " ")
         top = np.argsort(-load)[:top_k]
         share = load[top].sum() / len(load)
@@ -102,12 +114,25 @@ def _devices(run: Run) -> list[Finding]:
     level: Literal["trouble", "watch", "good"] = "good"
     if planned > UNEVEN:
         level = "trouble" if planned > LOPSIDED else "watch"
-        moves_nothing = run.option("planner.name") == "home"
-        text += "; planner=home moves nothing, planner=makespan would" if moves_nothing else "; the plan leaves that"
+        text += f": {LEFT.get(str(run.option('planner.name')), 'the plan leaves that')}"
         load = recent_list(run, "balance/device_load_planned")
         if len(load) and (most := load.max() / max(load.mean(), 1e-9)) > UNEVEN:
             text += f". It is mostly device {load.argmax()}: {most:.2f} mean loads over all layers"
     return [Finding(level, text + ".", "devices")]
+
+
+def spent_lending(run: Run) -> float:
+    """Seconds of a step that lending takes, forward and backward; NaN where nothing was recorded."""
+    forward, backward = recent(run, "perf/phase/lend"), recent(run, "perf/phase/backward_lend")
+    return forward + np.nan_to_num(backward)
+
+
+def _plan(run: Run) -> list[Finding]:
+    saved, spent, step = recent(run, "balance/saved_seconds"), spent_lending(run), recent(run, "perf/step_seconds")
+    if not recent(run, "balance/guests") > 0 or not spent - saved > UNPROFITABLE * step:
+        return []
+    text = f"Lending experts takes {1e3 * spent:.3g} ms of a step and saves {1e3 * saved:.3g} ms of computing."
+    return [Finding("watch", text, "plan")]
 
 
 def _time(run: Run) -> list[Finding]:
@@ -121,7 +146,7 @@ def _time(run: Run) -> list[Finding]:
         text = f"Ranks spend {waiting / step:.0%} of a step waiting for each other"
         if waited_for.sum() > 0:
             text += f", {waited_for.max() / waited_for.sum():.0%} of that for rank {waited_for.argmax()}"
-        out.append(Finding("trouble" if waiting / step > STALLED else "watch", text + ".", "time"))
+        out.append(Finding("trouble" if waiting / step > STALLED else "watch", text + ".", "devices"))
     names = [f"perf/phase/{side}{name}" for side in ("", "backward_") for name in ("lend", "dispatch", "combine")]
     moving = float(np.nansum([recent(run, name) for name in names])) - waiting
     if moving / step > TRAVELLING:
@@ -151,7 +176,7 @@ def _memory(run: Run) -> list[Finding]:
         return []
     rank = int(growth.argmax())
     text = f"Memory of rank {rank} grows: {before[rank]:.2f} GiB in the second quarter, {after[rank]:.2f} at the end."
-    return [Finding("watch", text, "time")]
+    return [Finding("watch", text, "devices")]
 
 
 def _alerts(run: Run) -> list[Finding]:
@@ -160,7 +185,7 @@ def _alerts(run: Run) -> list[Finding]:
     last: dict[str, Any] = run.alerts[-1]
     count = "One alert" if len(run.alerts) == 1 else f"{len(run.alerts)} alerts"
     text = f"{count} during the run; the last at step {last['step']}: {last['text'].rstrip('.')}."
-    return [Finding("watch", text, "experts" if last["kind"] == "dead_experts" else "devices")]
+    return [Finding("watch", text, SECTIONS.get(last["kind"], "devices"))]
 
 
 def _experts_named(numbers: list[int]) -> str:

@@ -1,7 +1,8 @@
 """The same page for a run in progress, on this machine's loopback alone, up to date whenever the browser asks."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -46,20 +47,25 @@ def server(runs: Sequence[Run], port: int) -> ThreadingHTTPServer:
             if name not in (HOST, "localhost"):  # a page elsewhere that had its own name point here
                 self.send_error(403)
             elif self.path == "/":
-                self._answer("text/html; charset=utf-8", build.html(source.data()))
+                self._answer("text/html; charset=utf-8", build.html)
             elif self.path == "/data.json":
-                self._answer("application/json", build.as_json(source.data()))
+                self._answer("application/json", build.as_json)
             else:
                 self.send_error(404)
 
-        def _answer(self, kind: str, text: str) -> None:
-            body = text.encode()
+        def _answer(self, kind: str, form: Callable[[dict], str]) -> None:
+            try:
+                body = form(source.data()).encode()
+            except Exception as error:  # whatever a run's folder holds, the next answer may be right again
+                self.send_error(500, f"the run cannot be read: {type(error).__name__}")
+                return
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the browser has gone
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             pass

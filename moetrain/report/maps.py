@@ -73,13 +73,14 @@ def traffic(run: Run) -> Figure:
     rows, block = coarse(rows * (1 - np.eye(rows.shape[-1], dtype=rows.dtype)))
     kept = frames(len(steps), rows[0].size)
     share = rows[kept] / total[kept]
+    most = max(usual_most(share), min(1.0, 4 / rows.shape[-1] ** 2))  # four even shares: an even plan is pale
     return {
         "kind": "matrix",
         "steps": steps[kept].tolist(),
         "layers": trace_layers(run),
         "size": rows.shape[-1],
         "block": block,
-        "most": (most := usual_most(share)),
+        "most": most,
         "cells": reduce.pack_thousandths(share / most),
         "what": "of the rows went from rank {row} to rank {column}",
         "unit": "share",
@@ -93,7 +94,10 @@ def waited(run: Run) -> Figure:
         return absent("the load trace has no waiting times")
     steps, (seconds, block) = run.trace["step"], coarse(np.nan_to_num(found))
     kept = frames(len(steps), seconds[0].size)
-    most = usual_most(seconds[kept])
+    step = run.metrics.numbers("perf/step_seconds")
+    step = step[np.isfinite(step)]
+    quarter = block * step.mean() / 4 if len(step) else 0.0  # of a step, for each rank of a block: short waits are pale
+    most = float(max(usual_most(seconds[kept]), quarter))
     return {
         "kind": "matrix",
         "steps": steps[kept].tolist(),

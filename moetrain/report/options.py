@@ -36,6 +36,10 @@ def run(options: argparse.Namespace) -> int:
     from moetrain.report import build, pictures
     from moetrain.report.read import open_run
 
+    writing = {"--out": options.out, "--png": options.png, "--json": options.json}
+    if options.live and any(writing.values()):
+        names = ", ".join(name for name, value in writing.items() if value)
+        raise ConfigError(f"live=true: must stand without {names}: it serves the page and writes nothing")
     found = [open_run(name) for name in options.run or [str(runs.find(None))]]
     if options.live:
         return _serve(found, options.port)

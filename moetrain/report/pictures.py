@@ -11,6 +11,11 @@ from moetrain.report.curves import Figure
 
 PICTURES = ("loss", "load", "devices", "imbalance", "time", "moved", "domains", "information")
 TONES = {"main": "#28354d", "home": "#c65a35", "planned": "#177a68"}
+AREAS = {  # what the MoE layers do; everything else is grey, as on the page
+    "route": "#bf629f", "plan": "#8a6a35", "lend": "#d27b22", "dispatch": "#3566ad", "experts": "#177a68",
+    "combine": "#2590a6",
+}  # fmt: skip
+GREYS = {"other forward": "0.6", "other backward": "0.68", "optimizer": "0.76", "data": "0.84", "the rest": "0.9"}
 HEAT = ("#2a4b8d", "#93b4de", "#f3f2ee", "#f0a67c", "#ad2f1b")
 TITLES = {
     "loss": "Training loss per domain (nats a token)",
@@ -77,10 +82,18 @@ def _lines(axis: Any, figure: Figure) -> None:
 
 def _area(axis: Any, figure: Figure) -> None:
     values = np.nan_to_num(np.array([line["y"] for line in figure["series"]], dtype=float))
-    axis.stackplot(figure["x"], values, labels=[line["name"] for line in figure["series"]], lw=0)
+    names = [line["name"] for line in figure["series"]]
+    axis.stackplot(figure["x"], values, labels=names, colors=[AREAS.get(n) or GREYS.get(n, "0.5") for n in names], lw=0)
     axis.set_ylim(0, 1.2 * np.quantile(values.sum(0), 0.98))
     axis.set_xlabel("step")
-    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper right")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _bars(axis: Any, figure: Figure) -> None:
+    names, values = zip(*((row["name"], row["value"]) for row in figure["rows"]), strict=True)
+    axis.barh(names, values, color=TONES["main"])
+    axis.invert_yaxis()
 
 
 def _load(axis: Any, figure: Figure) -> None:
@@ -121,6 +134,7 @@ def _devices(axis: Any, figure: Figure) -> None:
     axis.bar(place - 0.2, home[sample, layer], 0.4, label="experts at home", color=TONES["home"])
     axis.bar(place + 0.2, planned[sample, layer], 0.4, label="as planned", color=TONES["planned"])
     axis.axhline(1, color="gray", lw=0.8, ls=":")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel(
         f"device; {figure['layers'][layer].replace('_', ' ')}, step {figure['steps'][sample]}, the most lopsided sample"
     )
@@ -130,6 +144,7 @@ def _devices(axis: Any, figure: Figure) -> None:
 DRAW: dict[str, Callable[[Any, Figure], None]] = {
     "lines": _lines,
     "area": _area,
+    "bars": _bars,
     "load": _load,
     "domains": _domains,
     "devices": _devices,

@@ -4,6 +4,7 @@ Old runs lack fields, killed runs have torn lines, some never wrote a trace: non
 """
 
 import json
+import math
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -57,7 +58,7 @@ class Metrics:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             self.torn += 1
             return
         self.rows.append({k: _array(v) if isinstance(v, list) else v for k, v in row.items()})
@@ -127,10 +128,17 @@ class Run:
 
     def option(self, path: str, default: Any = None) -> Any:
         """A field of the config, as `model.dim`."""
-        found: Any = self.config
-        for part in path.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
+        found = _field(self.config, *path.split("."))
         return default if found is None else found
+
+    def whole(self, path: str) -> int | None:
+        """A field of the config that is a whole number; None where it is none."""
+        found = self.option(path)
+        return found if isinstance(found, int) else None
+
+    def ended(self, *path: str) -> float:
+        """A number of the summary; NaN where it is none."""
+        return _number(_field(self.summary, *path))
 
     def _mapping(self, name: str, without: str) -> dict[str, Any]:
         path = self.folder / name
@@ -188,7 +196,7 @@ class Run:
             try:
                 alert = json.loads(line)
                 found.append({"step": int(alert["step"]), "kind": str(alert["kind"]), "text": str(alert["text"])})
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 self.missing.append("alerts.jsonl has an unreadable line: left out")
         return found
 
@@ -199,6 +207,12 @@ def open_run(name: str, directory: str = "runs") -> Run:
         if folder.is_dir() and any((folder / part).exists() for part in ("metrics.jsonl", "config.yaml", "load_trace")):
             return Run(folder)
     raise ConfigError(f"run={name}: must be a run's folder, or the name of one in {directory}")
+
+
+def _field(tree: Any, *path: str) -> Any:
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
@@ -222,4 +236,4 @@ def _array(values: list[Any]) -> Any:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and np.isfinite(value) else float("nan")
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else float("nan")

@@ -26,11 +26,13 @@ def means(values: np.ndarray, begin: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def extremes(values: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least and largest finite value of each bucket: no peak is lost by drawing fewer points."""
-    low = np.minimum.reduceat(np.where(np.isfinite(values), values, np.inf), begin)
-    high = np.maximum.reduceat(np.where(np.isfinite(values), values, -np.inf), begin)
-    return np.where(np.isfinite(low), low, np.nan), np.where(np.isfinite(high), high, np.nan)
+def extremes(values: np.ndarray, begin: np.ndarray, beside: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Least and largest finite value of each bucket and the rows beside it: no peak is lost by drawing fewer points."""
+    ends = [*begin[1:], len(values)]
+    parts = [values[max(0, first - beside) : end + beside] for first, end in zip(begin, ends, strict=True)]
+    finite = [part[np.isfinite(part)] for part in parts]
+    low, high = ([find(part) if len(part) else np.nan for part in finite] for find in (np.min, np.max))
+    return np.array(low), np.array(high)
 
 
 def smooth(values: np.ndarray, weight: float = 0.8) -> np.ndarray:

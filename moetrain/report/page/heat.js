@@ -16,10 +16,12 @@ function heatColours() {
 }
 
 function times(code) {
-  if (code === DEAD) return "nothing";
   const value = 2 ** ((code - EVEN) / DOUBLING);
   return `${value >= 10 ? value.toFixed(0) : value.toFixed(value < 0.1 ? 2 : 1)} ×`;
 }
+
+const loaded = (code) => (code === DEAD ? "no token" : `${times(code)} the mean load`);
+const used = (code) => (code === DEAD ? "not at all" : `${times(code)} as often as all text does`);
 
 // A map of rows × columns. `code(r, c)`, `rowName(r)`, `columnName(c)`, `describe(r, c)`, `click(r, c)`, `marks() -> {row, column}`.
 function heat(box, map, view) {
@@ -124,7 +126,7 @@ function load(box, data, view) {
     code: (layer, e) => code(f(), layer, e),
     rowName: (layer) => data.layers[layer].replace("layer_", ""),
     columnName: (e) => e,
-    describe: (layer, e) => `${name(layer)}, expert ${e}, step ${data.steps[f()]}: ${times(code(f(), layer, e))} the mean load`,
+    describe: (layer, e) => `${name(layer)}, expert ${e}, step ${data.steps[f()]}: ${loaded(code(f(), layer, e))}`,
     summary: () => {
       let most = 0, where = [0, 0], dead = 0;
       for (let layer = 0; layer < data.layers.length; layer++)
@@ -133,7 +135,7 @@ function load(box, data, view) {
           dead += value === DEAD;
           if (value > most) [most, where] = [value, [layer, e]];
         }
-      return `step ${data.steps[f()]}: hottest is expert ${where[1]} of ${name(where[0])} with ${times(most)} the mean load; ${dead || "none"} without a token`;
+      return `step ${data.steps[f()]}: hottest is expert ${where[1]} of ${name(where[0])} with ${loaded(most)}; ${dead || "none"} without a token`;
     },
     click: (layer) => view.pick(layer),
     marks: () => ({ row: Math.min(view.layer, data.layers.length - 1) }),
@@ -151,7 +153,7 @@ function history(box, data, view) {
     code: (e, f) => code(f, layer(), e),
     rowName: (e) => e,
     columnName: (f) => data.steps[f],
-    describe: (e, f) => `${name()}, expert ${e}, step ${data.steps[f]}: ${times(code(f, layer(), e))} the mean load`,
+    describe: (e, f) => `${name()}, expert ${e}, step ${data.steps[f]}: ${loaded(code(f, layer(), e))}`,
     summary: () => {
       let steady = 0;
       for (let e = 0; e < data.experts[layer()]; e++) steady += data.steps.every((_, f) => code(f, layer(), e) === DEAD);
@@ -175,11 +177,11 @@ function domains(box, data, view) {
     code,
     rowName: (d) => data.domains[d],
     columnName: (e) => e,
-    describe: (d, e) => `${name()}: ${data.domains[d]} uses expert ${e} ${times(code(d, e))} as often as all text does`,
+    describe: (d, e) => `${name()}: ${data.domains[d]} uses expert ${e} ${used(code(d, e))}`,
     summary: () => {
       let best = [0, 0, 0];
       for (let d = 0; d < data.domains.length; d++) for (let e = 0; e < data.experts[layer()]; e++) if (code(d, e) !== ABSENT && code(d, e) > best[0]) best = [code(d, e), d, e];
-      return `${name()}, step ${data.step}: most its own is expert ${best[2]}, which ${data.domains[best[1]]} uses ${times(best[0])} as often as all text does`;
+      return `${name()}, step ${data.step}: most its own is expert ${best[2]}, which ${data.domains[best[1]]} uses ${used(best[0])}`;
     },
     marks: () => ({}),
   }, view);

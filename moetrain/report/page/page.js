@@ -24,7 +24,8 @@ function update() {
   const at = steps.indexOf(view.step);
   find("step").value = String(Math.max(0, at));
   find("step").setAttribute("aria-valuetext", `step ${view.step}`);
-  find("at").textContent = steps.length ? `${(view.hover ?? view.step).toLocaleString("en")} of ${steps.at(-1).toLocaleString("en")}` : "no steps";
+  const shown = view.hover ?? view.step, of = shown > steps.at(-1) ? "" : ` of ${steps.at(-1)?.toLocaleString("en")}`; // another run may be longer
+  find("at").textContent = steps.length ? shown.toLocaleString("en") + of : "no steps";
   for (const box of boxes()) box.update?.();
 }
 
@@ -70,7 +71,7 @@ function head() {
   find("name").textContent = name;
   find("about").textContent = about;
   find("version").textContent = `${page.version}, ${page.written}`;
-  find("live").textContent = page.live ? `· live, read at ${page.written.slice(-8)}` : "";
+  find("live").textContent = page.live ? `· live, read at ${page.written.slice(-5)}` : "";
   find("cards").replaceChildren(...cards.map((c) => make("div", { class: "card" }, make("h3", {}, c.name), make("strong", {}, `${c.value} `, make("small", {}, c.unit)), make("p", {}, c.note))));
   const words = { trouble: "Trouble", watch: "Watch", good: "Good" };
   find("findings").replaceChildren(...findings.map((f) => make("li", { class: f.level }, make("b", {}, words[f.level]), make("a", { href: `#${f.section}` }, f.text))));
@@ -134,7 +135,8 @@ find("play").addEventListener("click", () => {
   play(!playing);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.altKey || event.ctrlKey || event.metaKey || event.target.matches("input, select, summary")) return;
+  const ten = event.shiftKey && event.target === find("step") && ["ArrowLeft", "ArrowRight"].includes(event.key); // the slider does the rest itself
+  if (event.altKey || event.ctrlKey || event.metaKey || (event.target.matches("input, select, summary") && !ten)) return;
   const by = event.shiftKey ? 10 : 1;
   const keys = {
     ArrowLeft: () => walk(-by),
@@ -182,7 +184,7 @@ if (page.live) setInterval(async () => {
   if (document.hidden) return;
   try {
     const answer = await fetch("data.json");
-    if (!answer.ok) throw new Error(answer.status);
+    if (!answer.ok) { find("live").textContent = "· the run cannot be read at the moment"; return; }
     const fresh = await answer.json();
     const grown = JSON.stringify(fresh.runs) !== JSON.stringify(page.runs);
     page = fresh;
