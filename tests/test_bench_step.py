@@ -105,12 +105,12 @@ def test_grouped_gemms_of_a_published_shape(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(gpu.LARGE, "cpu", 64)
-    arguments = ["--shape", "gpt-oss-120b", "--scale", "128", "--repeats", "2", "--json", "--out", str(tmp_path)]
+    arguments = ["--shape", "gpt-oss-120b", "--scale", "128", "--repeats", "1", "--json", "--out", str(tmp_path)]
     assert cli.main(["bench", "gpu", *arguments]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["dim"], found["hidden"], found["experts_here"], found["rows_here"]) == (16, 16, 16, 64 * 4)
     flops = 2 * found["rows_here"] * 3 * 16 * 16
-    assert found["forward_tflops"] == pytest.approx(flops / found["forward_ms"] / 1e9, rel=0.9)
+    assert found["forward_tflops"] == pytest.approx(flops / found["forward_ms"] / 1e9)
     assert {p.name for p in tmp_path.iterdir()} == {"gpu.json", "gpu.md"}
 
 
