@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import threading
 import urllib.error
@@ -20,6 +21,7 @@ from moetrain.config import ConfigError
 from moetrain.report import build, reduce
 from moetrain.report.figures import FIGURES
 from moetrain.report.live import server
+from moetrain.report.pictures import PICTURES
 from moetrain.report.read import open_run
 
 
@@ -80,6 +82,9 @@ def test_every_figure_is_drawn_and_the_slider_moves_by_key(full: Path, browser: 
     opened.press("ArrowLeft")  # anywhere on the page
     assert opened.evaluate("document.getElementById('at').textContent") == "39 of 40"
     opened.evaluate("document.getElementById('step').focus()")
+    arrow = {"key": "ArrowLeft", "code": "ArrowLeft", "windowsVirtualKeyCode": 37, "modifiers": 8}
+    opened.send("Input.dispatchKeyEvent", type="keyDown", **arrow)  # with Shift, on the slider itself
+    assert opened.evaluate("document.getElementById('at').textContent") == "29 of 40"
     opened.press("Home")
     assert opened.evaluate("document.getElementById('step').getAttribute('aria-valuetext')") == "step 1"
     assert opened.evaluate(state) != before
@@ -91,6 +96,8 @@ def test_every_figure_is_drawn_and_the_slider_moves_by_key(full: Path, browser: 
     opened.press("Enter")  # on the map's second row
     assert opened.evaluate("document.getElementById('layer').value") == "1"
     assert "layer 01" in opened.evaluate(readout)
+    opened.press("ArrowRight")  # expert 1 of it is dead
+    assert opened.evaluate("document.querySelector('[data-figure=load] .readout').textContent").endswith(": no token")
     assert opened.complaints() == []
 
 
@@ -104,6 +111,9 @@ def test_light_dark_paper_and_a_narrow_screen(full: Path, browser: Browser | Non
     dark.evaluate("document.getElementById('theme').click()")
     assert light.evaluate(colour) == dark.evaluate(colour)
     assert light.pdf().startswith(b"%PDF")
+    light.send("Emulation.setEmulatedMedia", media="print")
+    shown = "[...document.querySelectorAll('footer p')].filter(p => p.checkVisibility()).map(p => p.textContent)"
+    assert light.evaluate(shown) == ["Alerts of the run:"]
     narrow = browser.open(path.as_uri(), width=390)
     assert narrow.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert light.complaints() + dark.complaints() + narrow.complaints() == []
@@ -120,6 +130,8 @@ def test_runs_side_by_side(full: Path, browser: Browser | None, tmp_path: Path) 
         return
     opened = browser.open(path.as_uri())
     assert opened.evaluate("document.querySelectorAll('#compare figure path.line').length") == 8
+    opened.evaluate("view.look(60)")  # as a pointer over the longer run's curve does
+    assert opened.evaluate("document.getElementById('at').textContent") == "60"
     opened.evaluate("document.querySelectorAll('#runs button')[1].click()")
     assert opened.evaluate("document.getElementById('at').textContent") == "60 of 60"
     assert opened.complaints() == []
@@ -210,6 +222,37 @@ def test_ten_thousand_steps_stay_small_and_keep_their_peaks(tmp_path: Path, brow
     opened = browser.open(path.as_uri())
     assert opened.evaluate("steps.at(-1)") == 10_000
     assert opened.complaints() == []
+
+
+def test_a_band_has_an_area_where_every_step_is_a_point(full: Path) -> None:
+    home = FIGURES["imbalance"](open_run(str(full)))["series"][0]
+    values = open_run(str(full)).metrics.numbers("balance/imbalance_home")
+    assert len(home["y"]) == 40
+    assert home["high"][20] == pytest.approx(values[18:23].max(), rel=1e-4)
+    assert home["low"][0] == pytest.approx(values[:3].min(), rel=1e-4)
+
+
+def test_a_healthy_run_looks_pale_between_ranks(tmp_path: Path) -> None:
+    run = open_run(str(made_run.write(tmp_path / "eight", ranks=8)))
+    assert FIGURES["traffic"](run)["most"] == 4 / 8**2
+    assert FIGURES["waited"](run)["most"] == 0.5 / 4  # of a step of half a second
+
+
+def test_held_out_text_over_the_run_needs_two_evaluations(full: Path, tmp_path: Path) -> None:
+    figure = FIGURES["held_out_steps"](open_run(str(full)))
+    assert figure["x"] == [20, 40]
+    assert [line["name"] for line in figure["series"]] == ["all", *made_run.DOMAINS]
+    folder = _once_evaluated(full, tmp_path / "once")
+    assert "fewer than two held-out evaluations" in FIGURES["held_out_steps"](open_run(str(folder)))["text"]
+
+
+def _once_evaluated(full: Path, folder: Path) -> Path:
+    shutil.copytree(full, folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(line for line in lines if '"eval/loss"' not in line) + "\n")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(next(line for line in lines if '"eval/loss"' in line) + "\n")
+    return folder
 
 
 def test_packed_loads_are_the_recorded_ones(full: Path) -> None:
@@ -344,12 +387,25 @@ def test_the_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ([str(tmp_path / "none")], "run="),
         ([str(full), "--out", str(tmp_path / "no" / "page.html")], "out="),
         ([str(full), "--live", "--port", "99999"], "port=99999: must be a free port"),
+        ([str(full), "--live", "--png", "--json"], "live=true: must stand without --png, --json"),
     ):
         assert cli.main(["report", *wrong]) == 2
         assert capsys.readouterr().err.startswith(f"error: {line}")
 
 
-def test_the_live_page_follows_its_run(full: Path, tmp_path: Path, browser: Browser | None) -> None:
+def test_pictures_of_a_run_evaluated_once(full: Path, tmp_path: Path) -> None:
+    folder = _once_evaluated(full, tmp_path / "once")
+    assert cli.main(["report", str(folder), "--png"]) == 0
+    assert {path.stem for path in (folder / "figures").glob("*.png")} == {*PICTURES}
+
+
+def test_the_live_page_follows_its_run(
+    full: Path,
+    tmp_path: Path,
+    browser: Browser | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     folder = shutil.copytree(full, tmp_path / "going")
     with server([open_run(str(folder))], 0) as serving:
         thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05})
@@ -363,11 +419,19 @@ def test_the_live_page_follows_its_run(full: Path, tmp_path: Path, browser: Brow
         assert fresh["runs"][0]["figures"]["loss"]["x"][-1] == 41
         if opened:
             opened.wait("document.getElementById('at').textContent === '41 of 41'")
+            assert re.search(r"read at \d\d:\d\d$", opened.evaluate("document.getElementById('live').textContent"))
             assert opened.complaints() == []
         for wrong in (urllib.request.Request(address, headers={"Host": "elsewhere.example"}), address + "/etc/passwd"):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(wrong)
             refused.value.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "cards", lambda run: {}["a card"])
+            (folder / "summary.json").unlink()
+            with pytest.raises(urllib.error.HTTPError, match="the run cannot be read: KeyError") as refused:
+                urllib.request.urlopen(address + "/data.json")
+            refused.value.close()
+        assert "Traceback" not in capsys.readouterr().err
         with pytest.raises(ConfigError, match="must be a free port"):
             server([], serving.server_address[1])
         serving.shutdown()
