@@ -74,13 +74,13 @@ def run(overrides: Sequence[str], extra_dir: str | None) -> int:
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
-    out = []
+    out: list[Override] = []
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config.config_dir()), version_base="1.3"):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which glob() looks through
         for override in overrides:
             try:
-                out.append(parser.parse_override(override))
+                out += parser.parse_overrides([override])  # parse_override alone forgets the loader
             except HydraException:
                 raise ConfigError(f"{override}: not an override as Hydra reads it (field=value, field=a,b,c)") from None
     return out
