@@ -343,6 +343,34 @@ def test_cpu_kernels_equal_the_plain_ones(monkeypatch, dtype: torch.dtype) -> No
         torch.testing.assert_close(ours.double(), theirs.double(), **near)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped_products_equal_the_loop_over_segments(dtype: torch.dtype, threads: int) -> None:
+    """Against fp64, to the rounding of the dtype: segments without rows, odd ones, longer than any block."""
+    torch.manual_seed(0)
+    near = {"rtol": 8e-3, "atol": 2e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    sizes, width, hidden = [0, 1, 7, 1025, 40, 2052], 96, 160
+    rows, left = torch.randn(sum(sizes), width).to(dtype), torch.randn(sum(sizes), hidden).to(dtype)
+    weights = torch.randn(len(sizes), hidden, width).to(dtype)
+    out, back, grads = torch.empty_like(left), torch.empty_like(rows), torch.empty_like(weights)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kernels.segment_mm(rows, weights, sizes, out, transpose=True)
+        kernels.segment_mm(left, list(weights), sizes, back, transpose=False)
+        kernels.segment_outer(left, rows, sizes, grads, add=False)
+        twice = [grad.clone() for grad in grads]
+        kernels.segment_outer(left, rows, sizes, twice, add=True)
+    finally:
+        torch.set_num_threads(before)
+    for s, (row, other) in enumerate(zip(rows.double().split(sizes), left.double().split(sizes), strict=True)):
+        weight, grad = weights[s].double(), grads[s].double()
+        torch.testing.assert_close(out.split(sizes)[s].double(), row @ weight.T, **near)
+        torch.testing.assert_close(back.split(sizes)[s].double(), other @ weight, **near)
+        torch.testing.assert_close(grad, other.T @ row, **near)
+        torch.testing.assert_close(twice[s].double(), grad + other.T @ row, **near)
+
+
 def test_cpu_kernels_round_as_torch_does() -> None:
     values = torch.cat([torch.randn(500), torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1e-40, 3.4e38])])
     halves = values.bfloat16()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.moe import kernels_cpu
+from moetrain.moe import gemm_cpu, kernels_cpu
 
 Matrices = Tensor | Sequence[Tensor]  # [S] of them
 
@@ -34,9 +34,9 @@ class Bags:
 
 
 def row_step(dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a segment are padded to a multiple of this. On a CPU, bf16 products compile a kernel for every new number
-    of rows, which takes longer than the product; routing brings new numbers all the time."""
-    return 16 if device.type == "cpu" and dtype == torch.bfloat16 else 1
+    """Rows of a segment are padded to a multiple of this. On a CPU, torch's bf16 products compile a kernel for every
+    new number of rows, which takes longer than the product; routing brings new numbers all the time."""
+    return 16 if device.type == "cpu" and dtype == torch.bfloat16 and not gemm_cpu.able() else 1
 
 
 def stable_argsort(key_M: Tensor) -> Tensor:
@@ -78,7 +78,9 @@ def _accumulate(total_BD: Tensor, rows_MD: Tensor, weight_M: Tensor | None, bags
 
 def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Tensor, transpose: bool) -> None:
     """out = rows @ weight of the row's segment (or its transpose). weights: [S] matrices."""
-    if rows_MA.device.type == "cpu":
+    if gemm_cpu.fits(rows_MA, weights, out_MB):
+        gemm_cpu.segment_mm(rows_MA, weights, sizes, out_MB, transpose)
+    elif rows_MA.device.type == "cpu":
         begin = 0
         for weight, size in zip(weights, sizes, strict=True):
             end = begin + size
@@ -91,6 +93,8 @@ def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Ten
 
 def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool) -> None:
     """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients."""
+    if gemm_cpu.fits(left_MA, right_MB, out_SAB):
+        return gemm_cpu.segment_outer(left_MA, right_MB, sizes, out_SAB, add)
     if left_MA.device.type == "cpu":
         begin = 0
         for out_AB, size in zip(out_SAB, sizes, strict=True):

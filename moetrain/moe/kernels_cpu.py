@@ -154,12 +154,17 @@ def _array(tensor: Tensor) -> Array:
 
 
 def _by_rows(count: int, kernel: Callable[..., None], *arguments: Any) -> None:
+    share(count, 64, lambda begin, end: kernel(begin, end, *arguments))
+
+
+def share(count: int, least: int, work: Callable[[int, int], None]) -> None:
+    """`work(begin, end)` over parts of `count`, one for each of torch's threads if they get `least` each."""
     threads = torch.get_num_threads()
-    if threads == 1 or count < 64 * threads:
-        kernel(0, count, *arguments)
+    if threads == 1 or count < least * threads:
+        work(0, count)
         return
     cuts = [count * i // threads for i in range(threads + 1)]
-    list(_pool(threads).map(lambda i: kernel(cuts[i], cuts[i + 1], *arguments), range(threads)))
+    list(_pool(threads).map(work, cuts[:-1], cuts[1:]))
 
 
 @cache

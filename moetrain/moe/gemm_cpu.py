@@ -1,0 +1,372 @@
+"""Grouped GEMM in bf16 for CPUs with AVX512-BF16 (and without AMX, where oneDNN is faster).
+
+A product per segment through `torch.mm` reorders its weights for every call and compiles a kernel for every new number
+of rows. Here weights are packed once per product, in passes that read memory in order, and one register tile serves
+any number of rows: no padding, and a segment of few rows costs little more than reading its weights.
+
+The tile: 8 rows × 32 columns of fp32 sums in registers, `vdpbf16ps` adding two products to each at a time. The right
+operand comes packed in panels of 32 columns, [pairs of K][32] of two bf16 each; of the left one a pair is broadcast.
+The loops around it keep a panel in L1 and a block of left rows in L2 (Goto and van de Geijn, 2008).
+
+M rows, K summed over, N columns; addresses and strides in bytes.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from moetrain.moe.compiled import njit
+from moetrain.moe.kernels_cpu import share
+
+PANEL = 32  # columns
+GROUP = 4  # panels that are packed together
+ROW_BLOCK = 512 << 10  # bytes of left rows that stay in L2
+SUM_BLOCK = 1024  # rows of a weight gradient's sum that are packed at a time
+
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_HALVES, _PAIRS, _SUMS = ir.VectorType(_I16, 16), ir.VectorType(_I32, 16), ir.VectorType(_F32, 16)
+_compiled = partial(njit, nogil=True, error_model="numpy")
+_intrinsic: Any = intrinsic
+
+
+def _at(builder: Any, base: Any, kind: Any, stride: Any = None, times: int = 0, plus: int = 0) -> Any:
+    """A pointer to base + stride · times + plus."""
+    if stride is not None:
+        base = builder.add(base, builder.mul(stride, ir.Constant(_I64, times)))
+    return builder.inttoptr(builder.add(base, ir.Constant(_I64, plus)), kind.as_pointer())
+
+
+def _make_tile(rows: int) -> Any:
+    """A tile of `rows` × 32; `start`: address of fp32 sums [rows, 32] to begin with, or 0; `narrow`: bf16 out."""
+
+    @_intrinsic
+    def tile(typing, left, left_row, left_pair, panel, pairs, start, out, out_row, narrow):  # type: ignore[no-untyped-def]
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            left, left_row, left_pair, panel, pairs, start, out, out_row, narrow = arguments
+            zero = ir.Constant(_I64, 0)
+            call = lambda name, kind: cgutils.get_or_insert_function(builder.module, kind, name)  # noqa: E731
+            dot = call("llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]))
+            to_bf16 = call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(_HALVES, [_SUMS]))
+            cells = [(m, v) for m in range(rows) for v in (0, 1)]
+            before = builder.block
+            load, loop, end, short, full, done = (
+                builder.function.append_basic_block(name) for name in ("load", "loop", "end", "short", "full", "done")
+            )
+            builder.cbranch(builder.icmp_signed("!=", start, zero), load, loop)
+
+            builder.position_at_end(load)
+            begun = [builder.load(_at(builder, start, _SUMS, plus=128 * m + 64 * v), align=4) for m, v in cells]
+            builder.branch(loop)
+
+            builder.position_at_end(loop)
+            turn, at_left, at_panel = (builder.phi(_I64) for _ in range(3))
+            sums = [builder.phi(_SUMS) for _ in cells]
+            for phi, value in ((turn, zero), (at_left, left), (at_panel, panel)):
+                phi.add_incoming(value, before)
+                phi.add_incoming(value, load)
+            for phi, value in zip(sums, begun, strict=True):
+                phi.add_incoming(ir.Constant(_SUMS, [0.0] * 16), before)
+                phi.add_incoming(value, load)
+            right = [builder.load(_at(builder, at_panel, _PAIRS, plus=64 * v), align=4) for v in (0, 1)]
+            none = ir.Constant(_PAIRS, ir.Undefined)
+            found = []
+            for m in range(rows):
+                pair = builder.load(_at(builder, at_left, _I32, left_row, m), align=2)
+                first = builder.insert_element(none, pair, ir.Constant(_I32, 0))
+                everywhere = builder.shuffle_vector(first, none, ir.Constant(_PAIRS, [0] * 16))
+                found += [builder.call(dot, [sums[2 * m + v], everywhere, right[v]]) for v in (0, 1)]
+            steps = ((turn, ir.Constant(_I64, 1)), (at_left, left_pair), (at_panel, ir.Constant(_I64, 128)))
+            for phi, step in steps:
+                phi.add_incoming(builder.add(phi, step), loop)
+            for phi, value in zip(sums, found, strict=True):
+                phi.add_incoming(value, loop)
+            more = builder.icmp_signed("<", builder.add(turn, ir.Constant(_I64, 1)), pairs)
+            builder.cbranch(more, loop, end)
+
+            builder.position_at_end(end)
+            builder.cbranch(builder.icmp_signed("!=", narrow, zero), short, full)
+            builder.position_at_end(short)
+            for (m, v), value in zip(cells, found, strict=True):
+                builder.store(
+                    builder.call(to_bf16, [value]), _at(builder, out, _HALVES, out_row, m, plus=32 * v), align=2
+                )
+            builder.branch(done)
+            builder.position_at_end(full)
+            for (m, v), value in zip(cells, found, strict=True):
+                builder.store(value, _at(builder, out, _SUMS, out_row, m, plus=64 * v), align=4)
+            builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), code
+
+    return tile
+
+
+_tile8, _tile4, _tile2, _tile1 = (_make_tile(rows) for rows in (8, 4, 2, 1))
+
+
+def _emit_fetch(builder: Any, at: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_I32.as_pointer(), _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [at, *(ir.Constant(_I32, n) for n in (0, 2, 1))])  # to read, into L2, data
+
+
+@_intrinsic
+def _fetch(typing, address):  # type: ignore[no-untyped-def]
+    """Bring it into L2; nothing if there is no such memory."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _emit_fetch(builder, _at(builder, arguments[0], _I32))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+@_intrinsic
+def _transpose(typing, source, source_row, to, to_row):  # type: ignore[no-untyped-def]
+    """16 × 16 pairs; what the next panel will read is fetched ahead."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_row, to, to_row = arguments
+        for m in range(16):
+            _emit_fetch(builder, _at(builder, source, _I32, source_row, m + PANEL))
+        rows = [builder.load(_at(builder, source, _PAIRS, source_row, m), align=2) for m in range(16)]
+        for bit in (8, 4, 2, 1):  # exchange the halves of all pairs of rows that differ in this bit
+            low = [n if not n & bit else 16 + n - bit for n in range(16)]
+            high = [n + bit if not n & bit else 16 + n for n in range(16)]
+            for m in range(16):
+                if not m & bit:
+                    one, two = rows[m], rows[m | bit]
+                    rows[m] = builder.shuffle_vector(one, two, ir.Constant(_PAIRS, low))
+                    rows[m | bit] = builder.shuffle_vector(one, two, ir.Constant(_PAIRS, high))
+        for m, row in enumerate(rows):
+            builder.store(row, _at(builder, to, _PAIRS, to_row, m), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), code
+
+
+@_intrinsic
+def _pair_up(typing, one, two, to):  # type: ignore[no-untyped-def]
+    """16 elements of a row and of the next become 16 pairs; `two` 0: the next row is zero."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one, two, to = arguments
+        shift = ir.Constant(_PAIRS, [16] * 16)
+        low = builder.zext(builder.load(_at(builder, one, _HALVES), align=2), _PAIRS)
+        is_there = builder.icmp_signed("!=", two, ir.Constant(_I64, 0))
+        second = builder.load(_at(builder, builder.select(is_there, two, one), _HALVES), align=2)
+        high = builder.shl(builder.zext(second, _PAIRS), shift)
+        high = builder.select(is_there, high, ir.Constant(_PAIRS, [0] * 16))
+        builder.store(builder.or_(low, high), _at(builder, to, _PAIRS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), code
+
+
+@_intrinsic
+def _widen(typing, source, to):  # type: ignore[no-untyped-def]
+    """16 bf16 as fp32."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, to = arguments
+        wide = builder.zext(builder.load(_at(builder, source, _HALVES), align=2), _PAIRS)
+        builder.store(builder.shl(wide, ir.Constant(_PAIRS, [16] * 16)), _at(builder, to, _PAIRS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), code
+
+
+@_compiled()
+def _tiles(left, left_row, panel, pairs, out, out_row, count):  # type: ignore[no-untyped-def]
+    """`count` rows through one panel."""
+    m = 0
+    while m + 8 <= count:
+        _tile8(left + m * left_row, left_row, 4, panel, pairs, 0, out + m * out_row, out_row, 1)
+        m += 8
+    if count - m >= 4:
+        _tile4(left + m * left_row, left_row, 4, panel, pairs, 0, out + m * out_row, out_row, 1)
+        m += 4
+    if count - m >= 2:
+        _tile2(left + m * left_row, left_row, 4, panel, pairs, 0, out + m * out_row, out_row, 1)
+        m += 2
+    if count - m >= 1:
+        _tile1(left + m * left_row, left_row, 4, panel, pairs, 0, out + m * out_row, out_row, 1)
+
+
+@_compiled()
+def _pack(source, row, count, panels, to, stride):  # type: ignore[no-untyped-def]
+    """`count` rows, `row` apart, of a few panels; an odd last row is paired with zeros."""
+    for pair in range((count + 1) // 2):
+        one = source + 2 * pair * row
+        two = one + row if 2 * pair + 1 < count else 0
+        for p in range(panels):
+            _fetch(one + 64 * p + 32 * row)
+            _fetch(one + 64 * p + 33 * row)
+            _pair_up(one + 64 * p, two + 64 * p if two else 0, to + p * stride + 128 * pair)
+            _pair_up(one + 64 * p + 32, two + 64 * p + 32 if two else 0, to + p * stride + 128 * pair + 64)
+
+
+@_compiled()
+def _pack_transposed(source, depth, panels, to, stride):  # type: ignore[no-untyped-def]
+    """A few panels of 32 rows each, `depth` long."""
+    for p in range(panels):
+        for pair in range(0, depth // 2, 16):
+            at = to + p * stride + 128 * pair
+            _transpose(source + 64 * p * depth + 4 * pair, 2 * depth, at, 128)
+            _transpose(source + 64 * p * depth + 4 * pair + 32 * depth, 2 * depth, at + 64, 128)
+
+
+@_compiled()
+def _mm(left, weights, sizes, out, depth, width, transpose, first, last, packed):  # type: ignore[no-untyped-def]
+    """Panels `first` to `last` of all segments: left [M, K], weights [N, K] if `transpose` else [K, N], out [M, N]."""
+    pairs = depth // 2
+    stride = pairs * 128 + 128  # not a power of two: panels would share cache sets
+    block = max(ROW_BLOCK // (2 * depth) // 8 * 8, 8)
+    for s in range(len(sizes)):
+        count, weight = sizes[s], weights[s]
+        for begin in range(0, count, block):
+            rows = min(block, count - begin)
+            for group in range(first, last, GROUP):
+                some = min(GROUP, last - group)
+                to = packed + (group - first) * stride * (count > block)  # used once, it need not leave the cache
+                if begin == 0:
+                    if transpose:
+                        _pack_transposed(weight + 64 * group * depth, depth, some, to, stride)
+                    else:
+                        _pack(weight + 64 * group, 2 * width, depth, some, to, stride)
+                for p in range(some):
+                    at = out + 2 * begin * width + 64 * (group + p)
+                    _tiles(left + 2 * begin * depth, 2 * depth, to + p * stride, pairs, at, 2 * width, rows)
+        left += 2 * count * depth
+        out += 2 * count * width
+
+
+@_compiled()
+def _outer(left, right, sizes, outs, height, width, add, first, last, packed_left, packed_right, sums):  # type: ignore[no-untyped-def]
+    """Groups `first` to `last` of 16 rows of outs [height, width] (+)= leftᵀ · right; left [M, height]."""
+    stride = SUM_BLOCK * 32 + 64
+    for s in range(len(sizes)):
+        count, out = sizes[s], outs[s]
+        blocks = (count + SUM_BLOCK - 1) // SUM_BLOCK
+        for block in range(blocks):
+            begin = block * SUM_BLOCK
+            end = min(begin + SUM_BLOCK, count)
+            pairs = (end - begin + 1) // 2
+            for pair in range(pairs):
+                m = begin + 2 * pair
+                for group in range(first, last):
+                    one = left + 2 * m * height + 32 * group
+                    to = packed_left + (group - first) * stride + 64 * pair
+                    _pair_up(one, one + 2 * height if m + 1 < end else 0, to)
+            for p in range(width // 32):
+                _pack(right + 2 * begin * width + 64 * p, 2 * width, end - begin, 1, packed_right, 0)
+                for half in range(2 * first, 2 * last):
+                    at = out + 16 * half * width + 64 * p
+                    total = sums + 1024 * (p * 2 * (last - first) + half - 2 * first)
+                    source = packed_left + ((half >> 1) - first) * stride + 32 * (half & 1)
+                    begun = block > 0
+                    if add and block == 0:
+                        for m in range(8):
+                            _widen(at + 2 * m * width, total + 128 * m)
+                            _widen(at + 2 * m * width + 32, total + 128 * m + 64)
+                        begun = True
+                    if block == blocks - 1:
+                        _tile8(source, 4, 64, packed_right, pairs, total if begun else 0, at, 2 * width, 1)
+                    else:
+                        _tile8(source, 4, 64, packed_right, pairs, total if begun else 0, total, 128, 0)
+        left += 2 * count * height
+        right += 2 * count * width
+
+
+@cache
+def able() -> bool:
+    """Whether the code for these instructions can be made and run here, and nothing faster is there."""
+    if os.environ.get("NUMBA_CPU_NAME") or os.environ.get("NUMBA_CPU_FEATURES") or os.environ.get("NUMBA_DISABLE_JIT"):
+        return False
+    has = llvm.get_host_cpu_features()
+    return bool(has.get("avx512bf16")) and not has.get("amx-bf16")
+
+
+def fits(*tensors: Tensor | Sequence[Tensor]) -> bool:
+    """Whether these kernels take them: bf16 on such a CPU, rows one after another, sizes multiples of 32 but for M."""
+    each = [t for some in tensors for t in ([some] if isinstance(some, Tensor) else some)]
+    return able() and all(
+        t.device.type == "cpu" and t.dtype == torch.bfloat16 and t.is_contiguous() and t.shape[-1] % 32 == 0
+        for t in each
+    )
+
+
+def segment_mm(
+    rows_MA: Tensor, weights: Tensor | Sequence[Tensor], sizes: list[int], out_MB: Tensor, transpose: bool
+) -> None:
+    """As `kernels.segment_mm`."""
+    depth, width = rows_MA.shape[1], out_MB.shape[1]
+    arrays = _addresses(weights), np.array(sizes, np.int64)
+
+    def some(first: int, last: int) -> None:
+        packed = _scratch("right", (last - first) * (depth // 2 * 128 + 128))
+        _mm(rows_MA.data_ptr(), *arrays, out_MB.data_ptr(), depth, width, transpose, first, last, packed)
+
+    share(width // PANEL, 1, some)
+
+
+def segment_outer(
+    left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Tensor | Sequence[Tensor], add: bool
+) -> None:
+    """As `kernels.segment_outer`."""
+    height, width = left_MA.shape[1], right_MB.shape[1]
+    arrays = np.array(sizes, np.int64), _addresses(out_SAB)
+    if not add:
+        for out_AB, size in zip(out_SAB, sizes, strict=True):
+            if not size:
+                out_AB.zero_()
+    longest = max(sizes, default=0)
+
+    def some(first: int, last: int) -> None:
+        groups, pairs = last - first, SUM_BLOCK // 2
+        packed_left = _scratch("left", groups * (64 * pairs + 64))
+        packed_right = _scratch("right", 128 * pairs)
+        sums = _scratch("sums", 2048 * groups * width // 32 if add or longest > SUM_BLOCK else 0)
+        _outer(
+            left_MA.data_ptr(),
+            right_MB.data_ptr(),
+            *arrays,
+            height,
+            width,
+            add,
+            first,
+            last,
+            packed_left,
+            packed_right,
+            sums,
+        )
+
+    share(height // 16, 1, some)
+
+
+def _addresses(matrices: Tensor | Sequence[Tensor]) -> Any:
+    return np.array([matrix.data_ptr() for matrix in matrices], np.int64)
+
+
+_own = threading.local()
+
+
+def _scratch(name: str, size: int) -> int:
+    """Address of memory of this thread that is kept for the next call."""
+    kept = vars(_own).get(name)
+    if kept is None or kept.nbytes < size:
+        kept = vars(_own)[name] = np.empty(max(size, 1), np.uint8)
+    return kept.ctypes.data
