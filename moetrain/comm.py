@@ -5,8 +5,9 @@ nothing to say. Row counts are host integers: what is to be sent is known before
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain import shared_memory as lanes
+
 Splits = Sequence[int]
 _at_once = False
+_lanes: dict[dist.ProcessGroup, lanes.Lane] = {}
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -75,16 +79,23 @@ def barrier() -> None:
 
 
 class Pending:
-    """Rows under way: `wait()` returns what came in, [sum(receive), ...]."""
+    """Rows under way: `wait()` returns what came in, [sum(receive), ...]; on one host perhaps where another rank has
+    put it, so it is not to be written to."""
 
-    def __init__(self, out: Tensor, work: Any) -> None:
-        self._out, self._work = out, work
+    def __init__(self, out: Tensor | None, finish: Callable[[], Tensor] | None) -> None:
+        self._out, self._finish = out, finish
 
     def wait(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        if self._finish is not None:
+            self._out, self._finish = self._finish(), None
+        assert self._out is not None
         return self._out
+
+
+def outgoing(like: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+    """[count, ...] to fill with rows for other ranks and to send as a whole: perhaps where these can read them."""
+    lane = _lanes.get(group)
+    return like.new_empty(count, *like.shape[1:]) if lane is None else lane.outgoing(like, count)
 
 
 def start_all_to_all(
@@ -94,12 +105,31 @@ def start_all_to_all(
     if group.size() == 1:
         return Pending(rows, None)
     rows = rows.contiguous()
-    if out is None:
-        out = rows.new_empty(sum(receive), *rows.shape[1:])
-    work = dist.all_to_all_single(out, rows, list(receive), list(send), group=group, async_op=True)
+    lane = _lanes.get(group)
+    if lane is not None:
+        pending = Pending(None, lane.start(rows, send, receive, out))
+    else:
+        arriving = rows.new_empty(sum(receive), *rows.shape[1:]) if out is None else out
+        work = dist.all_to_all_single(arriving, rows, list(receive), list(send), group=group, async_op=True)
+        pending = Pending(None, lambda: (work.wait(), arriving)[1])
     if _at_once:
-        work.wait()
-    return Pending(out, work)
+        pending.wait()
+    return pending
+
+
+@contextmanager
+def shared_memory(groups: Sequence[dist.ProcessGroup], timeout: float) -> Iterator[None]:
+    """Where all ranks of a group are on this host, its all-to-alls leave out the network."""
+    try:
+        for group in groups:
+            lane = lanes.connect(group.rank(), group.size(), partial(gather_texts, group=group), timeout)
+            if lane is not None:
+                _lanes[group] = lane
+        yield
+    finally:
+        for group in groups:
+            if group in _lanes:
+                _lanes.pop(group).close()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moetrain.comm import shared_memory
 from moetrain.config import Parallel
 
 SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
@@ -73,8 +74,10 @@ def start(
         backend, init_method=init_method, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
     )
     try:
-        yield _axes(parallel, rank, world, device)
-        dist.barrier()  # a rank that leaves early can make a slower one abort
+        mesh = _axes(parallel, rank, world, device)
+        with shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
+            yield mesh
+            dist.barrier()  # a rank that leaves early can make a slower one abort
     finally:
         dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moetrain import comm
 from moetrain.mesh import Mesh
 from moetrain.moe import dispatch, guests, kernels, kernels_cpu
 from moetrain.moe.clock import Clock
@@ -313,6 +314,20 @@ def repeat(mesh: Mesh) -> list[bool]:
 
 def test_two_runs_agree_bit_for_bit(pool) -> None:
     assert all(all(equal) for equal in pool.run(repeat, 2))
+
+
+def by_both_ways(mesh: Mesh) -> list[bool]:
+    """The same layer through shared memory and through gloo."""
+    assert {mesh.ep.rows, mesh.ep.lend} <= comm._lanes.keys()
+    here = layer_on_ranks(mesh, [30, 20], 2, "llep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "_lanes", {})
+        there = layer_on_ranks(mesh, [30, 20], 2, "llep")
+    return [torch.equal(here[name], there[name]) for name in here]
+
+
+def test_shared_memory_and_gloo_agree_bit_for_bit(pool) -> None:
+    assert all(all(equal) for equal in pool.run(by_both_ways, 2))
 
 
 def test_the_llep_case_really_lends() -> None:

@@ -10,11 +10,14 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moetrain import shared_memory
+
 
 def peak_bytes(call: Callable[[], Iterable[Tensor]], device: torch.device) -> int:
     """Bytes of tensors that `call` holds at its peak, on top of what was there and without what it returns.
 
-    CPU: the storages of all tensors that operators make, from birth to death; scratch space inside an operator and
+    CPU: the storages of all tensors that operators make, from birth to death, and those over memory shared with
+    other ranks, with each rank that holds one; scratch space inside an operator and
     numpy arrays are not seen. CUDA: the allocator's peak; what is returned counts as there when the peak is.
     """
     if device.type == "cuda":
@@ -24,7 +27,11 @@ def peak_bytes(call: Callable[[], Iterable[Tensor]], device: torch.device) -> in
         returned = sum(t.untyped_storage().nbytes() for t in call())
         return torch.cuda.max_memory_allocated() - before - returned
     with _Ledger() as ledger:
-        returned_tensors = list(call())
+        shared_memory.watchers.append(ledger.share)
+        try:
+            returned_tensors = list(call())
+        finally:
+            shared_memory.watchers.remove(ledger.share)
         kept = {ledger.number(t.untyped_storage()) for t in returned_tensors}
     return ledger.peak(without=kept)
 
@@ -38,6 +45,7 @@ class _Ledger(TorchDispatchMode):
         self._numbers: dict[int, int] = {}  # address of the storage -> its number
         self._entries: list[tuple[int, int]] = []  # (number, bytes), negative at death
         self._count = 0
+        self._shared: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,6 +68,14 @@ class _Ledger(TorchDispatchMode):
                 held += size
                 most = max(most, held)
         return most
+
+    def share(self, number: int, size: int) -> None:
+        """A tensor over shared memory has so many bytes; none: it is gone."""
+        with self._lock:
+            if size or number in self._shared:
+                self._entries.append((-1 - number, size or -self._shared.pop(number)))
+            if size:
+                self._shared[number] = size
 
     def _note(self, storage: UntypedStorage, counted: bool) -> None:
         with self._lock:

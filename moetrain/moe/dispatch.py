@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.comm import Pending, start_all_to_all
+from moetrain.comm import Pending, outgoing, start_all_to_all
 from moetrain.mesh import Expert
 from moetrain.moe import kernels
 from moetrain.moe.kernels import Bags
@@ -125,7 +125,8 @@ class Route:
         if self.ep.size == 1:
             return x_TD, Pending(x_TD, None)
         pool_PD = x_TD.new_empty(len(x_TD) + sum(self.copies_in), x_TD.shape[1])
-        leaving_CD = x_TD.index_select(0, self.token_C)
+        leaving_CD = outgoing(x_TD, len(self.token_C), self.ep.rows)
+        torch.index_select(x_TD, 0, self.token_C, out=leaving_CD)
         pending = start_all_to_all(leaving_CD, self.copies_out, self.copies_in, self.ep.rows, out=pool_PD[len(x_TD) :])
         pool_PD[: len(x_TD)] = x_TD
         return pool_PD, pending

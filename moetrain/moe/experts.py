@@ -307,7 +307,7 @@ class _Work(torch.autograd.Function):
         rows_MD = kept if trip.keep_hidden else kept.index_select(0, route.pool_M)
         keep, at_once = trip.keep_hidden and trip.at_once, trip.at_once
         grads = [torch.empty_like(w) if at_once else torch.zeros_like(w) for w in (gate_up, down)]
-        guest_grads = None if at_once else Packed(len(trip.guests_here), grads).zero()
+        guest_grads = None if at_once else Packed(len(trip.guests_here), grads, trip.ep).zero()
         back_MD, grad_weight_M = torch.empty_like(rows_MD), route.weight_M.new_empty(len(rows_MD))
         waiting: dict[bool, Products] = {}  # for weight gradients, until the rows' gradients are on their way
         for away in (False, True) if trip.awaits_guests else (True, False):
@@ -341,7 +341,7 @@ class _Work(torch.autograd.Function):
             slots = trip.guest_slots(batch)
             with clock.backward("experts"):
                 if guest_grads is None:
-                    packed = Packed(slots.stop - slots.start, grads)
+                    packed = Packed(slots.stop - slots.start, grads, trip.ep)
                     waiting[True].of(slots).write(packed.matrices)
                     grads_GW = packed.packed_GW
                 else:

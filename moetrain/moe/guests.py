@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from moetrain.comm import start_all_to_all
+from moetrain.comm import outgoing, start_all_to_all
 from moetrain.mesh import Expert
 from moetrain.moe.cost import RELAY_FROM
 from moetrain.moe.plan import Ints, Plan
@@ -76,7 +76,7 @@ class Mail:
             send[parcel.target] += parcel.end - parcel.begin
         for parcel in self._coming:
             receive[parcel.source] += parcel.end - parcel.begin
-        out = like.new_empty(sum(send)) if ready is None else ready
+        out = outgoing(like.view(-1), sum(send), ep.lend) if ready is None else ready
         if ready is None:
             for parcel, part in zip(leaving, out.split([p.end - p.begin for p in leaving]), strict=True):
                 write(parcel, part)
@@ -257,9 +257,9 @@ class Store:
 class Packed:
     """Guests' gradients: `packed_GW`, and views of its rows as matrices."""
 
-    def __init__(self, num_guests: int, like: Sequence[Tensor]) -> None:
-        """`like`: [S, ...] each."""
-        self.packed_GW = like[0].new_empty(num_guests, size_of(like))
+    def __init__(self, num_guests: int, like: Sequence[Tensor], ep: Expert) -> None:
+        """`like`: [S, ...] each. They are made where they can be sent from."""
+        self.packed_GW = outgoing(like[0].new_empty(0, size_of(like)), num_guests, ep.lend)
         split_ = [split(row, like) for row in self.packed_GW]
         self.matrices = [[parts[n] for parts in split_] for n in range(len(like))]
 
