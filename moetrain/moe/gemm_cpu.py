@@ -31,6 +31,8 @@ from moetrain.moe.kernels_cpu import share
 
 PANEL = 32  # columns
 GROUP = 4  # panels that are packed together
+FEW = 128  # rows, up to which weights are read once and in order
+FEW_DEPTH = 256  # rows of them at a time
 ROW_BLOCK = 512 << 10  # bytes of left rows that stay in L2
 SUM_BLOCK = 1024  # rows of a weight gradient's sum that are packed at a time
 
@@ -47,13 +49,19 @@ def _at(builder: Any, base: Any, kind: Any, stride: Any = None, times: int = 0, 
     return builder.inttoptr(builder.add(base, ir.Constant(_I64, plus)), kind.as_pointer())
 
 
+def _emit_fetch(builder: Any, at: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_I32.as_pointer(), _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [at, *(ir.Constant(_I32, n) for n in (0, 2, 1))])  # to read, into L2, data
+
+
 def _make_tile(rows: int) -> Any:
     """A tile of `rows` × 32; `start`: address of fp32 sums [rows, 32] to begin with, or 0; `narrow`: bf16 out."""
 
     @_intrinsic
-    def tile(typing, left, left_row, left_pair, panel, pairs, start, out, out_row, narrow):  # type: ignore[no-untyped-def]
+    def tile(typing, left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair):  # type: ignore[no-untyped-def]
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            left, left_row, left_pair, panel, pairs, start, out, out_row, narrow = arguments
+            left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair = arguments
             zero = ir.Constant(_I64, 0)
             call = lambda name, kind: cgutils.get_or_insert_function(builder.module, kind, name)  # noqa: E731
             dot = call("llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]))
@@ -70,9 +78,9 @@ def _make_tile(rows: int) -> Any:
             builder.branch(loop)
 
             builder.position_at_end(loop)
-            turn, at_left, at_panel = (builder.phi(_I64) for _ in range(3))
+            turn, at_left, at_panel, at_ahead = (builder.phi(_I64) for _ in range(4))
             sums = [builder.phi(_SUMS) for _ in cells]
-            for phi, value in ((turn, zero), (at_left, left), (at_panel, panel)):
+            for phi, value in ((turn, zero), (at_left, left), (at_panel, panel), (at_ahead, ahead)):
                 phi.add_incoming(value, before)
                 phi.add_incoming(value, load)
             for phi, value in zip(sums, begun, strict=True):
@@ -86,7 +94,9 @@ def _make_tile(rows: int) -> Any:
                 first = builder.insert_element(none, pair, ir.Constant(_I32, 0))
                 everywhere = builder.shuffle_vector(first, none, ir.Constant(_PAIRS, [0] * 16))
                 found += [builder.call(dot, [sums[2 * m + v], everywhere, right[v]]) for v in (0, 1)]
-            steps = ((turn, ir.Constant(_I64, 1)), (at_left, left_pair), (at_panel, ir.Constant(_I64, 128)))
+            _emit_fetch(builder, _at(builder, at_ahead, _I32))
+            one, panel_pair = (ir.Constant(_I64, n) for n in (1, 128))
+            steps = ((turn, one), (at_left, left_pair), (at_panel, panel_pair), (at_ahead, ahead_pair))
             for phi, step in steps:
                 phi.add_incoming(builder.add(phi, step), loop)
             for phi, value in zip(sums, found, strict=True):
@@ -97,10 +107,11 @@ def _make_tile(rows: int) -> Any:
             builder.position_at_end(end)
             builder.cbranch(builder.icmp_signed("!=", narrow, zero), short, full)
             builder.position_at_end(short)
-            for (m, v), value in zip(cells, found, strict=True):
-                builder.store(
-                    builder.call(to_bf16, [value]), _at(builder, out, _HALVES, out_row, m, plus=32 * v), align=2
-                )
+            halves = [builder.call(to_bf16, [value]) for value in found]
+            both = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
+            for m in range(rows):
+                row = builder.shuffle_vector(halves[2 * m], halves[2 * m + 1], both)
+                builder.store(row, _at(builder, out, ir.VectorType(_I16, 32), out_row, m), align=2)
             builder.branch(done)
             builder.position_at_end(full)
             for (m, v), value in zip(cells, found, strict=True):
@@ -109,18 +120,12 @@ def _make_tile(rows: int) -> Any:
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), code
+        return types.void(*[types.int64] * 11), code
 
     return tile
 
 
-_tile8, _tile4, _tile2, _tile1 = (_make_tile(rows) for rows in (8, 4, 2, 1))
-
-
-def _emit_fetch(builder: Any, at: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [_I32.as_pointer(), _I32, _I32, _I32])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(fetch, [at, *(ir.Constant(_I32, n) for n in (0, 2, 1))])  # to read, into L2, data
+_tile1, _tile2, _tile3, _tile4, _tile5, _tile6, _tile7, _tile8 = (_make_tile(rows) for rows in range(1, 9))
 
 
 @_intrinsic
@@ -190,20 +195,30 @@ def _widen(typing, source, to):  # type: ignore[no-untyped-def]
 
 
 @_compiled()
-def _tiles(left, left_row, panel, pairs, out, out_row, count):  # type: ignore[no-untyped-def]
-    """`count` rows through one panel."""
-    m = 0
-    while m + 8 <= count:
-        _tile8(left + m * left_row, left_row, 4, panel, pairs, 0, out + m * out_row, out_row, 1)
-        m += 8
-    if count - m >= 4:
-        _tile4(left + m * left_row, left_row, 4, panel, pairs, 0, out + m * out_row, out_row, 1)
-        m += 4
-    if count - m >= 2:
-        _tile2(left + m * left_row, left_row, 4, panel, pairs, 0, out + m * out_row, out_row, 1)
-        m += 2
-    if count - m >= 1:
-        _tile1(left + m * left_row, left_row, 4, panel, pairs, 0, out + m * out_row, out_row, 1)
+def _tiles(left, left_row, panel, pairs, start, out, out_row, narrow, count, ahead, end):  # type: ignore[no-untyped-def]
+    """`count` rows through one panel. Meanwhile each tile fetches a line for every pair, from `ahead` on, if that is
+    before `end`. `start`: the sums of all rows so far, or 0."""
+    for m in range(0, count, 8):
+        fetch, fetch_pair = (ahead, 64) if ahead < end else (left, 0)
+        ahead += 64 * pairs
+        at, begun, to = left + m * left_row, start + 128 * m if start else 0, out + m * out_row
+        rows = count - m
+        if rows >= 8:
+            _tile8(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
+        elif rows == 7:
+            _tile7(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
+        elif rows == 6:
+            _tile6(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
+        elif rows == 5:
+            _tile5(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
+        elif rows == 4:
+            _tile4(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
+        elif rows == 3:
+            _tile3(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
+        elif rows == 2:
+            _tile2(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
+        elif rows == 1:
+            _tile1(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
 
 
 @_compiled()
@@ -230,26 +245,58 @@ def _pack_transposed(source, depth, panels, to, stride):  # type: ignore[no-unty
 
 
 @_compiled()
-def _mm(left, weights, sizes, out, depth, width, transpose, first, last, packed):  # type: ignore[no-untyped-def]
+def _few(left, weight, out, count, depth, width, first, last, packed, sums, following):  # type: ignore[no-untyped-def]
+    """A few rows times weights [K, N], which are read from beginning to end; `following`: what is read next."""
+    stride = FEW_DEPTH * 64 + 128
+    for begin in range(0, depth, FEW_DEPTH):
+        some = min(FEW_DEPTH, depth - begin)
+        _pack(weight + 2 * begin * width + 64 * first, 2 * width, some, last - first, packed, stride)
+        over = begin + some == depth
+        ahead = following if over else weight + 2 * (begin + some) * width
+        end = ahead + 2 * FEW_DEPTH * width if ahead else 0
+        for p in range(last - first):
+            so_far, panel, at = sums + 128 * count * p, packed + p * stride, left + 2 * begin
+            start, pairs = so_far if begin else 0, some // 2
+            if over:
+                to = out + 64 * (first + p)
+                _tiles(at, 2 * depth, panel, pairs, start, to, 2 * width, 1, count, ahead, end)
+            else:
+                _tiles(at, 2 * depth, panel, pairs, start, so_far, 128, 0, count, ahead, end)
+            ahead += 64 * pairs * ((count + 7) // 8)
+
+
+@_compiled()
+def _mm(left, weights, sizes, out, depth, width, transpose, first, last, packed, sums):  # type: ignore[no-untyped-def]
     """Panels `first` to `last` of all segments: left [M, K], weights [N, K] if `transpose` else [K, N], out [M, N]."""
     pairs = depth // 2
     stride = pairs * 128 + 128  # not a power of two: panels would share cache sets
     block = max(ROW_BLOCK // (2 * depth) // 8 * 8, 8)
     for s in range(len(sizes)):
         count, weight = sizes[s], weights[s]
+        following = weights[s + 1] if s + 1 < len(sizes) else 0
+        if count <= FEW and not transpose:
+            if count:
+                _few(left, weight, out, count, depth, width, first, last, packed, sums, following)
+            left += 2 * count * depth
+            out += 2 * count * width
+            continue
         for begin in range(0, count, block):
             rows = min(block, count - begin)
             for group in range(first, last, GROUP):
                 some = min(GROUP, last - group)
                 to = packed + (group - first) * stride * (count > block)  # used once, it need not leave the cache
-                if begin == 0:
-                    if transpose:
-                        _pack_transposed(weight + 64 * group * depth, depth, some, to, stride)
-                    else:
-                        _pack(weight + 64 * group, 2 * width, depth, some, to, stride)
+                ahead = end = 0
+                if begin == 0 and transpose:
+                    _pack_transposed(weight + 64 * depth * group, depth, some, to, stride)
+                    ahead = weight + 64 * depth * (group + some) if group + some < last else following
+                    end = ahead + 64 * depth * GROUP if ahead else 0
+                elif begin == 0:
+                    _pack(weight + 64 * group, 2 * width, depth, some, to, stride)
                 for p in range(some):
                     at = out + 2 * begin * width + 64 * (group + p)
-                    _tiles(left + 2 * begin * depth, 2 * depth, to + p * stride, pairs, at, 2 * width, rows)
+                    panel = to + p * stride
+                    _tiles(left + 2 * begin * depth, 2 * depth, panel, pairs, 0, at, 2 * width, 1, rows, ahead, end)
+                    ahead += 64 * pairs * ((rows + 7) // 8)
         left += 2 * count * depth
         out += 2 * count * width
 
@@ -284,9 +331,9 @@ def _outer(left, right, sizes, outs, height, width, add, first, last, packed_lef
                             _widen(at + 2 * m * width + 32, total + 128 * m + 64)
                         begun = True
                     if block == blocks - 1:
-                        _tile8(source, 4, 64, packed_right, pairs, total if begun else 0, at, 2 * width, 1)
+                        _tile8(source, 4, 64, packed_right, pairs, total if begun else 0, at, 2 * width, 1, source, 0)
                     else:
-                        _tile8(source, 4, 64, packed_right, pairs, total if begun else 0, total, 128, 0)
+                        _tile8(source, 4, 64, packed_right, pairs, total if begun else 0, total, 128, 0, source, 0)
         left += 2 * count * height
         right += 2 * count * width
 
@@ -317,8 +364,10 @@ def segment_mm(
     arrays = _addresses(weights), np.array(sizes, np.int64)
 
     def some(first: int, last: int) -> None:
-        packed = _scratch("right", (last - first) * (depth // 2 * 128 + 128))
-        _mm(rows_MA.data_ptr(), *arrays, out_MB.data_ptr(), depth, width, transpose, first, last, packed)
+        panels = last - first
+        packed = _scratch("right", panels * (max(depth, FEW_DEPTH) * 64 + 128))
+        sums = _scratch("sums", panels * FEW * 128)
+        _mm(rows_MA.data_ptr(), *arrays, out_MB.data_ptr(), depth, width, transpose, first, last, packed, sums)
 
     share(width // PANEL, 1, some)
 
