@@ -216,7 +216,7 @@ def _handling(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Cost
         lending = Lending(weights, 0, copies, mesh.ep)
         lending.relay()
         returning = Returning(lending.finish(), copies, weights[0], size, mesh.ep)
-        returning.finish(weights, 0)
+        returning.finish(weights, 0, ())
 
     one, many = (_time(mesh, lambda n=n: lend([(e, 0, 1) for e in range(n)])) for n in (1, MANY))  # type: ignore[misc]
     link = costs.between if costs.nodes[0] != costs.nodes[1] else costs.inside

@@ -10,7 +10,7 @@ an expert.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,6 +172,11 @@ class Trip:
             held.update(ranks)
         return out
 
+    def lent_whole(self) -> set[int]:
+        """Own slots without rows whose gradients come home with this backward: all there is of them."""
+        home = ((e, r) for e, r, _ in self.store.leaving(self.plan, self.home))
+        return {e - self.first for e, r in home if r == self.ep.rank and not self.route.slot_rows[e - self.first]}
+
     def guest_slots(self, batch: Sequence[int]) -> slice:
         """Which of the guests here are of the batch."""
         return slice(*np.searchsorted(self.guests_here, [batch[0], batch[-1] + 1]).tolist())
@@ -224,9 +229,12 @@ class Products(NamedTuple):
         rows = slice(ends[slots.start], ends[slots.stop])
         return Products([(left[rows], right[rows]) for left, right in self.pairs], self.sizes[slots])
 
-    def write(self, totals: Sequence[Matrices], add: bool = False) -> None:
+    def write(self, totals: Sequence[Matrices], add: bool = False, without: Collection[int] = ()) -> None:
+        """`without`: slots that have no rows, and whose totals are left as they are."""
         for (left_MA, right_MB), total in zip(self.pairs, totals, strict=True):
-            kernels.segment_outer(left_MA, right_MB, self.sizes, total, add)
+            there = [s for s in range(len(self.sizes)) if s not in without]
+            some = [total[s] for s in there] if without else total
+            kernels.segment_outer(left_MA, right_MB, [self.sizes[s] for s in there], some, add)
 
 
 class _Leave(torch.autograd.Function):
@@ -337,6 +345,7 @@ class _Work(torch.autograd.Function):
         del back_MD
 
         returning: Returning | None = None
+        lent_whole = trip.lent_whole() if at_once else set()
         for batch in trip.batches():
             slots = trip.guest_slots(batch)
             with clock.backward("experts"):
@@ -348,16 +357,16 @@ class _Work(torch.autograd.Function):
                     grads_GW = guest_grads.packed_GW[slots]
             with clock.backward("lend"):
                 if returning is not None:
-                    returning.finish(grads, trip.first)
+                    returning.finish(grads, trip.first, lent_whole)
                 returning = trip.send_home(grads_GW, batch)
             if False in waiting:  # while the first are under way
                 with clock.backward("experts"):
-                    waiting.pop(False).write(grads)
+                    waiting.pop(False).write(grads, without=lent_whole)
         if False in waiting:
             with clock.backward("experts"):
                 waiting.pop(False).write(grads)
         if returning is not None:
             with clock.backward("lend"):
-                returning.finish(grads, trip.first)
+                returning.finish(grads, trip.first, lent_whole)
         trip.store.close()
         return None, *grads, None

@@ -12,7 +12,7 @@ alone, so all ranks agree.
 E experts, R ranks, W parameters of an expert, its matrices one after another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -163,8 +163,10 @@ class Returning:
 
         self._mail = Mail(self._home, write, self._like, self._ep)
 
-    def finish(self, grads: Sequence[Tensor], first: int) -> None:
-        """Add what came home to the own gradients of its experts; `first`: the expert in slot 0 of `grads`."""
+    def finish(self, grads: Sequence[Tensor], first: int, lent_whole: Collection[int]) -> None:
+        """Add what came home to the own gradients of its experts; in the slots `lent_whole` it is all there is.
+
+        `first`: the expert in slot 0 of `grads`."""
         self._relay()
         parts: dict[tuple[int, int, int], list[Tensor]] = {}
         for parcel, part in self._mail.open():
@@ -175,7 +177,8 @@ class Returning:
                 own = grad[expert - first].view(-1)
                 low, high = max(begin, at), min(end, at + len(own))
                 if low < high:
-                    own[low - at : high - at] += total[low - begin : high - begin]
+                    mine, came = own[low - at : high - at], total[low - begin : high - begin]
+                    (mine.copy_ if expert - first in lent_whole else mine.add_)(came)
                 at += len(own)
 
 
