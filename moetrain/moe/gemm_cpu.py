@@ -302,9 +302,27 @@ def _mm(left, weights, sizes, out, depth, width, transpose, first, last, packed,
 
 
 @_compiled()
+def _outer_tile(source, panel, pairs, total, ends, load, at, width):  # type: ignore[no-untyped-def]
+    """8 × 32 elements at `at`; `total`: their sums in fp32, if these are begun and not done with; `load`: begin with
+    what is in the elements. The next tile's sums are fetched meanwhile."""
+    begun, done = ends
+    if load:
+        for m in range(8):
+            _widen(at + 2 * m * width, total + 128 * m)
+            _widen(at + 2 * m * width + 32, total + 128 * m + 64)
+    start = total if begun else 0
+    ahead, step = (total + 1024, max(1024 // pairs, 1)) if begun and not load else (source, 0)
+    if done:
+        _tile8(source, 4, 64, panel, pairs, start, at, 2 * width, 1, ahead, step)
+    else:
+        _tile8(source, 4, 64, panel, pairs, start, total, 128, 0, ahead, step)
+
+
+@_compiled()
 def _outer(left, right, sizes, outs, height, width, add, first, last, packed_left, packed_right, sums):  # type: ignore[no-untyped-def]
     """Groups `first` to `last` of 16 rows of outs [height, width] (+)= leftᵀ · right; left [M, height]."""
-    stride = SUM_BLOCK * 32 + 64
+    stride, panel_stride = SUM_BLOCK * 32 + 64, FEW * 64 + 128
+    panels, halves = width // 32, 2 * (last - first)
     for s in range(len(sizes)):
         count, out = sizes[s], outs[s]
         blocks = (count + SUM_BLOCK - 1) // SUM_BLOCK
@@ -318,22 +336,24 @@ def _outer(left, right, sizes, outs, height, width, add, first, last, packed_lef
                     one = left + 2 * m * height + 32 * group
                     to = packed_left + (group - first) * stride + 64 * pair
                     _pair_up(one, one + 2 * height if m + 1 < end else 0, to)
-            for p in range(width // 32):
-                _pack(right + 2 * begin * width + 64 * p, 2 * width, end - begin, 1, packed_right, 0)
-                for half in range(2 * first, 2 * last):
-                    at = out + 16 * half * width + 64 * p
-                    total = sums + 1024 * (p * 2 * (last - first) + half - 2 * first)
-                    source = packed_left + ((half >> 1) - first) * stride + 32 * (half & 1)
-                    begun = block > 0
-                    if add and block == 0:
-                        for m in range(8):
-                            _widen(at + 2 * m * width, total + 128 * m)
-                            _widen(at + 2 * m * width + 32, total + 128 * m + 64)
-                        begun = True
-                    if block == blocks - 1:
-                        _tile8(source, 4, 64, packed_right, pairs, total if begun else 0, at, 2 * width, 1, source, 0)
-                    else:
-                        _tile8(source, 4, 64, packed_right, pairs, total if begun else 0, total, 128, 0, source, 0)
+            few = count <= FEW  # all panels of the right side fit beside each other: rows are then written whole
+            ends = (block > 0 or add, block == blocks - 1)
+            for p in range(panels):
+                to = packed_right + p * panel_stride * few
+                _pack(right + 2 * begin * width + 64 * p, 2 * width, end - begin, 1, to, 0)
+                if not few:
+                    for half in range(halves):
+                        source = packed_left + (half >> 1) * stride + 32 * (half & 1)
+                        at = out + 16 * (2 * first + half) * width + 64 * p
+                        total = sums + 1024 * (p * halves + half)
+                        _outer_tile(source, to, pairs, total, ends, add and block == 0, at, width)
+            if few:
+                for half in range(halves):
+                    for p in range(panels):
+                        source = packed_left + (half >> 1) * stride + 32 * (half & 1)
+                        at = out + 16 * (2 * first + half) * width + 64 * p
+                        panel = packed_right + p * panel_stride
+                        _outer_tile(source, panel, pairs, sums, ends, add, at, width)
         left += 2 * count * height
         right += 2 * count * width
 
@@ -387,7 +407,7 @@ def segment_outer(
     def some(first: int, last: int) -> None:
         groups, pairs = last - first, SUM_BLOCK // 2
         packed_left = _scratch("left", groups * (64 * pairs + 64))
-        packed_right = _scratch("right", 128 * pairs)
+        packed_right = _scratch("right", max(128 * pairs, width // 32 * (64 * FEW + 128)))
         sums = _scratch("sums", 2048 * groups * width // 32 if add or longest > SUM_BLOCK else 0)
         _outer(
             left_MA.data_ptr(),
