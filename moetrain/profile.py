@@ -20,7 +20,7 @@ from torch import Tensor
 from moetrain.comm import all_gather, barrier, broadcast, broadcast_text, start_all_to_all
 from moetrain.config import Config
 from moetrain.mesh import Mesh
-from moetrain.moe import kernels
+from moetrain.moe import compiled, kernels
 from moetrain.moe.cost import Costs, Link
 from moetrain.moe.guests import Copy, Lending, Returning
 
@@ -262,5 +262,5 @@ def _key(mesh: Mesh, layer: Layer) -> str:
         device = torch.cuda.get_device_name(mesh.device)
     else:
         device = f"{socket.gethostname()} {os.cpu_count()} cores {torch.get_num_threads()} threads"
-    facts = f"{device} {torch.__version__} {_nodes(mesh)} {mesh.world} {mesh.ep.size} {layer}"
+    facts = f"{device} {torch.__version__} {compiled.DIGEST} {_nodes(mesh)} {mesh.world} {mesh.ep.size} {layer}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -12,10 +12,10 @@ from pathlib import Path
 import numba
 
 _SOURCES = sorted(Path(__file__).parent.rglob("*.py"))
-_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 _HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 if not os.environ.get("NUMBA_CACHE_DIR"):  # numba's own variable goes before
-    vars(numba.config)["CACHE_DIR"] = str(_HOME / "moetrain" / "numba" / _DIGEST)
+    vars(numba.config)["CACHE_DIR"] = str(_HOME / "moetrain" / "numba" / DIGEST)
 
 njit = partial(numba.njit, cache=True)
