@@ -207,13 +207,17 @@ Timed = Callable[[], tuple[float, float]]
 
 
 def interleave(runs: list[Timed], repeats: int, ep: Expert, device: torch.device) -> np.ndarray:
-    """[repeats, runs, 2] seconds (forward, in all) of the slowest rank; one run after another, each after a barrier."""
+    """[repeats, runs, 2] seconds (forward, in all) of the slowest rank; one run after another, each after a barrier.
+
+    Each turn begins with another run: what comes after the bare GEMMs finds other caches than what comes after a layer.
+    """
     times = []
-    for _ in range(repeats):
-        row = []
-        for run in runs:
+    for turn in range(repeats):
+        row = [(0.0, 0.0)] * len(runs)
+        for i in range(len(runs)):
+            at = (turn + i) % len(runs)
             barrier(ep, device)
-            row.append(run())
+            row[at] = runs[at]()
         times.append(row)
     local = torch.tensor(times, dtype=torch.float64, device=device)
     return all_gather(local, ep.rows).amax(0).cpu().numpy()
