@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain import comm
 from moetrain.mesh import Mesh
-from moetrain.moe import dispatch, guests, kernels, kernels_cpu
+from moetrain.moe import dispatch, gemm_cpu, guests, kernels, kernels_cpu
 from moetrain.moe.clock import Clock
 from moetrain.moe.experts import Experts
 from moetrain.moe.plan import Plan
@@ -330,6 +330,20 @@ def test_shared_memory_and_gloo_agree_bit_for_bit(pool) -> None:
     assert all(all(equal) for equal in pool.run(by_both_ways, 2))
 
 
+def padded_or_not(mesh: Mesh) -> None:
+    """As where bf16 products are torch's: every segment padded with rows of weight zero."""
+    plain = layer_on_ranks(mesh, [30, 20], 2, "llep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "row_step", lambda *_: 16)
+        padded = layer_on_ranks(mesh, [30, 20], 2, "llep")
+    for name in plain:
+        torch.testing.assert_close(padded[name], plain[name])
+
+
+def test_padding_changes_nothing(pool) -> None:
+    pool.run(padded_or_not, 2)
+
+
 def test_the_llep_case_really_lends() -> None:
     assert make_plan(counts_of([40, 40], 2), "llep").guests()
 
@@ -359,11 +373,19 @@ def test_cpu_kernels_equal_the_plain_ones(monkeypatch, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_grouped_products_equal_the_loop_over_segments(dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "own"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ids=["fp32", "own", "torch"],
+)
+def test_grouped_products_equal_the_loop_over_segments(
+    monkeypatch, dtype: torch.dtype, own: bool, threads: int
+) -> None:
     """Against fp64, to the rounding of the dtype: segments without rows, odd ones, longer than any block."""
     torch.manual_seed(0)
     near = {"rtol": 8e-3, "atol": 2e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    if not own:
+        monkeypatch.setattr(gemm_cpu, "able", lambda: False)
     sizes, width, hidden = [0, 1, 7, 1025, 40, 2052], 96, 160
     rows, left = torch.randn(sum(sizes), width).to(dtype), torch.randn(sum(sizes), hidden).to(dtype)
     weights = torch.randn(len(sizes), hidden, width).to(dtype)
