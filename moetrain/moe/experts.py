@@ -231,10 +231,10 @@ class Products(NamedTuple):
 
     def write(self, totals: Sequence[Matrices], add: bool = False, without: Collection[int] = ()) -> None:
         """`without`: slots that have no rows, and whose totals are left as they are."""
+        there = [s for s in range(len(self.sizes)) if s not in without]
+        sizes = [self.sizes[s] for s in there]
         for (left_MA, right_MB), total in zip(self.pairs, totals, strict=True):
-            there = [s for s in range(len(self.sizes)) if s not in without]
-            some = [total[s] for s in there] if without else total
-            kernels.segment_outer(left_MA, right_MB, [self.sizes[s] for s in there], some, add)
+            kernels.segment_outer(left_MA, right_MB, sizes, [total[s] for s in there] if without else total, add)
 
 
 class _Leave(torch.autograd.Function):

@@ -55,77 +55,85 @@ def _emit_fetch(builder: Any, at: Any) -> None:
     builder.call(fetch, [at, *(ir.Constant(_I32, n) for n in (0, 2, 1))])  # to read, into L2, data
 
 
-def _make_tile(rows: int) -> Any:
-    """A tile of `rows` × 32; `start`: address of fp32 sums [rows, 32] to begin with, or 0; `narrow`: bf16 out."""
+def _emit_tile(builder: Any, rows: int, arguments: Any) -> None:
+    """A tile of `rows` × 32."""
+    left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair = arguments
+    zero = ir.Constant(_I64, 0)
+    call = lambda name, kind: cgutils.get_or_insert_function(builder.module, kind, name)  # noqa: E731
+    dot = call("llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]))
+    to_bf16 = call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(_HALVES, [_SUMS]))
+    cells = [(m, v) for m in range(rows) for v in (0, 1)]
+    before = builder.block
+    load, loop, end, short, full, done = (
+        builder.function.append_basic_block(name) for name in ("load", "loop", "end", "short", "full", "done")
+    )
+    builder.cbranch(builder.icmp_signed("!=", start, zero), load, loop)
 
-    @_intrinsic
-    def tile(typing, left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair):  # type: ignore[no-untyped-def]
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair = arguments
-            zero = ir.Constant(_I64, 0)
-            call = lambda name, kind: cgutils.get_or_insert_function(builder.module, kind, name)  # noqa: E731
-            dot = call("llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]))
-            to_bf16 = call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(_HALVES, [_SUMS]))
-            cells = [(m, v) for m in range(rows) for v in (0, 1)]
-            before = builder.block
-            load, loop, end, short, full, done = (
-                builder.function.append_basic_block(name) for name in ("load", "loop", "end", "short", "full", "done")
-            )
-            builder.cbranch(builder.icmp_signed("!=", start, zero), load, loop)
+    builder.position_at_end(load)
+    begun = [builder.load(_at(builder, start, _SUMS, plus=128 * m + 64 * v), align=4) for m, v in cells]
+    builder.branch(loop)
 
-            builder.position_at_end(load)
-            begun = [builder.load(_at(builder, start, _SUMS, plus=128 * m + 64 * v), align=4) for m, v in cells]
-            builder.branch(loop)
+    builder.position_at_end(loop)
+    turn, at_left, at_panel, at_ahead = (builder.phi(_I64) for _ in range(4))
+    sums = [builder.phi(_SUMS) for _ in cells]
+    for phi, value in ((turn, zero), (at_left, left), (at_panel, panel), (at_ahead, ahead)):
+        phi.add_incoming(value, before)
+        phi.add_incoming(value, load)
+    for phi, value in zip(sums, begun, strict=True):
+        phi.add_incoming(ir.Constant(_SUMS, [0.0] * 16), before)
+        phi.add_incoming(value, load)
+    right = [builder.load(_at(builder, at_panel, _PAIRS, plus=64 * v), align=4) for v in (0, 1)]
+    none = ir.Constant(_PAIRS, ir.Undefined)
+    found = []
+    for m in range(rows):
+        pair = builder.load(_at(builder, at_left, _I32, left_row, m), align=2)
+        first = builder.insert_element(none, pair, ir.Constant(_I32, 0))
+        everywhere = builder.shuffle_vector(first, none, ir.Constant(_PAIRS, [0] * 16))
+        found += [builder.call(dot, [sums[2 * m + v], everywhere, right[v]]) for v in (0, 1)]
+    _emit_fetch(builder, _at(builder, at_ahead, _I32))
+    one, panel_pair = (ir.Constant(_I64, n) for n in (1, 128))
+    steps = ((turn, one), (at_left, left_pair), (at_panel, panel_pair), (at_ahead, ahead_pair))
+    for phi, step in steps:
+        phi.add_incoming(builder.add(phi, step), loop)
+    for phi, value in zip(sums, found, strict=True):
+        phi.add_incoming(value, loop)
+    more = builder.icmp_signed("<", builder.add(turn, ir.Constant(_I64, 1)), pairs)
+    builder.cbranch(more, loop, end)
 
-            builder.position_at_end(loop)
-            turn, at_left, at_panel, at_ahead = (builder.phi(_I64) for _ in range(4))
-            sums = [builder.phi(_SUMS) for _ in cells]
-            for phi, value in ((turn, zero), (at_left, left), (at_panel, panel), (at_ahead, ahead)):
-                phi.add_incoming(value, before)
-                phi.add_incoming(value, load)
-            for phi, value in zip(sums, begun, strict=True):
-                phi.add_incoming(ir.Constant(_SUMS, [0.0] * 16), before)
-                phi.add_incoming(value, load)
-            right = [builder.load(_at(builder, at_panel, _PAIRS, plus=64 * v), align=4) for v in (0, 1)]
-            none = ir.Constant(_PAIRS, ir.Undefined)
-            found = []
-            for m in range(rows):
-                pair = builder.load(_at(builder, at_left, _I32, left_row, m), align=2)
-                first = builder.insert_element(none, pair, ir.Constant(_I32, 0))
-                everywhere = builder.shuffle_vector(first, none, ir.Constant(_PAIRS, [0] * 16))
-                found += [builder.call(dot, [sums[2 * m + v], everywhere, right[v]]) for v in (0, 1)]
-            _emit_fetch(builder, _at(builder, at_ahead, _I32))
-            one, panel_pair = (ir.Constant(_I64, n) for n in (1, 128))
-            steps = ((turn, one), (at_left, left_pair), (at_panel, panel_pair), (at_ahead, ahead_pair))
-            for phi, step in steps:
-                phi.add_incoming(builder.add(phi, step), loop)
-            for phi, value in zip(sums, found, strict=True):
-                phi.add_incoming(value, loop)
-            more = builder.icmp_signed("<", builder.add(turn, ir.Constant(_I64, 1)), pairs)
-            builder.cbranch(more, loop, end)
-
-            builder.position_at_end(end)
-            builder.cbranch(builder.icmp_signed("!=", narrow, zero), short, full)
-            builder.position_at_end(short)
-            halves = [builder.call(to_bf16, [value]) for value in found]
-            both = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
-            for m in range(rows):
-                row = builder.shuffle_vector(halves[2 * m], halves[2 * m + 1], both)
-                builder.store(row, _at(builder, out, ir.VectorType(_I16, 32), out_row, m), align=2)
-            builder.branch(done)
-            builder.position_at_end(full)
-            for (m, v), value in zip(cells, found, strict=True):
-                builder.store(value, _at(builder, out, _SUMS, out_row, m, plus=64 * v), align=4)
-            builder.branch(done)
-            builder.position_at_end(done)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 11), code
-
-    return tile
+    builder.position_at_end(end)
+    builder.cbranch(builder.icmp_signed("!=", narrow, zero), short, full)
+    builder.position_at_end(short)
+    halves = [builder.call(to_bf16, [value]) for value in found]
+    both = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
+    for m in range(rows):
+        row = builder.shuffle_vector(halves[2 * m], halves[2 * m + 1], both)
+        builder.store(row, _at(builder, out, ir.VectorType(_I16, 32), out_row, m), align=2)
+    builder.branch(done)
+    builder.position_at_end(full)
+    for (m, v), value in zip(cells, found, strict=True):
+        builder.store(value, _at(builder, out, _SUMS, out_row, m, plus=64 * v), align=4)
+    builder.branch(done)
+    builder.position_at_end(done)
 
 
-_tile1, _tile2, _tile3, _tile4, _tile5, _tile6, _tile7, _tile8 = (_make_tile(rows) for rows in range(1, 9))
+@_intrinsic
+def _tile(typing, rows, left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair):  # type: ignore[no-untyped-def]
+    """A tile of 1 to 8 rows × 32; `start`: address of fp32 sums [rows, 32] to begin with, or 0; `narrow`: bf16 out;
+    `ahead`: what is fetched meanwhile, a line for every pair, `ahead_pair` apart."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        over = builder.function.append_basic_block("over")
+        choose = builder.switch(arguments[0], over)
+        for rows in range(1, 9):
+            block = builder.function.append_basic_block(f"rows{rows}")
+            choose.add_case(ir.Constant(_I64, rows), block)
+            builder.position_at_end(block)
+            _emit_tile(builder, rows, arguments[1:])
+            builder.branch(over)
+        builder.position_at_end(over)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 12), code
 
 
 @_intrinsic
@@ -202,23 +210,7 @@ def _tiles(left, left_row, panel, pairs, start, out, out_row, narrow, count, ahe
         fetch, fetch_pair = (ahead, 64) if ahead < end else (left, 0)
         ahead += 64 * pairs
         at, begun, to = left + m * left_row, start + 128 * m if start else 0, out + m * out_row
-        rows = count - m
-        if rows >= 8:
-            _tile8(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
-        elif rows == 7:
-            _tile7(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
-        elif rows == 6:
-            _tile6(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
-        elif rows == 5:
-            _tile5(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
-        elif rows == 4:
-            _tile4(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
-        elif rows == 3:
-            _tile3(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
-        elif rows == 2:
-            _tile2(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
-        elif rows == 1:
-            _tile1(at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
+        _tile(min(count - m, 8), at, left_row, 4, panel, pairs, begun, to, out_row, narrow, fetch, fetch_pair)
 
 
 @_compiled()
@@ -313,9 +305,9 @@ def _outer_tile(source, panel, pairs, total, ends, load, at, width):  # type: ig
     start = total if begun else 0
     ahead, step = (total + 1024, max(1024 // pairs, 1)) if begun and not load else (source, 0)
     if done:
-        _tile8(source, 4, 64, panel, pairs, start, at, 2 * width, 1, ahead, step)
+        _tile(8, source, 4, 64, panel, pairs, start, at, 2 * width, 1, ahead, step)
     else:
-        _tile8(source, 4, 64, panel, pairs, start, total, 128, 0, ahead, step)
+        _tile(8, source, 4, 64, panel, pairs, start, total, 128, 0, ahead, step)
 
 
 @_compiled()
