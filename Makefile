@@ -4,11 +4,14 @@ BIN := .venv/bin
 RUN ?= demo
 INSTALL := $(BIN)/pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: help train test check check-static format clean
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: help train test test-all check check-static format clean
 
 help:
 	@echo "make train   train the default model on real text: two workers, three to four minutes (RUN=name, ARGS=overrides)"
-	@echo "make test    run the whole test suite"
+	@echo "make test    run the tests: every property, a sample of the wide grids (ten minutes on two cores)"
+	@echo "make test-all  run the whole grid; killed, it goes on where it was; its table goes to docs/results/test-all.md"
 	@echo "make check   format, lint, types, tests"
 	@echo "make format  rewrite the sources in the house format"
 
@@ -16,7 +19,10 @@ train: .venv/installed
 	$(BIN)/moetrain train run.name=$(RUN) $(ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: .venv/installed-dev
+	$(PYTEST) --all --kept=build/test-all.jsonl --table=docs/results/test-all.md $(ARGS)
 
 check: check-static test
 

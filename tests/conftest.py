@@ -7,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from grid import Grid, add_options
 from pool import Pool
 
 from moetrain import config
@@ -22,9 +23,11 @@ ON_GPU = "test_gpu.py"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help=f"{ON_GPU} alone, on a GPU; all other tests run without one")
+    add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Grid(config), "grid")
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several gloo ranks: a machine with a GPU tests the same
 
