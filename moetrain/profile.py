@@ -7,6 +7,7 @@ the same ones. They are kept per machine, group and layer shape, and with each r
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -25,10 +26,12 @@ from moetrain.moe.cost import Costs, Link
 from moetrain.moe.guests import Copy, Lending, Returning
 
 COSTS = "costs.json"  # in a run's folder and in its checkpoints
-SEGMENTS, MANY = 4, 6  # experts computed, and lent
-FLOPS = 1e10  # of one timed computation, if that is 64 to 1024 rows an expert
-MESSAGE_BYTES = (1 << 10, 1 << 21)  # to every peer: what is mostly latency, and what is mostly bandwidth
+MANY = 6  # experts lent
+FLOPS = 1e10  # of one timed computation on a CPU, if that is 64 to 1024 rows an expert
+GPU_ROWS = (512, 4096)  # an expert: a batch of training has about as many on either side
+GPU_MESSAGES = 1 << 30  # bytes to all peers together, at most
 REPEATS, SECONDS = 15, 0.5  # timed runs: so many, or as many as fit into that time, and 3 at least
+LAUNCHES = 4  # runs between two events of a GPU: the host is ahead of all but the first
 
 
 class Layer(NamedTuple):
@@ -36,13 +39,48 @@ class Layer(NamedTuple):
 
     dim: int
     hidden: int
+    experts: int  # of all ranks
     top_k: int
     dtype: torch.dtype
+
+    @property
+    def weights(self) -> int:
+        """Parameters of an expert."""
+        return 3 * self.dim * self.hidden
 
     @classmethod
     def of(cls, config: Config) -> "Layer":
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-        return cls(config.model.dim, config.model.expert_hidden, config.router.top_k, dtype)
+        model = config.model
+        return cls(model.dim, model.expert_hidden, model.num_experts, config.router.top_k, dtype)
+
+    def row_bytes(self, ranks: int) -> int:
+        """What a selection weighs on a link: a token goes to a rank once, for all its experts there."""
+        distinct = ranks * (1 - (1 - 1 / ranks) ** self.top_k) / self.top_k
+        return int(self.dim * self.dtype.itemsize * distinct)
+
+
+class Sizes(NamedTuple):
+    """What one timed run works on: large enough for the device that its time is not that of starting it."""
+
+    segments: int  # experts
+    rows: tuple[int, int]  # of each of them: few, and many
+    message_bytes: tuple[int, int]  # to every peer: what is mostly latency, and what is mostly bandwidth
+    product_rows: int  # of a dense product that a transfer is hidden behind
+
+    @classmethod
+    def of(cls, layer: Layer, ranks: int, device: str, free_bytes: float) -> "Sizes":
+        """`device`: its type. On a GPU as many experts as a rank has, fewer where half of `free_bytes` is too little,
+        and links at 64 MiB to each peer; a CPU, where little takes long, is measured at what takes milliseconds."""
+        if device != "cuda":
+            segments = 4
+            many = min(max(64, int(FLOPS / (6 * layer.weights * segments)) // 32 * 32), 1024)
+            return cls(segments, (many // 8, many), (1 << 10, 1 << 21), 256)
+        row = layer.dtype.itemsize * (8 * layer.dim + 16 * layer.hidden)  # with temporaries in fp32
+        expert = (2 * layer.dtype.itemsize + 4) * layer.weights + GPU_ROWS[1] * row
+        segments = min(-(-layer.experts // ranks), int(free_bytes / 2 / expert))
+        message = min(1 << 26, GPU_MESSAGES // max(1, ranks - 1))
+        return cls(max(1, segments), GPU_ROWS, (1 << 10, message), GPU_ROWS[1])
 
 
 def folder() -> Path:
@@ -103,46 +141,51 @@ def from_json(text: str) -> Costs:
 
 def measure(mesh: Mesh, layer: Layer) -> Costs:
     """Costs of a layer on the ranks of `mesh.ep`. All ranks call it; a few seconds."""
-    dim, hidden, top_k, dtype = layer
-    weights = 3 * dim * hidden
-    many = min(max(64, int(FLOPS / (6 * weights * SEGMENTS)) // 32 * 32), 1024)
-    few = many // 8
-    (forward_many, backward_many), (forward_few, backward_few) = (
-        _experts(mesh, dim, hidden, dtype, rows) for rows in (many, few)
+    sizes = Sizes.of(layer, mesh.ep.size, mesh.device.type, min(_gather(mesh, _free_bytes(mesh.device))))
+    segments, (few, many) = sizes.segments, sizes.rows
+    (forward_few, backward_few), (forward_many, backward_many) = (
+        _experts(mesh, layer, segments, rows) for rows in (few, many)
     )
-    row_forward = max(forward_many - forward_few, 1e-9) / (SEGMENTS * (many - few))
-    row_backward = max(backward_many - backward_few, 1e-9) / (SEGMENTS * (many - few))
-    padding = (kernels.row_step(dtype, mesh.device) - 1) / 2  # rows, on average
-    ranks = mesh.ep.size
-    distinct = ranks * (1 - (1 - 1 / ranks) ** top_k) / top_k  # a token goes to a rank once, for all its experts there
+    row_forward = max(forward_many - forward_few, 1e-9) / (segments * (many - few))
+    row_backward = max(backward_many - backward_few, 1e-9) / (segments * (many - few))
+    padding = (kernels.row_step(layer.dtype, mesh.device) - 1) / 2  # rows, on average
     nodes = _nodes(mesh)
     same = [nodes[r] == nodes[mesh.ep.rank] for r in range(mesh.ep.size)]
     same[mesh.ep.rank] = False
     apart = [node != nodes[mesh.ep.rank] for node in nodes]
-    inside, between = _link(mesh, same), _link(mesh, apart)
+    inside, between = (_link(mesh, peers, sizes.message_bytes) for peers in (same, apart))
     costs = Costs(
         row_forward=row_forward,
         row_backward=row_backward,
-        segment_forward=max(forward_few / SEGMENTS - few * row_forward, 0.0) + padding * row_forward,
-        segment_backward=max(backward_few / SEGMENTS - few * row_backward, 0.0) + padding * row_backward,
-        row_bytes=int(dim * dtype.itemsize * distinct),
-        weight_bytes=weights * dtype.itemsize,
-        gradient_bytes=weights * dtype.itemsize,
+        segment_forward=max(forward_few / segments - few * row_forward, 0.0) + padding * row_forward,
+        segment_backward=max(backward_few / segments - few * row_backward, 0.0) + padding * row_backward,
+        row_bytes=layer.row_bytes(mesh.ep.size),
+        weight_bytes=layer.weights * layer.dtype.itemsize,
+        gradient_bytes=layer.weights * layer.dtype.itemsize,
         inside=inside or between or Link(0.0, 1e12),
         between=between or inside or Link(0.0, 1e12),
-        overlap=_overlap(mesh, dim, hidden, dtype),
+        overlap=_overlap(mesh, layer, sizes),
         nodes=nodes,
     )
-    costs = dataclasses.replace(costs, handling=_handling(mesh, dim, hidden, dtype, costs))
+    costs = dataclasses.replace(costs, handling=_handling(mesh, layer, costs))
     costs = from_json(broadcast_text(to_json(costs, mesh), mesh.device))
     return dataclasses.replace(costs, nodes=nodes)
 
 
-def _experts(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, rows: int) -> tuple[float, float]:
-    """Seconds forward and backward of SEGMENTS experts with `rows` rows each, gathering and summing rows included."""
-    sizes, total = [rows] * SEGMENTS, rows * SEGMENTS
+def _free_bytes(device: torch.device) -> float:
+    """Of a GPU's memory, what torch holds unused included."""
+    if device.type != "cuda":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + unused)
+
+
+def _experts(mesh: Mesh, layer: Layer, segments: int, rows: int) -> tuple[float, float]:
+    """Seconds forward and backward of `segments` experts of `rows` rows each, gathering and summing rows included."""
+    dim, hidden, dtype = layer.dim, layer.hidden, layer.dtype
+    sizes, total = [rows] * segments, rows * segments
     new = lambda *shape: torch.randn(shape, device=mesh.device).mul_(0.1).to(dtype)  # noqa: E731
-    gate_up, down, x = new(SEGMENTS, 2 * hidden, dim), new(SEGMENTS, dim, hidden), new(total, dim)
+    gate_up, down, x = new(segments, 2 * hidden, dim), new(segments, dim, hidden), new(total, dim)
     inner, back, outer = new(total, 2 * hidden), new(total, dim), new(total, hidden)
     grads, index = (torch.empty_like(gate_up), torch.empty_like(down)), torch.arange(total, device=mesh.device)
     weight, bags = torch.ones(total, device=mesh.device), kernels.Bags.of(index // 2, (total + 1) // 2, 2)
@@ -166,10 +209,10 @@ def _experts(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, rows: int) -
     return _time(mesh, forward), _time(mesh, backward)
 
 
-def _link(mesh: Mesh, peers: list[bool]) -> Link | None:
-    """The link to each of `peers` [R], all at once; None where there are none."""
+def _link(mesh: Mesh, peers: list[bool], message_bytes: tuple[int, int]) -> Link | None:
+    """The link to each of `peers` [R], all at once, with messages of two sizes; None where there are none."""
     times = []
-    for size in MESSAGE_BYTES:
+    for size in message_bytes:
         splits = [size if peer else 0 for peer in peers]
         message = torch.ones(sum(splits), dtype=torch.uint8, device=mesh.device)
         times.append(
@@ -178,16 +221,16 @@ def _link(mesh: Mesh, peers: list[bool]) -> Link | None:
     count = max(_gather(mesh, sum(peers)))
     if not count:
         return None
-    return Link(times[0], count * MESSAGE_BYTES[1] / max(times[1] - times[0], times[1] / 2))
+    return Link(times[0], count * message_bytes[1] / max(times[1] - times[0], times[1] / 2))
 
 
-def _overlap(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> float:
+def _overlap(mesh: Mesh, layer: Layer, sizes: Sizes) -> float:
     """Share of a transfer that passes while experts are computed: both take equally long, apart and together."""
-    splits = [0 if r == mesh.ep.rank else 8 * MESSAGE_BYTES[1] // mesh.ep.size for r in range(mesh.ep.size)]
+    splits = [0 if r == mesh.ep.rank else 8 * sizes.message_bytes[1] // mesh.ep.size for r in range(mesh.ep.size)]
     message = torch.ones(sum(splits), dtype=torch.uint8, device=mesh.device)
-    new = lambda *shape: torch.randn(shape, device=mesh.device).to(dtype)  # noqa: E731
-    x, weight = new(256, dim), new(dim, hidden)
-    out = new(256, hidden)
+    new = lambda *shape: torch.randn(shape, device=mesh.device).to(layer.dtype)  # noqa: E731
+    x, weight = new(sizes.product_rows, layer.dim), new(layer.dim, layer.hidden)
+    out = new(sizes.product_rows, layer.hidden)
     send = lambda: start_all_to_all(message, splits, splits, mesh.ep.lend)  # noqa: E731
     travelling = _time(mesh, lambda: send().wait())
     count = max(1, round(travelling / _time(mesh, lambda: torch.mm(x, weight, out=out))))
@@ -205,17 +248,17 @@ def _overlap(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype) -> float:
     return min(max((computing + travelling - _time(mesh, both)) / min(computing, travelling), 0.0), 1.0)
 
 
-def _handling(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Costs) -> float:
+def _handling(mesh: Mesh, layer: Layer, costs: Costs) -> float:
     """Seconds that one more guest takes, lent and its gradient back home, besides its bytes' travel."""
     if mesh.ep.size == 1:
         return 0.0
-    weights = [torch.zeros(s, dtype=dtype, device=mesh.device) for s in ((MANY, 2 * hidden, dim), (MANY, dim, hidden))]
-    size = sum(w[0].numel() for w in weights)
+    shapes = (MANY, 2 * layer.hidden, layer.dim), (MANY, layer.dim, layer.hidden)
+    weights = [torch.zeros(shape, dtype=layer.dtype, device=mesh.device) for shape in shapes]
 
     def lend(copies: list[Copy]) -> None:
         lending = Lending(weights, 0, copies, mesh.ep)
         lending.relay()
-        returning = Returning(lending.finish(), copies, weights[0], size, mesh.ep)
+        returning = Returning(lending.finish(), copies, weights[0], layer.weights, mesh.ep)
         returning.finish(weights, 0, ())
 
     one, many = (_time(mesh, lambda n=n: lend([(e, 0, 1) for e in range(n)])) for n in (1, MANY))  # type: ignore[misc]
@@ -225,19 +268,34 @@ def _handling(mesh: Mesh, dim: int, hidden: int, dtype: torch.dtype, costs: Cost
 
 def _time(mesh: Mesh, work: Callable[[], object]) -> float:
     """Seconds of the slowest rank; on each the quickest of several after a warm-up: others disturb, nothing helps."""
+    clock, runs = (_device_seconds, LAUNCHES) if mesh.device.type == "cuda" else (_host_seconds, 1)
 
     def once() -> float:
         barrier()
-        began = time.perf_counter()
-        work()
-        if mesh.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock(work, runs) / runs
 
     once()
-    fitting = torch.tensor(min(max(int(SECONDS / once()), 3), REPEATS), device=mesh.device)
+    fitting = torch.tensor(min(max(int(SECONDS / once() / runs), 3), REPEATS), device=mesh.device)
     repeats = int(broadcast(fitting))  # the same on all ranks of the world: every run enters a barrier
     return max(_gather(mesh, min(once() for _ in range(repeats))))
+
+
+def _host_seconds(work: Callable[[], object], runs: int) -> float:
+    began = time.perf_counter()
+    for _ in range(runs):
+        work()
+    return time.perf_counter() - began
+
+
+def _device_seconds(work: Callable[[], object], runs: int) -> float:
+    """By the GPU's own clock: the host's way to the device and back is not in it."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(runs):
+        work()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
 
 
 def _gather(mesh: Mesh, value: float) -> list[float]:

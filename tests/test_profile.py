@@ -1,16 +1,89 @@
 """Measured costs: sound, the same on every rank, kept with the run, its checkpoints and the machine."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from moetrain import profile
+from moetrain.bench import virtual
+from moetrain.bench.cases import Shape
 from moetrain.mesh import Mesh
 from moetrain.moe.cost import Costs, default_costs
 
-LAYER = profile.Layer(32, 48, 2, torch.float32)
+LAYER = profile.Layer(32, 48, 8, 2, torch.float32)
+PUBLISHED = {  # width, hidden, experts, top-k
+    "gpt-oss-120b": profile.Layer(2880, 2880, 128, 4, torch.bfloat16),
+    "deepseek-v3": profile.Layer(7168, 2048, 256, 8, torch.bfloat16),
+}
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("layer", PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_a_gpu_is_measured_at_the_sizes_of_training(layer: profile.Layer) -> None:
+    sizes = profile.Sizes.of(layer, 8, "cuda", 70 * GIB)
+    assert sizes.segments == layer.experts // 8
+    assert sizes.rows == (512, 4096)
+    assert sizes.message_bytes == (1 << 10, 1 << 26)
+    narrow, none = (profile.Sizes.of(layer, 8, "cuda", free) for free in (8 * GIB, 0))
+    assert none.segments == 1 <= narrow.segments < sizes.segments
+    assert narrow.segments * 2 * layer.dtype.itemsize * layer.weights < 4 * GIB  # weights and gradients alone
+    wide = profile.Sizes.of(layer, 128, "cuda", 70 * GIB)
+    assert 127 * wide.message_bytes[1] <= GIB  # to all peers together
+    assert wide.segments == layer.experts // 128
+
+
+def test_a_cpu_is_measured_at_what_it_does_in_milliseconds() -> None:
+    for layer in (LAYER, *PUBLISHED.values()):
+        sizes = profile.Sizes.of(layer, 8, "cpu", math.inf)
+        few, many = sizes.rows
+        assert (sizes.segments, sizes.message_bytes, many) == (4, (1 << 10, 1 << 21), 8 * few)
+        assert many == 64 or 6 * layer.weights * 4 * many <= 1e10
+
+
+def of_a_made_machine(mesh: Mesh, device: str) -> list[Costs]:
+    """Costs where a run takes a second and one more for each floating-point operation; at sizes for `device`."""
+
+    def seconds(mesh: Mesh, work: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return 1.0 + counter.get_total_flops()
+
+    chosen = profile.Sizes.of(LAYER, 2, device, GIB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile, "_time", seconds)
+        patch.setattr(profile.Sizes, "of", lambda *_: chosen._replace(message_bytes=(1 << 10, 1 << 12)))
+        return [profile.measure(mesh, LAYER)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_row_and_an_expert_cost_is_found_from_two_sizes(pool, device: str) -> None:
+    ((costs,),) = pool.run(of_a_made_machine, 1, device)
+    segments = profile.Sizes.of(LAYER, 2, device, GIB).segments
+    assert costs.row_forward == pytest.approx(2 * LAYER.weights)
+    assert costs.row_backward == pytest.approx(4 * LAYER.weights)
+    assert costs.segment_forward == pytest.approx(1 / segments)
+    assert costs.segment_backward == pytest.approx(1 / segments)
+
+
+def virtual_costs(mesh: Mesh, num_ranks: int) -> Costs:
+    return virtual.costs_of(mesh, Shape(16, LAYER.dim, LAYER.hidden, LAYER.experts, LAYER.top_k, "fp32"), num_ranks)
+
+
+def test_virtual_ranks_are_planned_with_the_links_of_as_many(pool) -> None:
+    """A row weighs as among eight ranks, and a guest is not free, though one rank measures."""
+    (costs,) = pool.run(virtual_costs, 1, 8)
+    assert costs.row_bytes == int(32 * 4 * 8 * (1 - (7 / 8) ** 2) / 2) == LAYER.row_bytes(8)
+    assert LAYER.row_bytes(1) == 32 * 4 // 2
+    reference = default_costs()
+    for name in ("inside", "between", "overlap", "handling"):
+        assert getattr(costs, name) == getattr(reference, name)
+    assert costs.row_forward > 0
+    assert costs.row_backward > 0
 
 
 def through_json(mesh: Mesh, costs: Costs) -> str:

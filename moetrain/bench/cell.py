@@ -42,6 +42,11 @@ def draw(*shape: int, like: Shape, device: torch.device, scale: float = 1.0) -> 
     return torch.randn(shape, device=device).mul_(scale).to(DTYPES[like.dtype])
 
 
+def layer_of(shape: Shape, experts: int | None = None) -> profile.Layer:
+    """What is measured of a layer of this shape, or of one with other `experts`."""
+    return profile.Layer(shape.dim, shape.hidden, experts or shape.experts, shape.top_k, DTYPES[shape.dtype])
+
+
 def build(shape: Shape, ep: Expert, device: torch.device) -> Experts:
     """The experts of one rank, random; nobody ever holds all of them."""
     with torch.device("meta"):
@@ -193,7 +198,7 @@ class Setup:
     @classmethod
     def of(cls, mesh: Mesh, shape: Shape, seed: int) -> "Setup":
         torch.manual_seed(seed + mesh.rank)
-        costs = profile.measure(mesh, profile.Layer(shape.dim, shape.hidden, shape.top_k, DTYPES[shape.dtype]))
+        costs = profile.measure(mesh, layer_of(shape))
         experts, inputs = build(shape, mesh.ep, mesh.device), Inputs.of(shape, mesh.device)
         gemms = Gemms(shape, mesh.ep.size, mesh.device)
         reference = Cell.of(cases.BALANCED, "home", shape, experts, inputs, costs, seed)

@@ -22,7 +22,7 @@ from torch import Tensor
 from moetrain import profile
 from moetrain.bench import cases, layer_report
 from moetrain.bench.cases import BALANCED, Shape
-from moetrain.bench.cell import DTYPES, Cell, Inputs, build, now
+from moetrain.bench.cell import DTYPES, Cell, Inputs, build, layer_of, now
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import Grid
 from moetrain.mesh import Expert, Mesh
@@ -96,7 +96,7 @@ def records(mesh: Mesh, grid: Grid, num_ranks: int) -> Records:
         task = progress.add_task("")
         for shape in grid.shapes:
             torch.manual_seed(grid.seed)
-            costs = costs_of(mesh, shape)
+            costs = costs_of(mesh, shape, num_ranks)
             inputs = Inputs.of(shape, mesh.device)
             weights = build(shape, _place(0, num_ranks, Post(mesh.device)), mesh.device)
             runner = Runner(shape, num_ranks, grid, inputs, weights, costs)
@@ -114,12 +114,19 @@ def records(mesh: Mesh, grid: Grid, num_ranks: int) -> Records:
     return found
 
 
-def costs_of(mesh: Mesh, shape: Shape) -> Costs:
-    """Computation as measured on this device, links of the reference machine."""
+def costs_of(mesh: Mesh, shape: Shape, num_ranks: int) -> Costs:
+    """Computation as measured on this device, with the experts of one of `num_ranks`; links, and what a guest costs
+    besides its bytes, of the reference machine; the weight of a row as among `num_ranks`."""
     links = default_costs()
-    measured = profile.measure(mesh, profile.Layer(shape.dim, shape.hidden, shape.top_k, DTYPES[shape.dtype]))
+    layer = layer_of(shape, -(-shape.experts // num_ranks))
     return dataclasses.replace(
-        measured, inside=links.inside, between=links.between, overlap=links.overlap, nodes=links.nodes
+        profile.measure(mesh, layer),
+        row_bytes=layer.row_bytes(num_ranks),
+        inside=links.inside,
+        between=links.between,
+        overlap=links.overlap,
+        handling=links.handling,
+        nodes=links.nodes,
     )
 
 
