@@ -28,8 +28,9 @@ def _there_is_one() -> None:
     assert torch.cuda.is_available(), "--gpu needs a GPU that PyTorch can use"
 
 
-def on_device(mesh: Mesh, dtype: torch.dtype) -> None:
+def on_device(mesh: Mesh, dtype: torch.dtype, large_segment: int) -> None:
     """Every kernel in `dtype` on the device against fp64 on the CPU; segments of no row and of odd sizes."""
+    kernels.LARGE_SEGMENT = large_segment
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator)
     sizes, wide, narrow = [0, 37, 1, 0, 90], 48, 32
@@ -61,8 +62,10 @@ def on_device(mesh: Mesh, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kernels_equal_those_of_the_cpu(pool: Pool, dtype: torch.dtype) -> None:
-    pool.run(on_device, 1, dtype)
+@pytest.mark.parametrize("large_segment", [1, kernels.LARGE_SEGMENT])
+def test_kernels_equal_those_of_the_cpu(pool: Pool, dtype: torch.dtype, large_segment: int) -> None:
+    """Products of segments one by one, and grouped where the device can."""
+    pool.run(on_device, 1, dtype, large_segment)
 
 
 def whole_layer(mesh: Mesh, options: list[str]) -> None:

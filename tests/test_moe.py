@@ -374,18 +374,17 @@ def test_cpu_kernels_equal_the_plain_ones(monkeypatch, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("dtype", "own"),
-    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
-    ids=["fp32", "own", "torch"],
+    ("dtype", "by"),
+    [(torch.float32, "mm"), (torch.bfloat16, "own"), (torch.bfloat16, "mm"), (torch.bfloat16, "grouped_mm")],
 )
-def test_grouped_products_equal_the_loop_over_segments(
-    monkeypatch, dtype: torch.dtype, own: bool, threads: int
-) -> None:
+def test_grouped_products_equal_the_loop_over_segments(monkeypatch, dtype: torch.dtype, by: str, threads: int) -> None:
     """Against fp64, to the rounding of the dtype: segments without rows, odd ones, longer than any block."""
     torch.manual_seed(0)
     near = {"rtol": 8e-3, "atol": 2e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
-    if not own:
+    if by != "own":
         monkeypatch.setattr(gemm_cpu, "able", lambda: False)
+    if by == "grouped_mm":  # as GPUs have it
+        monkeypatch.setattr(kernels, "_one_by_one", lambda *_: False)
     sizes, width, hidden = [0, 1, 7, 1025, 40, 2052], 96, 160
     rows, left = torch.randn(sum(sizes), width).to(dtype), torch.randn(sum(sizes), hidden).to(dtype)
     weights = torch.randn(len(sizes), hidden, width).to(dtype)
@@ -406,6 +405,20 @@ def test_grouped_products_equal_the_loop_over_segments(
         torch.testing.assert_close(back.split(sizes)[s].double(), other @ weight, **near)
         torch.testing.assert_close(grad, other.T @ row, **near)
         torch.testing.assert_close(twice[s].double(), grad + other.T @ row, **near)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "hopper", "one_by_one"),
+    [
+        (torch.bfloat16, [0, 300, 500], True, False),
+        (torch.bfloat16, [0, 524, 500], True, True),  # large segments: nothing is copied
+        (torch.bfloat16, [0, 300, 500], False, True),  # what torch would do itself, with a look at the device each
+        (torch.float32, [0, 300, 500], True, True),
+    ],
+)
+def test_a_gpu_groups_small_products_where_it_can(monkeypatch, dtype, sizes, hopper: bool, one_by_one: bool) -> None:
+    monkeypatch.setattr(kernels, "has_grouped_mm", lambda: hopper)
+    assert kernels._one_by_one(torch.empty(sum(sizes), 8, dtype=dtype, device="meta"), sizes) == one_by_one
 
 
 def test_cpu_kernels_round_as_torch_does() -> None:

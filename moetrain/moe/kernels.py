@@ -7,6 +7,7 @@ M rows, D width, H expert hidden width, S slots, B bags.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from moetrain.moe import gemm_cpu, kernels_cpu
 
 Matrices = Tensor | Sequence[Tensor]  # [S] of them
+LARGE_SEGMENT = 512  # rows, on average, that a GPU is well filled with
 
 
 @dataclass(frozen=True)
@@ -80,44 +82,44 @@ def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Ten
     """out = rows @ weight of the row's segment (or its transpose). weights: [S] matrices."""
     if gemm_cpu.fits(rows_MA, weights, out_MB):
         gemm_cpu.segment_mm(rows_MA, weights, sizes, out_MB, transpose)
-    elif rows_MA.device.type == "cpu":
+    elif _one_by_one(rows_MA, sizes):
         begin = 0
         for weight, size in zip(weights, sizes, strict=True):
             end = begin + size
             torch.mm(rows_MA[begin:end], weight.t() if transpose else weight, out=out_MB[begin:end])
             begin = end
-    elif len(rows_MA):
+    elif len(rows_MA):  # torch's grouped product writes nowhere but to memory of its own
         stacked = weights if isinstance(weights, Tensor) else torch.stack(list(weights))
-        out_MB.copy_(F.grouped_mm(rows_MA, stacked.mT if transpose else stacked, offs=_ends(sizes, rows_MA.device)))
+        ends = torch.tensor(sizes).cumsum(0).to(torch.int32).to(rows_MA.device, non_blocking=True)
+        out_MB.copy_(F.grouped_mm(rows_MA, stacked.mT if transpose else stacked, offs=ends))
 
 
 def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool) -> None:
-    """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients."""
+    """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients. One product for each segment: its result
+    is as large as a weight, so that it fills a GPU however few the rows are."""
     if gemm_cpu.fits(left_MA, right_MB, out_SAB):
         return gemm_cpu.segment_outer(left_MA, right_MB, sizes, out_SAB, add)
-    if left_MA.device.type == "cpu":
-        begin = 0
-        for out_AB, size in zip(out_SAB, sizes, strict=True):
-            end = begin + size
-            if add:
-                out_AB.addmm_(left_MA[begin:end].t(), right_MB[begin:end])
-            else:
-                torch.mm(left_MA[begin:end].t(), right_MB[begin:end], out=out_AB)
-            begin = end
-        return
-    filled = [s for s, size in enumerate(sizes) if size]  # what a product over no rows is differs between GPUs
-    if not add:
-        for s in set(range(len(sizes))) - set(filled):
-            out_SAB[s].zero_()
-    if filled:
-        ends = _ends([sizes[s] for s in filled], left_MA.device)
-        found_SAB = F.grouped_mm(left_MA.t(), right_MB, offs=ends)
-        put = torch._foreach_add_ if add else torch._foreach_copy_
-        put([out_SAB[s] for s in filled], list(found_SAB))
+    begin = 0
+    for out_AB, size in zip(out_SAB, sizes, strict=True):
+        end = begin + size
+        if add:
+            out_AB.addmm_(left_MA[begin:end].t(), right_MB[begin:end])
+        else:
+            torch.mm(left_MA[begin:end].t(), right_MB[begin:end], out=out_AB)
+        begin = end
 
 
-def _ends(sizes: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(sizes).cumsum(0).to(torch.int32).to(device, non_blocking=True)
+def _one_by_one(rows_MA: Tensor, sizes: list[int]) -> bool:
+    """Whether each segment is a product of its own. On a GPU where torch has no grouped one, and would loop itself,
+    waiting for the device each time; and where segments are large: their results need not be copied then."""
+    large = len(rows_MA) >= LARGE_SEGMENT * (len(sizes) - sizes.count(0))
+    return rows_MA.device.type == "cpu" or large or rows_MA.dtype != torch.bfloat16 or not has_grouped_mm()
+
+
+@cache
+def has_grouped_mm() -> bool:
+    """Whether torch has grouped products for this host's GPUs: from Hopper on, in bf16."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def swiglu(gate_up_MH2: Tensor) -> Tensor:
