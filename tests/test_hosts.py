@@ -12,6 +12,7 @@ from moetrain import cli
 from moetrain.bench.hosts import WAYS
 from moetrain.bench.namespaces import Hosts
 from moetrain.config import ConfigError
+from moetrain.precision import DTYPES
 
 BURST, TOKENS = 256_000, 512
 
@@ -38,7 +39,7 @@ def test_a_layer_over_a_slow_link_is_counted_by_the_wire() -> None:
     found: list[dict[str, Any]] = json.loads(next(line for line in out.splitlines() if line.startswith("[")))
     assert [r["way"] for r in found] == [way.name for way in WAYS]
     for record in found:
-        row = 2 * record["dim"]  # bf16; a token's row crosses four times
+        row = DTYPES[record["dtype"]].itemsize * record["dim"]  # a token's row crosses four times
         assert record["bytes_between_hosts"] > 4 * row * record["rows_between_hosts"] / record["top_k"]
         one_way = record["bytes_between_hosts"] / 2
         assert record["total_ms"] > 1e3 * (one_way - 2 * BURST) / (400e6 / 8)

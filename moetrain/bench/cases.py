@@ -35,7 +35,7 @@ class Shape:
     hidden: int
     experts: int
     top_k: int
-    dtype: str  # fp32 or bf16
+    dtype: str  # fp32 or bf16; auto until the ranks have agreed on one
 
     @property
     def weights(self) -> int:

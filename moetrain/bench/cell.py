@@ -24,9 +24,9 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.planners import PLANNERS
 from moetrain.moe.routers.base import Routing
+from moetrain.precision import DTYPES
 
 GUEST_SLOTS = 8  # guests that stay between forward and backward
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOTE_BYTES = 8  # an announced selection: which copy, and its weight
 WEIGHT_GRADIENT_BYTES = 4  # its gradient, on the way back
 

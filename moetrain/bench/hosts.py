@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moetrain import launcher, worker
+from moetrain import launcher, precision, worker
 from moetrain.bench import hosts_options, tables
 from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Cell, Setup, interleave
@@ -27,7 +27,7 @@ from moetrain.moe.plan import ANYWHERE, Plan
 from moetrain.observe.console import console
 
 Records = list[dict[str, Any]]
-DIM, HIDDEN, TOP_K, DTYPE = 512, 1024, 2, "bf16"
+DIM, HIDDEN, TOP_K = 512, 1024, 2
 SETTLE = 2  # runs before anything is timed
 
 
@@ -91,7 +91,8 @@ def _work(options: argparse.Namespace, place: tuple[int, int, int]) -> None:
     torch.set_num_threads(1)
     parallel = Parallel(nproc=world, ep=None, dp_shard=None, dp_replicate=1)
     with start(parallel, rank=rank, world=world, local_rank=local_rank) as mesh:
-        shape = Shape(options.tokens, DIM, HIDDEN, hosts_options.EXPERTS, TOP_K, DTYPE)
+        dtype = precision.settle(options.dtype, mesh)
+        shape = Shape(options.tokens, DIM, HIDDEN, hosts_options.EXPERTS, TOP_K, dtype)
         found = records(mesh, shape, options.scenario, options.per_host, options.repeats)
     if mesh.is_main:
         options.records.write_text(json.dumps(found))

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from moetrain.bench.cases import BALANCED, scenarios
-from moetrain.bench.options import positive
+from moetrain.bench.options import DTYPES, positive
 
 EXPERTS = 16
 DEFAULT = [BALANCED, "50 % into 4", "80 % into 1", "domain skew"]
@@ -29,6 +29,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--rate", nargs="+", type=_rate, default=["1gbit", "4gbit"], help="of the link; default: 1gbit and 4gbit")
     add("--scenario", nargs="+", choices=scenarios(EXPERTS), default=DEFAULT, metavar="ROUTING", help=_HELP)
     add("--per-host", type=positive, default=2, metavar="N", help="workers on each host; default: %(default)s")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s, the faster one here")
     add("--tokens", type=positive, default=1024, help="of a rank; default: %(default)s")
     add("--repeats", type=positive, default=15, help="default: %(default)s")
     add("--out", type=Path, metavar="FOLDER", help="write hosts.json and hosts.md")

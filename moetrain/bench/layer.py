@@ -8,13 +8,14 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moetrain import launcher, worker
+from moetrain import launcher, precision, worker
 from moetrain.bench import cases, layer_report, peers, virtual
 from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Setup, interleave
@@ -51,6 +52,8 @@ def _work(options: argparse.Namespace, grid: Grid, place: tuple[int, int, int]) 
     torch.set_num_threads(1 if options.virtual_ranks else max(1, (os.cpu_count() or 1) // here))
     parallel = Parallel(nproc=world, ep=None, dp_shard=None, dp_replicate=1)
     with start(parallel, rank=rank, world=world, local_rank=local_rank) as mesh:
+        dtypes = {asked: precision.settle(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
+        grid = replace(grid, shapes=[replace(s, dtype=dtypes[s.dtype]) for s in grid.shapes])
         if options.virtual_ranks:
             found, report = virtual.records(mesh, grid, options.virtual_ranks), virtual.report
         else:

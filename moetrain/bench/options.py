@@ -3,10 +3,12 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from moetrain.bench.cases import PRESETS, QUICK, Shape, chosen
-from moetrain.config import ConfigError
+from moetrain.config import ConfigError, Dtype
 
+DTYPES = get_args(Dtype)
 PLANNERS = ["home", "llep", "makespan"]
 LAYER = """Speed and memory of one MoE layer, forward and backward, under many routings and planners.
 
@@ -24,7 +26,7 @@ examples:
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--dtype", nargs="+", choices=["fp32", "bf16"], help="default: both; with --shape bf16")
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:1], help="default: auto, the faster one here")
     add("--experts", nargs="+", type=positive, metavar="E", help="default: 16 and 64")
     add("--planner", nargs="+", metavar="NAME", default=PLANNERS, help=f"default: {', '.join(PLANNERS)}")
     add("--scenario", nargs="+", metavar="PATTERN", help="routings by name, * stands for anything; default: all")
@@ -73,7 +75,7 @@ class Grid:
         dim, hidden, experts, top_k = PRESETS.get(options.shape, (512, 1024, None, 2))
         shapes = [
             Shape(options.tokens, options.dim or dim, options.hidden or hidden, number, options.top_k or top_k, dtype)
-            for dtype in options.dtype or (["bf16"] if options.shape else ["fp32", "bf16"])
+            for dtype in options.dtype
             for number in options.experts or ([experts] if experts else [16, 64])
         ]
         for shape in shapes:

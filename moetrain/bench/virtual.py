@@ -22,7 +22,7 @@ from torch import Tensor
 from moetrain import profile
 from moetrain.bench import cases, layer_report
 from moetrain.bench.cases import BALANCED, Shape
-from moetrain.bench.cell import DTYPES, Cell, Inputs, build, layer_of, now
+from moetrain.bench.cell import Cell, Inputs, build, layer_of, now
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import Grid
 from moetrain.mesh import Expert, Mesh
@@ -31,6 +31,7 @@ from moetrain.moe.dispatch import Route
 from moetrain.moe.experts import Experts
 from moetrain.moe.plan import Plan
 from moetrain.observe.console import console, errors
+from moetrain.precision import DTYPES
 
 Records = list[dict[str, Any]]
 Mail = dict[tuple[int, int], Tensor]  # (source, destination) -> announcements

@@ -1,0 +1,78 @@
+"""What is computed in, bf16 or fp32: `auto` takes whichever this device is faster at.
+
+CPUs differ by a factor of a hundred: a bf16 product takes a quarter of the time of an fp32 one with AVX512-BF16, and a
+hundred times as long with AVX2 alone.
+"""
+
+import time
+
+import torch
+
+from moetrain.comm import gather_texts
+from moetrain.mesh import Mesh
+from moetrain.observe.console import errors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AUTO = "auto"
+CLEARLY = 1.25  # bf16 has to be so much faster: it gives up 16 bits, and near a tie every run is to decide alike
+SIZE = 256  # of the square matrices that are multiplied
+SECONDS, REPEATS = 0.05, 7  # of repeated products, whatever is over first; each dtype once at least
+
+
+def speed_of_bf16(device: torch.device) -> float:
+    """The speed of bf16 products as a multiple of that of fp32 ones, measured in about a tenth of a second at most.
+
+    A GPU is not measured: infinity where its hardware has bf16, else 0.
+    """
+    if device.type == "cuda":
+        return float("inf") if torch.cuda.is_bf16_supported(including_emulation=False) else 0.0
+    factor = torch.randn(SIZE, SIZE, device=device)
+    factors = {name: factor.to(dtype) for name, dtype in DTYPES.items()}
+    best = dict.fromkeys(DTYPES, float("inf"))
+    for matrix in factors.values():
+        torch.mm(matrix, matrix)  # the first call prepares what later ones use
+    end = time.perf_counter() + SECONDS
+    for _ in range(REPEATS):
+        for name, matrix in factors.items():
+            began = time.perf_counter()
+            torch.mm(matrix, matrix)
+            best[name] = min(best[name], time.perf_counter() - began)  # others disturb, nothing helps
+        if time.perf_counter() > end:
+            break
+    return best["fp32"] / best["bf16"]
+
+
+def chosen(speed: float) -> str:
+    """What `auto` takes where bf16 has this speed as a multiple of fp32's."""
+    return "bf16" if speed >= CLEARLY else "fp32"
+
+
+def describe(speed: float) -> str:
+    """`speed` in words."""
+    if speed in (0.0, float("inf")):
+        return f"this GPU has {'' if speed else 'no '}bf16"
+    if speed < 1:
+        return f"bf16 products take {1 / speed:.3g} times as long as fp32 ones here"
+    return f"bf16 products run at {speed:.2g} times the speed of fp32 ones here"
+
+
+def agree(asked: str, mesh: Mesh) -> tuple[str, str]:
+    """(dtype, note): `asked`, or for `auto` what every rank does well. All ranks call it and get the same.
+
+    The note is a line for the user where bf16 is slow, else empty.
+    """
+    if asked == "fp32":
+        return asked, ""
+    speed = min(float(text) for text in gather_texts(repr(speed_of_bf16(mesh.device)), mesh.saving))
+    if asked == AUTO and chosen(speed) == "fp32":
+        return "fp32", f"computes in fp32: {describe(speed)}"
+    slow = speed * CLEARLY < 1
+    return "bf16", f"train.dtype=bf16 is slow: {describe(speed)}; train.dtype=auto computes in fp32" if slow else ""
+
+
+def settle(asked: str, mesh: Mesh) -> str:
+    """`agree`, the note being printed where errors are."""
+    dtype, note = agree(asked, mesh)
+    if note and mesh.is_main:
+        errors.print(note, markup=False)
+    return dtype
