@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Grid(config), "grid")
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several gloo ranks: a machine with a GPU tests the same
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels run on the CPU
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

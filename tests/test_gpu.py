@@ -68,6 +68,62 @@ def test_kernels_equal_those_of_the_cpu(pool: Pool, dtype: torch.dtype, large_se
     pool.run(on_device, 1, dtype, large_segment)
 
 
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_rows", "num_bags", "width", "gap"),
+    [
+        (BF16, 32768, 8192, 2880, 0),  # gpt-oss-120b
+        (BF16, 65536, 40000, 7168, 0),  # DeepSeek-V3
+        (BF16, 300_000, 40000, 7168, 0),  # more than 2^31 elements
+        (FP32, 32768, 8192, 2880, 0),
+        (FP32, 4099, 511, 1029, 5),  # nothing is a multiple of anything; rows that do not touch
+        (BF16, 4099, 511, 1030, 6),
+        (BF16, 1, 3, 8, 0),
+        (BF16, 0, 3, 8, 0),
+    ],
+    ids=str,
+)
+def test_triton_kernels_equal_plain_torch(
+    dtype: torch.dtype, num_rows: int, num_bags: int, width: int, gap: int
+) -> None:
+    """Sums bit for bit, SwiGLU to a rounding of the dtype; twice the same bits."""
+    torch.manual_seed(0)
+    draw = lambda rows, wide: torch.randn(rows, wide + gap, device="cuda", dtype=dtype)[:, :wide]  # noqa: E731
+    rows, own, weight = draw(num_rows, width), draw(num_bags, width), torch.rand(num_rows, device="cuda")
+    bag = torch.randint(0, max(num_bags - 1, 1), (num_rows,), device="cuda")  # the last one is empty
+    bags = kernels.Bags.of(bag, num_bags, int(torch.bincount(bag, minlength=1).max()))
+
+    def sums(backend: str) -> list[Tensor]:
+        with kernels.using(backend):
+            summed = [kernels.sum_rows(rows, w, bags, dtype) for w in (weight, None)]
+            return [*summed, kernels.add_rows(own, rows, bags)]
+
+    half = width // 2
+    grad = draw(num_rows, half)
+
+    def gated(backend: str, wide: torch.dtype) -> list[Tensor]:
+        with kernels.using(backend):
+            changed = [t.to(wide, copy=True) for t in (rows[:, : 2 * half], grad)]
+            hidden = kernels.swiglu(changed[0])
+            return [hidden, *changed, kernels.swiglu_backward(*changed, weight)]
+
+    for ours, again, theirs in zip(sums("triton"), sums("triton"), sums("torch"), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, again)
+    for ours, again, theirs in zip(
+        gated("triton", dtype), gated("triton", dtype), gated("torch", torch.float32), strict=True
+    ):
+        near = {"rtol": 2e-5, "atol": 1e-3 if ours.dim() == 1 else 1e-5}  # a weight's gradient is a sum over a row
+        torch.testing.assert_close(ours.float(), theirs, **near if ours.dtype == FP32 else {"rtol": 8e-3, "atol": 1e-6})
+        assert torch.equal(ours, again)
+
+
+def test_triton_is_what_a_gpu_uses() -> None:
+    assert kernels._triton() is not None
+
+
 def whole_layer(mesh: Mesh, options: list[str]) -> None:
     """Output and gradient of x in fp32: the layer on the device against the loop there; twice the same bits."""
     settings = config.load(["model=tiny", *options])

@@ -1,13 +1,17 @@
 """The arithmetic around the grouped GEMMs, in plain torch: what every device can do.
 
-All sums run in fp32 and in a fixed order. `kernels_cpu` has the same for the CPU in fewer passes over memory.
+All sums run in fp32 and in a fixed order. `kernels_cpu` has the sums and the SwiGLU for the CPU in one pass over
+memory, `kernels_triton` for GPUs.
 
 M rows, D width, H expert hidden width, S slots, B bags.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,48 @@ from moetrain.moe import gemm_cpu, kernels_cpu
 
 Matrices = Tensor | Sequence[Tensor]  # [S] of them
 LARGE_SEGMENT = 512  # rows, on average, that a GPU is well filled with
+BACKENDS = ("torch", "numba", "triton")  # of the sums and the SwiGLU
+_backend: str | None = None  # of `using`; not one of a thread: a backward has its own
+
+
+@contextmanager
+def using(backend: str | None) -> Iterator[None]:
+    """Sums and SwiGLU by one of BACKENDS, for tests and benchmarks; None: the fastest that the device has."""
+    global _backend
+    before, _backend = _backend, backend
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def _fused(*tensors: Tensor) -> ModuleType | None:
+    """What computes with these tensors in one pass over memory; None: plain torch."""
+    backend = _backend or {"cpu": "numba", "cuda": "triton"}.get(tensors[0].device.type, "torch")
+    module: ModuleType | None = None
+    if backend == "numba":
+        module = kernels_cpu
+    elif backend == "triton":
+        module = _triton() if _backend is None else _import_triton()
+    return module if module is not None and module.fits(*tensors) else None
+
+
+def _import_triton() -> ModuleType:
+    from moetrain.moe import kernels_triton
+
+    return kernels_triton
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The Triton kernels, if they can be compiled and run on this host's GPU."""
+    try:
+        module = _import_triton()
+        module.swiglu(torch.zeros(1, 2, device="cuda"))
+    except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, torch can do it
+        warnings.warn(f"no Triton kernels, plain torch is slower: {type(error).__name__}: {error}", stacklevel=2)
+        return None
+    return module
 
 
 @dataclass(frozen=True)
@@ -52,16 +98,18 @@ def positions(mask: Tensor, count: int) -> Tensor:
 
 def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, bags: Bags, dtype: torch.dtype) -> Tensor:
     """[B, D]: the sum of each bag's rows, weighted, one after another in fp32."""
-    if kernels_cpu.fits(rows_MD) and dtype == rows_MD.dtype:
-        return kernels_cpu.sum_rows(rows_MD, weight_M, bags.row_M, bags.begin_B, None)
+    fused = _fused(rows_MD)
+    if fused is not None and dtype == rows_MD.dtype:
+        return fused.sum_rows(rows_MD, weight_M, bags.row_M, bags.begin_B, None)
     total = rows_MD.new_zeros(len(bags.begin_B) - 1, rows_MD.shape[1], dtype=torch.float32)
     return _accumulate(total, rows_MD, weight_M, bags).to(dtype)
 
 
 def add_rows(own_BD: Tensor, rows_MD: Tensor, bags: Bags) -> Tensor:
     """[B, D]: each bag's own row plus the sum of its rows."""
-    if kernels_cpu.fits(rows_MD, own_BD):
-        return kernels_cpu.sum_rows(rows_MD, None, bags.row_M, bags.begin_B, own_BD)
+    fused = _fused(rows_MD, own_BD)
+    if fused is not None:
+        return fused.sum_rows(rows_MD, None, bags.row_M, bags.begin_B, own_BD)
     return _accumulate(own_BD.float().clone(), rows_MD, None, bags).to(own_BD.dtype)
 
 
@@ -124,8 +172,9 @@ def has_grouped_mm() -> bool:
 
 def swiglu(gate_up_MH2: Tensor) -> Tensor:
     """[M, 2H] -> [M, H]: silu(gate) * up."""
-    if kernels_cpu.fits(gate_up_MH2):
-        return kernels_cpu.swiglu(gate_up_MH2)
+    fused = _fused(gate_up_MH2)
+    if fused is not None:
+        return fused.swiglu(gate_up_MH2)
     gate_MH, up_MH = gate_up_MH2.chunk(2, dim=1)
     return F.silu(gate_MH).mul_(up_MH)
 
@@ -136,8 +185,9 @@ def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> T
     With h = silu(gate) · up and `grad_MH` the gradient of h for weight one: returns [M] fp32 Σ grad · h, the
     gradient of the weights; writes weight · h to `grad_MH`.
     """
-    if kernels_cpu.fits(gate_up_MH2, grad_MH):
-        return kernels_cpu.swiglu_backward(gate_up_MH2, grad_MH, weight_M)
+    fused = _fused(gate_up_MH2, grad_MH)
+    if fused is not None:
+        return fused.swiglu_backward(gate_up_MH2, grad_MH, weight_M)
     gate_MH, up_MH = gate_up_MH2.chunk(2, dim=1)
     weight_M1 = weight_M[:, None]  # fp32: what is weighted is rounded once
     silu_MH = F.silu(gate_MH)

@@ -1,0 +1,135 @@
+"""The sums and the SwiGLU of `kernels`, in Triton: one read and one write of memory; fp32, bf16 and fp16.
+
+What is added up is added in fp32, in the same order each time and without atomics. Importing this imports Triton; it
+runs on GPUs, and under Triton's interpreter (TRITON_INTERPRET=1) on CPUs, for tests.
+
+Of a block of columns every thread loads 16 bytes at once where rows begin at multiples of 16 elements.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SUM_BLOCK, SUM_WARPS = 2048, 4  # columns of a program, and its warps
+SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4
+
+
+@triton.jit
+def _sum_rows(  # type: ignore[no-untyped-def]
+    rows, weight, row_of, begin_of, own, out, width, rows_stride, own_stride, BLOCK: tl.constexpr
+):
+    """A program sums a block of one bag. While a row is under way, so is the number of the next."""
+    blocks = tl.cdiv(width, BLOCK)
+    bag = (tl.program_id(0) // blocks).to(tl.int64)
+    column_C = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside_C = column_C < width
+    begin, end = tl.load(begin_of + bag), tl.load(begin_of + bag + 1)
+    row = tl.load(row_of + begin, mask=begin < end, other=0)
+    total_C = tl.zeros((BLOCK,), tl.float32)
+    if own is not None:
+        total_C = tl.load(own + bag * own_stride + column_C, mask=inside_C, other=0.0).to(tl.float32)
+    for at in range(begin, end):
+        x_C = tl.load(rows + row * rows_stride + column_C, mask=inside_C, other=0.0)
+        scale = 1.0
+        if weight is not None:
+            scale = tl.load(weight + row)
+        row = tl.load(row_of + at + 1, mask=at + 1 < end, other=0)
+        total_C += x_C.to(tl.float32) * scale
+    tl.store(out + bag * width + column_C, total_C.to(out.dtype.element_ty), mask=inside_C)
+
+
+@triton.jit
+def _swiglu(gate_up, out, width, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program computes a block of one row."""
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column_C = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside_C = column_C < width
+    at_C = gate_up + row * stride + column_C
+    gate_C = tl.load(at_C, mask=inside_C, other=0.0).to(tl.float32)
+    up_C = tl.load(at_C + width, mask=inside_C, other=0.0).to(tl.float32)
+    hidden_C = gate_C * tl.sigmoid(gate_C) * up_C
+    tl.store(out + row * width + column_C, hidden_C.to(out.dtype.element_ty), mask=inside_C)
+
+
+@triton.jit
+def _swiglu_backward(  # type: ignore[no-untyped-def]
+    gate_up, grad, weight, grad_weight, width, stride, grad_stride, BLOCK: tl.constexpr
+):
+    """A program computes one row, block after block."""
+    row = tl.program_id(0).to(tl.int64)
+    w = tl.load(weight + row)
+    total_C = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, width, BLOCK):
+        column_C = begin + tl.arange(0, BLOCK)
+        inside_C = column_C < width
+        at_C, grad_at_C = gate_up + row * stride + column_C, grad + row * grad_stride + column_C
+        gate_C = tl.load(at_C, mask=inside_C, other=0.0).to(tl.float32)
+        up_C = tl.load(at_C + width, mask=inside_C, other=0.0).to(tl.float32)
+        grad_C = tl.load(grad_at_C, mask=inside_C, other=0.0).to(tl.float32)
+        sigmoid_C = tl.sigmoid(gate_C)
+        silu_C = gate_C * sigmoid_C
+        hidden_C = silu_C * up_C
+        total_C += grad_C * hidden_C
+        weighted_C = w * grad_C
+        slope_C = sigmoid_C + silu_C * (1.0 - sigmoid_C)
+        tl.store(at_C, (weighted_C * up_C * slope_C).to(gate_up.dtype.element_ty), mask=inside_C)
+        tl.store(at_C + width, (weighted_C * silu_C).to(gate_up.dtype.element_ty), mask=inside_C)
+        tl.store(grad_at_C, (w * hidden_C).to(grad.dtype.element_ty), mask=inside_C)
+    tl.store(grad_weight + row, tl.sum(total_C))
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether these kernels take them: all of one floating-point type but fp64, the elements of a row side by side."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    return tensors[0].dtype in kinds and all(t.dtype == tensors[0].dtype and t.stride(-1) == 1 for t in tensors)
+
+
+def swiglu(gate_up_MH2: Tensor) -> Tensor:
+    """[M, 2H] -> [M, H]."""
+    num_rows, width = len(gate_up_MH2), gate_up_MH2.shape[1] // 2
+    out = gate_up_MH2.new_empty(num_rows, width)
+    _launch(
+        _swiglu,
+        num_rows * triton.cdiv(width, SWIGLU_BLOCK),
+        *(gate_up_MH2, out, width, gate_up_MH2.stride(0)),
+        BLOCK=SWIGLU_BLOCK,
+        num_warps=SWIGLU_WARPS,
+    )
+    return out
+
+
+def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> Tensor:
+    """As `kernels.swiglu_backward`, in place."""
+    out = torch.empty_like(weight_M)
+    _launch(
+        _swiglu_backward,
+        len(out),
+        *(gate_up_MH2, grad_MH, weight_M, out, grad_MH.shape[1], gate_up_MH2.stride(0), grad_MH.stride(0)),
+        BLOCK=SWIGLU_BLOCK,
+        num_warps=SWIGLU_WARPS,
+    )
+    return out
+
+
+def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, row_M: Tensor, begin_B: Tensor, own_BD: Tensor | None) -> Tensor:
+    """[B, D]: own row, if any, and the bag's rows, weighted, in order."""
+    num_bags, width = len(begin_B) - 1, rows_MD.shape[1]
+    out = rows_MD.new_empty(num_bags, width)
+    own_stride = 0 if own_BD is None else own_BD.stride(0)
+    _launch(
+        _sum_rows,
+        num_bags * triton.cdiv(width, SUM_BLOCK),
+        *(rows_MD, weight_M, row_M, begin_B, own_BD, out, width, rows_MD.stride(0), own_stride),
+        BLOCK=SUM_BLOCK,
+        num_warps=SUM_WARPS,
+    )
+    return out
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    if programs:  # a product is rounded before it is added, as torch does it
+        kernel[(programs,)](*arguments, enable_fp_fusion=False, **options)
