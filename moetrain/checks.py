@@ -99,7 +99,8 @@ def check_world(c: Config, world: int) -> None:
 
 def _check_deepspeed(c: Config, options: DeepSpeed, world: int, ep: int) -> None:
     """What the deepspeed engine can do on `world` ranks."""
-    from moetrain.engine.deepspeed_config import ds_config  # which imports torch
+    from moetrain import precision  # which imports torch
+    from moetrain.engine.deepspeed_config import ds_config
 
     if find_spec("deepspeed") is None:
         raise ConfigError(
@@ -119,4 +120,4 @@ def _check_deepspeed(c: Config, options: DeepSpeed, world: int, ep: int) -> None
     if c.parallel.dp_replicate > 1:
         rule = "must be 1 under engine=deepspeed, which shards over all ranks"
         raise ConfigError(f"parallel.dp_replicate={c.parallel.dp_replicate}: {rule}")
-    ds_config(c, world)  # refuses what engine.extra may not say
+    ds_config(precision.taken(c, "bf16"), world)  # refuses what engine.extra may not say

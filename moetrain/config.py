@@ -58,7 +58,7 @@ class Train(Section):
     seq_len: Annotated[int, Field(ge=2)]
     recompute: Literal["none", "selective", "full"]
     compile: bool
-    dtype: Literal["fp32", "bf16"]
+    dtype: Dtype
     log_every: Positive
     threads: Positive | None
 

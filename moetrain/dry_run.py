@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from moetrain import mesh, train
+from moetrain import mesh, precision, train
 from moetrain.config import Config, ConfigError, Native
 from moetrain.engine import native
 from moetrain.engine.base import replicated
@@ -28,7 +28,7 @@ def run(config: Config, world: int, as_json: bool) -> int:
     if config.model.vocab_size is None:  # that of the data, which need not be there yet
         model = config.model.model_copy(update={"vocab_size": config.data.vocab_size})
         config = config.model_copy(update={"model": model})
-    layout = config.layout(world)
+    config, layout = precision.taken(config, "bf16"), config.layout(world)  # another machine, likely with GPUs
     whole = train.build(config)
     total = dict(_count(whole))
     with mesh.pretended(layout, rank=0, world=world) as pretended:

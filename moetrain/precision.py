@@ -5,10 +5,12 @@ hundred times as long with AVX2 alone.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 
-from moetrain.comm import gather_texts
+from moetrain.comm import broadcast_text, gather_texts
+from moetrain.config import Config
 from moetrain.mesh import Mesh
 from moetrain.observe.console import errors
 
@@ -56,23 +58,43 @@ def describe(speed: float) -> str:
     return f"bf16 products run at {speed:.2g} times the speed of fp32 ones here"
 
 
-def agree(asked: str, mesh: Mesh) -> tuple[str, str]:
-    """(dtype, note): `asked`, or for `auto` what every rank does well. All ranks call it and get the same.
+def of(config: Config) -> torch.dtype:
+    """What `config` computes in; `auto` is settled."""
+    return DTYPES[config.train.dtype]
 
-    The note is a line for the user where bf16 is slow, else empty.
+
+def taken(config: Config, dtype: str) -> Config:
+    """`config` with `dtype` in place of `auto`."""
+    if config.train.dtype != AUTO:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
+
+
+def _say(note: str) -> None:
+    errors.print(note, markup=False)
+
+
+def settled(config: Config, mesh: Mesh, kept: str = "", say: Callable[[str], None] = _say) -> Config:
+    """`config` with the dtype that all ranks compute in, as `agree` finds it. All ranks call it.
+
+    `kept`: what the run has computed in so far, if anything, as rank 0 knows it; `auto` stays with it.
+    """
+    kept = broadcast_text(kept, mesh.device)
+    return taken(config, agree(taken(config, kept or AUTO).train.dtype, mesh, say))
+
+
+def agree(asked: str, mesh: Mesh, say: Callable[[str], None] = _say) -> str:
+    """`asked`, or for `auto` what every rank does well. All ranks call it and get the same.
+
+    Where bf16 is slow, rank 0 says so in one line.
     """
     if asked == "fp32":
-        return asked, ""
+        return asked
     speed = min(float(text) for text in gather_texts(repr(speed_of_bf16(mesh.device)), mesh.saving))
     if asked == AUTO and chosen(speed) == "fp32":
-        return "fp32", f"computes in fp32: {describe(speed)}"
-    slow = speed * CLEARLY < 1
-    return "bf16", f"train.dtype=bf16 is slow: {describe(speed)}; train.dtype=auto computes in fp32" if slow else ""
-
-
-def settle(asked: str, mesh: Mesh) -> str:
-    """`agree`, the note being printed where errors are."""
-    dtype, note = agree(asked, mesh)
-    if note and mesh.is_main:
-        errors.print(note, markup=False)
+        dtype, note = "fp32", f"computes in fp32: {describe(speed)}"
+    else:
+        dtype, note = "bf16", f"train.dtype=bf16 is slow: {describe(speed)}; train.dtype=auto computes in fp32"
+    if mesh.is_main and speed * CLEARLY < 1:
+        say(note)
     return dtype

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moetrain import precision
 from moetrain.comm import all_gather, barrier, broadcast, broadcast_text, start_all_to_all
 from moetrain.config import Config
 from moetrain.mesh import Mesh
@@ -50,9 +51,8 @@ class Layer(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> "Layer":
-        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-        model = config.model
-        return cls(model.dim, model.expert_hidden, model.num_experts, config.router.top_k, dtype)
+        model, top_k = config.model, config.router.top_k
+        return cls(model.dim, model.expert_hidden, model.num_experts, top_k, precision.of(config))
 
     def row_bytes(self, ranks: int) -> int:
         """What a selection weighs on a link: a token goes to a rank once, for all its experts there."""

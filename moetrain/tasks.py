@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from moetrain import checkpoint, profile, runs, train
+from moetrain import checkpoint, precision, profile, runs, train
 from moetrain.checkpoint import manifest
 from moetrain.comm import broadcast_text
 from moetrain.config import Config, ConfigError
@@ -26,6 +26,7 @@ def train_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     """Measure the layer of the config's model on these ranks and keep it in place of what was known."""
+    config = precision.settled(config, mesh)
     began, layer = time.perf_counter(), profile.Layer.of(config)
     costs = profile.measure(mesh, layer)
     path = profile.keep(mesh, layer, costs)
@@ -83,7 +84,7 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     """The newest checkpoint of `config.run` that is whole, on these ranks."""
     corpus, _ = train.open_data(config)
-    config = train.with_vocabulary(config, corpus)
+    config = precision.settled(train.with_vocabulary(config, corpus), mesh)
     saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
     for path, said in passed if mesh.is_main else []:
         errors.print(f"{path} is not whole and is passed over: {said}", markup=False)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain import checkpoint, profile, runs
+from moetrain import checkpoint, precision, profile, runs
 from moetrain.comm import barrier, broadcast_text
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
@@ -42,6 +42,8 @@ def train(config: Config, mesh: Mesh) -> Path:
     folder = runs.folder_of(config)
     model = build(config)
     start = checkpoint.agree(config, folder, mesh, model, corpus.fingerprint)
+    said: list[str] = []
+    config = precision.settled(config, mesh, checkpoint.dtype_of(folder, start.path), said.append)
     saved, notes = recovery.newer(start, config, folder, mesh)
     first, position = checkpoint.progress(saved)
     finished = bool(broadcast_text("yes" * (first >= config.train.steps and summary.is_there(folder)), mesh.device))
@@ -49,7 +51,7 @@ def train(config: Config, mesh: Mesh) -> Path:
         runs.create(config)
     barrier()
     voice = Voice(folder / "log.txt", silent=not mesh.is_main)
-    voice.say_all(notes)
+    voice.say_all([*said, *notes])
     size = estimate(config, mesh.world)
     describe(config, mesh, corpus, size, voice)
 

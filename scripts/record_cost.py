@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moetrain import config, mesh, profile, runs, train
+from moetrain import config, mesh, precision, profile, runs, train
 from moetrain.comm import barrier
 from moetrain.config import Config
 from moetrain.engine import build_engine
@@ -82,7 +82,7 @@ def main() -> None:
     rank, world, local_rank = place
     torch.set_num_threads(settings.train.threads or 1)
     with mesh.start(settings.layout(world), rank=rank, world=world, local_rank=local_rank) as joined:
-        for way, ratios in measure(settings, joined).items():
+        for way, ratios in measure(precision.settled(settings, joined), joined).items():
             low, middle, high = statistics.quantiles(ratios, n=4)
             print(f"rank {rank} {way:5} with/without {middle:.4f} ({low:.4f} to {high:.4f}), {len(ratios)} pairs")
 

@@ -70,7 +70,7 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
         (["train.steps=many"], "train.steps=many: must be a valid integer"),
         (["train.steps=true"], "train.steps=True: must not be true or false"),
         (["train.steps=0"], "train.steps=0: must be greater than 0"),
-        (["train.dtype=fp8"], "train.dtype=fp8: must be 'fp32' or 'bf16'"),
+        (["train.dtype=fp8"], "train.dtype=fp8: must be 'auto', 'fp32' or 'bf16'"),
         (["optim.lr=-1"], "optim.lr=-1: must be greater than 0"),
         (["optim.lr=nan"], "optim.lr=nan: must be a finite number"),
         (["optim.betas=[0.9]"], "optim.betas.1=[0.9]: must be given"),

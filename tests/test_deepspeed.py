@@ -211,7 +211,11 @@ def test_what_cannot_be_is_refused_in_one_line(overrides: list[str], line: str) 
 
 def test_extra_comes_on_top() -> None:
     settings = config.load(
-        ["engine=deepspeed", "engine.extra={zero_optimization: {overlap_comm: true}, dump_state: true}"]
+        [
+            "engine=deepspeed",
+            "train.dtype=bf16",
+            "engine.extra={zero_optimization: {overlap_comm: true}, dump_state: true}",
+        ]
     )
     made = ds_config(settings, 2)
     assert made["dump_state"]

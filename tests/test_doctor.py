@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from test_hosts import allowed
 
-from moetrain import cli, config
+from moetrain import cli, config, precision
 from moetrain.bench.namespaces import Hosts
-from moetrain.doctor.finding import BAD, GOOD, Finding
+from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
 from moetrain.doctor.host import examine
 from moetrain.doctor.hosts import meet
 
@@ -23,7 +23,20 @@ def test_it_says_what_this_host_has(data: list[str], tmp_path: Path, capsys: Any
     arguments = ["doctor", "model=tiny", *data, f"run.dir={tmp_path}"]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in ("python", "torch", "cpu", "gpu", "packages", "runs", "data", "memory", "loopback", "clock", "files"):
+    for name in (
+        "python",
+        "torch",
+        "cpu",
+        "gpu",
+        "dtype",
+        "packages",
+        "runs",
+        "data",
+        "memory",
+        "loopback",
+        "clock",
+        "files",
+    ):
         assert any(line.split()[1] == name for line in lines if not line.startswith(" ")), name
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -36,6 +49,14 @@ def test_a_folder_that_cannot_be_written_is_bad(data: list[str], capsys: Any) ->
     (bad,) = [f for f in json.loads(capsys.readouterr().out) if f["state"] == BAD]
     assert bad["name"] == "runs"
     assert "run.dir=FOLDER" in bad["advice"]
+
+
+def test_it_says_what_auto_takes_and_that_bf16_is_slow(monkeypatch: pytest.MonkeyPatch, data: list[str]) -> None:
+    why = "auto takes fp32: bf16 products take 100 times as long as fp32 ones here"
+    monkeypatch.setattr(precision, "speed_of_bf16", lambda _: 0.01)
+    for asked, state, advice in (("auto", GOOD, ""), ("fp32", GOOD, ""), ("bf16", NOTE, "train.dtype=auto")):
+        found = {f.name: f for f in examine(config.load(["model=tiny", f"train.dtype={asked}", *data]))}
+        assert found["dtype"] == Finding("dtype", state, f"train.dtype={asked}; {why}", advice)
 
 
 def test_a_disk_that_is_too_small_is_bad(data: list[str]) -> None:

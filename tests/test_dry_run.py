@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moetrain import config, dry_run
+from moetrain import config, dry_run, precision
 from moetrain.observe.estimate import estimate
 
 BATCH = ["train.seq_len=4096", "train.micro_batch=1", "train.recompute=selective"]
@@ -30,7 +30,8 @@ def test_presets_build_at_full_size(model, world, replicate, ep, total, active, 
     settings = config.load(overrides)
     assert dry_run.run(settings, world, as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
-    size = estimate(settings, world)
+    size = estimate(precision.taken(settings, "bf16"), world)
+    assert found["gathered_bytes"] == size.gathered
     assert sum(found["parameters"].values()) == size.total == pytest.approx(total, rel=0.01 if "like" in model else 0)
     assert size.active == pytest.approx(active, rel=0.02)
     assert sum(found["per_rank"].values()) == pytest.approx(size.per_rank, rel=1e-3)

@@ -101,7 +101,10 @@ def test_logits_and_gradients_equal_hugging_face(pool, kind: str) -> None:
 
 def test_presets_build_and_the_estimate_counts_their_parameters() -> None:
     for preset in ("tiny", "small", "olmoe_1b7b"):
-        for more in ([], ["model.num_shared_experts=2", "model.num_dense_layers=1"]):
+        for more in (
+            ["train.dtype=bf16"],
+            ["train.dtype=fp32", "model.num_shared_experts=2", "model.num_dense_layers=1"],
+        ):
             settings = config.load([f"model={preset}", *more])
             if settings.model.vocab_size is None:
                 settings = config.load([f"model={preset}", "model.vocab_size=4096", *more])
@@ -115,7 +118,7 @@ def test_presets_build_and_the_estimate_counts_their_parameters() -> None:
                 if ".experts." in name
             )
             assert found.active == counted - inactive
-    olmoe = estimate(config.load(["model=olmoe_1b7b"]), 1)
+    olmoe = estimate(config.load(["model=olmoe_1b7b", "train.dtype=bf16"]), 1)
     assert olmoe.total == 6_919_161_856  # as Hugging Face counts OLMoE-1B-7B
     assert olmoe.active == pytest.approx(1.28e9, rel=0.01)  # as its paper says
 

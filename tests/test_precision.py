@@ -1,9 +1,12 @@
-"""`auto`: what it takes of a device, of ranks that differ; where bf16 is slow it is said once."""
+"""`auto`: what it takes of a device, of ranks that differ; what a run began with stays; slow bf16 is said once."""
+
+import json
 
 import pytest
 import torch
+import yaml
 
-from moetrain import precision
+from moetrain import checkpoint, config, precision, train
 from moetrain.mesh import Mesh
 
 CPU = torch.device("cpu")
@@ -40,17 +43,52 @@ def test_the_measured_speed_is_that_of_the_products(monkeypatch: pytest.MonkeyPa
     assert clock[0] < 0.1
 
 
-def agree(mesh: Mesh, speeds: list[float]) -> list[tuple[str, str]]:
+def agree(mesh: Mesh, speeds: list[float]) -> list[tuple[str, list[str]]]:
+    found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "speed_of_bf16", lambda _: speeds[mesh.rank])
-        return [precision.agree(asked, mesh) for asked in ("auto", "bf16", "fp32")]
+        for asked in ("auto", "bf16", "fp32"):
+            said: list[str] = []
+            found.append((precision.agree(asked, mesh, said.append), said))
+    return found
 
 
 def test_ranks_take_what_all_of_them_do_well(pool) -> None:
+    """Rank 0 says where bf16 is slow, the others say nothing."""
     slow = "bf16 products take 50 times as long as fp32 ones here"
     warned = f"train.dtype=bf16 is slow: {slow}; train.dtype=auto computes in fp32"
-    for speeds, found in (
-        ([4.0, 3.0], [("bf16", ""), ("bf16", ""), ("fp32", "")]),
-        ([4.0, 0.02], [("fp32", f"computes in fp32: {slow}"), ("bf16", warned), ("fp32", "")]),
+    for speeds, dtype, told in (
+        ([4.0, 3.0], "bf16", [[], [], []]),
+        ([4.0, 0.02], "fp32", [[f"computes in fp32: {slow}"], [warned], []]),
     ):
-        assert pool.run(agree, 2, speeds) == [found, found]
+        first, second = pool.run(agree, 2, speeds)
+        assert first == list(zip((dtype, "bf16", "fp32"), told, strict=True))
+        assert second == [(taken, []) for taken, _ in first]
+
+
+def trained(mesh: Mesh, speed: float, overrides: list[str]) -> tuple[str, str, str]:
+    """(what the run computes in, what its checkpoint says, what it wrote to its log) on such a device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "speed_of_bf16", lambda _: speed)
+        folder = train.train(config.load(overrides), mesh)
+    saved = checkpoint.newest(folder)
+    assert saved is not None
+    manifest = json.loads((saved / "manifest.json").read_text())
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    return kept["train"]["dtype"], manifest["config"]["train"]["dtype"], (folder / "log.txt").read_text()
+
+
+def test_a_run_keeps_what_it_began_with(pool, tiny) -> None:
+    """Whatever the device is later; a run of another name that goes on from its checkpoint keeps it, too."""
+    auto = [*tiny, "train.dtype=auto", "checkpoint.every=1"]
+    (dtype, of_checkpoint, log) = pool.run(trained, 1, 0.01, [*auto, "run.name=first", "train.steps=1"])[0]
+    assert (dtype, of_checkpoint) == ("fp32", "fp32")
+    assert log.count("computes in fp32: bf16 products take 100 times as long as fp32 ones here") == 1
+    assert pool.run(trained, 1, 4.0, [*auto, "run.name=first", "train.steps=2"])[0][:2] == ("fp32", "fp32")
+    (folder,) = (o.removeprefix("run.dir=") for o in tiny if o.startswith("run.dir="))
+    first = f"checkpoint.resume={folder}/first/checkpoints/step_1"
+    assert pool.run(trained, 1, 4.0, [*auto, first, "run.name=second", "train.steps=2"])[0][0] == "fp32"
+    asked = [*auto, first, "run.name=third", "train.steps=2", "train.dtype=bf16"]
+    dtype, _, log = pool.run(trained, 1, 0.01, asked)[0]
+    assert dtype == "bf16"
+    assert log.count("train.dtype=bf16 is slow: bf16 products take 100 times as long as fp32 ones here") == 1

@@ -153,7 +153,7 @@ def test_parameters_and_flops() -> None:
     """Fine-grained experts (four times as many, a quarter as wide) cost nothing; a chain of two adds routers alone."""
 
     def of(*overrides: str) -> tuple[int, int, int]:
-        settings = config.load(["model=tiny", "model.vocab_size=64", *overrides])
+        settings = config.load(["model=tiny", "model.vocab_size=64", "train.dtype=bf16", *overrides])
         found, model = estimate(settings, 1), train.build(settings)
         assert found.total == sum(p.numel() for p in model.parameters()), overrides
         routers = sum(p.numel() for r in model.routers for p in r.parameters())

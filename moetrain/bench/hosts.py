@@ -91,7 +91,7 @@ def _work(options: argparse.Namespace, place: tuple[int, int, int]) -> None:
     torch.set_num_threads(1)
     parallel = Parallel(nproc=world, ep=None, dp_shard=None, dp_replicate=1)
     with start(parallel, rank=rank, world=world, local_rank=local_rank) as mesh:
-        dtype = precision.settle(options.dtype, mesh)
+        dtype = precision.agree(options.dtype, mesh)
         shape = Shape(options.tokens, DIM, HIDDEN, hosts_options.EXPERTS, TOP_K, dtype)
         found = records(mesh, shape, options.scenario, options.per_host, options.repeats)
     if mesh.is_main:

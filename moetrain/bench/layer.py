@@ -52,7 +52,7 @@ def _work(options: argparse.Namespace, grid: Grid, place: tuple[int, int, int]) 
     torch.set_num_threads(1 if options.virtual_ranks else max(1, (os.cpu_count() or 1) // here))
     parallel = Parallel(nproc=world, ep=None, dp_shard=None, dp_replicate=1)
     with start(parallel, rank=rank, world=world, local_rank=local_rank) as mesh:
-        dtypes = {asked: precision.settle(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
+        dtypes = {asked: precision.agree(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
         grid = replace(grid, shapes=[replace(s, dtype=dtypes[s.dtype]) for s in grid.shapes])
         if options.virtual_ranks:
             found, report = virtual.records(mesh, grid, options.virtual_ranks), virtual.report

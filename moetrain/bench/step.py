@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moetrain import checkpoint, config, profile, train
+from moetrain import checkpoint, config, precision, profile, train
 from moetrain.bench import tables
 from moetrain.bench.cell import now
 from moetrain.bench.step_options import Options
@@ -68,6 +68,7 @@ class Bench:
         corpus, loader = train.open_data(settings)
         settings = train.with_vocabulary(settings, corpus)
         saved = checkpoint.given(settings)
+        settings = precision.settled(settings, mesh, checkpoint.dtype_of(None, saved))
         engine = build_engine(train.build(settings), mesh, settings)
         if saved is not None:
             checkpoint.load(saved, engine)

@@ -6,7 +6,17 @@ planner's `costs.json`, and `manifest.json`. The folder appears whole or not at 
 
 from moetrain.checkpoint.loading import load
 from moetrain.checkpoint.manifest import newest, progress
-from moetrain.checkpoint.resume import Start, agree, check_data, check_fits, first_whole, given, goes_on, to_resume
+from moetrain.checkpoint.resume import (
+    Start,
+    agree,
+    check_data,
+    check_fits,
+    dtype_of,
+    first_whole,
+    given,
+    goes_on,
+    to_resume,
+)
 from moetrain.checkpoint.saving import Saver
 
 __all__ = [
@@ -15,6 +25,7 @@ __all__ = [
     "agree",
     "check_data",
     "check_fits",
+    "dtype_of",
     "first_whole",
     "given",
     "goes_on",

@@ -34,6 +34,13 @@ def goes_on(config: Config, folder: Path) -> bool:
     return yaml.safe_load(known.read_text()).get("checkpoint", {}).get("resume") == choice
 
 
+def dtype_of(folder: Path | None, saved: Path | None) -> str:
+    """What the run in `folder` computes in, or else the run of the checkpoint `saved`; empty where there is neither."""
+    if folder is not None and (known := folder / "config.yaml").is_file():
+        return str(yaml.safe_load(known.read_text())["train"]["dtype"])
+    return str(manifest.read(saved)["config"]["train"]["dtype"]) if saved is not None else ""
+
+
 def to_resume(config: Config, folder: Path | None) -> Path | None:
     """The checkpoint that `checkpoint.resume` means for a run in `folder`, if any; the tensors' bytes are not read.
 

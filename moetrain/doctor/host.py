@@ -35,6 +35,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _python()
     yield _torch()
     yield from _devices()
+    yield _dtype(config)
     yield _packages()
     yield from _disks(config)
     yield _shared_memory(config)
@@ -45,8 +46,10 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def parameters(config: Config) -> int:
+    from moetrain import precision
     from moetrain.observe.estimate import estimate
 
+    config = precision.taken(config, "bf16")
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.vocab_size})
     return estimate(config.model_copy(update={"model": model}), 1).total
 
@@ -93,6 +96,18 @@ def _devices() -> Iterator[Finding]:
         text = f"{about.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
         busy = free < 0.9 * total
         yield Finding(f"gpu {index}", NOTE if busy else GOOD, text, "another process holds memory" if busy else "")
+
+
+def _dtype(config: Config) -> Finding:
+    import torch
+
+    from moetrain import precision
+
+    asked = config.train.dtype
+    speed = precision.speed_of_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    text = f"train.dtype={asked}; auto takes {precision.chosen(speed)}: {precision.describe(speed)}"
+    slow = asked == "bf16" and speed * precision.CLEARLY < 1
+    return Finding("dtype", NOTE if slow else GOOD, text, "train.dtype=auto" if slow else "")
 
 
 def _packages() -> Finding:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moetrain import precision
 from moetrain.checkpoint.entries import MOMENTS, Entries
 from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
@@ -33,7 +34,7 @@ class Engine(ABC):
 
     def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
         self.model, self.mesh, self.clip = model, mesh, config.optim.clip
-        self.dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        self.dtype = precision.of(config)
         self._recompute = config.train.recompute == "full"
 
     def forward(self, *args: Any) -> tuple[Tensor, list[LayerStats]]:
@@ -100,7 +101,7 @@ class Engine(ABC):
 
 def guest_slots(config: Config, world: int) -> int:
     """Guests of a layer that may stay on a rank between forward and backward: weights, and gradients adding up."""
-    width = 2 if config.train.dtype == "bf16" else 4
+    width = precision.of(config).itemsize
     gradient = width if config.micro_steps(world) == 1 else 4
     guest = 3 * config.model.dim * config.model.expert_hidden * (width + gradient)
     return (config.engine.guest_memory_mib << 20) // (guest * config.model.num_moe_layers)

@@ -5,6 +5,9 @@
 
 from typing import Any
 
+import torch
+
+from moetrain import precision
 from moetrain.config import Config, ConfigError, DeepSpeed
 
 Tree = dict[str, Any]
@@ -47,7 +50,7 @@ def ours(config: Config, world: int) -> Tree:
     """What `world` ranks run with, whatever `engine.extra` says."""
     options = config.engine
     assert isinstance(options, DeepSpeed)
-    bf16 = config.train.dtype == "bf16"
+    bf16 = precision.of(config) == torch.bfloat16
     zero: Tree = {"stage": options.zero_stage, "contiguous_gradients": True, "reduce_scatter": True}
     if options.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from moetrain import precision
 from moetrain.checkpoint.entries import MODEL, MOMENTS, Entries, Held, held, of_model
 from moetrain.comm import all_reduce_sum
 from moetrain.config import Config, Native
@@ -105,7 +106,7 @@ def shard(model: Transformer, mesh: Mesh, config: Config) -> None:
     """Spread `model`, on whatever device it is, over the ranks; without values yet where that is the meta device."""
     options = _options(config)
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if config.train.dtype == "bf16" else None,
+        param_dtype=precision.of(config),
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )

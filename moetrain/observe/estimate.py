@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moetrain import precision
 from moetrain.config import Config, Native
 from moetrain.model.transformer import Transformer
 from moetrain.moe.routers import Replicated
@@ -37,7 +38,7 @@ class Estimate:
 
 
 def estimate(config: Config, world: int) -> Estimate:
-    """Of the config's model, on each of `world` ranks. Needs model.vocab_size."""
+    """Of the config's model, on each of `world` ranks. Needs model.vocab_size and a settled train.dtype."""
     m, t, p = config.model, config.train, config.parallel
     assert m.vocab_size is not None
     shard, ep = world // p.dp_replicate, config.layout(world).ep or 1
@@ -55,7 +56,7 @@ def estimate(config: Config, world: int) -> Estimate:
     whole = [math.ceil(math.ceil(e / ep) / (shard // ep)) for e in m.experts_of_layers]  # experts that a rank holds
     per_rank = dense // shard + sum(whole) * expert + routers
 
-    width = 2 if t.dtype == "bf16" else 4
+    width = precision.of(config).itemsize
     tokens = t.seq_len * config.micro_batch(world)
     live = 1 if isinstance(config.engine, Native) and config.engine.reshard_after_forward else m.num_layers
     block = (dense - embeddings + experts // ep) // m.num_layers

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain import precision
 from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
 from moetrain.mesh import Mesh
@@ -150,7 +151,7 @@ class Meter:
         peak[rank] = peak_memory(self._mesh.device)
         memory[rank] = memory_now(self._mesh.device)
         weight = 3 * self._config.model.dim * self._config.model.expert_hidden
-        width = 2 if self._config.train.dtype == "bf16" else 4
+        width = precision.of(self._config).itemsize
         return {
             "plans": np.array([*plans.facts(), plans.saved_seconds(self._costs, self._forwards)]),
             "loads": loads,
