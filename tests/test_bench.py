@@ -1,5 +1,6 @@
 """The layer benchmark: whole records, true counts, memory as a hand count has it, virtual ranks that add up."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,29 @@ def test_virtual_ranks_add_up(pool: Pool, tmp_path: Any) -> None:
     assert "modelled" in (tmp_path / "layer.md").read_text()
 
 
+def test_layers_are_measured_with_each_backend_of_the_kernels(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--virtual-ranks",
+        "2",
+        "--experts",
+        "4",
+        "--tokens",
+        "16",
+        "--dim",
+        "8",
+        "--hidden",
+        "8",
+        "--warmup",
+        "1",
+    ]
+    options += ["--scenario", "balanced", "--planner", "home", "--dtype", "fp32", "--repeats", "1", "--json"]
+    assert cli.main(["bench", "layer", *options, "--kernels", "fastest", "torch", "--out", str(tmp_path)]) == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("[{")]
+    assert [record["kernels"] for record in json.loads(line)] == ["fastest", "torch"]
+    assert "kernels: torch" in (tmp_path / "torch" / "layer.md").read_text()
+    assert "kernels" not in (tmp_path / "fastest" / "layer.md").read_text()
+
+
 def test_the_peak_is_that_of_a_hand_count() -> None:
     before = torch.zeros(MIB // 4)
 
@@ -132,6 +156,7 @@ def test_selections_are_what_their_names_say() -> None:
     ("options", "says"),
     [
         (["--planner", "nobody"], "--planner nobody: must be one of home"),
+        (["--kernels", "torch", "triton"], "--kernels triton: needs a GPU"),
         (["--experts", "7", "--nproc", "2"], "--experts 7: must be a multiple of the 2 ranks"),
         (["--scenario", "sunny"], "--scenario sunny: matches none of: balanced"),
     ],

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from moetrain.bench import cases, layer_report, peers, virtual
 from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Setup, interleave
 from moetrain.bench.memory import peak_bytes
-from moetrain.bench.options import Grid
+from moetrain.bench.options import KERNELS, Grid
 from moetrain.comm import all_gather
 from moetrain.config import ConfigError, Parallel
 from moetrain.mesh import Mesh, auto_nproc, from_env, start
+from moetrain.moe import kernels
 from moetrain.observe.console import errors
 
 Records = list[dict[str, Any]]
@@ -35,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     place = from_env()
     workers = place[1] if place else 1 if options.virtual_ranks else options.nproc or auto_nproc()
     grid = Grid.of(options, options.virtual_ranks or workers)
+    if "triton" in grid.kernels and not torch.cuda.is_available():
+        raise ConfigError("--kernels triton: needs a GPU")
     if options.out:
         try:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -55,16 +59,35 @@ def _work(options: argparse.Namespace, grid: Grid, place: tuple[int, int, int]) 
         dtypes = {asked: precision.agree(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
         grid = replace(grid, shapes=[replace(s, dtype=dtypes[s.dtype]) for s in grid.shapes])
         if options.virtual_ranks:
-            found, report = virtual.records(mesh, grid, options.virtual_ranks), virtual.report
+            found = by_kernels(grid, lambda: virtual.records(mesh, grid, options.virtual_ranks))
         else:
-            found, report = records(mesh, grid), layer_report.report
+            found = by_kernels(grid, lambda: records(mesh, grid))
         others = peers.records(mesh, grid) if options.peers else []
     if not mesh.is_main:
         return
     if options.json:
         print(json.dumps(found + others))
-    report(found, options.out)
+    report = virtual.report if options.virtual_ranks else layer_report.report
+    for name in grid.kernels:
+        report([r for r in found if r["kernels"] == name], folder(options.out, name, grid))
     peers.show(others, options.out)
+
+
+def by_kernels(grid: Grid, measure: Callable[[], Records]) -> Records:
+    """The records with each backend of the kernels, by name."""
+    found: Records = []
+    for name in grid.kernels:
+        with kernels.using(None if name == KERNELS[0] else name):
+            found += [{**record, "kernels": name} for record in measure()]
+    return found
+
+
+def folder(out: Path | None, name: str, grid: Grid) -> Path | None:
+    """Where the results with one backend of the kernels go."""
+    if out is None or len(grid.kernels) == 1:
+        return out
+    (out / name).mkdir(exist_ok=True)
+    return out / name
 
 
 def records(mesh: Mesh, grid: Grid) -> Records:

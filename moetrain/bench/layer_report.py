@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from moetrain.bench.cases import BALANCED
+from moetrain.bench.options import KERNELS
 from moetrain.observe.console import console
 
 Records = list[dict[str, Any]]
@@ -45,9 +46,11 @@ def by_shape(records: Records) -> list[Records]:
 
 def title(group: Records) -> str:
     r = group[0]
+    chosen = r.get("kernels", KERNELS[0])
     return (
         f"{r['dtype']}, {r['experts']} experts, top-{r['top_k']}, {r['tokens']:,} tokens a rank, "
         f"{r['dim']} × {r['hidden']}, {r['ranks']} ranks on {r['device']}"
+        + (f", kernels: {chosen}" if chosen != KERNELS[0] else "")
     )
 
 

@@ -1,6 +1,7 @@
 """The command line of `moetrain bench layer`. No torch."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,7 @@ from moetrain.config import ConfigError, Dtype
 
 DTYPES = get_args(Dtype)
 PLANNERS = ["home", "llep", "makespan"]
+KERNELS = ["fastest", "torch", "triton"]  # the first: what the device uses by itself
 LAYER = """Speed and memory of one MoE layer, forward and backward, under many routings and planners.
 
 Every figure is a ratio within this run: each repetition times the bare expert GEMMs, our layer under balanced routing
@@ -21,6 +23,8 @@ examples:
   moetrain bench layer --dtype bf16 --scenario '95 %*' --planner home makespan
   moetrain bench layer --virtual-ranks 8 --shape gpt-oss-120b --quick
                                                             8 ranks one after another on one device, links modelled
+  moetrain bench layer --virtual-ranks 8 --shape deepseek-v3 --quick --kernels torch triton
+                                                            plain torch and Triton: sums and SwiGLU, one after the other
 """
 
 
@@ -35,6 +39,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--hidden", type=positive, help="an expert's hidden width; default: 1024")
     add("--top-k", type=positive, help="selections of a token; default: 2")
     add("--shape", choices=list(PRESETS), help="width, hidden width, experts and top-k of a published model")
+    add("--kernels", nargs="+", choices=KERNELS, default=KERNELS[:1], help="of sums and SwiGLU; default: %(default)s")
     add("--repeats", type=positive, help="default: 15; quick 5; virtual ranks 3")
     add("--warmup", type=positive, help="balanced layers before anything is timed; default: 40; virtual ranks 5")
     add("--quick", action="store_true", help="four routings and five repeats")
@@ -64,6 +69,7 @@ class Grid:
     repeats: int
     warmup: int
     seed: int
+    kernels: Sequence[str] = tuple(KERNELS[:1])
 
     @classmethod
     def of(cls, options: argparse.Namespace, num_ranks: int) -> "Grid":
@@ -88,4 +94,4 @@ class Grid:
             chosen(patterns, shape.experts)
         repeats = options.repeats or (3 if options.virtual_ranks else 5 if options.quick else 15)
         warmup = options.warmup or (5 if options.virtual_ranks else 40)
-        return cls(shapes, patterns, options.planner, repeats, warmup, options.seed)
+        return cls(shapes, patterns, options.planner, repeats, warmup, options.seed, options.kernels)
