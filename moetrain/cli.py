@@ -176,6 +176,7 @@ def _data(options: argparse.Namespace) -> int:
     from moetrain.data import prepare
 
     settings = config.load(options.overrides, options.config_dir)
+    known = (prepare.folder_of(settings.data) / "manifest.json").is_file()
     folder = prepare.ensure(settings.data)
     manifest = json.loads((folder / "manifest.json").read_text())
     if options.json:
@@ -185,6 +186,8 @@ def _data(options: argparse.Namespace) -> int:
     for split, facts in manifest["splits"].items():
         shares = ", ".join(f"{name} {count:,}" for name, count in facts["tokens_per_domain"].items())
         console.print(f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens ({shares})")
+    if known:
+        console.print("\n".join(prepare.news(manifest, settings.data)), markup=False)
     return 0
 
 

@@ -218,6 +218,8 @@ class Data(Section):
     vocab_size: Annotated[int, Field(ge=257, le=1 << 20)]
     tokenizer: str | None
     max_bytes_per_domain: Positive | None
+    dedup: Literal["exact", "near"]  # the keys of data.corpus.FINGERPRINTS
+    on_bad: Literal["error", "skip"]
     held_out: Fraction
     attend_within_documents: bool
     domain_block: Positive | None

@@ -1,9 +1,13 @@
 """Corpora, preparation, and the loader as a pure function of (seed, global sample index)."""
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -16,8 +20,9 @@ from hypothesis import strategies as st
 
 from moetrain import config
 from moetrain.config import ConfigError
-from moetrain.data import corpus, prepare
+from moetrain.data import corpus, prepare, tokenizer
 from moetrain.data.bigram import Bigram
+from moetrain.data.files import LeftOut
 from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed, samples_of
 
 
@@ -121,7 +126,7 @@ def test_jsonl_with_and_without_domains(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     options = config.load(["data=folder", f"data.path={tmp_path}/a.jsonl", f"data.dir={tmp_path}/out"]).data
-    assert {d.domain for d in corpus.documents(options)} == {"even", "text"}
+    assert {d.domain for d in corpus.documents(options, LeftOut())} == {"even", "text"}
 
 
 @pytest.mark.parametrize(
@@ -131,15 +136,170 @@ def test_jsonl_with_and_without_domains(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": 5}\n', r'a\.jsonl:1: "text" must be a string'),
         ("a.bin", "x", "must hold text files or JSONL"),
         ("a.txt", "only one", "at least two documents"),
+        (
+            "a.jsonl",
+            '{"text": "fine"}\n\n{"text": "\\ud83d"}\n',
+            r'a\.jsonl:3: "text" must be Unicode.*ud83d.*on_bad=skip',
+        ),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2: must be UTF-8 text \(here the byte 0xe9"),
+        ("a.jsonl", '{"text": "x", "domain": ["a"]}', r'a\.jsonl:1: "domain" must be a string'),
+        ("a.jsonl", "[" * 100_000, r'a\.jsonl:1: must be JSON with a "text" field'),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
+        ("a.txt", b"one\ntwo\ncaf\xe9", r"a\.txt:3: must be UTF-8 text \(here the byte 0xe9"),
+        ("a.txt", "utf 16".encode("utf-16"), r"a\.txt: must be UTF-8 text, not binary data or UTF-16"),
     ],
 )
-def test_bad_corpora_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_bad_corpora_are_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / name).write_text(content)
+    (tmp_path / "in" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     options = config.load(["data=folder", f"data.path={tmp_path}/in", f"data.dir={tmp_path}/out"]).data
     with pytest.raises(ConfigError, match=message):
         prepare.ensure(options)
     assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+
+
+def _documents(folder: Path, *more: str) -> tuple[list[corpus.Document], LeftOut]:
+    left_out = LeftOut()
+    options = config.load(["data=folder", f"data.path={folder}", *more]).data
+    return list(corpus.documents(options, left_out)), left_out
+
+
+def test_what_is_bad_is_skipped_and_counted_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.jsonl").write_bytes(
+        b'{"text": "one"}\n{"text": "\\ud83d"}\n{"text": "caf\xe9"}\n{"text": "two"}\n5\n'
+    )
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"three")[:-4])
+    found, left_out = _documents(tmp_path, "data.on_bad=skip")
+    assert [d.text for d in found] == ["one", "two"]
+    assert {reason: n["count"] for reason, n in left_out.found.items()} == {
+        "must be UTF-8 text": 2,
+        '"text" must be Unicode, not half a surrogate pair': 1,
+        'must be JSON with a "text" field': 1,
+        "cannot be unpacked": 1,
+    }
+
+
+def test_documents_that_differ_are_kept_and_copies_counted(tmp_path: Path) -> None:
+    texts = ["x = a + b\n", "x = a - b\n", "x = a * b\n", "x = a + b\r\n", "  x = a + b  ", "X = a + b"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.py").write_bytes(text.encode())
+    found, left_out = _documents(tmp_path)
+    assert [d.text for d in found] == [texts[n] for n in (0, 1, 2, 5)]
+    assert left_out.found == {"copies of others": {"count": 2, "example": f"{tmp_path}/3.py, as {tmp_path}/0.py"}}
+    near, left_out = _documents(tmp_path, "data.dedup=near")
+    assert [d.text for d in near] == texts[:3]
+    assert left_out.found["near-copies of others (data.dedup=near)"]["count"] == 3
+
+
+def test_files_are_read_by_kind_whatever_their_case_and_packing_and_the_others_counted(tmp_path: Path) -> None:
+    row = lambda text: json.dumps({"text": text}).encode()  # noqa: E731
+    contents = {
+        "1.jsonl": row("one"),
+        "2.JSONL": row("two"),
+        "3.jsonl.gz": gzip.compress(row("three")),
+        "4.txt.xz": lzma.compress(b"four"),
+        "5.TXT.BZ2": bz2.compress(b"five"),
+        "6.rs": b"six",
+        "7.HTML": b"seven",
+        "8.tex": b"\xef\xbb\xbfeight",
+        "README": b"nine",
+        "a.png": b"no",
+        "b.png": b"no",
+        "c.empty.txt": b" \n",
+        ".DS_Store": b"\0\0",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("not this")
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")
+    found, left_out = _documents(tmp_path)
+    assert [d.text for d in found] == ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert {d.domain for d in found} == {"text"}
+    assert {reason: n["count"] for reason, n in left_out.found.items()} == {
+        "hidden": 2,
+        "the suffix .png is none of text": 2,
+        "empty": 1,
+        "link to nothing": 1,
+        "not a regular file": 1,
+    }
+
+
+def test_domains_get_names_that_are_words(tmp_path: Path) -> None:
+    for label in ("My Books", "all", "книги"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        (tmp_path / "in" / label / "a.txt").write_text(label)
+    found, _ = _documents(tmp_path / "in")
+    assert sorted(d.domain for d in found) == ["My_Books", "all_", "книги"]
+    (tmp_path / "in" / "My_Books").mkdir()
+    (tmp_path / "in" / "My_Books" / "b.txt").write_text("another")
+    with pytest.raises(ConfigError, match="'My Books' and 'My_Books' would both be named My_Books"):
+        _documents(tmp_path / "in")
+
+
+def test_a_single_file_is_cut_and_its_end_held_out(tmp_path: Path) -> None:
+    lines = [f"line {n} of a play" for n in range(400)]
+    (tmp_path / "input.txt").write_text("\n".join(lines))
+    overrides = [f"data.path={tmp_path}/input.txt", f"data.dir={tmp_path}/out", "data.vocab_size=300"]
+    made = Corpus(prepare.ensure(config.load(["data=folder", *overrides, "data.held_out=0.1"]).data))
+    train, held_out = ("".join(made.tokenizer.decode(made.tokens(s)[:-1].tolist())) for s in prepare.SPLITS)
+    assert train + held_out == "\n".join(lines)
+    assert held_out.startswith("line ")
+    assert 0.08 < len(held_out) / len(train + held_out) <= 0.1
+    assert list(prepare.news(made.manifest, config.load(["data=folder", *overrides, "data.held_out=0.1"]).data)) == [
+        "the domain text is one document: its last 10% are held out"
+    ]
+
+
+def test_text_without_spaces_is_learnt_from_in_bounded_pieces(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    for number in range(3):
+        (tmp_path / f"{number}.fasta").write_text("".join(draw.choices("ACGT", k=200_000)))
+    options = config.load(["data=folder", f"data.path={tmp_path}", f"data.dir={tmp_path}/out", "data.vocab_size=400"])
+    made = Corpus(prepare.ensure(options.data))
+    assert made.token_bytes.max() <= tokenizer.PIECE
+    assert sum(s["bytes"] for s in made.manifest["splits"].values()) == 600_000
+    assert made.token_bytes[np.asarray(made.tokens("train"))].sum() == made.manifest["splits"]["train"]["bytes"]
+
+
+def test_a_long_document_is_encoded_in_parts(small: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["one two three four\nfive six", "a" * 50, "x", "one two"]
+    monkeypatch.setattr(tokenizer, "SLICE", 10)
+    encoded = [ids.tolist() for ids in tokenizer.encode(small.tokenizer, texts)]
+    assert [small.tokenizer.decode(ids) for ids in encoded] == texts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t["model"].update(vocab={**t["model"]["vocab"], "gap": 1 << 30}),
+            "must be numbered below 1,048,576",
+        ),
+        (lambda t: t["added_tokens"].clear() or t["model"]["vocab"].pop("<|endoftext|>"), "an end-of-text token"),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "must give text back as it was"),
+        (lambda t: t["model"]["merges"].insert(0, ["no", "where"]), "must be a tokenizer.json"),
+        (lambda t: t.clear(), "must be a tokenizer.json"),
+        (lambda t: t.update(decoder=None), "must give text back as it was"),
+    ],
+)
+def test_a_tokenizer_that_cannot_serve_is_refused(small: Corpus, tmp_path: Path, change, message: str) -> None:
+    found = json.loads((small.folder / "tokenizer.json").read_text())
+    change(found)
+    (tmp_path / "own.json").write_text(json.dumps(found))
+    with pytest.raises(ConfigError, match=message) as caught:
+        tokenizer.read(str(tmp_path / "own.json"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_truncates_is_made_to_read_all(small: Corpus, tmp_path: Path) -> None:
+    found = json.loads((small.folder / "tokenizer.json").read_text())
+    found["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "own.json").write_text(json.dumps(found))
+    (ids,) = tokenizer.encode(tokenizer.read(str(tmp_path / "own.json")), ["one two three four five six"])
+    assert small.tokenizer.decode(ids.tolist()) == "one two three four five six"
 
 
 def _prepare_slowly(overrides: list[str], started: str) -> None:

@@ -1,38 +1,22 @@
 """Where documents come from: text that every installation has, Debian packages, or a folder of the user's own.
 
-A document is (domain, text). Order is fixed, near-copies (licences, generated files) are taken once.
+A document is (domain, text, name). Order is fixed; copies are taken once and counted.
 """
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from moetrain.config import ConfigError, Data
-from moetrain.data import debian
+from moetrain.data import debian, files
+from moetrain.data.files import BadText, LeftOut
 
-TEXT_SUFFIXES = {
-    ".txt",
-    ".md",
-    ".rst",
-    ".text",
-    ".py",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".json",
-    ".yaml",
-    ".yml",
-    ".csv",
-}
 MAX_FILE_BYTES = 1_000_000  # one huge file is not a document that teaches much
 MIN_CHARACTERS = 200
 
@@ -40,23 +24,38 @@ MIN_CHARACTERS = 200
 class Document(NamedTuple):
     domain: str
     text: str
+    name: str  # the file, or file:line
 
 
-def documents(options: Data) -> Iterator[Document]:
-    """All documents of the corpus, without near-copies, at most `max_bytes_per_domain` of each domain."""
-    found = SOURCES[options.source](options)
+def documents(options: Data, left_out: LeftOut) -> Iterator[Document]:
+    """All documents of the corpus, at most `max_bytes_per_domain` of each domain; what is not taken is counted."""
+    same_text = FINGERPRINTS[options.dedup]
     taken: dict[str, int] = {}
-    seen: set[bytes] = set()
-    for document in found:
+    seen: dict[bytes, str] = {}
+    labels: dict[str, str] = {}
+    for found in SOURCES[options.source](options, left_out):
+        document = found._replace(domain=domain_name(found.domain))
+        if labels.setdefault(document.domain, found.domain) != found.domain:
+            both = f"{labels[document.domain]!r} and {found.domain!r} would both be named {document.domain}"
+            raise ConfigError(f"data.path={options.path}: two domains, {both}; give one another name")
         size = len(document.text.encode())
         limit = options.max_bytes_per_domain
         if limit is not None and taken.get(document.domain, 0) + size > limit:
+            left_out.add("beyond data.max_bytes_per_domain", document.name)
             continue
-        if (print_ := _fingerprint(document.text)) in seen:
+        if (print_ := same_text(document.text)) in seen:
+            left_out.add(COPIES[options.dedup], f"{document.name}, as {seen[print_]}")
             continue
-        seen.add(print_)
+        seen[print_] = document.name
         taken[document.domain] = taken.get(document.domain, 0) + size
         yield document
+
+
+def domain_name(label: str) -> str:
+    """A word for metrics and files: letters, digits, `.`, `_` and `-`; other characters become `_`, `all` is `all_`."""
+    name = re.sub(r"[^\w.-]+", "_", label.strip())[:80]
+    name = name if re.search(r"\w", name) else f"_{name}_"
+    return f"{name}_" if name == "all" else name
 
 
 def held_out(document: Document, share: float) -> bool:
@@ -65,13 +64,29 @@ def held_out(document: Document, share: float) -> bool:
     return int.from_bytes(digest[:4], "little") < share * 2**32
 
 
-def _local(options: Data) -> Iterator[Document]:
+def cut(document: Document, share: float) -> tuple[Document, Document] | None:
+    """(beginning, end) of a document that is a domain by itself; the end is the last `share` of it.
+
+    Cut behind a paragraph, or else a line, a word, or anywhere; None where it is too short for two.
+    """
+    text = document.text
+    if len(text) < MIN_CHARACTERS:
+        return None
+    wanted = int(len(text) * (1 - share))
+    for border in ("\n\n", "\n", " ", ""):
+        at = text.find(border, wanted) + len(border)
+        if at >= wanted and text[:at].strip() and text[at:].strip() and at - wanted <= (len(text) - wanted) // 2:
+            return document._replace(text=text[:at]), document._replace(text=text[at:])
+    return None
+
+
+def _local(options: Data, left_out: LeftOut) -> Iterator[Document]:
     """Python sources, C++ headers, prose and data files of this Python installation and its packages."""
     limit = options.max_bytes_per_domain or 1 << 62
     library = Path(sysconfig.get_paths()["stdlib"])
     packages = sorted({Path(str(d.locate_file(""))).resolve() for d in importlib.metadata.distributions()})
-    files = {name: path for root in (library, *packages) for name, path in _walk(root)}
-    by_hash = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())  # a limit takes a fair sample
+    found = {name: path for root in (library, *packages) for name, path in _walk(root)}
+    by_hash = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())  # a limit takes a fair sample
     yield from _topics(library)
     for domain, suffixes, names in (
         ("prose", {".rst", ".txt", ".md"}, ("METADATA", "LICENSE", "README", "NOTICE")),
@@ -83,18 +98,18 @@ def _local(options: Data) -> Iterator[Document]:
         for name in by_hash:
             base = name.rpartition("/")[2]
             if Path(base).suffix.lower() in suffixes or base.upper().startswith(names or ("\0",)):
-                text = _read(files[name])
+                text = _read(found[name])
                 if text is not None and len(text) <= limit // 8 and _is_worded(text):
-                    yield Document(domain, text)
+                    yield Document(domain, text, str(found[name]))
                     if (taken := taken + len(text)) > limit:
                         break
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:
     """(name below root, path) of every file, without what other packages installed into a standard library."""
-    for folder, below, files in os.walk(root):
+    for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in ("__pycache__", "site-packages", "dist-packages")]
-        for file in files:
+        for file in names:
             path = Path(folder, file)
             yield path.relative_to(root).as_posix(), path
 
@@ -113,7 +128,7 @@ def _topics(library: Path) -> Iterator[Document]:
 
         for name in sorted(topics):
             if len(topics[name]) >= MIN_CHARACTERS:
-                yield Document("prose", topics[name])
+                yield Document("prose", topics[name], f"pydoc topic {name}")
 
 
 def _read(path: Path) -> str | None:
@@ -127,56 +142,65 @@ def _read(path: Path) -> str | None:
     return text if len(text) >= MIN_CHARACTERS and "\0" not in text else None
 
 
-def _folder(options: Data) -> Iterator[Document]:
+def _folder(options: Data, left_out: LeftOut) -> Iterator[Document]:
     """Text files, the first folder below `data.path` being the domain; and JSONL with `text` and perhaps `domain`."""
     path = Path(str(options.path))
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     count = 0
-    for file in files:
+    for file in files.text_files(path, left_out):
         parts = file.relative_to(path).parts
         domain = parts[0] if len(parts) > 1 else "text"
-        if file.suffix == ".jsonl":
-            for document in _jsonl(file, domain):
-                count += 1
-                yield document
-        elif file.suffix.lower() in TEXT_SUFFIXES or not file.suffix:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise ConfigError(f"data.path={file}: must be UTF-8 text") from None
-            if text.strip():
-                count += 1
-                yield Document(domain, text)
+        read = _rows if files.kind_of(file)[0] in files.ROW_SUFFIXES else _whole
+        try:
+            for document in read(file, domain, options.on_bad, left_out):
+                if document.text.strip():
+                    count += 1
+                    yield document
+                else:
+                    left_out.add("empty", document.name)
+        except BadText as error:
+            files.refuse_or_skip(error, options.on_bad, left_out)
     if not count:
-        raise ConfigError(f'data.path={path}: must hold text files or JSONL with a "text" field')
+        said = "".join(f"; {line}" for line in left_out.lines())
+        raise ConfigError(f'data.path={path}: must hold text files or JSONL with a "text" field{said}')
 
 
-def _debian(options: Data) -> Iterator[Document]:
+def _whole(file: Path, domain: str, on_bad: str, left_out: LeftOut) -> Iterator[Document]:
+    yield Document(domain, files.read_text(file), str(file))
+
+
+def _rows(file: Path, domain: str, on_bad: str, left_out: LeftOut) -> Iterator[Document]:
+    for number, line in files.rows(file):
+        try:
+            text, label = files.row(line, str(file), number)
+        except BadText as error:
+            files.refuse_or_skip(error, on_bad, left_out)
+        else:
+            yield Document(label or domain, text, f"{file}:{number}")
+
+
+def _debian(options: Data, left_out: LeftOut) -> Iterator[Document]:
     """Files of Debian packages, in fifteen domains."""
-    return (Document(domain, text) for domain, text in debian.texts(options) if len(text) >= MIN_CHARACTERS)
+    for domain, text in debian.texts(options):
+        if len(text) >= MIN_CHARACTERS:
+            yield Document(domain, text, f"a text of {domain}")
 
 
-def _jsonl(file: Path, domain: str) -> Iterator[Document]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                text, label = row["text"], row.get("domain") or domain
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise ConfigError(f'data.path={file}:{number}: must be JSON with a "text" field') from None
-            if not isinstance(text, str):
-                raise ConfigError(f'data.path={file}:{number}: "text" must be a string')
-            if text.strip():
-                yield Document(str(label), text)
+def exact(text: str) -> bytes:
+    """Equal for texts that differ in their kind of line ends or in outer white space only."""
+    return hashlib.sha256(text.replace("\r\n", "\n").replace("\r", "\n").strip().encode()).digest()
 
 
-def _fingerprint(text: str) -> bytes:
-    """Equal for texts that differ in their first lines or in white space only: the middle thousand letters."""
-    letters = re.sub(r"\W+", "", text.lower())
-    middle = len(letters) // 2
-    return hashlib.sha256(letters[max(0, middle - 500) : middle + 500].encode()).digest()
+def near(text: str) -> bytes:
+    """Equal for texts that differ in their first lines, in case or in white space only: their middle thousand signs."""
+    signs = re.sub(r"\s+", "", text.lower())
+    middle = len(signs) // 2
+    return hashlib.sha256(signs[max(0, middle - 500) : middle + 500].encode()).digest()
 
 
-SOURCES = {"local": _local, "debian": _debian, "folder": _folder}
+SOURCES: dict[str, Callable[[Data, LeftOut], Iterator[Document]]] = {
+    "local": _local,
+    "debian": _debian,
+    "folder": _folder,
+}
+FINGERPRINTS = {"exact": exact, "near": near}
+COPIES = {"exact": "copies of others", "near": "near-copies of others (data.dedup=near)"}

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from rich.progress import Progress, TimeElapsedColumn
+from tokenizers import Tokenizer
 
 from moetrain.config import ConfigError, Data
-from moetrain.data import debian
-from moetrain.data.corpus import Document, documents, held_out
+from moetrain.data import debian, tokenizer
+from moetrain.data.corpus import MIN_CHARACTERS, Document, cut, documents, held_out
+from moetrain.data.files import LeftOut
 from moetrain.observe.console import console
 
-VERSION = 2  # of this format
-END_OF_TEXT = "<|endoftext|>"
+VERSION = 3  # of this format
 SPLITS = ("train", "held_out")
 
 
@@ -90,79 +89,65 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _prepare(options: Data, folder: Path) -> None:
-    with Progress(console=console, transient=True) as progress:
+    left_out, alone = LeftOut(), []
+    own = tokenizer.read(options.tokenizer) if options.tokenizer is not None else None
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("reading documents", total=None)
         found: list[Document] = []
-        for document in documents(options):
+        for document in documents(options, left_out):
             found.append(document)
             progress.update(task, advance=1, description=f"reading documents ({len(found)})")
         progress.remove_task(task)
 
         domains = sorted({d.domain for d in found})
-        for domain in domains:
-            if not re.fullmatch(r"[\w.-]+", domain) or domain == "all":
-                raise ConfigError(
-                    f"data: the domain {domain!r} must be a word of letters, digits, . _ and -, not 'all'"
-                )
         texts: dict[str, list[Document]] = {split: [] for split in SPLITS}
         for document in found:
             texts["held_out" if held_out(document, options.held_out) else "train"].append(document)
         for domain in domains:  # a small corpus: the hash may have left a side of a domain empty
-            _move_one_if_empty(texts, domain)
-        tokenizer = _tokenizer(options, [d.text for d in texts["train"]], progress)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        counts = {split: _write(folder, split, texts[split], domains, tokenizer, progress) for split in SPLITS}
+            if _fill_if_empty(texts, domain, options.held_out):
+                alone.append(domain)
+        chosen = own or tokenizer.train(options, [d.text for d in texts["train"]], progress)
+        chosen.save(str(folder / "tokenizer.json"))
+        counts = {split: _write(folder, split, texts[split], domains, chosen, progress) for split in SPLITS}
     manifest = {
         "version": VERSION,
         "domains": domains,
-        "vocab_size": tokenizer.get_vocab_size(),
-        "end_of_text": _end_of_text(tokenizer),
+        "vocab_size": tokenizer.vocabulary_size(chosen),
+        "end_of_text": tokenizer.end_of_text(chosen),
         "splits": counts,
+        "left_out": left_out.found,
+        "one_document": alone,
     }
     if options.source == "debian":
         manifest["packages"] = debian.versions(options)
+    for line in news(manifest, options):
+        console.print(line, markup=False)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _move_one_if_empty(texts: dict[str, list[Document]], domain: str) -> None:
+def news(manifest: dict[str, Any], options: Data) -> Iterator[str]:
+    """What a person should know of how a corpus was made: what it left out, what it cut."""
+    yield from LeftOut(manifest["left_out"]).lines()
+    for domain in manifest["one_document"]:
+        yield f"the domain {domain} is one document: its last {options.held_out:.0%} are held out"
+
+
+def _fill_if_empty(texts: dict[str, list[Document]], domain: str, share: float) -> bool:
+    """Give a domain a document in each split; true where its only one had to be cut for it."""
     for empty, full in (SPLITS, SPLITS[::-1]):
         if not any(d.domain == domain for d in texts[empty]):
             candidates = [d for d in texts[full] if d.domain == domain]
-            if len(candidates) < 2:
-                raise ConfigError(f"data: the domain {domain!r} must have at least two documents, one to hold out")
+            if len(candidates) == 1:
+                if (parts := cut(candidates[0], share)) is None:
+                    rule = f"must have at least two documents, or one of {MIN_CHARACTERS} characters that can be cut"
+                    raise ConfigError(f"data: the domain {domain!r} {rule}; one is held out")
+                texts[full].remove(candidates[0])
+                for split, part in zip(SPLITS, parts, strict=True):
+                    texts[split].append(part)
+                return True
             texts[full].remove(candidates[-1])
             texts[empty].append(candidates[-1])
-
-
-def _tokenizer(options: Data, texts: list[str], progress: Progress) -> Tokenizer:
-    if options.tokenizer is not None:
-        try:
-            given = Tokenizer.from_file(options.tokenizer)
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"data.tokenizer={options.tokenizer}: {error}") from None
-        if not set(pre_tokenizers.ByteLevel.alphabet()) <= given.get_vocab().keys():
-            raise ConfigError(f"data.tokenizer={options.tokenizer}: must be byte-level, so that bytes can be counted")
-        return given
-    task = progress.add_task(f"training a tokenizer of {options.vocab_size} tokens", total=None)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=options.vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    progress.remove_task(task)
-    return tokenizer
-
-
-def _end_of_text(tokenizer: Tokenizer) -> int:
-    for name in (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"):
-        if (token := tokenizer.token_to_id(name)) is not None:
-            return token
-    raise ConfigError(f"data.tokenizer: must have an end-of-text token, such as {END_OF_TEXT}")
+    return False
 
 
 def _write(
@@ -170,26 +155,25 @@ def _write(
     split: str,
     found: list[Document],
     domains: list[str],
-    tokenizer: Tokenizer,
+    chosen: Tokenizer,
     progress: Progress,
 ) -> dict[str, Any]:
     """Tokens and the table of documents of one split; returns what the manifest says of it."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    end = _end_of_text(tokenizer)
+    dtype = np.uint16 if tokenizer.vocabulary_size(chosen) <= 1 << 16 else np.uint32
+    end = tokenizer.end_of_text(chosen)
     table, start = [], 0
     per_domain = dict.fromkeys(domains, 0)
-    task = progress.add_task(f"tokenizing {split.replace('_', ' ')}", total=len(found))
+    numbers = {name: number for number, name in enumerate(domains)}
+    task = progress.add_task(f"tokenizing {split.replace('_', ' ')}", total=sum(len(d.text) for d in found))
     with (folder / f"{split}.bin").open("wb") as out:
-        for begin in range(0, len(found), 64):
-            batch = found[begin : begin + 64]
-            encodings = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
-            for document, encoding in zip(batch, encodings, strict=True):
-                tokens = np.array([*encoding.ids, end], dtype=dtype)
-                out.write(tokens.tobytes())
-                table.append((start, len(tokens), domains.index(document.domain)))
-                per_domain[document.domain] += len(tokens)
-                start += len(tokens)
-            progress.update(task, advance=len(batch))
+        for document, ids in zip(found, tokenizer.encode(chosen, (d.text for d in found)), strict=True):
+            tokens = np.append(ids, np.uint32(end)).astype(dtype)
+            out.write(tokens.tobytes())
+            table.append((start, len(tokens), numbers[document.domain]))
+            per_domain[document.domain] += len(tokens)
+            start += len(tokens)
+            progress.update(task, advance=len(document.text))
+    progress.remove_task(task)
     np.save(folder / f"{split}.docs.npy", np.array(table, dtype=np.int64).reshape(-1, 3))
     size = sum(len(d.text.encode()) for d in found)
     return {"documents": len(found), "tokens": start, "bytes": size, "tokens_per_domain": per_domain}
