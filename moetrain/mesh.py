@@ -5,6 +5,7 @@ Every rank reads its own share of the data; a rank is in one data group and one 
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.comm import shared_memory
-from moetrain.config import Parallel
+from moetrain.config import ConfigError, Parallel
 
 SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
 
@@ -63,23 +64,36 @@ def start(
     init_method: str = "env://",
     timeout: float = 600.0,
 ) -> Iterator[Mesh]:
-    """Join `world` ranks: NCCL where there are GPUs, else gloo. Everything is torn down on the way out."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    """Join `world` ranks: NCCL where there are GPUs, else gloo. What was joined is torn down at the end of the context,
+    but not where the context raises: peers may be inside a collective then, NCCL would wait for them, and the error
+    would never be told. The process has to end after that."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world:  # one host: what its name resolves to does not matter
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    device = device_of(local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
     dist.init_process_group(
-        backend, init_method=init_method, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
     )
-    try:
-        mesh = _axes(parallel, rank, world, device)
-        with shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
-            yield mesh
-            dist.barrier()  # a rank that leaves early can make a slower one abort
-    finally:
-        dist.destroy_process_group()
+    mesh = _axes(parallel, rank, world, device)
+    with shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
+        yield mesh
+        dist.barrier()  # a rank that leaves early can make a slower one abort
+    dist.destroy_process_group()
+
+
+def device_of(local_rank: int) -> torch.device:
+    """A worker's device: the GPU of its number on this host. Where only one can be seen, its launcher has chosen
+    (Slurm's --gpus-per-task). Raises `ConfigError` where there are several, but too few."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1 and local_rank >= count:
+        raise ConfigError(f"LOCAL_RANK={local_rank}: must be below the number of GPUs that this process sees, {count}")
+    return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
 
 
 @contextmanager

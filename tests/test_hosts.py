@@ -7,8 +7,9 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
-from moetrain import cli
+from moetrain import cli, mesh
 from moetrain.bench.hosts import WAYS
 from moetrain.bench.namespaces import Hosts
 from moetrain.config import ConfigError
@@ -71,3 +72,19 @@ def test_without_the_tools_it_says_what_is_missing(monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().err.strip() == (
         "error: several hosts on one machine: needs the command ip (iproute2, util-linux)"
     )
+
+
+@pytest.mark.parametrize(
+    ("seen", "local_rank", "device"), [(0, 3, "cpu"), (8, 3, "cuda:3"), (1, 0, "cuda:0"), (1, 3, "cuda:0")]
+)
+def test_a_worker_takes_the_gpu_of_its_number_or_the_one_it_sees(monkeypatch, seen, local_rank, device) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert str(mesh.device_of(local_rank)) == device
+
+
+def test_fewer_gpus_than_workers_are_bad_input(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"^LOCAL_RANK=2: must be below the number of GPUs .*, 2$"):
+        mesh.device_of(2)

@@ -1,9 +1,12 @@
-"""Parts of recovery: requests to end, heartbeats, steps that are not finite, snapshots on two hosts, fewer ranks."""
+"""Parts of recovery: requests to end, heartbeats, steps that are not finite, ranks that raise, snapshots on two hosts,
+fewer ranks."""
 
+import json
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +29,7 @@ from moetrain.recovery.guard import Guard
 from moetrain.recovery.heartbeat import Beat, Heart, furthest, read, report
 from moetrain.recovery.shrink import fitting
 from moetrain.recovery.snapshots import Snapshots, keepers
+from moetrain.worker import ERROR_FILE
 
 # Requests to end
 
@@ -186,6 +190,34 @@ def test_only_steps_in_a_row_count(pool, tmp_path: Path) -> None:
     left = "is left out: its loss or gradient is not finite"
     wanted = [None, f"step 2 {left} (1 in a row)", f"step 3 {left} (2 in a row)", None, f"step 5 {left} (1 in a row)"]
     assert pool.run(judged, 1, str(tmp_path)) == [wanted]
+
+
+# A rank that raises
+
+
+RAISES = """
+import sys, time
+import torch.distributed as dist
+dist.destroy_process_group = lambda *_: time.sleep(600)  # as NCCL's, with a peer inside a collective
+from moetrain import tasks
+from moetrain.__main__ import run
+tasks.profile_run = lambda *_: 1 / 0
+sys.argv = ["moetrain", "profile", "model=tiny"]
+run()
+"""
+
+
+def test_a_rank_that_raises_leaves_its_traceback_and_ends(tmp_path: Path) -> None:
+    """Whatever it would take to leave its peers in good order."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **place, ERROR_FILE: str(tmp_path / "word.json")}
+    done = subprocess.run([sys.executable, "-c", RAISES], timeout=300, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stderr
+    message = json.loads((tmp_path / "word.json").read_text())["message"]
+    assert message["message"] == "ZeroDivisionError: division by zero"
+    assert "in <lambda>" in message["extraInfo"]["py_callstack"]
 
 
 # Snapshots
