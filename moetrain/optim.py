@@ -44,6 +44,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
         self._dtype = torch.bfloat16 if options.state_dtype == "bf16" else torch.float32
         self._folder = folder
+        self._steps: dict[Tensor, int] = {}  # of each parameter, as in its state: to ask a GPU for it takes a while
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """`step`, `exp_avg` and `exp_avg_sq`, the moments in the parameter's shape and placement; made at need."""
@@ -63,6 +64,12 @@ class AdamW(torch.optim.AdamW):
         out._local_tensor = held  # `DTensor.from_local` would move it to where its mesh computes
         return out
 
+    def restored(self, step: int) -> None:
+        """The states hold those of a checkpoint of `step` steps now."""
+        for parameter, state in self.state.items():
+            state["step"].fill_(step)
+            self._steps[parameter] = step
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
@@ -75,8 +82,9 @@ class AdamW(torch.optim.AdamW):
             kind = zlib.crc32(f"{group.get('kind')} {group['weight_decay']}".encode())  # ranks may lack whole groups
             for number, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
-                    seed = int(self.state[parameter]["step"]) * 0x9E3779B1 + kind + 2 * number
-                    self._step_narrow(group, parameter, seed)
+                    done = self._steps.get(parameter, 0)
+                    self._step_narrow(group, parameter, done * 0x9E3779B1 + kind + 2 * number)
+                    self._steps[parameter] = done + 1
 
     def _step_narrow(self, group: dict[str, Any], parameter: Tensor, seed: int) -> None:
         """The update in fp32, from moments that are widened for it and then narrowed."""

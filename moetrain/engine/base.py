@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,9 @@ from moetrain.moe.cost import Costs
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.routers.base import Replicated
+
+FP32_SQUARES = (1e-30, 1e36)  # sums of squares that fp32 has room for
+EXACT_ELEMENTS = 1 << 18  # squared in fp64 at a time
 
 
 class Engine(ABC):
@@ -78,9 +82,17 @@ class Engine(ABC):
     def _backward(self, loss: Tensor, last: bool) -> None:
         """`backward`, but for what is replicated."""
 
-    @abstractmethod
     def grad_norm(self) -> float:
         """The norm over all parameters of the model, each counted once, however many ranks hold it."""
+        grads, device = list(self._grads()), self.mesh.device
+        total = all_reduce_sum(sum_of_squares(grads, device)).item()
+        if not FP32_SQUARES[0] < total < FP32_SQUARES[1]:  # the same on every rank
+            total = all_reduce_sum(sum_of_squares(grads, device, exact=True)).item()
+        return math.sqrt(total)
+
+    @abstractmethod
+    def _grads(self) -> Iterator[tuple[Tensor, int]]:
+        """(gradient, on how many ranks it is) of all that this rank updates; after the last backward of a step."""
 
     @abstractmethod
     def entries(self, optimizer: bool = True) -> Entries:
@@ -97,6 +109,32 @@ class Engine(ABC):
     @abstractmethod
     def _forget(self) -> None:
         """Forget the gradients: the step is left out."""
+
+
+def sum_of_squares(grads: Iterable[tuple[Tensor, int]], device: torch.device, exact: bool = False) -> Tensor:
+    """fp64 scalar on `device`: Σ ‖gradient‖² / copies over (gradient, copies).
+
+    A GPU squares in fp32 (`fp32_squares`). A CPU would add up a whole gradient in fp32: there, and where `exact` asks
+    for it, squares are fp64, `EXACT_ELEMENTS` of them at a time, so that no gradient is copied as a whole.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    together: dict[tuple[torch.device, torch.dtype, int], list[Tensor]] = {}
+    for grad, copies in grads:
+        if exact or grad.device.type == "cpu":
+            parts = (part.double() for part in grad.detach().reshape(-1).split(EXACT_ELEMENTS))
+            squares = [part.dot(part) for part in parts]
+            total += torch.stack(squares).sum().to(device) / copies
+        elif grad.numel():
+            together.setdefault((grad.device, grad.dtype, copies), []).append(grad.detach())
+    for (*_, copies), group in together.items():
+        total += fp32_squares(group).to(device) / copies
+    return total
+
+
+def fp32_squares(tensors: list[Tensor]) -> Tensor:
+    """fp64 scalar: Σ ‖tensor‖², block by block in fp32, then in fp64; right to 1e-6 within `FP32_SQUARES` on a GPU,
+    in one pass over all of them without a copy."""
+    return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32)).double().square().sum()
 
 
 def guest_slots(config: Config, world: int) -> int:

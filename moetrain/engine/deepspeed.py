@@ -9,7 +9,6 @@ experts, its bf16 optimizer leaves experts out. The model and its autograd graph
 
 import io
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ with warnings.catch_warnings():
     from deepspeed.utils import groups as parallel
 
 from moetrain.checkpoint.entries import MODEL, MOMENTS, Entries, Held, held, of_model
-from moetrain.comm import all_reduce_sum
 from moetrain.config import Config, DeepSpeed
 from moetrain.engine.base import Engine, adam_state, groups, guest_slots, moes, replicated
 from moetrain.engine.deepspeed_config import ds_config
@@ -99,7 +97,7 @@ class DeepSpeedEngine(Engine):
         for group in (*self.optimizer.param_groups, *self._own_adam.param_groups):
             group["lr"] = lr
         if scale != 1.0:
-            torch._foreach_mul_([g for g, _ in self._grads()], scale)
+            torch._foreach_mul_([grad for grad, _ in self._grads()], scale)
         self._engine.step()
         self._own_adam.step()
         self._own_adam.zero_grad()
@@ -107,12 +105,6 @@ class DeepSpeedEngine(Engine):
     def _forget(self) -> None:
         rule = "under engine=deepspeed a step cannot be left out; a lower optim.lr may help"
         raise FloatingPointError(f"the gradient norm is not finite, nothing was updated; {rule}")
-
-    def grad_norm(self) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for grad, copies in self._grads():
-            total += grad.double().square().sum().to(total.device) / copies
-        return math.sqrt(all_reduce_sum(total).item())
 
     def entries(self, optimizer: bool = True) -> Entries:
         if optimizer:
@@ -149,7 +141,6 @@ class DeepSpeedEngine(Engine):
             self.optimizer.update_lp_params()
 
     def _grads(self) -> Iterator[tuple[Tensor, int]]:
-        """(gradient, on how many ranks it is) of all that this rank updates; after the last backward of a step."""
         world, optimizer = self.mesh.world, self.optimizer
         yield from ((p.grad, world) for p in self._own if p.grad is not None)
         if self._stage == 0:

@@ -10,7 +10,6 @@ Master weights are fp32; under bf16, FSDP2 casts what it gathers and reduces in 
 gradients and AdamW's moments lie in the host's memory and are updated there; the moments in files, if it is `disk`.
 """
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from torch.distributed.tensor import DTensor
 
 from moetrain import precision
 from moetrain.checkpoint.entries import MODEL, MOMENTS, Entries, Held, held, of_model
-from moetrain.comm import all_reduce_sum
 from moetrain.config import Config, Native
 from moetrain.engine.base import Engine, groups, guest_slots, replicated
 from moetrain.mesh import Mesh
@@ -64,20 +62,12 @@ class NativeEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if scale != 1.0:
-            torch._foreach_mul_([local(g) for g in self._grads()], scale)
+            torch._foreach_mul_([grad for grad, _ in self._grads()], scale)
         self.optimizer.step()
         self._forget()
 
     def _forget(self) -> None:
         self.optimizer.zero_grad()
-
-    def grad_norm(self) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                copies = self.mesh.dp_replicate if isinstance(parameter, DTensor) else self.mesh.world
-                total += local(parameter.grad).double().square().sum() / copies
-        return math.sqrt(all_reduce_sum(total).item())
 
     def entries(self, optimizer: bool = True) -> Entries:
         """This rank's part of what a checkpoint holds; it shares memory with the model and the optimizer."""
@@ -95,11 +85,13 @@ class NativeEngine(Engine):
 
     def restored(self, entries: Entries, step: int) -> None:
         """`entries` hold a checkpoint of `step` steps now."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
+        self.optimizer.restored(step)
 
-    def _grads(self) -> Iterator[Tensor]:
-        return (p.grad for p in self.model.parameters() if p.grad is not None)
+    def _grads(self) -> Iterator[tuple[Tensor, int]]:
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                copies = self.mesh.dp_replicate if isinstance(parameter, DTensor) else self.mesh.world
+                yield local(parameter.grad), copies
 
 
 def shard(model: Transformer, mesh: Mesh, config: Config) -> None:
