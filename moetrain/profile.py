@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from moetrain import precision
-from moetrain.comm import all_gather, barrier, broadcast, broadcast_text, start_all_to_all
+from moetrain.comm import all_gather, barrier, broadcast, broadcast_text, gather_texts, start_all_to_all
 from moetrain.config import Config
 from moetrain.mesh import Mesh
-from moetrain.moe import compiled, kernels
-from moetrain.moe.cost import Costs, Link
+from moetrain.moe import compiled, gemm_cpu, kernels
+from moetrain.moe.cost import Costs, Link, Measured
 from moetrain.moe.guests import Copy, Lending, Returning
 
 COSTS = "costs.json"  # in a run's folder and in its checkpoints
@@ -136,16 +136,23 @@ def from_json(text: str) -> Costs:
     tree = json.loads(text)
     del tree["ranks"]
     links = {name: Link(**tree[name]) for name in ("inside", "between")}
-    return Costs(**{**tree, **links, "nodes": tuple(tree["nodes"])})
+    measured = tuple(Measured(*each) for each in tree.get("kernels", ()))  # older costs have none
+    return Costs(**{**tree, **links, "nodes": tuple(tree["nodes"]), "kernels": measured})
 
 
 def measure(mesh: Mesh, layer: Layer) -> Costs:
-    """Costs of a layer on the ranks of `mesh.ep`. All ranks call it; a few seconds."""
+    """Costs of a layer on the ranks of `mesh.ep`, and which kernels are used from now on: those that they are of.
+
+    All ranks call it; a few seconds.
+    """
     sizes = Sizes.of(layer, mesh.ep.size, mesh.device.type, min(_gather(mesh, _free_bytes(mesh.device))))
     segments, (few, many) = sizes.segments, sizes.rows
+    works = [Work.of(layer, segments, rows, mesh.device) for rows in (few, many)]
+    measured = _compare(mesh, works[1])
     (forward_few, backward_few), (forward_many, backward_many) = (
-        _experts(mesh, layer, segments, rows) for rows in (few, many)
+        (_time(mesh, work.forward), _time(mesh, work.backward)) for work in works
     )
+    del works
     row_forward = max(forward_many - forward_few, 1e-9) / (segments * (many - few))
     row_backward = max(backward_many - backward_few, 1e-9) / (segments * (many - few))
     padding = (kernels.row_step(layer.dtype, mesh.device) - 1) / 2  # rows, on average
@@ -166,6 +173,7 @@ def measure(mesh: Mesh, layer: Layer) -> Costs:
         between=between or inside or Link(0.0, 1e12),
         overlap=_overlap(mesh, layer, sizes),
         nodes=nodes,
+        kernels=measured,
     )
     costs = dataclasses.replace(costs, handling=_handling(mesh, layer, costs))
     costs = from_json(broadcast_text(to_json(costs, mesh), mesh.device))
@@ -180,33 +188,81 @@ def _free_bytes(device: torch.device) -> float:
     return float(torch.cuda.mem_get_info(device)[0] + unused)
 
 
-def _experts(mesh: Mesh, layer: Layer, segments: int, rows: int) -> tuple[float, float]:
-    """Seconds forward and backward of `segments` experts of `rows` rows each, gathering and summing rows included."""
-    dim, hidden, dtype = layer.dim, layer.hidden, layer.dtype
-    sizes, total = [rows] * segments, rows * segments
-    new = lambda *shape: torch.randn(shape, device=mesh.device).mul_(0.1).to(dtype)  # noqa: E731
-    gate_up, down, x = new(segments, 2 * hidden, dim), new(segments, dim, hidden), new(total, dim)
-    inner, back, outer = new(total, 2 * hidden), new(total, dim), new(total, hidden)
-    grads, index = (torch.empty_like(gate_up), torch.empty_like(down)), torch.arange(total, device=mesh.device)
-    weight, bags = torch.ones(total, device=mesh.device), kernels.Bags.of(index // 2, (total + 1) // 2, 2)
+class Work(NamedTuple):
+    """What is timed: experts of as many rows each, their products, and what is around these."""
 
-    def forward() -> None:
-        rows_MD = x.index_select(0, index)
-        kernels.segment_mm(rows_MD, gate_up, sizes, inner, transpose=True)
-        kernels.segment_mm(kernels.swiglu(inner), down, sizes, back, transpose=True)
-        kernels.sum_rows(back, weight, bags, dtype)
+    gate_up: Tensor  # [S, 2H, D]
+    down: Tensor  # [S, D, H]
+    grads: tuple[Tensor, Tensor]  # of both
+    x: Tensor  # [M, D]
+    inner: Tensor  # [M, 2H]
+    outer: Tensor  # [M, H]
+    back: Tensor  # [M, D]
+    weight: Tensor  # [M]
+    bags: kernels.Bags
+    sizes: list[int]  # [S]
 
-    def backward() -> None:
-        rows_MD = x.index_select(0, index)
-        kernels.segment_mm(rows_MD, down, sizes, outer, transpose=False)
-        part = inner.clone()
-        kernels.swiglu_backward(part, outer, weight)
-        kernels.segment_mm(part, gate_up, sizes, back, transpose=False)
-        kernels.segment_outer(part, rows_MD, sizes, grads[0], add=False)
-        kernels.segment_outer(rows_MD, outer, sizes, grads[1], add=False)
-        kernels.sum_rows(back, None, bags, dtype)
+    @classmethod
+    def of(cls, layer: Layer, segments: int, rows: int, device: torch.device) -> "Work":
+        """`segments` experts of `rows` rows."""
+        dim, hidden, total = layer.dim, layer.hidden, rows * segments
+        new = lambda *shape: torch.randn(shape, device=device).mul_(0.1).to(layer.dtype)  # noqa: E731
+        gate_up, down, index = new(segments, 2 * hidden, dim), new(segments, dim, hidden), torch.arange(total)
+        bags = kernels.Bags.of(index.to(device) // 2, (total + 1) // 2, 2)
+        grads, weight = (torch.empty_like(gate_up), torch.empty_like(down)), torch.ones(total, device=device)
+        inner, outer = new(total, 2 * hidden), new(total, hidden)
+        sizes = [rows] * segments
+        return cls(gate_up, down, grads, new(total, dim), inner, outer, new(total, dim), weight, bags, sizes)
 
-    return _time(mesh, forward), _time(mesh, backward)
+    def forward(self) -> None:
+        rows_MD = self.x.index_select(0, self.bags.row_M)
+        kernels.segment_mm(rows_MD, self.gate_up, self.sizes, self.inner, transpose=True)
+        kernels.segment_mm(kernels.swiglu(self.inner), self.down, self.sizes, self.back, transpose=True)
+        kernels.sum_rows(self.back, self.weight, self.bags, self.back.dtype)
+
+    def backward(self) -> None:
+        rows_MD = self.x.index_select(0, self.bags.row_M)
+        kernels.segment_mm(rows_MD, self.down, self.sizes, self.outer, transpose=False)
+        part = self.inner.clone()
+        kernels.swiglu_backward(part, self.outer, self.weight)
+        kernels.segment_mm(part, self.gate_up, self.sizes, self.back, transpose=False)
+        kernels.segment_outer(part, rows_MD, self.sizes, self.grads[0], add=False)
+        kernels.segment_outer(rows_MD, self.outer, self.sizes, self.grads[1], add=False)
+        kernels.sum_rows(self.back, None, self.bags, self.back.dtype)
+
+    def sums(self) -> None:
+        kernels.sum_rows(self.back, self.weight, self.bags, self.back.dtype)
+        kernels.sum_rows(self.back, None, self.bags, self.back.dtype)
+
+    def swiglu(self) -> None:
+        kernels.swiglu(self.inner)
+        kernels.swiglu_backward(self.inner.clone(), self.outer, self.weight)
+
+    def products(self) -> None:
+        kernels.segment_mm(self.x, self.gate_up, self.sizes, self.inner, transpose=True)
+        kernels.segment_mm(self.outer, self.down, self.sizes, self.back, transpose=True)
+        kernels.segment_mm(self.x, self.down, self.sizes, self.outer, transpose=False)
+        kernels.segment_mm(self.inner, self.gate_up, self.sizes, self.back, transpose=False)
+        kernels.segment_outer(self.inner, self.x, self.sizes, self.grads[0], add=False)
+        kernels.segment_outer(self.x, self.outer, self.sizes, self.grads[1], add=False)
+
+
+def _compare(mesh: Mesh, work: Work) -> tuple[Measured, ...]:
+    """The parts that every rank has kernels of our own for, beside torch's; the faster ones are used from now on."""
+    parts = {"sums": work.sums, "swiglu": work.swiglu, "products": work.products}
+    mine = " ".join(part for part in parts if kernels.has_own(part, work.x, work.inner, work.outer))
+    ranks = [text.split() for text in gather_texts(mine, mesh.saving)]
+    found = []
+    for part, run in parts.items():
+        if all(part in here for here in ranks):
+            seconds = []
+            for left in ([], [part]):
+                kernels.leave_to_torch(left)
+                seconds.append(_time(mesh, run))
+            found.append([part, *seconds])
+    measured = tuple(Measured(*each) for each in json.loads(broadcast_text(json.dumps(found), mesh.device)))
+    kernels.leave_to_torch([each.part for each in measured if each.torch_is_faster])
+    return measured
 
 
 def _link(mesh: Mesh, peers: list[bool], message_bytes: tuple[int, int]) -> Link | None:
@@ -320,5 +376,6 @@ def _key(mesh: Mesh, layer: Layer) -> str:
         device = torch.cuda.get_device_name(mesh.device)
     else:
         device = f"{socket.gethostname()} {os.cpu_count()} cores {torch.get_num_threads()} threads"
+        device += f" {torch.backends.cpu.get_cpu_capability()} {gemm_cpu.able()}"  # a name may move to another machine
     facts = f"{device} {torch.__version__} {compiled.DIGEST} {_nodes(mesh)} {mesh.world} {mesh.ep.size} {layer}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -48,6 +48,9 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     for name, link in (("inside", costs.inside), ("between", costs.between)):
         where = "in a node" if name == "inside" else "between nodes"
         console.print(f"link       {link.bandwidth / 1e9:.2f} GB/s and {1e6 * link.latency:.0f} µs a message {where}")
+    for each in costs.kernels:
+        ours, theirs = f"{1e3 * each.own:.2f} ms with our kernels", f"{1e3 * each.torch:.2f} with torch's"
+        console.print(f"{each.part:<10} {ours}, {theirs}: {'torch' if each.torch_is_faster else 'ours'} from now on")
     console.print(f"overlap    {costs.overlap:.0%} of a transfer passes while rows are computed")
 
 

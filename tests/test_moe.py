@@ -421,6 +421,39 @@ def test_a_gpu_groups_small_products_where_it_can(monkeypatch, dtype, sizes, hop
     assert kernels._one_by_one(torch.empty(sum(sizes), 8, dtype=dtype, device="meta"), sizes) == one_by_one
 
 
+@pytest.mark.parametrize("part", kernels.PARTS)
+def test_a_part_left_to_torch_is_torchs_alone(monkeypatch, part: str) -> None:
+    """Kernels of our own compute the others, and nothing changes but the rounding."""
+    calls: list[str] = []
+    own = {"sums": (kernels_cpu, "sum_rows"), "swiglu": (kernels_cpu, "swiglu"), "products": (gemm_cpu, "segment_mm")}
+    monkeypatch.setattr(gemm_cpu, "fits", lambda *_: True)
+    for name, (module, function) in own.items():
+        before = getattr(module, function) if name != "products" else _loop
+        monkeypatch.setattr(module, function, lambda *a, n=name, b=before: (calls.append(n), b(*a))[1])
+    rows, weight, bags = torch.randn(6, 2 * H), torch.randn(1, H, D), kernels.Bags.of(torch.arange(6) // 2, 3, 2)
+
+    def run() -> list[Tensor]:
+        hidden, out = kernels.swiglu(rows), torch.empty(6, D)
+        kernels.segment_mm(hidden, weight, [6], out, transpose=False)
+        return [hidden, out, kernels.sum_rows(out, torch.ones(6), bags, out.dtype)]
+
+    ours = run()
+    assert sorted(calls) == sorted(kernels.PARTS)
+    calls.clear()
+    kernels.leave_to_torch([part])
+    try:
+        theirs = run()
+    finally:
+        kernels.leave_to_torch(())
+    assert sorted(calls) == sorted(set(kernels.PARTS) - {part})
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _loop(rows: Tensor, weights: Tensor, sizes: list[int], out: Tensor, transpose: bool) -> None:
+    out.copy_(rows @ weights[0])
+
+
 def test_cpu_kernels_round_as_torch_does() -> None:
     values = torch.cat([torch.randn(500), torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1e-40, 3.4e38])])
     halves = values.bfloat16()

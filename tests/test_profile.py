@@ -1,6 +1,7 @@
 """Measured costs: sound, the same on every rank, kept with the run, its checkpoints and the machine."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moetrain import profile
+from moetrain import config, profile, train
 from moetrain.bench import virtual
 from moetrain.bench.cases import Shape
 from moetrain.mesh import Mesh
-from moetrain.moe.cost import Costs, default_costs
+from moetrain.moe import gemm_cpu, kernels
+from moetrain.moe.cost import Costs, Measured, default_costs
 
 LAYER = profile.Layer(32, 48, 8, 2, torch.float32)
 PUBLISHED = {  # width, hidden, experts, top-k
@@ -91,7 +93,8 @@ def through_json(mesh: Mesh, costs: Costs) -> str:
 
 
 def test_costs_survive_json(pool) -> None:
-    costs = dataclasses.replace(default_costs(), nodes=(0, 0, 1))
+    costs = dataclasses.replace(default_costs(), nodes=(0, 0, 1), kernels=(Measured("sums", 2e-3, 1e-3),))
+    assert costs.by_torch == ["sums"]
     (text,) = pool.run(through_json, 1, costs)
     assert profile.from_json(text) == costs
 
@@ -128,3 +131,55 @@ def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
     assert pool.run(obtain, 2, str(cache), str(third), str(first))[0][0] == a  # and the checkpoint's before all
     assert profile.of_checkpoint(third) == a
     assert pool.run(obtain, 2, str(cache), str(third), str(first), ep=1)[0][0].row_bytes == 64  # another layout: anew
+
+
+def seconds_by(torch_seconds: dict[str, float]) -> Callable[[Mesh, Callable[[], object]], float]:
+    """In place of `profile._time`: a part of the layer takes a second with our kernels, and so many with torch's."""
+
+    def seconds(mesh: Mesh, work: Callable[[], object]) -> float:
+        work()
+        return torch_seconds.get(min(kernels._by_torch, default=""), 1.0)
+
+    return seconds
+
+
+def compared(mesh: Mesh, layer: profile.Layer, torch_seconds: list[dict[str, float]]) -> tuple[list[str], list[str]]:
+    """(the parts compared, those that torch computes from now on) where ranks are as fast as that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile, "_time", seconds_by(torch_seconds[mesh.rank]))
+        found = profile._compare(mesh, profile.Work.of(layer, 2, 4, mesh.device))
+    return [each.part for each in found], sorted(kernels._by_torch)
+
+
+def test_the_faster_kernels_are_used_and_all_ranks_use_the_same(pool) -> None:
+    """Ours near a tie; bf16 products where this CPU has kernels for them."""
+    slow, fast = {"sums": 0.9, "swiglu": 3.0, "products": 2.0}, {"sums": 0.5, "swiglu": 3.0, "products": 2.0}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = profile.Layer(32, 64, 8, 2, dtype)
+        parts = ["sums", "swiglu", "products"][: 3 if dtype == torch.bfloat16 and gemm_cpu.able() else 2]
+        assert pool.run(compared, 1, layer, [slow])[0] == (parts, [])
+        assert pool.run(compared, 2, layer, [fast, slow]) == [(parts, ["sums"])] * 2  # as rank 0 has it
+
+
+def losses_with(mesh: Mesh, cache: str, parts: list[str], overrides: list[str]) -> tuple[list[float], list[str]]:
+    """(losses, what torch computed) of a run on a machine where torch is faster at `parts`; nothing is known of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
+        faster = dict.fromkeys(kernels.PARTS, 2.0) | dict.fromkeys(parts, 0.5)
+        patch.setattr(profile, "_time", seconds_by(faster))
+        folder = train.train(config.load(overrides), mesh)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row], sorted(kernels._by_torch)
+
+
+def test_a_run_goes_on_with_the_kernels_that_it_began_with(pool, tiny, tmp_path: Path) -> None:
+    """Bit for bit, on a machine that would choose others now."""
+
+    def of(name: str, steps: int, parts: list[str], cache: str) -> tuple[list[float], list[str]]:
+        more = [*tiny, "planner=home", f"run.name={name}", f"train.steps={steps}", "optim.schedule=wsd"]
+        return pool.run(losses_with, 1, str(tmp_path / cache), parts, [*more, "optim.decay_fraction=0.01"])[0]
+
+    whole, by_torch = of("whole", 4, ["sums", "swiglu"], "one")
+    assert by_torch == ["sums", "swiglu"]
+    assert of("part", 2, ["sums", "swiglu"], "two") == (whole[:2], by_torch)
+    assert of("part", 4, [], "three") == (whole, by_torch)

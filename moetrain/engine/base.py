@@ -15,6 +15,7 @@ from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
+from moetrain.moe import kernels
 from moetrain.moe.cost import Costs
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import LayerStats, MoE
@@ -46,7 +47,8 @@ class Engine(ABC):
         return self.model(*args)
 
     def plan_with(self, costs: Costs) -> None:
-        """What the planner decides with from now on."""
+        """What the planner decides with from now on, and which kernels compute."""
+        kernels.leave_to_torch(costs.by_torch)
         again = 3 if self._recompute else 2  # forward, recompute, backward
         for moe in moes(self.model):
             lends = 1 if moe.experts.store.slots else again

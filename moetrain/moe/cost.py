@@ -13,7 +13,7 @@ R ranks, E experts.
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -162,6 +162,19 @@ class Link:
     bandwidth: float  # bytes a second, each direction
 
 
+class Measured(NamedTuple):
+    """Seconds of a part of the layer (`kernels.PARTS`) with our kernels and with torch's."""
+
+    part: str
+    own: float
+    torch: float
+
+    @property
+    def torch_is_faster(self) -> bool:
+        """Clearly: near a tie every run is to decide alike."""
+        return 1.15 * self.torch < self.own
+
+
 @dataclass(frozen=True)
 class Costs:
     """What the planner knows about the machine and the layer. Seconds and bytes."""
@@ -179,6 +192,12 @@ class Costs:
     handling: float = 0.0  # seconds that a guest costs its owner and its borrower besides its bytes
     lends: int = 1  # times that a guest's weights travel per forward and backward: 2 where backward lends again
     nodes: tuple[int, ...] = ()  # the node of each rank, consecutive numbers from 0; empty: 8 ranks a node
+    kernels: tuple[Measured, ...] = ()  # which kernels the other figures are of; no part: ours
+
+    @property
+    def by_torch(self) -> list[str]:
+        """The parts that torch computes clearly faster here, hence in every run with these costs."""
+        return [each.part for each in self.kernels if each.torch_is_faster]
 
     def node(self, num_ranks: int) -> Ints:
         """[R] the node of each rank."""

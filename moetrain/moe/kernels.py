@@ -7,7 +7,7 @@ M rows, D width, H expert hidden width, S slots, B bags.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,9 @@ from moetrain.moe import gemm_cpu, kernels_cpu
 Matrices = Tensor | Sequence[Tensor]  # [S] of them
 LARGE_SEGMENT = 512  # rows, on average, that a GPU is well filled with
 BACKENDS = ("torch", "numba", "triton")  # of the sums and the SwiGLU
+PARTS = ("sums", "swiglu", "products")  # for which there are kernels of our own beside torch's
 _backend: str | None = None  # of `using`; not one of a thread: a backward has its own
+_by_torch: frozenset[str] = frozenset()  # of `leave_to_torch`
 
 
 @contextmanager
@@ -36,8 +38,27 @@ def using(backend: str | None) -> Iterator[None]:
         _backend = before
 
 
-def _fused(*tensors: Tensor) -> ModuleType | None:
+def leave_to_torch(parts: Collection[str]) -> None:
+    """From now on torch computes these of PARTS in this process, and kernels of our own the others, where they fit."""
+    global _by_torch
+    _by_torch = frozenset(parts)
+
+
+def has_own(part: str, *tensors: Tensor) -> bool:
+    """Whether a kernel of our own would compute with these tensors, were the part not left to torch."""
+    return gemm_cpu.fits(*tensors) if part == "products" else _module(*tensors) is not None
+
+
+def _fused(part: str, *tensors: Tensor) -> ModuleType | None:
     """What computes with these tensors in one pass over memory; None: plain torch."""
+    return None if _backend is None and part in _by_torch else _module(*tensors)
+
+
+def _own_products(*tensors: Matrices) -> bool:
+    return "products" not in _by_torch and gemm_cpu.fits(*tensors)
+
+
+def _module(*tensors: Tensor) -> ModuleType | None:
     backend = _backend or {"cpu": "numba", "cuda": "triton"}.get(tensors[0].device.type, "torch")
     module: ModuleType | None = None
     if backend == "numba":
@@ -84,7 +105,8 @@ class Bags:
 def row_step(dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a segment are padded to a multiple of this. On a CPU, torch's bf16 products compile a kernel for every
     new number of rows, which takes longer than the product; routing brings new numbers all the time."""
-    return 16 if device.type == "cpu" and dtype == torch.bfloat16 and not gemm_cpu.able() else 1
+    own = gemm_cpu.able() and "products" not in _by_torch
+    return 16 if device.type == "cpu" and dtype == torch.bfloat16 and not own else 1
 
 
 def stable_argsort(key_M: Tensor) -> Tensor:
@@ -98,7 +120,7 @@ def positions(mask: Tensor, count: int) -> Tensor:
 
 def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, bags: Bags, dtype: torch.dtype) -> Tensor:
     """[B, D]: the sum of each bag's rows, weighted, one after another in fp32."""
-    fused = _fused(rows_MD)
+    fused = _fused("sums", rows_MD)
     if fused is not None and dtype == rows_MD.dtype:
         return fused.sum_rows(rows_MD, weight_M, bags.row_M, bags.begin_B, None)
     total = rows_MD.new_zeros(len(bags.begin_B) - 1, rows_MD.shape[1], dtype=torch.float32)
@@ -107,7 +129,7 @@ def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, bags: Bags, dtype: torch.
 
 def add_rows(own_BD: Tensor, rows_MD: Tensor, bags: Bags) -> Tensor:
     """[B, D]: each bag's own row plus the sum of its rows."""
-    fused = _fused(rows_MD, own_BD)
+    fused = _fused("sums", rows_MD, own_BD)
     if fused is not None:
         return fused.sum_rows(rows_MD, None, bags.row_M, bags.begin_B, own_BD)
     return _accumulate(own_BD.float().clone(), rows_MD, None, bags).to(own_BD.dtype)
@@ -128,7 +150,7 @@ def _accumulate(total_BD: Tensor, rows_MD: Tensor, weight_M: Tensor | None, bags
 
 def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Tensor, transpose: bool) -> None:
     """out = rows @ weight of the row's segment (or its transpose). weights: [S] matrices."""
-    if gemm_cpu.fits(rows_MA, weights, out_MB):
+    if _own_products(rows_MA, weights, out_MB):
         gemm_cpu.segment_mm(rows_MA, weights, sizes, out_MB, transpose)
     elif _one_by_one(rows_MA, sizes):
         begin = 0
@@ -145,7 +167,7 @@ def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Ten
 def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool) -> None:
     """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients. One product for each segment: its result
     is as large as a weight, so that it fills a GPU however few the rows are."""
-    if gemm_cpu.fits(left_MA, right_MB, out_SAB):
+    if _own_products(left_MA, right_MB, out_SAB):
         return gemm_cpu.segment_outer(left_MA, right_MB, sizes, out_SAB, add)
     begin = 0
     for out_AB, size in zip(out_SAB, sizes, strict=True):
@@ -172,7 +194,7 @@ def has_grouped_mm() -> bool:
 
 def swiglu(gate_up_MH2: Tensor) -> Tensor:
     """[M, 2H] -> [M, H]: silu(gate) * up."""
-    fused = _fused(gate_up_MH2)
+    fused = _fused("swiglu", gate_up_MH2)
     if fused is not None:
         return fused.swiglu(gate_up_MH2)
     gate_MH, up_MH = gate_up_MH2.chunk(2, dim=1)
@@ -185,7 +207,7 @@ def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> T
     With h = silu(gate) · up and `grad_MH` the gradient of h for weight one: returns [M] fp32 Σ grad · h, the
     gradient of the weights; writes weight · h to `grad_MH`.
     """
-    fused = _fused(gate_up_MH2, grad_MH)
+    fused = _fused("swiglu", gate_up_MH2, grad_MH)
     if fused is not None:
         return fused.swiglu_backward(gate_up_MH2, grad_MH, weight_M)
     gate_MH, up_MH = gate_up_MH2.chunk(2, dim=1)
