@@ -9,11 +9,11 @@ RUN apt-get update \
 WORKDIR /work
 ENV PATH=/opt/moetrain/bin:$PATH NUMBA_CACHE_DIR=/tmp/moetrain-numba PYTHONUNBUFFERED=1
 
-COPY pyproject.toml README.md LICENSE /src/
+COPY pyproject.toml constraints.txt README.md LICENSE /src/
 COPY moetrain /src/moetrain
 COPY configs /src/configs
 RUN python3 -m venv /opt/moetrain
-RUN /opt/moetrain/bin/pip install --no-cache-dir /src
+RUN /opt/moetrain/bin/pip install --no-cache-dir -c /src/constraints.txt '/src[deepspeed,tensorboard]'
 
 ENTRYPOINT ["moetrain"]
 CMD ["doctor"]

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= demo
-INSTALL := $(BIN)/pip install --quiet --quiet --disable-pip-version-check
+INSTALL := $(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
@@ -39,12 +39,12 @@ format: .venv/installed-dev
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit(f"moetrain needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing moetrain and its packages into .venv, once (a minute or two)"
 	@$(INSTALL) -e .
 	@touch $@
 
-.venv/installed-dev: .venv/bin/python pyproject.toml
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing moetrain and what its tests need into .venv, once (a minute or two)"
 	@$(INSTALL) -e ".[dev]"
 	@touch $@ .venv/installed

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain import checkpoint, precision, profile, runs
+from moetrain import checkpoint, precision, profile, runs, versions
 from moetrain.comm import barrier, broadcast_text
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
@@ -51,7 +51,7 @@ def train(config: Config, mesh: Mesh) -> Path:
         runs.create(config)
     barrier()
     voice = Voice(folder / "log.txt", silent=not mesh.is_main)
-    voice.say_all([*said, *notes])
+    voice.say_all([*versions.newer_than_tested(), *said, *notes])
     size = estimate(config, mesh.world)
     describe(config, mesh, corpus, size, voice)
 

@@ -1,14 +1,24 @@
-"""The package as a newcomer gets it: the wheel outside a checkout, torchrun, the README's map."""
+"""The package as a newcomer gets it: the wheel outside a checkout, its packages, torchrun, the map."""
 
+import importlib.metadata
+import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from moetrain import config, train, versions
+from moetrain.doctor.host import LEAST_TORCH
+from moetrain.mesh import Mesh
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,11 +29,10 @@ def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProces
     )
 
 
-def test_what_the_dockerfile_installs_trains_in_an_empty_folder(data: list[str], tmp_path: Path) -> None:
-    """Its lines in a clean environment, but for the system's packages; those that moetrain needs are this one's."""
-    image, empty, here = tmp_path / "image", tmp_path / "empty", sysconfig.get_paths()["purelib"]
-    empty.mkdir()
-    clean = {"PATH": f"{Path(sys.executable).parent}:{os.defpath}", "HOME": str(tmp_path), "PYTHONPATH": here}
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the Dockerfile installs, but for the system's packages; those that moetrain needs are this environment's."""
+    image = tmp_path_factory.mktemp("image")
     pip = {"PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     for word, _, rest in (line.partition(" ") for line in text.splitlines()):
@@ -38,17 +47,116 @@ def test_what_the_dockerfile_installs_trains_in_an_empty_folder(data: list[str],
                     Path(to).mkdir(parents=True, exist_ok=True)
                     shutil.copy(ROOT / name, to)
         elif word == "RUN" and "apt-get" not in rest:
-            ran = subprocess.run(["sh", "-c", rest], env=clean | pip, capture_output=True, text=True, timeout=120)
+            ran = subprocess.run(
+                ["sh", "-c", rest], env=clean(image) | pip, capture_output=True, text=True, timeout=120
+            )
             assert ran.returncode == 0, ran.stderr
-    python = image / "opt" / "moetrain" / "bin" / "python"
-    ask = [str(python), "-c", "import moetrain; print(moetrain.__file__)"]
-    where = subprocess.run(ask, capture_output=True, text=True, cwd=empty, env=clean)
+    return image
+
+
+def clean(image: Path) -> dict[str, str]:
+    """An environment without anything of ours but the packages."""
+    path = f"{Path(sys.executable).parent}:{os.defpath}"
+    return {"PATH": path, "HOME": str(image), "PYTHONPATH": sysconfig.get_paths()["purelib"]}
+
+
+def test_what_the_dockerfile_installs_works_in_an_empty_folder(image: Path, tmp_path: Path) -> None:
+    """Its own modules and configs, not those of the checkout."""
+    program = image / "opt" / "moetrain" / "bin" / "moetrain"
+    ask = [str(program.with_name("python")), "-c", "import moetrain; print(moetrain.__file__)"]
+    where = subprocess.run(ask, capture_output=True, text=True, cwd=tmp_path, env=clean(image))
     assert where.stdout.startswith(str(image)), where.stderr
+    command = [str(program), "config", "model=tiny", "planner=llep", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean(image))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["planner"]["name"] == "llep"
+
+
+@pytest.mark.grid  # its kernels are compiled from the beginning: two minutes
+def test_what_the_dockerfile_installs_trains_in_an_empty_folder(image: Path, data: list[str], tmp_path: Path) -> None:
     overrides = ["model=tiny", "train.seq_len=32", "train.global_batch=4", "train.steps=2", "parallel.nproc=2"]
     overrides += [*data, "eval.tokens_per_domain=64", "generate.tokens=2", "run.name=image", "track.wandb=false"]
-    done = run([str(python.with_name("moetrain")), "train", *overrides], empty, PYTHONPATH=here)
+    program = image / "opt" / "moetrain" / "bin" / "moetrain"
+    done = run([str(program), "train", *overrides], tmp_path, PYTHONPATH=clean(image)["PYTHONPATH"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (empty / "runs" / "image" / "summary.json").is_file()
+    assert (tmp_path / "runs" / "image" / "summary.json").is_file()
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_every_package_is_pinned_for_us_and_none_is_capped_for_users() -> None:
+    """Those that are needed by those that are needed, too, as far as they are installed here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(text) for text in [*project["dependencies"], *itertools.chain(*extras.values())]]
+    for requirement in wanted:
+        assert not {each.operator for each in requirement.specifier} - {">="}, requirement
+    pinned, seen = pins(), set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        if name != "moetrain":
+            assert name in pinned, f"{requirement} has no line in constraints.txt"
+            assert requirement.specifier.contains(pinned[name], prereleases=True), requirement
+        asked = [name, *requirement.extras]
+        if name == "moetrain" or set(asked) <= seen:
+            continue
+        seen |= set(asked)
+        try:
+            needs = [Requirement(text) for text in importlib.metadata.requires(name) or []]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for need in needs:
+            if need.marker is None or any(
+                need.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)
+            ):
+                wanted.append(need)
+    for file in ("Makefile", "Dockerfile"):
+        installs = [line for line in (ROOT / file).read_text().splitlines() if "pip install" in line]
+        assert installs
+        assert all("constraints.txt" in line for line in installs), file
+
+
+def test_the_image_has_what_goes_with_a_cluster() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (names,) = re.findall(r"'/src\[(.+)\]'", (ROOT / "Dockerfile").read_text())
+    assert set(names.split(",")) == {"deepspeed", "tensorboard", "hf"} & extras.keys()
+
+
+def test_the_tested_releases_are_those_of_the_constraints() -> None:
+    for name, release in versions.TESTED.items():
+        assert pins()[name].startswith(f"{release}."), name
+    (least,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert least == ".".join(map(str, LEAST_TORCH))
+    said = (ROOT / "docs" / "hosts.md").read_text()
+    for name in ("torch", "numba", "transformers", "deepspeed"):
+        assert f"{name} {pins()[name]}" in said, name
+
+
+def started(mesh: Mesh, overrides: list[str], packages: str) -> str:
+    """The log of a run, with this folder of packages before all others."""
+    sys.path.insert(0, packages)
+    try:
+        folder = train.train(config.load(overrides), mesh)
+    finally:
+        sys.path.remove(packages)
+    return (folder / "log.txt").read_text()
+
+
+def test_newer_releases_than_tested_are_named_in_one_line(pool, tiny: list[str], tmp_path: Path) -> None:
+    assert versions.newer_than_tested() == []
+    for name, version in (("torch", "2.99.1+cu130"), ("numba", "0.68.9"), ("transformers", "10.0.0rc1")):
+        about = tmp_path / "packages" / f"{name}-{version}.dist-info" / "METADATA"
+        about.parent.mkdir(parents=True)
+        about.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    once = [*tiny, "run.name=begun", "train.steps=1"]
+    (said, _) = pool.run(started, 2, once, str(tmp_path / "packages"))
+    line = "newer than what moetrain was tested with: torch 2.99.1+cu130 (2.13), transformers 10.0.0rc1 (5.24)"
+    assert said.startswith(f"{line}\n")
+    assert said.count("newer than") == 1
 
 
 @pytest.mark.parametrize("script", ["nodes.sh", "slurm.sh"])

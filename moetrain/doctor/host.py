@@ -4,7 +4,6 @@ import ctypes
 import importlib.metadata
 import os
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -13,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetrain import mesh, runs
+from moetrain import mesh, runs, versions
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
 from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
@@ -26,6 +25,7 @@ OPTIONAL = {
     "hydra-submitit-launcher": "sweeps on Slurm",
     "hydra-joblib-launcher": "sweeps side by side on one host",
 }
+LEAST_TORCH = (2, 10)
 STATES = 12  # bytes a parameter: fp32 weight and two moments
 TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
 
@@ -64,13 +64,11 @@ def _python() -> Finding:
 def _torch() -> Finding:
     import torch
 
-    needs = next(r for r in importlib.metadata.requires("moetrain") or [] if r.startswith("torch"))
-    high, low = sorted(tuple(map(int, version)) for version in re.findall(r"(\d+)\.(\d+)", needs))[::-1]
     here = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
     backends = [name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")()]
     text = f"{torch.__version__}, backends {', '.join(backends) or 'none'}"
-    if not low <= here < high:
-        return Finding("torch", BAD, text, f"pip install '{needs}'")
+    if here < LEAST_TORCH:
+        return Finding("torch", BAD, text, f"pip install 'torch>={'.'.join(map(str, LEAST_TORCH))}'")
     if "gloo" not in backends or (torch.cuda.is_available() and "nccl" not in backends):
         return Finding("torch", BAD, text, "install a build of torch with gloo, and with NCCL for GPUs")
     return Finding("torch", GOOD, text)
@@ -120,6 +118,8 @@ def _packages() -> Finding:
     text = "; ".join(
         [", ".join(have) or "none of the optional ones"] + ([f"without {', '.join(lack)}"] if lack else [])
     )
+    if newer := versions.newer_than_tested():
+        return Finding("packages", NOTE, text, newer[0])
     return Finding("packages", GOOD, text)
 
 
