@@ -12,6 +12,8 @@ ENV PATH=/opt/moetrain/bin:$PATH NUMBA_CACHE_DIR=/tmp/moetrain-numba PYTHONUNBUF
 COPY pyproject.toml constraints.txt README.md LICENSE /src/
 COPY moetrain /src/moetrain
 COPY configs /src/configs
+# torch's CUDA build asks for a Triton of its own
+RUN sed -i '/^triton==/d' /src/constraints.txt
 RUN python3 -m venv /opt/moetrain
 RUN /opt/moetrain/bin/pip install --no-cache-dir -c /src/constraints.txt '/src[deepspeed,tensorboard]'
 

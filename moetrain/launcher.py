@@ -120,7 +120,7 @@ def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure
             subprocess.Popen(
                 [sys.executable, "-m", "moetrain", *arguments],
                 env={
-                    "GLOO_SOCKET_IFNAME": "lo",
+                    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
                     **os.environ,
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),

@@ -125,8 +125,17 @@ def mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".moments-") as file:
-        os.posix_fallocate(file.fileno(), 0, shape.numel() * dtype.itemsize)  # a full disk is to be noticed here
+        _allocate(file.fileno(), shape.numel() * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+
+
+def _allocate(handle: int, size: int) -> None:
+    """Fill an empty file: a full disk is to be noticed now, not when memory over a hole in it is written to."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+        return
+    for begin in range(0, size, 1 << 24):  # macOS
+        os.write(handle, bytes(min(1 << 24, size - begin)))
 
 
 def rounded_at_random(value: Tensor, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain import precision
+from moetrain import cache, precision
 from moetrain.comm import all_gather, barrier, broadcast, broadcast_text, gather_texts, start_all_to_all
 from moetrain.config import Config
 from moetrain.mesh import Mesh
@@ -83,22 +83,17 @@ class Sizes(NamedTuple):
         return cls(max(1, segments), GPU_ROWS, (1 << 10, message), GPU_ROWS[1])
 
 
-def folder() -> Path:
-    """Where profiles are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moetrain" / "profiles"
-
-
 def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Costs:
     """The costs of the checkpoint `saved` or of the run, if they are of as many ranks of this kind; else the machine's
     stored ones; else measured now. They are written to the run's folder, and kept for the machine."""
-    own, stored = run / COSTS, folder() / f"{_key(mesh, layer)}.json"
-    places = [*([saved / COSTS] if saved is not None else []), own, stored]
+    own, stored = run / COSTS, _stored(mesh, layer)
+    places = [*([saved / COSTS] if saved is not None else []), own, *([stored] if stored is not None else [])]
     texts = (p.read_text() for p in places if p.is_file()) if mesh.is_main else ()
     found = next((text for text in texts if json.loads(text).get("ranks") == _ranks(mesh)), "")
     text = broadcast_text(found, mesh.device) or to_json(measure(mesh, layer), mesh)
     if mesh.is_main:
         own.write_text(text)
-        if not stored.is_file():
+        if stored is not None and not stored.is_file():
             _write(stored, text)
     return dataclasses.replace(from_json(text), nodes=_nodes(mesh))
 
@@ -119,10 +114,16 @@ def _write(path: Path, text: str) -> None:
         return
 
 
-def keep(mesh: Mesh, layer: Layer, costs: Costs) -> Path:
-    """Keep costs as the machine's, in place of what was there. Returns the file."""
-    path = folder() / f"{_key(mesh, layer)}.json"
-    if mesh.is_main:
+def _stored(mesh: Mesh, layer: Layer) -> Path | None:
+    """The machine's file for such a layer; None where nothing can be kept."""
+    kept = cache.folder("profiles")
+    return None if kept is None else kept / f"{_key(mesh, layer)}.json"
+
+
+def keep(mesh: Mesh, layer: Layer, costs: Costs) -> Path | None:
+    """Keep costs as the machine's, in place of what was there. Returns the file; None where nothing can be kept."""
+    path = _stored(mesh, layer)
+    if mesh.is_main and path is not None:
         _write(path, to_json(costs, mesh))
     return path
 

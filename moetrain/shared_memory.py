@@ -28,17 +28,19 @@ from torch import Tensor
 TELL = struct.Struct("<qqq")  # number of the transfer, or GIVEN_BACK; block; first byte
 GIVEN_BACK = -1
 SMALLEST = 1 << 16  # bytes of a block
-FAMILY = (socket.AF_UNIX, socket.SOCK_SEQPACKET) if sys.platform == "linux" else None
+FAMILY = (socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 watchers: list[Callable[[int, int], None]] = []  # told of tensors over shared memory: their number, and bytes or 0
 _numbers = itertools.count()
 
 
 def host_name() -> str:
-    """The same for processes that can share memory this way; empty where none can."""
+    """The same for processes that can share memory this way; empty where none can, which needs Linux, memfd, /proc."""
+    if sys.platform != "linux" or not hasattr(os, "memfd_create"):
+        return ""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/net')} {os.getuid()}" if FAMILY else ""
+        return f"{boot} {os.readlink('/proc/self/ns/net')} {os.getuid()}"
     except OSError:
         return ""
 
@@ -245,7 +247,6 @@ def connect(rank: int, size: int, exchange: Callable[[str], list[str]], timeout:
     names = exchange(host_name())
     if not names[0] or len(set(names)) > 1 or size == 1:
         return None
-    assert FAMILY is not None
     peers: dict[int, socket.socket] = {}
     with socket.socket(*FAMILY) as door:
         own = _open(door, size, timeout)

@@ -35,7 +35,8 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     if as_json:
         print(profile.to_json(costs, mesh))
         return
-    console.print(f"[bold]{path}[/bold], measured in {time.perf_counter() - began:.1f} s")
+    kept = "not kept: no folder of the cache can be written" if path is None else str(path)
+    console.print(f"[bold]{kept}[/bold], measured in {time.perf_counter() - began:.1f} s")
     console.print(
         f"layer      width {layer.dim}, hidden {layer.hidden}, top-{layer.top_k}, {config.train.dtype}, "
         f"{mesh.ep.size} ranks"

@@ -1,21 +1,65 @@
 """numba, with a cache that belongs to this very source.
 
 numba notices when the file of a compiled function changes, not when a function that it calls does, in another file.
-So the cache of a changed package is another folder.
+So the cache of a changed package is another folder. What cannot be read from it or written to it is compiled again, and
+where no folder can be written there is no cache.
 """
 
 import hashlib
 import os
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numba
+from numba.core.caching import FunctionCache
+
+from moetrain import cache
 
 _SOURCES = sorted(Path(__file__).parent.rglob("*.py"))
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
-_HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
-if not os.environ.get("NUMBA_CACHE_DIR"):  # numba's own variable goes before
-    vars(numba.config)["CACHE_DIR"] = str(_HOME / "moetrain" / "numba" / DIGEST)
 
-njit = partial(numba.njit, cache=True)
+def _folder() -> Path | None:
+    """numba's own variable goes before, if that folder can be written."""
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    try:
+        if named:
+            Path(named).mkdir(parents=True, exist_ok=True)
+    except OSError:
+        named = None
+    return Path(named) if named and os.access(named, os.W_OK) else cache.folder(f"numba/{DIGEST}")
+
+
+FOLDER = _folder()
+if FOLDER is not None:
+    vars(numba.config)["CACHE_DIR"] = str(FOLDER)
+
+
+class _Cache(FunctionCache):
+    """numba's, for which a damaged file is a missing one, and a full disk no reason to stop."""
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        try:
+            return super().load_overload(signature, target)
+        except Exception:  # whatever reading torn files raises
+            Path(self._cache_file._index_path).unlink(missing_ok=True)
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        try:
+            super().save_overload(signature, data)
+        except OSError:
+            self.disable()
+
+
+def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit`, cached."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**options)(function)
+        if FOLDER is not None:
+            dispatcher._cache = _Cache(function)
+        return dispatcher
+
+    return compiled

@@ -355,7 +355,10 @@ def able() -> bool:
     """Whether the code for these instructions can be made and run here, and nothing faster is there."""
     if os.environ.get("NUMBA_CPU_NAME") or os.environ.get("NUMBA_CPU_FEATURES") or os.environ.get("NUMBA_DISABLE_JIT"):
         return False
-    has = llvm.get_host_cpu_features()
+    try:
+        has = llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know this processor
+        return False
     return bool(has.get("avx512bf16")) and not has.get("amx-bf16")
 
 

@@ -5,6 +5,7 @@ P phases.
 """
 
 import resource
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -291,7 +292,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on the GPU since `memory_now`, or that this process ever had resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -158,9 +158,17 @@ def _state(beat: Beat) -> str:
     """What the kernel says of a process on this host; nothing where it runs."""
     try:
         state = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "is gone"
+    except OSError:  # or there is no /proc
+        return "" if _exists(beat.pid) else "is gone"
     return {"T": "is stopped", "Z": "is gone", "X": "is gone", "D": "waits for a device"}.get(state, "")
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def _path(folder: Path, rank: int) -> Path:

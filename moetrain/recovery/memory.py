@@ -83,7 +83,9 @@ def put_stamp(slot: Path, stamp: Stamp) -> None:
 
 
 def reserve(path: Path, size: int) -> Tensor:
-    """uint8 [size]: the memory of a new file. Raises `OSError` where there is not so much."""
+    """uint8 [size]: the memory of a new file. Raises `OSError` where there is not so much, or no such file system."""
+    if not ROOT.is_dir():
+        raise FileNotFoundError(f"there is no {ROOT}")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

@@ -134,6 +134,8 @@ class Snapshots(Behind):
         for key in [key for key in self._held if key[0] == slot]:
             memory.data_file(self._place / slot, key[1]).unlink(missing_ok=True)
             del self._held[key]
+        if not memory.ROOT.is_dir():
+            return f"no snapshots in memory: there is no {memory.ROOT}"
         here = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]]
         most = 2 * len(here) * size * (1 if self._to is None else 2)
         return f"no snapshots in memory: {memory.ROOT} is too small, a host needs about {most / 2**30:.1f} GiB there"
