@@ -57,7 +57,7 @@ def run(mesh: Mesh, overrides: list[str], lacks: list[str]) -> tuple[str, str, i
     groups = list(comm._lanes)
     for group in groups:
         comm._lanes.pop(group).close()
-    with without(*lacks), comm.shared_memory(groups, 10.0):
+    with without(*lacks), comm.shared_memory(groups, 60.0):
         folder = train.train(config.load(overrides), mesh)
         return str(folder), (folder / "log.txt").read_text(), len(comm._lanes)
 
