@@ -242,7 +242,7 @@ class Native(Section):
     reshard_after_forward: bool
     offload: Literal["none", "cpu", "disk"]
     offload_dir: str | None
-    guest_memory_mib: NonNegative
+    guest_memory_mib: NonNegative | None
     max_rows: Positive | None
 
 
@@ -251,7 +251,7 @@ class DeepSpeed(Section):
     zero_stage: Literal[0, 1, 2, 3]
     offload: Literal["none", "cpu", "nvme"]
     extra: dict[str, Any] | None
-    guest_memory_mib: NonNegative
+    guest_memory_mib: NonNegative | None
     max_rows: Positive | None
 
 

@@ -1,7 +1,8 @@
 """`moetrain train --dry-run`: what a run would be on its ranks, found out in one process and in seconds.
 
 The engine's own code spreads the model, on the meta device, over a world of ranks that are not there: parameters are
-those that rank 0 would hold, which has the most of all. Nothing is allocated, no data is read.
+those that rank 0 would hold, which has the most of all. Nothing is allocated, no data is read. Where this host has no
+GPU, ranks are taken to have GPUs of ASSUMED_BYTES.
 """
 
 import dataclasses
@@ -13,12 +14,14 @@ from rich.table import Table
 from moetrain import mesh, precision, train
 from moetrain.config import Config, ConfigError, Native
 from moetrain.engine import native
-from moetrain.engine.base import replicated
+from moetrain.engine.base import guest_bytes, replicated
 from moetrain.model.transformer import Transformer
 from moetrain.moe.experts import Experts
 from moetrain.observe.console import console
 from moetrain.observe.estimate import GIB, Estimate, estimate, short
 from moetrain.optim import local
+
+ASSUMED_BYTES = 80 << 30
 
 
 def run(config: Config, world: int, as_json: bool) -> int:
@@ -75,7 +78,9 @@ def _memory(size: Estimate, config: Config) -> Table:
     """GiB, and where they lie on a GPU machine."""
     offload = config.engine.offload
     host = "device" if offload == "none" else "host"
-    guests = config.engine.guest_memory_mib << 20 if config.planner.name != "home" else 0
+    device_bytes = mesh.memory_of(mesh.device_of(0)) or ASSUMED_BYTES
+    guests = guest_bytes(config, device_bytes) if config.planner.name != "home" else 0
+    of = f", of a GPU's {device_bytes / GIB:.0f} GiB" if config.engine.guest_memory_mib is None and guests else ""
     table = Table("memory of a rank", "GiB", "on", box=None, padding=(0, 2, 0, 0))
     for name, amount, place in (
         ("masters, fp32", size.masters, host),
@@ -83,7 +88,7 @@ def _memory(size: Estimate, config: Config) -> Table:
         (f"AdamW's moments, {config.optim.state_dtype}", size.moments, "disk" if offload == "disk" else host),
         (f"gathered parameters, {config.train.dtype}", size.gathered, "device"),
         (f"activations, recompute {config.train.recompute}, ±30 %", size.activations, "device"),
-        ("guests that stay, at most", guests, "device"),
+        (f"guests that stay, at most{of}", guests, "device"),
     ):
         table.add_row(name, f"{amount / GIB:.2f}", place)
     table.add_row("all", f"{(size.bytes + guests) / GIB:.2f}", "")

@@ -37,6 +37,7 @@ class Mesh:
     rank: int
     world: int
     device: torch.device
+    device_bytes: int  # memory of the smallest GPU of all ranks; 0: CPUs
     ep: Expert
     dense: DeviceMesh  # dense parameters: (dp_shard) or (dp_replicate, dp_shard)
     expert_data: DeviceMesh  # a rank's expert shard: (expert_data) or (dp_replicate, expert_data)
@@ -133,6 +134,7 @@ def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Me
         rank=rank,
         world=world,
         device=device,
+        device_bytes=_least(memory_of(device), device),
         ep=expert,
         dense=dense if replicate > 1 else dense["dp_shard"],
         expert_data=grid["dp_replicate", "expert_data"] if replicate > 1 else grid["expert_data"],
@@ -140,6 +142,20 @@ def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Me
         saving=saving,
         peers=peers,
     )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU; 0: a CPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _least(number: int, device: torch.device) -> int:
+    """Of the numbers of all ranks."""
+    least = torch.tensor(number, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 def from_env() -> tuple[int, int, int] | None:

@@ -1,10 +1,12 @@
 """Presets at their full world size, in one process."""
 
 import json
+import re
 
 import pytest
 
 from moetrain import config, dry_run, precision
+from moetrain.engine.base import guest_bytes
 from moetrain.observe.estimate import estimate
 
 BATCH = ["train.seq_len=4096", "train.micro_batch=1", "train.recompute=selective"]
@@ -45,3 +47,16 @@ def test_a_dry_run_shows_memory_and_where_it_lies(capsys, monkeypatch) -> None:
     shown = capsys.readouterr().out
     for word in ("4 ranks", "experts", "AdamW's moments, fp32", "disk", "activations"):
         assert word in shown
+    assert re.search(r"guests that stay, at most, of a GPU's 80 GiB +10\.00 +device", shown)
+    dry_run.run(config.load([*overrides, "engine.guest_memory_mib=512"]), 4, as_json=False)
+    assert re.search(r"guests that stay, at most +0\.50 +device", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("given", "device_bytes", "found"),
+    [("null", 80 << 30, 10 << 30), ("null", 0, 1 << 30), ("64", 80 << 30, 64 << 20), ("0", 80 << 30, 0)],
+)
+def test_guests_get_a_share_of_the_devices_memory(given: str, device_bytes: int, found: int) -> None:
+    for engine in ("native", "deepspeed"):
+        settings = config.load([f"engine={engine}", f"engine.guest_memory_mib={given}"])
+        assert guest_bytes(settings, device_bytes) == found

@@ -23,6 +23,8 @@ from moetrain.moe.routers.base import Replicated
 
 FP32_SQUARES = (1e-30, 1e36)  # sums of squares that fp32 has room for
 EXACT_ELEMENTS = 1 << 18  # squared in fp64 at a time
+GUEST_PART = 8  # of a GPU's memory, one is for guests, where `engine.guest_memory_mib` does not say
+CPU_GUEST_BYTES = 1 << 30
 
 
 class Engine(ABC):
@@ -139,12 +141,19 @@ def fp32_squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32)).double().square().sum()
 
 
-def guest_slots(config: Config, world: int) -> int:
+def guest_bytes(config: Config, device_bytes: int) -> int:
+    """What guests that stay may take on each rank. `device_bytes`: of the smallest GPU of all ranks; 0: CPUs."""
+    if config.engine.guest_memory_mib is not None:
+        return config.engine.guest_memory_mib << 20
+    return device_bytes // GUEST_PART or CPU_GUEST_BYTES
+
+
+def guest_slots(config: Config, mesh: Mesh) -> int:
     """Guests of a layer that may stay on a rank between forward and backward: weights, and gradients adding up."""
-    width = precision.of(config).itemsize
-    gradient = width if config.micro_steps(world) == 1 else 4
+    width = 2 if config.train.dtype == "bf16" else 4
+    gradient = width if config.micro_steps(mesh.world) == 1 else 4
     guest = 3 * config.model.dim * config.model.expert_hidden * (width + gradient)
-    return (config.engine.guest_memory_mib << 20) // (guest * config.model.num_moe_layers)
+    return guest_bytes(config, mesh.device_bytes) // (guest * config.model.num_moe_layers)
 
 
 def moes(model: nn.Module) -> list[MoE]:

@@ -46,7 +46,7 @@ class DeepSpeedEngine(Engine):
         assert isinstance(options, DeepSpeed)
         for moe in moes(model):
             moe.experts.shard(
-                mesh.ep, guest_slots(config, mesh.world), options.max_rows, config.train.recompute != "selective"
+                mesh.ep, guest_slots(config, mesh), options.max_rows, config.train.recompute != "selective"
             )
         model.to_empty(device=mesh.device)
         if model.options.tied_embeddings:

@@ -109,7 +109,7 @@ def shard(model: Transformer, mesh: Mesh, config: Config) -> None:
     keep_hidden = config.train.recompute != "selective"
     for block in model.layers:
         if (moe := cast(Block, block).moe) is not None:
-            moe.experts.shard(mesh.ep, guest_slots(config, mesh.world), options.max_rows, keep_hidden)
+            moe.experts.shard(mesh.ep, guest_slots(config, mesh), options.max_rows, keep_hidden)
             for parameter in moe.experts.parameters():
                 parameter.requires_grad_(len(parameter) > 0)  # no home here: FSDP cannot reduce an empty gradient
             _sharded(moe.experts, mesh=mesh.expert_data, reshard_after_forward=reshard, **common)
