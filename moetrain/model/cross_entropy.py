@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 20  # logits held at a time
+from moetrain.mesh import memory_of
+
+CHUNK_ELEMENTS = 1 << 20  # logits held at a time on a CPU
+GPU_PARTS = 32, 8  # of a GPU's memory, one for a chunk's logits; and one at most, if that takes `GPU_ROWS`
+GPU_ROWS = 1024  # tokens of a chunk, from which on its products fill a GPU
+ELEMENT_BYTES = 12  # of a logit: in the dtype of x, and twice in fp32
 
 
 def linear_cross_entropy(x: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
@@ -22,9 +27,19 @@ def linear_cross_entropy(x: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor
     return _LinearCrossEntropy.apply(x.flatten(0, -2), weight_VD, target)
 
 
-def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    return [slice(begin, begin + size) for begin in range(0, num_tokens, size)]
+def chunk_rows(vocabulary: int, device_bytes: int) -> int:
+    """Tokens whose logits are held at a time. `device_bytes`: memory of the GPU, whatever is free of it, so that
+    every step sums up in the same order; 0: a CPU, which is fastest where they stay in its caches."""
+    if not device_bytes:
+        return max(1, CHUNK_ELEMENTS // vocabulary)
+    usual, most = (device_bytes // part // (ELEMENT_BYTES * vocabulary) for part in GPU_PARTS)
+    rows = max(usual, min(GPU_ROWS, most), 1)
+    return rows // 128 * 128 or rows
+
+
+def _chunks(x_TD: Tensor, weight_VD: Tensor) -> list[slice]:
+    size = chunk_rows(len(weight_VD), memory_of(x_TD.device))
+    return [slice(begin, begin + size) for begin in range(0, len(x_TD), size)]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -33,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_T = target.flatten()
         nats = x_TD.new_empty(target.shape, dtype=torch.float32)
         nats_T = nats.view(-1)
-        for part in _chunks(len(x_TD), len(weight_VD)):
+        for part in _chunks(x_TD, weight_VD):
             logits_TV = (x_TD[part] @ weight_VD.T).float()
             nats_T[part] = F.cross_entropy(logits_TV, target_T[part], reduction="none")
         ctx.save_for_backward(x_TD, weight_VD, target_T)
@@ -45,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_TD, weight_VD, target_T = ctx.saved_tensors
         grad_x_TD = torch.empty_like(x_TD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for part in _chunks(len(x_TD), len(weight_VD)):
+        for part in _chunks(x_TD, weight_VD):
             grad_TV = (x_TD[part] @ weight_VD.T).softmax(1, dtype=torch.float32)
             grad_TV.mul_(grad_T[part, None])
             grad_TV.scatter_add_(1, target_T[part, None], -grad_T[part, None])
