@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moetrain import __version__, config, runs, worker
+from moetrain import __version__, config, runs, unused, worker
 from moetrain.bench import gpu_options, hosts_options, step_options
 from moetrain.bench import options as layer_options
 from moetrain.config import Config, ConfigError
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "-m", "--multirun", action="store_true", help="a sweep: one run for each combination of values a,b,c"
             )
         if name in ("train", "data", "profile", "config", "doctor"):
-            verb.add_argument("--config-dir", help="a folder of your own YAML, on top of the shipped one")
+            verb.add_argument("--config-dir", help="a folder of your own YAML, which wins over the shipped one")
     worker.die_with_launcher()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(given)
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "report": report_options.run,
             "workspace": workspace.run,
         }
+        unused.check_verb(options.verb, options.overrides)
         return functions[options.verb](options)
     except ConfigError as error:
         return say_bad_input(error)

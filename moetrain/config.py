@@ -6,12 +6,14 @@ value and the rule. Below `train.py` nobody sees a `DictConfig`, and nothing cha
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -310,24 +312,68 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+@contextmanager
+def composing(extra_dir: str | None) -> Iterator[ConfigLoader]:
+    """Hydra at work on the shipped configs; what the user's folder `extra_dir` has by the same name wins."""
+    if extra_dir is not None and not Path(extra_dir).is_dir():
+        raise ConfigError(f"--config-dir={extra_dir}: there is no such folder")
+    logging.getLogger("hydra").setLevel(logging.ERROR)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        if extra_dir is not None:
+            path = loader.get_search_path()
+            path.prepend("user", f"file://{Path(extra_dir).resolve()}", anchor="main")
+            loader.repository.initialize_sources(path)  # type: ignore[attr-defined]
+        yield loader
+
+
 def load(overrides: Sequence[str] = (), extra_dir: str | None = None) -> Config:
-    """Compose the shipped configs, the user's folder `extra_dir` on top, and `overrides`; check; freeze.
+    """Compose the shipped configs, the user's folder `extra_dir` before them, and `overrides`; check; freeze.
 
     Raises `ConfigError` for everything that a user can get wrong here.
     """
-    overrides = list(overrides)
-    if extra_dir is not None:
-        if not Path(extra_dir).is_dir():
-            raise ConfigError(f"--config-dir={extra_dir}: there is no such folder")
-        overrides.append(f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]")
-    logging.getLogger("hydra").setLevel(logging.ERROR)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            tree = OmegaConf.to_container(compose("config", overrides), resolve=True, throw_on_missing=True)
+        with composing(extra_dir):
+            tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(mistakes.of_composition(error, Config)) from None
-    return from_tree(tree)
+    return from_tree(tree, [*fields_of(overrides), *_changed(tree, extra_dir)])
+
+
+def _changed(tree: Any, extra_dir: str | None) -> list[str]:
+    """The fields that differ from config.yaml, the user's or the shipped one: set by experiments or overrides."""
+    own = Path(extra_dir or "", "config.yaml")
+    defaults = yaml.safe_load((own if extra_dir and own.is_file() else config_dir() / "config.yaml").read_text())
+    defaults.pop("defaults", None)
+    return [field for field in _leaves(defaults) if _at(tree, field) != _at(defaults, field)]
+
+
+def fields_of(overrides: Sequence[str]) -> Iterator[str]:
+    """The fields and groups that Hydra's overrides set."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~").partition("@")[0]
+        if value.startswith("{"):  # a whole section at once
+            with suppress(yaml.YAMLError):
+                yield from _leaves({key: yaml.safe_load(value.replace(":", ": "))})
+                continue
+        yield key
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all that is in nested dicts."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _at(tree: Any, field: str) -> Any:
+    for part in field.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -347,11 +393,11 @@ def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
             OmegaConf.update(tree, key, parsed, merge=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(mistakes.of_composition(error, Config)) from None
-    return from_tree(OmegaConf.to_container(tree))
+    return from_tree(OmegaConf.to_container(tree), [*fields_of(overrides)])
 
 
-def from_tree(tree: Any) -> Config:
-    """Validate a plain tree of dicts, fields first, then what holds between fields."""
+def from_tree(tree: Any, given: Sequence[str] = ()) -> Config:
+    """Validate a plain tree of dicts: fields, what holds between them, and that all those `given` have an effect."""
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -370,9 +416,11 @@ def from_tree(tree: Any) -> Config:
                 f"{field}={mistakes.short(first['input'])}: no such field{mistakes.nearest(field, Config)}"
             ) from None
         raise ConfigError(f"{field}={mistakes.short(first['input'])}: {rule}") from None
+    from moetrain import unused
     from moetrain.checks import check  # which looks routers and planners up
 
     check(config)
+    unused.check(config, given)
     return config
 
 

@@ -17,9 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
-from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -42,7 +40,7 @@ def run(overrides: Sequence[str], extra_dir: str | None) -> int:
     """Every combination of the values given, `field=a,b,c`. Returns the exit code; raises `ConfigError`."""
     if "RANK" in os.environ:
         raise ConfigError("--multirun: a sweep starts the workers of its runs itself; start it without torchrun")
-    parsed = _parsed(overrides)
+    parsed = _parsed(overrides, extra_dir)
     _check_launcher(parsed)
     swept = [o for o in parsed if o.is_sweep_override()]
     if not swept:
@@ -73,11 +71,10 @@ def run(overrides: Sequence[str], extra_dir: str | None) -> int:
     return (INTERRUPTED if signal.SIGINT in heard else REQUEUE) if heard else code
 
 
-def _parsed(overrides: Sequence[str]) -> list[Override]:
+def _parsed(overrides: Sequence[str], extra_dir: str | None) -> list[Override]:
     out: list[Override] = []
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config.config_dir()), version_base="1.3"):
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # which glob() looks through
+    with config.composing(extra_dir) as loader:
+        parser = OverridesParser.create(loader)  # which glob() looks through
         for override in overrides:
             try:
                 out += parser.parse_overrides([override])  # parse_override alone forgets the loader
@@ -162,7 +159,8 @@ def _one(_: DictConfig) -> float:
                 process.wait()
             time.sleep(LOOK_SECONDS)
     found = _summary(folder / name) if process.returncode == 0 else None
-    return found["bits_per_byte"]["all"] if found else FAILED
+    bits = found["bits_per_byte"].get("all") if found else None
+    return FAILED if bits is None else bits
 
 
 def _summary(run: Path) -> dict | None:

@@ -246,6 +246,17 @@ def test_two_runs_are_never_mixed_in_one_folder(
     assert capfd.readouterr().err.startswith("error: router.top_k=1: the checkpoint ")
 
 
+def test_fewer_steps_than_a_checkpoint_has_are_refused_with_what_to_do(
+    trained: tuple[Path, str], overrides: list[str], capfd: pytest.CaptureFixture
+) -> None:
+    """Whether the run goes on by itself or another one begins with its checkpoint."""
+    saved = checkpoint.newest(trained[0])
+    rule = f"train.steps=2: {saved} has 3 steps already, and they count: train.steps=5 trains 2 more"
+    for more in ([], [f"checkpoint.resume={saved}", "run.name=second"]):
+        assert cli.main(["train", *overrides, "train.steps=2", *more]) == 2
+        assert capfd.readouterr().err == f"error: {rule}\n"
+
+
 def test_a_worker_that_raises_has_the_last_word(trained: tuple[Path, str], data: list[str], tmp_path: Path) -> None:
     """Rank 1 alone finds its shard of the checkpoint damaged: its traceback comes last, and all are gone in seconds."""
     patch = tmp_path / "sitecustomize.py"

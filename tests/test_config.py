@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moetrain import config
+from moetrain import cli, config, unused
 from moetrain.config import ConfigError
 from moetrain.moe.routers import ROUTERS
 
@@ -60,6 +60,100 @@ def test_a_folder_of_ones_own_comes_on_top(tmp_path: Path) -> None:
     mine = {**yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()), "dim": 96}
     (tmp_path / "model" / "mine.yaml").write_text(yaml.safe_dump(mine))
     assert config.load(["model=mine"], str(tmp_path)).model.dim == 96
+
+
+def test_a_file_of_ones_own_wins_over_the_shipped_one_of_its_name(tmp_path: Path) -> None:
+    """A preset, an experiment and the defaults list of config.yaml; what they name may still be shipped."""
+    for folder in ("model", "experiment"):
+        (tmp_path / folder).mkdir()
+    mine = {**yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()), "dim": 96}
+    (tmp_path / "model" / "tiny.yaml").write_text(yaml.safe_dump(mine))
+    experiment = "# @package _global_\ndefaults: [override /model: tiny, _self_]\ntrain: {steps: 7}\n"
+    (tmp_path / "experiment" / "router_topk.yaml").write_text(experiment)
+    found = config.load(["experiment=router_topk"], str(tmp_path))
+    assert (found.model.dim, found.train.steps) == (96, 7)
+    whole = (ROOT / "configs" / "config.yaml").read_text()
+    changed = whole.replace("model: small", "model: tiny").replace("planner: makespan", "planner: home")
+    (tmp_path / "config.yaml").write_text(changed.replace("decay_fraction: 0.2", "decay_fraction: 0.3"))
+    found = config.load([], str(tmp_path))
+    assert (found.model.dim, found.planner.name, found.optim.decay_fraction) == (96, "home", 0.3)
+    assert config.load(["model=tiny"]).model.dim == 64  # without the folder, as before
+
+
+WITHOUT_EFFECT = [
+    (["data.path=tests"], "data.path=tests: goes with data=folder; the corpus chosen, data=local, is text of"),
+    (["data.on_bad=skip"], "data.on_bad=skip: goes with data=folder, not data=local"),
+    (["data.tokenizer=README.md", "data.vocab_size=300"], "data.vocab_size=300: data.tokenizer has a vocabulary of"),
+    (["optim.decay_fraction=0.3"], "optim.decay_fraction=0.3: goes with optim.schedule=wsd, not cosine"),
+    (["optim={decay_fraction:0.3}"], "optim.decay_fraction=0.3: goes with optim.schedule=wsd, not cosine"),
+    (["balance.coefficient=0", "balance.scope=micro"], "balance.scope=micro: goes with balance.coefficient or"),
+    (["balance.scope=micro", "balance.accumulate=exact"], "balance.accumulate=exact: goes with balance.scope=global"),
+    (
+        ["balance.coefficient=0", "balance.micro_fraction=1"],
+        "balance.micro_fraction=1.0: goes with balance.coefficient",
+    ),
+    (["balance.device_groups=2"], "balance.device_groups=2: goes with balance.device_coefficient above 0"),
+    (["balance.bias_rate=0.1"], "balance.bias_rate=0.1: goes with balance.bias=sign or proportional"),
+    (["router.top_p=0.4"], "router.top_p=0.4: the router topk has no such option"),
+    (["router.state_dim=8"], "router.state_dim=8: the router topk has no such option"),
+    (["router.zero_compute_tau=0.5"], "router.zero_compute_tau=0.5: goes with model.zero_experts, copy_experts or"),
+    (["router.name=top_p", "router.k_schedule=ascending"], "router.k_schedule=ascending: the router top_p takes as"),
+    (["generate.temperature=0", "generate.seed=3"], "generate.seed=3: goes with generate.temperature above 0"),
+    (["track.wandb=false", "track.project=x"], "track.project=x: goes with track.wandb=true"),
+    (["track.profile_steps=5"], "track.profile_steps=5: goes with track.profile_from=STEP"),
+    (["model=tiny", "model.dense_hidden=64"], "model.dense_hidden=64: goes with model.num_dense_layers above 0"),
+    (["model.min_experts=4"], "model.min_experts=4: goes with a model.expert_schedule that is not uniform"),
+    (["engine.offload_dir=/tmp"], "engine.offload_dir=/tmp: goes with engine.offload=disk, not none"),
+    (["planner=home", "engine.guest_memory_mib=5"], "engine.guest_memory_mib=5: goes with a planner that lends"),
+    (["planner=home", "+planner.replicas=1"], "planner.replicas=1: the planner home has no such option"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), WITHOUT_EFFECT)
+def test_what_is_set_and_has_no_effect_is_refused(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(overrides)
+    assert str(caught.value).startswith(line)
+
+
+def test_every_option_is_refused_somewhere_or_has_an_effect_by_itself() -> None:
+    """Set to what it is already, an option of config.yaml is accepted unless the table above has it."""
+    refused = {line.partition("=")[0] for _, line in WITHOUT_EFFECT}
+    default = config.load([])
+    for section in ("run", "train", "optim", "parallel", "balance", "eval", "checkpoint", "recovery", "track"):
+        for field in type(getattr(default, section)).model_fields:
+            name = f"{section}.{field}"
+            if name not in refused:
+                unused.check(default, [name])
+
+
+def test_a_file_of_ones_own_may_not_set_what_has_no_effect(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim: {decay_fraction: 0.5}\n")
+    with pytest.raises(ConfigError, match=r"optim\.decay_fraction=0\.5: goes with optim\.schedule=wsd"):
+        config.load(["experiment=mine"], str(tmp_path))
+    assert config.load(["experiment=mine", "optim.schedule=wsd"], str(tmp_path)).optim.decay_fraction == 0.5
+
+
+@pytest.mark.parametrize(
+    ("verb", "override"),
+    [
+        ("eval", "optim.lr=1"),
+        ("eval", "generate.tokens=4"),
+        ("eval", "run.dir=elsewhere"),
+        ("generate", "eval.every=5"),
+        ("generate", "train.steps=3"),
+        ("data", "train.steps=3"),
+        ("data", "model=tiny"),
+        ("profile", "data=folder"),
+        ("profile", "track.wandb=false"),
+        ("bench", "generate.tokens=4"),
+    ],
+)
+def test_what_a_verb_does_not_use_is_refused(verb: str, override: str, capfd: pytest.CaptureFixture) -> None:
+    words = {"bench": ["step"], "eval": ["runs/any"], "generate": ["runs/any"]}.get(verb, [])
+    assert cli.main([verb, *words, override]) == 2
+    assert capfd.readouterr().err == f"error: {override.partition('=')[0]}: `moetrain {verb}` does not use it\n"
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ def to_resume(config: Config, folder: Path | None) -> Path | None:
     if config.checkpoint.resume == "auto" or (folder is not None and present is not None and goes_on(config, folder)):
         if present is not None:
             check_fits(config, present, same_run=True)
+            _check_steps(config, present, progress(present)[0])
         return present
     path = given(config)
-    if path is not None and (step := progress(path)[0]) >= config.train.steps:
-        raise ConfigError(f"train.steps={config.train.steps}: must be above the {step} steps of {path}")
+    if path is not None:
+        _check_steps(config, path, progress(path)[0] + 1)
     if present is not None and (
         path is None
         or not path.resolve().is_relative_to(present.parent.resolve())
@@ -63,6 +64,14 @@ def to_resume(config: Config, folder: Path | None) -> Path | None:
         later = progress(present)[0]
         raise ConfigError(f"run.name={config.run.name}: has a checkpoint of step {later} already; take another name")
     return path
+
+
+def _check_steps(config: Config, path: Path, fewest: int) -> None:
+    """The steps of a checkpoint count. Raises `ConfigError` that says how many would train on."""
+    steps, done = config.train.steps, progress(path)[0]
+    if steps < fewest:
+        rule = f"{path} has {done} steps already, and they count: train.steps={done + steps} trains {steps} more"
+        raise ConfigError(f"train.steps={steps}: {rule}")
 
 
 def given(config: Config) -> Path | None:
