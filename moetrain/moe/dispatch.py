@@ -26,6 +26,8 @@ from moetrain.moe.kernels import Bags
 from moetrain.moe.plan import Ints, Plan
 from moetrain.moe.routers.base import Routing
 
+Runs = tuple[Ints, Ints]  # values, and how often each of them
+
 
 @dataclass(frozen=True)
 class Route:
@@ -55,59 +57,72 @@ class Route:
         """
         me, device = ep.rank, routing.expert_N.device
         sent_ER, received_RE, slots_S = plan.rows(me), plan.received(me), plan.slots(me)
+        to_rank, came_RS = sent_ER.sum(0), received_RE[:, slots_S]
+        announced, heard = to_rank + 1, received_RE.sum(1) + 1  # a header stands before every rank's
+        real_S, step = came_RS.sum(0), kernels.row_step(dtype, device)
+        rows_S = -(-real_S // step) * step
+        ranks, once = np.arange(ep.size), np.ones(ep.size, np.int64)
 
         # Selections sorted by expert; then each expert's run is cut into what every rank gets.
-        selection_N = kernels.stable_argsort(routing.expert_N).index_select(0, _regroup(sent_ER, device))
+        (order_N, note_N, arrived_A, row_A), (header_R, heard_R, first_N, source_A) = _expand(
+            device,
+            rising=[
+                _regroup(sent_ER),
+                (ranks + 1, to_rank),
+                _regroup(received_RE, slots_S, np.cumsum(heard) - heard + 1),
+                (np.cumsum(rows_S - real_S) - (rows_S - real_S), real_S),
+            ],
+            level=[
+                (np.cumsum(announced) - announced, once),
+                (np.cumsum(heard) - heard, once),
+                (ranks * num_tokens, to_rank),
+                (np.tile(ranks, len(slots_S)), came_RS.T.ravel()),
+            ],
+        )
+        selection_N = kernels.stable_argsort(routing.expert_N).index_select(0, order_N)
         token_N = routing.token_N.index_select(0, selection_N)
-        to_rank = sent_ER.sum(0)
-        rank_N = _repeat(np.arange(ep.size), to_rank, device)
+        cell_N = first_N + token_N  # of [R, T]
         goes_RT = torch.zeros(ep.size * num_tokens, dtype=torch.bool, device=device)
-        goes_RT[rank_N * num_tokens + token_N] = True
+        goes_RT[cell_N] = True
         goes_RT = goes_RT.view(ep.size, num_tokens)
         goes_RT[me] = False
-        place_RT = goes_RT.cumsum(1, dtype=torch.int32)
-        copies_R = place_RT[:, -1] if num_tokens else place_RT.new_zeros(ep.size)
-        place_N = place_RT.view(-1).index_select(0, rank_N * num_tokens + token_N) - 1
-        begin = int(to_rank[:me].sum())
-        place_N[begin : begin + int(to_rank[me])] = token_N[begin : begin + int(to_rank[me])].int()
+        place_RT = goes_RT.cumsum(1, dtype=torch.int32)  # from one
+        copies_R = place_RT[:, -1].clone() if num_tokens else place_RT.new_zeros(ep.size)
+        torch.arange(1, num_tokens + 1, out=place_RT[me])
+        place_N = place_RT.view(-1).index_select(0, cell_N)
 
-        announced, heard = (to_rank + 1).tolist(), (received_RE.sum(1) + 1).tolist()
-        note_N = rank_N + torch.arange(1, len(rank_N) + 1, device=device)  # a header stands before every rank's
-        notes = torch.empty(sum(announced), 2, dtype=torch.int32, device=device)
-        notes[_starts(announced, device), 0] = copies_R
+        notes = torch.empty(int(announced.sum()), 2, dtype=torch.int32, device=device)
+        notes[header_R, 0] = copies_R
         notes[note_N] = torch.stack(
             [place_N, routing.weight_N.detach().index_select(0, selection_N).view(torch.int32)], 1
         )
-        notes = start_all_to_all(notes, announced, heard, ep.rows).wait()
+        notes = start_all_to_all(notes, announced.tolist(), heard.tolist(), ep.rows).wait()
 
-        copies_out, copies_in = torch.stack([copies_R, notes[_starts(heard, device), 0]]).tolist()  # the host sync
+        copies_out, copies_in = torch.stack([copies_R, notes[heard_R, 0]]).tolist()  # the host sync
         copies_in[me] = 0
-        base = np.cumsum([num_tokens, *copies_in])[:-1]
-        base[me] = 0
-        arrived_A = _regroup(received_RE, device, slots_S, np.cumsum(heard) - heard + 1)
-        source_A = _repeat(np.tile(base, len(slots_S)), received_RE[:, slots_S].T.ravel(), device)
+        base = np.cumsum([num_tokens, *copies_in])[:-1] - 1  # places count from one
+        base[me] = -1
         note_A2 = notes.index_select(0, arrived_A)
-        real_S = received_RE[:, slots_S].sum(0)
-        step = kernels.row_step(dtype, device)
-        rows_S = -(-real_S // step) * step
-        row_A = torch.arange(len(arrived_A), device=device)
-        row_A += _repeat(np.cumsum(rows_S - real_S) - (rows_S - real_S), real_S, device)
+        pool_A = note_A2[:, 0] + _to(device, base).index_select(0, source_A)
+        weight_A = note_A2[:, 1].contiguous().view(torch.float32)
         num_rows, num_pool = int(rows_S.sum()), num_tokens + sum(copies_in)
-        pool_A = note_A2[:, 0] + source_A
-        first_S = np.cumsum(real_S) - real_S  # padding reads the first row of its slot
-        pool_M = pool_A.index_select(0, _repeat(first_S, rows_S, device))
-        pool_M[row_A] = pool_A
-        bag_M = torch.full((num_rows,), num_pool, device=device)
-        bag_M[row_A] = pool_A
-        weight_M = torch.zeros(num_rows, device=device)
-        weight_M[row_A] = note_A2[:, 1].contiguous().view(torch.float32)
+        pool_M = bag_M = pool_A
+        weight_M = weight_A
+        if num_rows > len(pool_A):  # padding reads the first row of its slot
+            _, (reads_M,) = _expand(device, rising=[], level=[(np.cumsum(real_S) - real_S, rows_S)])
+            pool_M = pool_A.index_select(0, reads_M)
+            pool_M[row_A] = pool_A
+            bag_M = torch.full((num_rows,), num_pool, device=device)
+            bag_M[row_A] = pool_A
+            weight_M = torch.zeros(num_rows, device=device)
+            weight_M[row_A] = weight_A
         token_C = kernels.positions(goes_RT.view(-1), sum(copies_out)) % max(num_tokens, 1)
         return cls(
             ep=ep,
             selection_N=selection_N,
             note_N=note_N,
-            announced=announced,
-            heard=heard,
+            announced=announced.tolist(),
+            heard=heard.tolist(),
             arrived_A=arrived_A,
             row_A=row_A,
             token_C=token_C,
@@ -160,10 +175,8 @@ class Route:
         return out_N
 
 
-def _regroup(
-    sizes: Ints, device: torch.device, second: list[int] | None = None, first_at: Ints | None = None
-) -> Tensor:
-    """Index that turns an order by (first, second) into one by (second, first).
+def _regroup(sizes: Ints, second: list[int] | None = None, first_at: Ints | None = None) -> Runs:
+    """Rising runs: the index that turns an order by (first, second) into one by (second, first).
 
     `sizes` [first, second] are run lengths; `second` the order of the second key, ascending if None; `first_at`
     where each first key's runs begin, one after another if None.
@@ -174,17 +187,37 @@ def _regroup(
     columns = slice(None) if second is None else second
     start = (ends - sizes + first_at[:, None])[:, columns].T.ravel()
     moved = sizes[:, columns].T.ravel()
-    shift = _repeat(start - (np.cumsum(moved) - moved), moved, device)
-    return shift.add_(torch.arange(len(shift), device=device))
+    return start - (np.cumsum(moved) - moved), moved
 
 
-def _starts(sizes: list[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *sizes[:-1]]).cumsum(0).to(device, non_blocking=True)
+def _expand(device: torch.device, rising: list[Runs], level: list[Runs]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tables of each value so many times; of `rising` ones every element is the larger by its place in the table.
 
-
-def _repeat(values: Ints, times: Ints, device: torch.device) -> Tensor:
-    """Each value so many times; the total is known on the host."""
+    On a GPU all of them are one copy from the host and one expansion there.
+    """
+    totals = [int(times.sum()) for _, times in (*rising, *level)]
+    begins = np.cumsum([0, *totals])
+    values = [value - begin for (value, _), begin in zip(rising, begins, strict=False)]
+    packed = np.stack(
+        [
+            np.concatenate([*values, *(value for value, _ in level)]),
+            np.concatenate([times for _, times in (*rising, *level)]),
+        ]
+    )
     if device.type == "cpu":
-        return torch.from_numpy(np.repeat(values, times))
-    values_times = torch.from_numpy(np.stack([values, times])).to(device, non_blocking=True)
-    return values_times[0].repeat_interleave(values_times[1], output_size=int(times.sum()))
+        flat = torch.from_numpy(np.repeat(*packed))
+    else:
+        values_times = _to(device, packed)
+        flat = values_times[0].repeat_interleave(values_times[1], output_size=sum(totals))
+    num_rising = int(begins[len(rising)])
+    flat[:num_rising].add_(torch.arange(num_rising, device=device))
+    tables = list(flat.split(totals))
+    return tables[: len(rising)], tables[len(rising) :]
+
+
+def _to(device: torch.device, values: Ints) -> Tensor:
+    """A copy on the device that the host does not wait for."""
+    found = torch.from_numpy(values)
+    if device.type == "cuda" and torch.cuda.is_available():
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)
