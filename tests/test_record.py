@@ -1,6 +1,7 @@
 """What a run records: estimators against planted values and slow loops; one run whose files agree with each other."""
 
 import gzip
+import importlib.util
 import json
 import math
 from io import StringIO
@@ -21,7 +22,7 @@ from moetrain.moe.layer import LayerStats
 from moetrain.moe.plan import Plan, imbalance
 from moetrain.moe.planners import default_home
 from moetrain.moe.routers import Choice, Scores
-from moetrain.observe import congestion, health, meter, specialisation, trace
+from moetrain.observe import congestion, health, meter, recorder, specialisation, trace
 from moetrain.observe.alerts import Alert, Alerts
 from moetrain.observe.live import View
 from moetrain.observe.tracker import JsonLines, Tracker
@@ -395,6 +396,19 @@ def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch: pytest.Monke
     with pytest.raises(config.ConfigError) as caught:
         config.load(["track.tensorboard=true"])
     assert str(caught.value) == "track.tensorboard=True: needs `pip install moetrain[tensorboard]`"
+
+
+def test_wandb_that_is_not_installed_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is on by default: a run goes on without it, and its metrics are in files."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    opened = recorder.sinks(config.load(["model=tiny"]), tmp_path, 0)
+    assert [type(sink).__name__ for sink in opened] == ["JsonLines", "Plain"]
+    said = "wandb is not installed: nothing goes there; track.wandb=false leaves this line out\n"
+    assert capsys.readouterr().out == said
+    for sink in opened:
+        sink.close()
 
 
 def test_tensorboards_own_reader_has_the_metrics(recorded: Path) -> None:

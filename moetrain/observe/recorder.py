@@ -3,6 +3,7 @@
 Every rank has a recorder and calls it at the same steps; rank 0 writes.
 """
 
+import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +113,9 @@ def sinks(config: Config, folder: Path, first: int) -> list[Sink]:
     live = console.is_terminal and not console.quiet
     out: list[Sink] = [JsonLines(folder, first)]
     out.append(View(first, config.train.steps) if live else Plain(config.train.steps))
-    if config.track.wandb:
+    if config.track.wandb and importlib.util.find_spec("wandb") is None:
+        console.print("wandb is not installed: nothing goes there; track.wandb=false leaves this line out")
+    elif config.track.wandb:
         out.append(Wandb(config, folder))
     if config.track.tensorboard:
         out.append(TensorBoard(folder, first))
