@@ -73,6 +73,7 @@ def test_virtual_ranks_add_up(pool: Pool, tmp_path: Any) -> None:
             assert max(record["rows"]) <= max(at_home(record["scenario"], 4)[0])
         parts = ("plan", "forward", "backward", "dispatch", "lend", "combine")
         assert record["total_ms"] == pytest.approx(sum(record[f"{part}_ms"] for part in parts))
+        assert 0 < record["percent_of_gemm"] < record["percent_of_gemm_without_links"]
     virtual.report(found, tmp_path)
     assert "modelled" in (tmp_path / "layer.md").read_text()
 

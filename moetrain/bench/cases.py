@@ -53,6 +53,7 @@ PRESETS = {  # dim, hidden, experts, top_k
     "gpt-oss-120b": (2880, 2880, 128, 4),
     "deepseek-v3": (7168, 2048, 256, 8),
     "kimi-k2": (7168, 2048, 384, 8),
+    "qwen3-30b": (2048, 768, 128, 8),
 }
 
 

@@ -83,7 +83,7 @@ def summary(records: Records) -> list[str]:
     for dtype in dict.fromkeys(r["dtype"] for r in records):
         own = [r for r in records if r["dtype"] == dtype]
         for r in own:
-            if r["scenario"] == BALANCED and r["planner"] == "home" and "percent_of_gemm" in r:
+            if r["scenario"] == BALANCED and r["planner"] == "home" and "gemm_spread" in r:
                 share = f"{r['percent_of_gemm']:.1f} % of the speed of the GEMMs alone (±{r['gemm_spread'] / 2:.1f})"
                 lines.append(f"{dtype}, {r['experts']} experts, balanced: {share}")
         for planner in dict.fromkeys(r["planner"] for r in own):

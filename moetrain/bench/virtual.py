@@ -22,7 +22,7 @@ from torch import Tensor
 from moetrain import profile
 from moetrain.bench import cases, layer_report
 from moetrain.bench.cases import BALANCED, Shape
-from moetrain.bench.cell import Cell, Inputs, build, layer_of, now
+from moetrain.bench.cell import Cell, Gemms, Inputs, build, layer_of, now
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import Grid
 from moetrain.mesh import Expert, Mesh
@@ -98,6 +98,7 @@ def records(mesh: Mesh, grid: Grid, num_ranks: int) -> Records:
         for shape in grid.shapes:
             torch.manual_seed(grid.seed)
             costs = costs_of(mesh, shape, num_ranks)
+            gemm_s = gemm_seconds(shape, num_ranks, mesh.device, grid.repeats)
             inputs = Inputs.of(shape, mesh.device)
             weights = build(shape, _place(0, num_ranks, Post(mesh.device)), mesh.device)
             runner = Runner(shape, num_ranks, grid, inputs, weights, costs)
@@ -111,8 +112,17 @@ def records(mesh: Mesh, grid: Grid, num_ranks: int) -> Records:
                 record = reference if same else runner.cell(scenario, planner)
                 speed = 100 * reference["total_ms"] / record["total_ms"]
                 memory = record["peak_memory_mib"] / reference["peak_memory_mib"]
-                found.append({**record, "percent_of_balanced": speed, "memory_ratio": memory})
+                own_ms = record["forward_ms"] + record["backward_ms"]
+                gemm = {"gemm_ms": 1e3 * gemm_s, "percent_of_gemm": 1e5 * gemm_s / record["total_ms"]}
+                gemm["percent_of_gemm_without_links"] = 1e5 * gemm_s / own_ms
+                found.append({**record, "percent_of_balanced": speed, "memory_ratio": memory, **gemm})
     return found
+
+
+def gemm_seconds(shape: Shape, num_ranks: int, device: torch.device, repeats: int) -> float:
+    """Least seconds of a balanced rank's expert GEMMs alone, forward and backward."""
+    gemms = Gemms(shape, num_ranks, device)
+    return min(gemms.run()[1] for _ in range(1 + repeats))
 
 
 def costs_of(mesh: Mesh, shape: Shape, num_ranks: int) -> Costs:
@@ -230,25 +240,30 @@ def report(records: Records, out: Path | None) -> None:
         measured = Table(
             "routing",
             "planner",
-            title=f"{heading}\nmeasured, one rank after another: ms of the slowest rank (index is part of forward)",
+            title=f"{heading}\nmeasured, one rank after another: ms of the slowest rank (index is part of forward); "
+            f"GEMMs alone: {group[0]['gemm_ms']:,.2f} ms for a balanced rank, as % of forward + backward",
         )
         modelled = Table(
             "routing", "planner", title=f"modelled: ms. {LINKS}\npredicted: plan + forward + backward + links"
         )
         for table, columns in (
-            (measured, (*MEASURED, "max/mean", "memory × balanced")),
+            (measured, (*MEASURED, "GEMMs alone", "max/mean", "memory × balanced")),
             (modelled, (*MODELLED, "rows crossing", "guests", "predicted ms", "% of balanced")),
         ):
             for column in columns:
                 table.add_column(column, justify="right")
-        names = [*(f"{name}, measured ms" for name in MEASURED), "max/mean", "memory × balanced"]
+        names = [*(f"{name}, measured ms" for name in MEASURED), "GEMMs alone, %", "max/mean", "memory × balanced"]
         names += [*(f"{name}, modelled ms" for name in MODELLED), "rows crossing", "guests", "predicted ms"]
         text += [f"## {heading}\n", f"| routing | planner | {' | '.join(names)} | % of balanced |"]
         text.append("|---" * (len(names) + 3) + "|")
         for r in group:
             cell = [r["scenario"], r["planner"]]
             left = [f"{r[f'{name}_ms']:,.2f}" for name in MEASURED]
-            left += [f"{r['max_over_mean']:.2f}", f"{r['memory_ratio']:.2f}"]
+            left += [
+                f"{r['percent_of_gemm_without_links']:.1f}",
+                f"{r['max_over_mean']:.2f}",
+                f"{r['memory_ratio']:.2f}",
+            ]
             right = [*(f"{r[f'{name}_ms']:,.2f}" for name in MODELLED), f"{r['rows_crossing']:,}", str(r["guests"])]
             right += [f"{r['total_ms']:,.2f}", f"{r['percent_of_balanced']:.1f}"]
             measured.add_row(*cell, *left)
