@@ -1,41 +1,26 @@
 #!/usr/bin/env bash
-# What one GPU can show, in one command and without a network: tests on CUDA with NCCL, the rate of the expert GEMMs,
-# one MoE layer of published models on 8 virtual ranks. Results: docs/results/DEVICE/. Nothing is installed.
-#   scripts/gpu_check.sh                     with the python on the path
-#   PYTHON=.venv/bin/python scripts/gpu_check.sh
-set -uo pipefail
+# What one GPU can show, in one command, about nine minutes, and without a network (docs/gpu.md). Results for people go
+# to docs/results/DEVICE/; they and all that was said and traced to one archive. Nothing is installed for good: packages
+# that are missing come out of the wheels that scripts/gpu_wheels.sh collected in .whl/, into a temporary folder.
+#   scripts/gpu_check.sh [ARCHIVE]           default: $OUT/gpu_check.tar.gz, without OUT runs/gpu_check.tar.gz
+#   scripts/gpu_check.sh --rehearse          every part, tiny, on a machine without a GPU
+#   PYTHON=.venv/bin/python scripts/gpu_check.sh; WHEELS=FOLDER scripts/gpu_check.sh
+set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-SHAPES=(gpt-oss-120b deepseek-v3 kimi-k2)
+work=$(mktemp -d -t gpu_check-XXXXXX)
+trap 'rm -rf "$work"' EXIT
 
-device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
-if [ -z "$device" ]; then
-    echo "error: no GPU that PyTorch of $PYTHON can use" >&2
-    exit 2
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+if ! "$PYTHON" -c 'import hydra, pydantic' 2>"$work/missing"; then
+    echo "$(tail -n 1 "$work/missing"): taking ${WHEELS:=.whl}/*.whl"
+    for wheel in "$WHEELS"/*.whl; do
+        "$PYTHON" -m zipfile -e "$wheel" "$work/packages" # all that installing them would do, with or without pip
+    done
+    export PYTHONPATH=$PYTHONPATH:$work/packages
 fi
-out="docs/results/$(tr -cs 'A-Za-z0-9\n' '-' <<<"$device")"
-mkdir -p "$out"
-failed=()
-
-step() { # NAME SECONDS COMMAND...: runs it, shows and keeps what it says, goes on after a failure
-    local name=$1 seconds=$2
-    shift 2
-    echo "== $name: $*"
-    timeout "$seconds" "$@" 2>&1 | tee "$out/$name.log"
-    local code=${PIPESTATUS[0]}
-    [ "$code" -eq 0 ] || failed+=("$name (exit code $code)")
-}
-
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
-step tests 150 "$PYTHON" -m pytest --gpu -v
-step gemms 60 "$PYTHON" -m moetrain bench gpu --out "$out"
-for shape in "${SHAPES[@]}"; do
-    step "layer-$shape" 80 "$PYTHON" -m moetrain bench layer --virtual-ranks 8 --shape "$shape" --tokens 8192 --quick \
-        --planner home makespan --out "$out/layer-$shape"
-done
-
-if [ "${#failed[@]}" -gt 0 ]; then
-    printf 'failed: %s\n' "${failed[@]}" >&2
-    exit 1
-fi
-echo "results are in $out"
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+export MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo # where the host's own name does not resolve
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True} # layers of very unequal sizes
+export XDG_CACHE_HOME=$work/cache # costs are measured anew
+"$PYTHON" scripts/gpu_check.py "$work" "$@"

@@ -23,6 +23,7 @@ ON_GPU = "test_gpu.py"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help=f"{ON_GPU} alone, on a GPU; all other tests run without one")
+    parser.addoption("--rehearse", action="store_true", help="with --gpu: on the CPU, to see that the tests run")
     add_options(parser)
 
 
