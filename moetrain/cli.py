@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in ("train", "data", "profile", "config", "doctor"):
             verb.add_argument("--config-dir", help="a folder of your own YAML, which wins over the shipped one")
     worker.die_with_launcher()
+    worker.let_gpu_segments_grow()
     given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(given)
     takes_overrides = options.verb not in ("bench", "report", "workspace") or getattr(options, "what", "") == "step"

@@ -28,6 +28,14 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def let_gpu_segments_grow() -> None:
+    """Row counts change with every batch: torch is to grow segments of GPU memory, not to keep one for each size.
+
+    To be called before torch is loaded. What the user has set goes before; torch warns of the second name."""
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def work(body: Callable[[], None]) -> int:
     """Run a worker's part. Returns its exit code; never raises."""
     signals.leave_when_asked()

@@ -282,3 +282,15 @@ def test_a_worker_that_raises_has_the_last_word(trained: tuple[Path, str], data:
     assert lines[-1] == "ValueError: planted fault"
     assert any(re.fullmatch(r"rank 1 failed in step 1, .*:", line) for line in lines)
     assert "Connection" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_ALLOC_CONF": "a:b"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:b"}], ids=str)
+def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(given: dict[str, str]) -> None:
+    """Said before torch is loaded, which reads it then."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    look = f"print([os.environ.get(name) for name in {names}], 'torch' in sys.modules)"
+    program = f"import os, sys\nfrom moetrain import cli\ntry: cli.main(['train', '--help'])\nfinally: {look}"
+    environment = {k: v for k, v in os.environ.items() if k not in names} | given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment)
+    found = given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert done.stdout.splitlines()[-1] == f"{[found.get(name) for name in names]} False"
