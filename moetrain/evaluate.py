@@ -21,7 +21,7 @@ from moetrain.observe.health import max_vio
 
 @dataclass(frozen=True)
 class Score:
-    """Of one domain's held-out text."""
+    """Of one domain's held-out text; NaN where nothing of it was evaluated, never a perfect zero."""
 
     nats: float
     tokens: int
@@ -29,11 +29,15 @@ class Score:
 
     @property
     def loss(self) -> float:
-        return self.nats / max(1, self.tokens)
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(50.0, self.loss)) if self.tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / max(1, self.num_bytes)
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
 class HeldOut(NamedTuple):
@@ -43,8 +47,13 @@ class HeldOut(NamedTuple):
 
 
 def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
-    """The sequences that a domain is judged by, from all over its held-out text: the same at every time and layout."""
+    """The sequences that a domain is judged by, from all over its held-out text: the same at every time and layout.
+
+    [B, L + 1]; text that does not fill a sequence is one by itself, shorter than the others.
+    """
     packed = Packed(corpus, "held_out", config.train.seq_len, seed=0, domain=domain)
+    if not packed.num_windows and packed.num_tokens > 1:
+        packed = Packed(corpus, "held_out", packed.num_tokens - 1, seed=0, domain=domain)
     wanted = max(1, config.eval.tokens_per_domain // config.train.seq_len)
     spread = np.linspace(0, packed.num_windows, min(wanted, packed.num_windows), endpoint=False).astype(int)
     return packed.windows(spread.tolist())
@@ -85,15 +94,16 @@ def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> 
         for name, (nats, tokens, size_) in zip(corpus.domains, sums.tolist(), strict=True)
     }
     scores["all"] = Score(*(float(x) for x in sums.sum(0).tolist()))  # type: ignore[arg-type]
-    metrics = {"eval/loss": scores["all"].loss, "eval/ppl": math.exp(min(50.0, scores["all"].loss))}
+    metrics = {"eval/loss": scores["all"].loss, "eval/ppl": scores["all"].perplexity}
     metrics["eval/bits_per_byte"] = scores["all"].bits_per_byte
-    for name in (n for n in corpus.domains if scores[n].tokens):  # a tiny domain may not fill one held-out window
-        metrics[f"eval/{name}/ppl"] = math.exp(min(50.0, scores[name].loss))
+    for name in corpus.domains:
+        metrics[f"eval/{name}/ppl"] = scores[name].perplexity
         metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
     counts = [part.numpy() for part in counts_CN.double().cpu().split(sizes, dim=1)]
     layers = specialisation.describe(config.model.pass_names, counts, liked, corpus)
     for layer, counts_CE in zip(layers, counts, strict=True):
-        metrics[f"specialise/{layer['name']}/domain_mi"] = layer["domain_mi"]
-        metrics[f"eval/{layer['name']}/max_vio"] = max_vio(counts_CE.sum(0))
-    metrics["specialise/domain_mi"] = float(np.mean([layer["domain_mi"] for layer in layers]))
+        found = bool(counts_CE.sum())
+        metrics[f"specialise/{layer['name']}/domain_mi"] = layer["domain_mi"] if found else math.nan
+        metrics[f"eval/{layer['name']}/max_vio"] = max_vio(counts_CE.sum(0)) if found else math.nan
+    metrics["specialise/domain_mi"] = float(np.mean([metrics[f"specialise/{n['name']}/domain_mi"] for n in layers]))
     return HeldOut(scores, metrics, layers)

@@ -179,7 +179,8 @@ def _show(folder: Path, names: Sequence[str] | None) -> int:
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, summary in summaries.items():
         if summary is not None:
-            values = f"{summary['bits_per_byte']['all']:.3f}", f"{summary['tokens_per_second']:,.0f}"
+            bits = summary["bits_per_byte"].get("all")
+            values = "–" if bits is None else f"{bits:.3f}", f"{summary['tokens_per_second']:,.0f}"
             balance = summary["imbalance"]
             table.add_row(name, *values, f"{balance['home']:.3f}", f"{balance['planned']:.3f}")
     console.print(table)

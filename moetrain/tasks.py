@@ -1,6 +1,7 @@
 """What the workers do for each verb, once they have joined."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
 from moetrain.observe.console import console, errors
+from moetrain.observe.summary import NOT_EVALUATED
 
 
 def train_run(config: Config, mesh: Mesh, as_json: bool) -> None:
@@ -61,11 +63,13 @@ def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     if not mesh.is_main:
         return
     if as_json:
-        print(json.dumps({"checkpoint": str(saved), **metrics}))
+        known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+        print(json.dumps({"checkpoint": str(saved), **known}))
         return
     console.print(f"[bold]{saved}")
     for name, score in scores.items():
-        console.print(f"{name:>12}  {score.bits_per_byte:.3f} bits a byte, {score.loss:.3f} nats a token")
+        found = f"{score.bits_per_byte:.3f} bits a byte, {score.loss:.3f} nats a token"
+        console.print(f"{name:>12}  {found if score.num_bytes else NOT_EVALUATED}")
 
 
 def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:

@@ -56,8 +56,8 @@ def read(run: Path) -> Values:
     held_out = [row for row in rows if "eval/loss" in row][-1]
     late = steps[len(steps) // 2 :]
     found = {
-        "loss": held_out["eval/loss"],
-        "bits_per_byte": held_out["eval/bits_per_byte"],
+        "loss": number(held_out["eval/loss"]),
+        "bits_per_byte": number(held_out["eval/bits_per_byte"]),
         "domain_mi": over_layers(held_out, "specialise", "domain_mi"),
         "max_vio_held_out": over_layers(held_out, "eval", "max_vio"),
         "max_vio": float(np.mean([over_layers(row, "balance", "max_vio") for row in late])),
@@ -69,11 +69,16 @@ def read(run: Path) -> Values:
     if "balance/experts_per_token" in steps[-1]:
         found["experts_per_token"] = float(np.mean([row["balance/experts_per_token"] for row in late]))
     domains = {name: value for name, value in summary["bits_per_byte"].items() if name != "all"}
-    return found | {f"domain/{name}": value for name, value in domains.items()}
+    return found | {f"domain/{name}": number(value) for name, value in domains.items()}
+
+
+def number(value: float | None) -> float:
+    """NaN for what was not evaluated."""
+    return float("nan") if value is None else value
 
 
 def over_layers(row: dict[str, Any], group: str, name: str) -> float:
-    return float(np.mean([v for k, v in row.items() if re.fullmatch(rf"{group}/layer_[\d_]+/{name}", k)]))
+    return float(np.mean([number(v) for k, v in row.items() if re.fullmatch(rf"{group}/layer_[\d_]+/{name}", k)]))
 
 
 def settings(run: Path) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from moetrain.data import corpus, prepare, tokenizer
 from moetrain.data.bigram import Bigram
 from moetrain.data.files import LeftOut
 from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed, samples_of
+from moetrain.evaluate import Score, held_out_windows
+from moetrain.observe.summary import bigram_scores
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +344,28 @@ def test_the_local_corpus_has_four_domains(tmp_path: Path) -> None:
         assert all(count > 100 for count in manifest["splits"][split]["tokens_per_domain"].values())
 
 
+def test_text_that_does_not_fill_a_sequence_is_judged_as_one_of_its_own(small: Corpus, data: list[str]) -> None:
+    """Each domain's held-out text is a few documents, shorter together than a sequence of 4,096 tokens."""
+    settings = config.load([*data, "train.seq_len=4096"])
+    for number, name in enumerate(small.domains):
+        windows = held_out_windows(small, settings, number)
+        tokens = small.manifest["splits"]["held_out"]["tokens_per_domain"][name]
+        assert windows.tokens.shape == (1, tokens)
+        assert (windows.domain == number).all()
+    loader = Loader(small, 32, 0)
+    shorter = settings.model_copy(update={"train": settings.train.model_copy(update={"seq_len": 32})})
+    for found in (bigram_scores(settings, small, loader, 4), bigram_scores(shorter, small, loader, 4)):
+        assert found is not None
+        assert set(found) == {*small.domains, "all"}
+        assert all(bits is not None and 0 < bits < 10 for bits in found.values())
+
+
+def test_a_score_of_nothing_is_no_number() -> None:
+    nothing = Score(0.0, 0, 0)
+    assert np.isnan([nothing.loss, nothing.perplexity, nothing.bits_per_byte]).all()
+    assert Score(2.0, 1, 1).loss == 2.0
+
+
 def test_the_bigram_is_a_distribution_and_learns() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 6, 400)
@@ -352,4 +376,4 @@ def test_the_bigram_is_a_distribution_and_learns() -> None:
     for before in range(8):
         pairs = np.stack([np.full(8, before), np.arange(8)], axis=1)
         assert np.exp(-bigram.nats(pairs, 0.5)).sum() == pytest.approx(1.0)
-    assert bigram.nats(tokens[300:], bigram.tune(tokens[300:])).mean() < 0.85 * np.log(8)
+    assert bigram.nats(tokens[300:], bigram.tune([tokens[300:]])).mean() < 0.85 * np.log(8)

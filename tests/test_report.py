@@ -18,7 +18,8 @@ from browser import Browser, find
 
 from moetrain import cli
 from moetrain.config import ConfigError
-from moetrain.report import build, reduce
+from moetrain.report import build, curves, reduce
+from moetrain.report.cards import cards
 from moetrain.report.figures import FIGURES
 from moetrain.report.live import server
 from moetrain.report.pictures import PICTURES
@@ -230,6 +231,17 @@ def test_a_band_has_an_area_where_every_step_is_a_point(full: Path) -> None:
     assert len(home["y"]) == 40
     assert home["high"][20] == pytest.approx(values[18:23].max(), rel=1e-4)
     assert home["low"][0] == pytest.approx(values[:3].min(), rel=1e-4)
+
+
+def test_nothing_evaluated_is_said_and_never_drawn_as_perfect(tmp_path: Path) -> None:
+    folder = made_run.write(tmp_path / "nothing")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: None if re.match("eval/", k) else v for k, v in row.items()} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = open_run(str(folder))
+    (card,) = (card for card in cards(run) if card["name"] == "Held-out")
+    assert (card["value"], card["note"]) == ("–", "nothing was evaluated")
+    assert curves.held_out(run)["text"] == "nothing was evaluated: no byte of text is held out"
 
 
 def test_a_healthy_run_looks_pale_between_ranks(tmp_path: Path) -> None:

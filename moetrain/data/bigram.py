@@ -4,6 +4,8 @@ p(w | v) = max(c(v,w) - d, 0) / c(v) + d · N(v) / c(v) · p(w), with p(w) = (c(
 kinds of tokens seen after v. The discount d is tuned on the held-out text itself, in the baseline's favour.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,6 +44,6 @@ class Bigram:
         rest = np.where(total > 0, discount * self._kinds[before] / total.clip(min=1), 1.0)
         return -np.log(np.maximum(seen - discount, 0) / total.clip(min=1) + rest * self._single[after])
 
-    def tune(self, tokens: NDArray[np.int64]) -> float:
-        """The discount that suits `tokens` best."""
-        return float(min(DISCOUNTS, key=lambda d: self.nats(tokens, float(d)).sum()))
+    def tune(self, texts: Sequence[NDArray[np.int64]]) -> float:
+        """The discount that suits the texts together best; they may differ in length."""
+        return float(min(DISCOUNTS, key=lambda d: sum(self.nats(tokens, float(d)).sum() for tokens in texts)))

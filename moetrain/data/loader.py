@@ -90,7 +90,8 @@ class Packed:
             table = table[table[:, 2] == domain]
         self.table = table[np.random.Generator(np.random.Philox([seed, 0])).permutation(len(table))]
         self.begins = np.cumsum(self.table[:, 1]) - self.table[:, 1]  # of each document in the packed stream
-        self.num_windows = max(0, (int(self.table[:, 1].sum()) - 1) // seq_len)
+        self.num_tokens = int(self.table[:, 1].sum())
+        self.num_windows = max(0, (self.num_tokens - 1) // seq_len)
 
     def window(self, number: int) -> tuple[NDArray, NDArray, NDArray]:
         """Tokens, domains and document numbers [L + 1] of the stream from `number` · L on."""

@@ -53,7 +53,8 @@ class View:
 
     def log(self, step: int, metrics: Metrics) -> None:
         if "eval/loss" in metrics:
-            self._held_out = f"held out {metrics['eval/loss']:.3f} at step {step}"
+            loss = metrics["eval/loss"]
+            self._held_out = f"held out {loss:.3f} at step {step}" if math.isfinite(loss) else "nothing is held out"
         if "train/lm_loss" not in metrics:
             return
         if step > self._step:

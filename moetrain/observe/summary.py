@@ -16,11 +16,12 @@ from moetrain.evaluate import Score, held_out_windows
 from moetrain.observe.console import Voice
 from moetrain.observe.estimate import Estimate, short
 
+NOT_EVALUATED = "not evaluated, since no byte of its text is held out"
 BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
 
 
-def bigram_scores(config: Config, corpus: Corpus, loader: Samples, samples: int) -> dict[str, float] | None:
-    """Bits per byte of the baseline after the first `samples`, per domain and over `all`.
+def bigram_scores(config: Config, corpus: Corpus, loader: Samples, samples: int) -> dict[str, float | None] | None:
+    """Bits per byte of the baseline after the first `samples`, per domain and over `all`; None without held-out text.
 
     None where that is too much text to count pairs in.
     """
@@ -31,12 +32,11 @@ def bigram_scores(config: Config, corpus: Corpus, loader: Samples, samples: int)
         bigram.see(loader.samples(begin, min(samples, begin + 256)).tokens)
     bigram.fit()
     held_out = {name: held_out_windows(corpus, config, number).tokens for number, name in enumerate(corpus.domains)}
-    discount = bigram.tune(np.concatenate(list(held_out.values())))
+    discount = bigram.tune(list(held_out.values()))
     nats = {name: float(bigram.nats(tokens, discount).sum()) for name, tokens in held_out.items()}
     sizes = {name: int(corpus.token_bytes[tokens[:, 1:]].sum()) for name, tokens in held_out.items()}
-    scores = {name: nats[name] / math.log(2) / max(1, sizes[name]) for name in held_out}
-    scores["all"] = sum(nats.values()) / math.log(2) / max(1, sum(sizes.values()))
-    return scores
+    nats["all"], sizes["all"] = sum(nats.values()), sum(sizes.values())
+    return {name: nats[name] / math.log(2) / sizes[name] if sizes[name] else None for name in nats}
 
 
 def collect(
@@ -44,7 +44,7 @@ def collect(
     config: Config,
     size: Estimate,
     scores: dict[str, Score],
-    bigram: dict[str, float] | None,
+    bigram: dict[str, float | None] | None,
     texts: Any,
 ) -> dict[str, Any]:
     """Everything the summary shows, from the run's own records; written to `summary.json`."""
@@ -60,7 +60,7 @@ def collect(
             "first": rows[0]["train/lm_loss"],
             "last": float(np.mean([r["train/lm_loss"] for r in rows[-10:]])),
         },
-        "bits_per_byte": {name: score.bits_per_byte for name, score in scores.items() if score.tokens},
+        "bits_per_byte": {name: score.bits_per_byte if score.num_bytes else None for name, score in scores.items()},
         "bigram_bits_per_byte": bigram,
         "tokens_per_second": float(np.median([row["perf/tokens_per_second"] for row in rows])),
         "imbalance": {"home": mean("balance/imbalance_home"), "planned": mean("balance/imbalance_planned")},
@@ -73,6 +73,10 @@ def collect(
     whole.write_text(json.dumps(found, indent=2) + "\n")
     whole.rename(folder / "summary.json")
     return found
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def is_there(folder: Path) -> bool:
@@ -93,7 +97,7 @@ def show(found: dict[str, Any], voice: Voice) -> None:
     for name, value in found["bits_per_byte"].items():
         bigram = found["bigram_bits_per_byte"]
         style = "bold" if name == "all" else ""
-        table.add_row(name, f"{value:.3f}", f"{bigram[name]:.3f}" if bigram else "–", style=style)
+        table.add_row(name, number(value), number(bigram[name] if bigram else None), style=style)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     home, planned = found["imbalance"]["home"], found["imbalance"]["planned"]
     for name, text in (
@@ -120,6 +124,8 @@ def show(found: dict[str, Any], voice: Voice) -> None:
     voice.say()
     voice.say(Panel(facts, title="[bold]Run complete", title_align="left", width=100))
     voice.say(table)
+    if None in found["bits_per_byte"].values():
+        voice.say(f"–: {NOT_EVALUATED}")
     if found["bigram_bits_per_byte"]:
         voice.say("[dim]bigram: tuned on the held-out text, fitted on the very tokens the model saw[/dim]")
     for item in found["generated"]:

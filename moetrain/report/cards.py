@@ -57,7 +57,8 @@ def _progress(run: Run) -> dict[str, Any] | None:
 def _held_out(run: Run) -> dict[str, Any] | None:
     value = run.metrics.last("eval/bits_per_byte")
     if np.isnan(value):
-        return None
+        asked = any("eval/bits_per_byte" in row for row in run.metrics.rows)
+        return _card("Held-out", "–", "", "nothing was evaluated", float("nan"), -1) if asked else None
     bigram = run.ended("bigram_bits_per_byte", "all")
     note = f"a bigram model: {bigram:.3f}" if np.isfinite(bigram) else "at the last evaluation"
     return _card("Held-out", f"{value:.3f}", "bits a byte", note, value, -1)

@@ -44,7 +44,8 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
             if card is None:
                 cells.append({"text": "–", "best": False})
                 continue
-            others = {e[column]["number"] * card["better"] for e in found if column in e}
+            numbers = {e[column]["number"] * card["better"] for e in found if column in e}
+            others = {number for number in numbers if not np.isnan(number)}
             own = f" {card['unit']}" if card["unit"].startswith("of ") else ""
             best = card["better"] != 0 and len(others) > 1 and card["number"] * card["better"] == max(others)
             cells.append({"text": card["value"] + own, "best": best})

@@ -77,6 +77,8 @@ def held_out(run: Run) -> Figure:
     values["all"] = run.metrics.last("eval/bits_per_byte")
     bigram = {name: run.ended("bigram_bits_per_byte", name) for name in values}
     rows = [{"name": n, "value": v, "mark": bigram[n]} for n, v in values.items() if np.isfinite(v)]
+    if not rows:
+        return absent("nothing was evaluated: no byte of text is held out")
     return {
         "kind": "bars",
         "rows": rows,
