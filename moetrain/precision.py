@@ -1,7 +1,7 @@
 """What is computed in, bf16 or fp32: `auto` takes whichever this device is faster at.
 
-CPUs differ by a factor of a hundred: a bf16 product takes a quarter of the time of an fp32 one with AVX512-BF16, and a
-hundred times as long with AVX2 alone.
+CPUs differ by a factor of a hundred: a bf16 product takes a quarter of the time of an fp32 one with AVX512-BF16, and
+forty times as long with AVX2 alone.
 """
 
 import time
@@ -18,30 +18,36 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AUTO = "auto"
 CLEARLY = 1.25  # bf16 has to be so much faster: it gives up 16 bits, and near a tie every run is to decide alike
 SIZE = 256  # of the square matrices that are multiplied
-SECONDS, REPEATS = 0.05, 7  # of repeated products, whatever is over first; each dtype once at least
+SECONDS, REPEATS = 0.03, 7  # of repeated products, whatever is over first; once at least
 
 
 def speed_of_bf16(device: torch.device) -> float:
     """The speed of bf16 products as a multiple of that of fp32 ones, measured in about a tenth of a second at most.
 
-    A GPU is not measured: infinity where its hardware has bf16, else 0.
+    By one thread and its own clock: other processes, which take turns with it, do not change the ratio. A GPU is not
+    measured: infinity where its hardware has bf16, else 0.
     """
     if device.type == "cuda":
         return float("inf") if torch.cuda.is_bf16_supported(including_emulation=False) else 0.0
-    factor = torch.randn(SIZE, SIZE, device=device)
-    factors = {name: factor.to(dtype) for name, dtype in DTYPES.items()}
-    best = dict.fromkeys(DTYPES, float("inf"))
-    for matrix in factors.values():
-        torch.mm(matrix, matrix)  # the first call prepares what later ones use
-    end = time.perf_counter() + SECONDS
-    for _ in range(REPEATS):
-        for name, matrix in factors.items():
-            began = time.perf_counter()
-            torch.mm(matrix, matrix)
-            best[name] = min(best[name], time.perf_counter() - began)  # others disturb, nothing helps
-        if time.perf_counter() > end:
-            break
-    return best["fp32"] / best["bf16"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """The least of several, after one that prepares what the others use."""
+    matrix = torch.randn(SIZE, SIZE).to(dtype)
+    torch.mm(matrix, matrix)
+    times: list[float] = []
+    end = time.thread_time() + SECONDS
+    while not times or (len(times) < REPEATS and time.thread_time() < end):
+        began = time.thread_time()
+        torch.mm(matrix, matrix)
+        times.append(time.thread_time() - began)
+    return min(times)
 
 
 def chosen(speed: float) -> str:
