@@ -253,13 +253,14 @@ def _compare(mesh: Mesh, work: Work) -> tuple[Measured, ...]:
     parts = {"sums": work.sums, "swiglu": work.swiglu, "products": work.products}
     mine = " ".join(part for part in parts if kernels.has_own(part, work.x, work.inner, work.outer))
     ranks = [text.split() for text in gather_texts(mine, mesh.saving)]
+    alone = torch.get_num_threads() == 1  # then others, which take turns with this thread, do not disturb
     found = []
     for part, run in parts.items():
         if all(part in here for here in ranks):
             seconds = []
             for left in ([], [part]):
                 kernels.leave_to_torch(left)
-                seconds.append(_time(mesh, run))
+                seconds.append(_time(mesh, run, time.thread_time if alone else time.perf_counter))
             found.append([part, *seconds])
     measured = tuple(Measured(*each) for each in json.loads(broadcast_text(json.dumps(found), mesh.device)))
     kernels.leave_to_torch([each.part for each in measured if each.torch_is_faster])
@@ -323,13 +324,17 @@ def _handling(mesh: Mesh, layer: Layer, costs: Costs) -> float:
     return max((many - one) / (MANY - 1) - (costs.weight_bytes + costs.gradient_bytes) / link.bandwidth, 0.0)
 
 
-def _time(mesh: Mesh, work: Callable[[], object]) -> float:
-    """Seconds of the slowest rank; on each the quickest of several after a warm-up: others disturb, nothing helps."""
-    clock, runs = (_device_seconds, LAUNCHES) if mesh.device.type == "cuda" else (_host_seconds, 1)
+def _time(mesh: Mesh, work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of the slowest rank; on each the quickest of several after a warm-up: others disturb, nothing helps.
+
+    `clock`: of the host; a GPU has its own.
+    """
+    on_gpu = mesh.device.type == "cuda"
+    runs = LAUNCHES if on_gpu else 1
 
     def once() -> float:
         barrier()
-        return clock(work, runs) / runs
+        return (_device_seconds(work, runs) if on_gpu else _host_seconds(work, clock)) / runs
 
     once()
     fitting = torch.tensor(min(max(int(SECONDS / once() / runs), 3), REPEATS), device=mesh.device)
@@ -337,11 +342,10 @@ def _time(mesh: Mesh, work: Callable[[], object]) -> float:
     return max(_gather(mesh, min(once() for _ in range(repeats))))
 
 
-def _host_seconds(work: Callable[[], object], runs: int) -> float:
-    began = time.perf_counter()
-    for _ in range(runs):
-        work()
-    return time.perf_counter() - began
+def _host_seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    began = clock()
+    work()
+    return clock() - began
 
 
 def _device_seconds(work: Callable[[], object], runs: int) -> float:

@@ -50,7 +50,7 @@ def test_a_cpu_is_measured_at_what_it_does_in_milliseconds() -> None:
 def of_a_made_machine(mesh: Mesh, device: str) -> list[Costs]:
     """Costs where a run takes a second and one more for each floating-point operation; at sizes for `device`."""
 
-    def seconds(mesh: Mesh, work: Callable[[], object]) -> float:
+    def seconds(mesh: Mesh, work: Callable[[], object], clock: object = None) -> float:
         with FlopCounterMode(display=False) as counter:
             work()
         return 1.0 + counter.get_total_flops()
@@ -133,10 +133,10 @@ def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
     assert pool.run(obtain, 2, str(cache), str(third), str(first), ep=1)[0][0].row_bytes == 64  # another layout: anew
 
 
-def seconds_by(torch_seconds: dict[str, float]) -> Callable[[Mesh, Callable[[], object]], float]:
+def seconds_by(torch_seconds: dict[str, float]) -> Callable[..., float]:
     """In place of `profile._time`: a part of the layer takes a second with our kernels, and so many with torch's."""
 
-    def seconds(mesh: Mesh, work: Callable[[], object]) -> float:
+    def seconds(mesh: Mesh, work: Callable[[], object], clock: object = None) -> float:
         work()
         return torch_seconds.get(min(kernels._by_torch, default=""), 1.0)
 
