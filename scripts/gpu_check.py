@@ -42,7 +42,7 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
         command = [*python, "-m", "moetrain", "bench", "layer", "--virtual-ranks", "8", "--shape", shape]
         command += ["--scenario", "balanced", "80 % into 1", "95 % into 1", "--planner", "home", "llep", "makespan"]
         command += ["--tokens", "32", "--dim", "32", "--hidden", "32", "--repeats", "1"] if rehearse else []
-        command += ["--tokens", "8192"] if not rehearse else ["--warmup", "1", "--dtype", "fp32"]
+        command += ["--tokens", "8192", "--dtype", "bf16"] if not rehearse else ["--warmup", "1", "--dtype", "fp32"]
         return Part(f"layer-{shape}", seconds, [*command, "--out", f"{out}/layer-{shape}"], f"layer-{shape}/layer.md")
 
     gemms = [*python, "-m", "moetrain", "bench", "gpu", "--out", str(out)]

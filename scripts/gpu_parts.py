@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def device_facts(device: torch.device, tiny: bool) -> Table:
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         smi = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        driver = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
+        driver = subprocess.run(smi, capture_output=True, text=True).stdout.strip() if shutil.which(smi[0]) else "?"
         rows.append(["GPU", f"{facts.name}, {facts.multi_processor_count} SMs, compute {facts.major}.{facts.minor}"])
         rows.append(["driver, SM clock now and at most, power", driver])
         rows.append(["memory", "{1:.1f} GiB, {0:.1f} free".format(*(x / GIB for x in torch.cuda.mem_get_info()))])
