@@ -117,15 +117,15 @@ def same_curve(device: torch.device, tiny: bool) -> Table:
                 words = np.random.default_rng((domain == "one", number)).choice(WORDS, 400)
                 (folder / "text" / domain / f"{number}.txt").write_text(" ".join(words))
         common = ["model=tiny", "train.steps=12", "train.seq_len=64", "train.global_batch=8", "parallel.nproc=1"]
-        common += ["data=folder", f"data.path={folder}/text", f"data.dir={folder}/corpora", "data.vocab_size=400"]
+        data = ["data=folder", f"data.path={folder}/text", f"data.dir={folder}/corpora", "data.vocab_size=400"]
         common += ["eval.tokens_per_domain=256", "generate.tokens=4", f"run.dir={folder}/runs", "train.threads=2"]
         moetrain = [sys.executable, "-m", "moetrain"]
-        subprocess.run([*moetrain, "data", *common], check=True)
+        subprocess.run([*moetrain, "data", *data], check=True)
         working = {}
         for run, (dtype, visible) in runs.items():
             log = (folder / f"{run}.log").open("w")
             environment = {**os.environ, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})}
-            command = [*moetrain, "train", *common, f"train.dtype={dtype}", f"run.name={run.replace(' ', '_')}"]
+            command = [*moetrain, "train", *common, *data, f"train.dtype={dtype}", f"run.name={run.replace(' ', '_')}"]
             working[run] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         codes = {run: process.wait() for run, process in working.items()}
         losses = {}
