@@ -1,15 +1,34 @@
-"""What must hold between the fields of a configuration, and between it and the number of ranks."""
+"""What must hold between the fields of a configuration, and between it and the number of ranks.
+
+A mistake is told at once: neither torch nor compiled code is loaded for a run with the default router.
+"""
 
 import math
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moetrain.config import Config, ConfigError, DeepSpeed
 from moetrain.mistakes import short
-from moetrain.moe.planners import PLANNERS, planner_options
-from moetrain.moe.routers import ROUTERS
 from moetrain.observe import tensorboard_sink
+
+PLANNER_OPTIONS: dict[str, set[str]] = {  # as moe/planners has them, whose code is compiled when it loads
+    "home": set(),
+    "llep": {"alpha", "min_rows", "threshold"},
+    "makespan": set(),
+    "eplb": {"replicas"},
+}
+TOPK_OPTIONS = frozenset({"noise", "groups", "top_groups"})  # of the default router, as its class has them
+
+
+def options_of_router(name: str) -> frozenset[str]:
+    """The options that a router has besides everybody's."""
+    if name == "topk":
+        return TOPK_OPTIONS
+    from moetrain.moe.routers import ROUTERS  # which imports torch
+
+    return ROUTERS[name].takes
 
 
 def check(c: Config) -> None:
@@ -23,15 +42,10 @@ def check(c: Config) -> None:
             raise ConfigError(f"{field}={short(value)}: {text}")
 
     m, k = c.model, c.router.top_k
-    rule(c.planner.name in PLANNERS, "planner.name", f"known planners are {', '.join(PLANNERS)}")
-    allowed = planner_options(c.planner.name)
+    rule(c.planner.name in PLANNER_OPTIONS, "planner.name", f"known planners are {', '.join(PLANNER_OPTIONS)}")
     for option in c.planner.options:
-        rule(option in allowed, f"planner.{option}", f"the planner {c.planner.name} has no such option")
-    rule(c.router.name in ROUTERS, "router.name", f"known routers are {', '.join(ROUTERS)}")
-    kind = ROUTERS[c.router.name]
-    for option in c.router.own_options:
-        rule(option in kind.takes, f"router.{option}", f"the router {c.router.name} has no such option")
-    rule(kind.biased or c.balance.bias == "none", "balance.bias", f"means nothing to the router {c.router.name}")
+        known = option in PLANNER_OPTIONS[c.planner.name]
+        rule(known, f"planner.{option}", f"the planner {c.planner.name} has no such option")
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     groups = c.balance.device_groups
     rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")
@@ -46,7 +60,8 @@ def check(c: Config) -> None:
     for experts, top_k in zip(m.experts_of_layers, c.top_k_of_layers, strict=True):
         most = f"a layer has top-{top_k} of {experts} experts"
         rule(top_k <= experts, "router.k_schedule" if k <= experts else "model.min_experts", most)
-        for field, text in kind.problems(experts + m.num_zero_compute, m, c.router):
+    if c.router.name != "topk" or c.router.own_options:
+        for field, text in _of_router(c):
             rule(False, field, text)
     rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
     rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")
@@ -70,6 +85,22 @@ def check(c: Config) -> None:
         rule(Path(c.data.path).exists(), "data.path", "there is no such file or folder")
     if c.data.tokenizer is not None:
         rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "there is no such file")
+
+
+def _of_router(c: Config) -> Iterator[tuple[str, str]]:
+    """(field, rule) that a router's own options break."""
+    from moetrain.moe.routers import ROUTERS  # which imports torch
+
+    if c.router.name not in ROUTERS:
+        yield "router.name", f"known routers are {', '.join(ROUTERS)}"
+    kind = ROUTERS[c.router.name]
+    for option in c.router.own_options:
+        if option not in kind.takes:
+            yield f"router.{option}", f"the router {c.router.name} has no such option"
+    if not kind.biased and c.balance.bias != "none":
+        yield "balance.bias", f"means nothing to the router {c.router.name}"
+    for experts in c.model.experts_of_layers:
+        yield from kind.problems(experts + c.model.num_zero_compute, c.model, c.router)
 
 
 def check_world(c: Config, world: int) -> None:

@@ -1,4 +1,4 @@
-"""`moetrain VERB [overrides]`: one function per verb, each of them thin."""
+"""`moetrain VERB [overrides]`: one function per verb, each thin; it imports what its verb needs."""
 
 import argparse
 import json
@@ -6,15 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moetrain import __version__, config, runs, unused, worker
-from moetrain.bench import gpu_options, hosts_options, step_options
-from moetrain.bench import options as layer_options
-from moetrain.config import Config, ConfigError
+from moetrain import __version__, worker
 from moetrain.doctor import command as doctor
+from moetrain.mistakes import ConfigError
 from moetrain.observe import workspace
 from moetrain.observe.console import console, say_bad_input
 from moetrain.report import options as report_options
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
 
 TRAIN = """Train a model.
 
@@ -76,6 +78,7 @@ VERBS |= {"config": CONFIG, "doctor": doctor.DOCTOR}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a failure, 2 for bad input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="moetrain", description="Expert-parallel training of MoE language models.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -89,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in ("eval", "generate"):
             verb.add_argument("run", nargs="?", help="a run's folder or name; the newest run if left out")
         if name == "bench":
-            _benchmarks(verb)
+            if given[:1] == ["bench"]:
+                _benchmarks(verb)
             continue
         if name == "report":
             report_options.add_to(verb)
@@ -115,7 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb.add_argument("--config-dir", help="a folder of your own YAML, which wins over the shipped one")
     worker.die_with_launcher()
     worker.let_gpu_segments_grow()
-    given = list(sys.argv[1:] if arguments is None else arguments)
     options, more = parser.parse_known_args(given)
     takes_overrides = options.verb not in ("bench", "report", "workspace") or getattr(options, "what", "") == "step"
     if unknown := [word for word in more if not takes_overrides or "=" not in word or word.startswith("-")]:
@@ -141,13 +144,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "report": report_options.run,
             "workspace": workspace.run,
         }
-        unused.check_verb(options.verb, options.overrides)
+        if options.overrides:
+            from moetrain import unused
+
+            unused.check_verb(options.verb, options.overrides)
         return functions[options.verb](options)
     except ConfigError as error:
         return say_bad_input(error)
 
 
 def _train(options: argparse.Namespace) -> int:
+    from moetrain import config
+
     if options.multirun:
         from moetrain import sweep
 
@@ -159,9 +167,9 @@ def _train(options: argparse.Namespace) -> int:
     else:
         settings = config.load(options.overrides, options.config_dir)
     if options.dry_run:
-        from moetrain import dry_run, mesh
+        from moetrain import dry_run, launcher
 
-        return dry_run.run(settings, settings.parallel.nproc or mesh.auto_nproc(), options.json)
+        return dry_run.run(settings, settings.parallel.nproc or launcher.auto_nproc(), options.json)
     _check_run(settings)
     return _with_workers(options, settings, "train")
 
@@ -175,6 +183,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
+    from moetrain import config
     from moetrain.data import prepare
 
     settings = config.load(options.overrides, options.config_dir)
@@ -194,10 +203,14 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
+    from moetrain import config
+
     return _with_workers(options, config.load(options.overrides, options.config_dir), "profile")
 
 
 def _config(options: argparse.Namespace) -> int:
+    from moetrain import config, runs
+
     settings = config.load(options.overrides, options.config_dir)
     if settings.parallel.nproc:
         settings.layout(settings.parallel.nproc)
@@ -213,11 +226,16 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from moetrain import config
+
     return doctor.run(config.load(options.overrides, options.config_dir), options)
 
 
 def _benchmarks(verb: argparse.ArgumentParser) -> None:
     """The options of `bench WHAT`. Only `step` has a configuration, hence overrides."""
+    from moetrain.bench import gpu_options, hosts_options, step_options
+    from moetrain.bench import options as layer_options
+
     verb.set_defaults(overrides=[])
     what = verb.add_subparsers(dest="what", required=True, metavar="WHAT")
     plan = what.add_parser("plan", help=PLAN, description=PLAN)
@@ -266,6 +284,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    from moetrain import runs
     from moetrain.bench import replay
 
     run = runs.find(options.trace)
@@ -278,7 +297,8 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _bench_step(options: argparse.Namespace) -> int:
-    from moetrain import checkpoint
+    from moetrain import checkpoint, config
+    from moetrain.bench import step_options
 
     settings = config.load(options.overrides)
     step_options.Options.of(options)
@@ -286,8 +306,8 @@ def _bench_step(options: argparse.Namespace) -> int:
     return _with_workers(options, settings, "bench")
 
 
-def _of_run(options: argparse.Namespace) -> Config:
-    from moetrain import checkpoint
+def _of_run(options: argparse.Namespace) -> "Config":
+    from moetrain import checkpoint, config, runs
 
     folder = runs.find(options.run)
     saved = checkpoint.newest(folder)
@@ -300,25 +320,26 @@ def _of_run(options: argparse.Namespace) -> Config:
     )
 
 
-def _check_run(settings: Config) -> None:
-    from moetrain import checkpoint
+def _check_run(settings: "Config") -> None:
+    from moetrain import checkpoint, runs
 
     runs.check_writable(settings)
     checkpoint.to_resume(settings, runs.folder_of(settings) if settings.run.name else None)
 
 
-def _with_workers(options: argparse.Namespace, settings: Config, verb: str) -> int:
+def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) -> int:
     """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
-    from moetrain import launcher, mesh, train
+    from moetrain import launcher, runs
+    from moetrain.data.loader import open_data
     from moetrain.recovery import shrink
 
-    place = mesh.from_env()
-    workers = place[1] if place else settings.parallel.nproc or mesh.auto_nproc()
+    place = launcher.from_env()
+    workers = place[1] if place else settings.parallel.nproc or launcher.auto_nproc()
     if verb == "train" and settings.run.name is not None:
         settings = shrink.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
     settings.layout(workers)
     if verb != "profile":
-        train.open_data(settings)
+        open_data(settings)
     if place is not None:
         return worker.work(lambda: _work(options, settings, verb, place))
     arguments, again = list(options.given), None
@@ -330,7 +351,7 @@ def _with_workers(options: argparse.Namespace, settings: Config, verb: str) -> i
     return launcher.launch(arguments, workers, again)
 
 
-def _work(options: argparse.Namespace, settings: Config, verb: str, place: tuple[int, int, int]) -> None:
+def _work(options: argparse.Namespace, settings: "Config", verb: str, place: tuple[int, int, int]) -> None:
     import torch
 
     from moetrain import mesh, tasks

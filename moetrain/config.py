@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
 from moetrain import mistakes
+from moetrain.mistakes import ConfigError as ConfigError
 from moetrain.model.schedule import spread
 
 Positive = Annotated[int, Field(gt=0)]
@@ -30,10 +27,6 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["auto", "fp32", "bf16"]
-
-
-class ConfigError(ValueError):
-    """Bad input. Its text is the one line that a user sees; the process ends with exit code 2."""
 
 
 class Section(BaseModel):
@@ -313,8 +306,12 @@ def config_dir() -> Path:
 
 
 @contextmanager
-def composing(extra_dir: str | None) -> Iterator[ConfigLoader]:
-    """Hydra at work on the shipped configs; what the user's folder `extra_dir` has by the same name wins."""
+def composing(extra_dir: str | None) -> Iterator[Any]:
+    """Hydra at work on the shipped configs; what the user's folder `extra_dir` has by the same name wins. The context gives
+    its config loader."""
+    from hydra import initialize_config_dir  # not for those who read a resolved configuration
+    from hydra.core.global_hydra import GlobalHydra
+
     if extra_dir is not None and not Path(extra_dir).is_dir():
         raise ConfigError(f"--config-dir={extra_dir}: there is no such folder")
     logging.getLogger("hydra").setLevel(logging.ERROR)
@@ -324,7 +321,7 @@ def composing(extra_dir: str | None) -> Iterator[ConfigLoader]:
         if extra_dir is not None:
             path = loader.get_search_path()
             path.prepend("user", f"file://{Path(extra_dir).resolve()}", anchor="main")
-            loader.repository.initialize_sources(path)  # type: ignore[attr-defined]
+            loader.repository.initialize_sources(path)
         yield loader
 
 
@@ -333,6 +330,9 @@ def load(overrides: Sequence[str] = (), extra_dir: str | None = None) -> Config:
 
     Raises `ConfigError` for everything that a user can get wrong here.
     """
+    from hydra import compose
+    from hydra.errors import HydraException
+
     try:
         with composing(extra_dir):
             tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
@@ -417,7 +417,7 @@ def from_tree(tree: Any, given: Sequence[str] = ()) -> Config:
             ) from None
         raise ConfigError(f"{field}={mistakes.short(first['input'])}: {rule}") from None
     from moetrain import unused
-    from moetrain.checks import check  # which looks routers and planners up
+    from moetrain.checks import check
 
     check(config)
     unused.check(config, given)

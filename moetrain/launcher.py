@@ -1,8 +1,8 @@
 """Starts the workers of one host when no other launcher did, and starts them again when one of them dies.
 
-The workers meet at a store that this process keeps, on the loopback interface, a new one every time. A worker that
-fails writes its traceback to a file; the first cause has the last word. Requests to end are passed on; a second Ctrl-C
-kills.
+The workers meet at a store that rank 0 keeps, at a socket of the loopback interface that this process opens, a new one
+every time. A worker that fails writes its traceback to a file without a name; the first cause has the last word.
+Requests to end are passed on; a second Ctrl-C kills. No torch: workers start as soon as it is known that they can.
 """
 
 import json
@@ -14,27 +14,49 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from rich.markup import escape
-from torch.distributed import TCPStore
 
-from moetrain.observe.console import BAD_INPUT, errors
+from moetrain.mistakes import ConfigError
+from moetrain.observe.console import BAD_INPUT, console, errors
 from moetrain.recovery import heartbeat
 from moetrain.recovery.exits import GAVE_UP, REQUEUE
 from moetrain.recovery.signals import INTERRUPTED, ONE_PRESS_SECONDS
-from moetrain.worker import ERROR_FILE
+from moetrain.worker import ERROR_FILE, STORE_SOCKET
 
 MALLOC = (  # keep big blocks, on huge pages: faulting them in anew in every step costs a CPU run a quarter of its time
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:"
     "glibc.malloc.arena_max=1:glibc.malloc.top_pad=67108864"
 )
 LOOPBACK = "127.0.0.1"
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # there where a driver is: NVIDIA's, AMD's, that of WSL
 LOOK_SECONDS = 0.05  # between two looks at the workers
 GOODBYE_SECONDS = 10.0  # for the last worker to close its files, after the first one has ended as all agreed
+
+
+def from_env() -> tuple[int, int, int] | None:
+    """(rank, world, local_rank) as torchrun and `launch` set them, or None outside of them. Raises `ConfigError`."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    place = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for name, value in place.items():
+        if not value.isdecimal():
+            raise ConfigError(f"{name}={value}: must be a whole number, as torchrun sets it; unset it to start workers")
+    rank, world, local_rank = map(int, place.values())
+    return rank, world, local_rank
+
+
+def auto_nproc() -> int:
+    """Workers on this machine when nobody said how many: one a GPU, else two."""
+    if sys.platform == "linux" and not any(Path(name).exists() for name in GPU_DEVICES):
+        return 2  # a second sooner than torch says so
+    import torch
+
+    return torch.cuda.device_count() or 2
 
 
 class Failure(NamedTuple):
@@ -56,6 +78,7 @@ def launch(arguments: Sequence[str], workers: int, again: Again | None = None) -
     """Run `python -m moetrain ARGUMENTS` in `workers` processes on this host. Returns the exit code."""
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    console.print(f"[dim]starting {workers} worker{'s' * (workers > 1)}")
     requests = _Requests()
     in_vain, reached = 0, heartbeat.furthest(again.heartbeats) if again else 0
     while True:
@@ -109,13 +132,9 @@ class _Requests:
 
 def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure | None:
     """One attempt. All workers are gone when it returns."""
-    listening = socket.create_server((LOOPBACK, 0))
-    port = listening.getsockname()[1]
-    store = TCPStore(
-        LOOPBACK, port, None, True, timedelta(seconds=60), wait_for_workers=False, master_listen_fd=listening.detach()
-    )
-    with tempfile.TemporaryDirectory(prefix="moetrain-") as folder:
-        words = [Path(folder, f"rank_{rank}.json") for rank in range(workers)]
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server((LOOPBACK, 0)))
+        words = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(workers)]
         running = [
             subprocess.Popen(
                 [sys.executable, "-m", "moetrain", *arguments],
@@ -127,15 +146,17 @@ def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure
                     "WORLD_SIZE": str(workers),
                     "LOCAL_WORLD_SIZE": str(workers),
                     "MASTER_ADDR": LOOPBACK,
-                    "MASTER_PORT": str(port),
-                    "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    ERROR_FILE: str(words[rank]),
+                    "MASTER_PORT": str(listening.getsockname()[1]),
+                    STORE_SOCKET: str(listening.fileno()),
+                    ERROR_FILE: f"/dev/fd/{words[rank].fileno()}",
                 },
                 stdin=subprocess.DEVNULL,
+                pass_fds=[words[rank].fileno(), *([listening.fileno()] if rank == 0 else [])],
                 start_new_session=True,  # what the terminal sends, this process passes on
             )
             for rank in range(workers)
         ]
+        listening.close()  # rank 0 has it now
         passed_on = False
         try:
             while True:
@@ -158,7 +179,6 @@ def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure
             for worker in running:
                 worker.kill()
                 worker.wait()
-            del store
 
 
 def _wait(running: Sequence[subprocess.Popen], seconds: float) -> None:
@@ -167,9 +187,9 @@ def _wait(running: Sequence[subprocess.Popen], seconds: float) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _message(word: Path, code: int) -> str:
+def _message(word: IO[bytes], code: int) -> str:
     try:
-        about = json.loads(word.read_text())["message"]
-        return about["extraInfo"]["py_callstack"]
+        word.seek(0)
+        return json.load(word)["message"]["extraInfo"]["py_callstack"]
     except (OSError, ValueError, KeyError):
         return f"the process was killed by signal {-code}" if code < 0 else f"its exit code was {code}"

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.comm import shared_memory
 from moetrain.config import ConfigError, Parallel
+from moetrain.worker import STORE_SOCKET
 
 SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
 
@@ -50,11 +51,6 @@ class Mesh:
         return self.rank == 0
 
 
-def auto_nproc() -> int:
-    """Workers on this machine when nobody said how many: one a GPU, else two."""
-    return torch.cuda.device_count() or 2
-
-
 @contextmanager
 def start(
     parallel: Parallel,
@@ -73,12 +69,16 @@ def start(
     device = device_of(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    patience, store = timedelta(seconds=timeout), None
+    if init_method == "env://" and STORE_SOCKET in os.environ:
+        store = _store_at_launchers_socket(rank, world, patience)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=init_method,
+        init_method=None if store else init_method,
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=timeout),
+        store=store,
+        timeout=patience,
         device_id=device if device.type == "cuda" else None,
     )
     mesh = _axes(parallel, rank, world, device)
@@ -95,6 +95,13 @@ def device_of(local_rank: int) -> torch.device:
     if count > 1 and local_rank >= count:
         raise ConfigError(f"LOCAL_RANK={local_rank}: must be below the number of GPUs that this process sees, {count}")
     return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
+
+
+def _store_at_launchers_socket(rank: int, world: int, patience: timedelta) -> dist.Store:
+    """Rank 0 keeps it. Nobody else can have taken the port: the launcher has opened the socket."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = int(os.environ[STORE_SOCKET]) if rank == 0 else None
+    return dist.TCPStore(host, port, world, rank == 0, patience, wait_for_workers=False, master_listen_fd=listening)
 
 
 @contextmanager
@@ -156,10 +163,3 @@ def _least(number: int, device: torch.device) -> int:
     least = torch.tensor(number, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return int(least)
-
-
-def from_env() -> tuple[int, int, int] | None:
-    """(rank, world, local_rank) as torchrun set them, or None outside of it."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))

@@ -5,9 +5,14 @@
 
 import difflib
 import re
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import BaseModel
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+class ConfigError(ValueError):
+    """Bad input. Its text is the one line that a user sees; the process ends with exit code 2."""
 
 
 def short(value: Any) -> str:
@@ -22,7 +27,9 @@ def plain(message: str) -> str:
     return message if message.startswith("must") else f"must be {message}"
 
 
-def fields(section: type[BaseModel], prefix: str = "") -> list[str]:
+def fields(section: "type[BaseModel]", prefix: str = "") -> list[str]:
+    from pydantic import BaseModel
+
     names: list[str] = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
@@ -33,14 +40,14 @@ def fields(section: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def nearest(field: str, config: type[BaseModel]) -> str:
+def nearest(field: str, config: "type[BaseModel]") -> str:
     if field in fields(config):
         return f" in this {field.partition('.')[0]} preset"
     close = difflib.get_close_matches(field, fields(config), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def of_composition(error: Exception, config: type[BaseModel]) -> str:
+def of_composition(error: Exception, config: "type[BaseModel]") -> str:
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'", text):
         return f"{found[1]}: no such field{nearest(found[1], config)}"

@@ -116,10 +116,10 @@ def _checked(parsed: Sequence[Override], same: Sequence[str], extra_dir: str | N
 
 def _check(settings: Config, here: bool) -> None:
     """`here`: the run will be on this host, whose devices tell how many workers it has."""
-    from moetrain import mesh
+    from moetrain import launcher
 
     if here or settings.parallel.nproc:
-        settings.layout(settings.parallel.nproc or mesh.auto_nproc())
+        settings.layout(settings.parallel.nproc or launcher.auto_nproc())
 
 
 def _name(number: int, overrides: Sequence[str], same: Sequence[str]) -> str:

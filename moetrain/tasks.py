@@ -9,7 +9,7 @@ from moetrain import checkpoint, precision, profile, runs, train
 from moetrain.checkpoint import manifest
 from moetrain.comm import broadcast_text
 from moetrain.config import Config, ConfigError
-from moetrain.data.loader import Corpus
+from moetrain.data.loader import Corpus, open_data, with_vocabulary
 from moetrain.engine import build_engine
 from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
@@ -91,8 +91,8 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     """The newest checkpoint of `config.run` that is whole, on these ranks."""
-    corpus, _ = train.open_data(config)
-    config = precision.settled(train.with_vocabulary(config, corpus), mesh)
+    corpus, _ = open_data(config)
+    config = precision.settled(with_vocabulary(config, corpus), mesh)
     saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
     for path, said in passed if mesh.is_main else []:
         errors.print(f"{path} is not whole and is passed over: {said}", markup=False)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from moetrain import checkpoint, precision, profile, runs, versions
 from moetrain.comm import barrier, broadcast_text
-from moetrain.config import Config, ConfigError
-from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Samples, Sequences, samples_of
+from moetrain.config import Config
+from moetrain.data.loader import Samples, Sequences, open_data, with_vocabulary
 from moetrain.engine import Engine, build_engine
 from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
@@ -192,21 +191,6 @@ def build(config: Config) -> Transformer:
     if config.train.compile:
         model.compile_dense()
     return model
-
-
-def open_data(config: Config) -> tuple[Corpus, Samples]:
-    """The corpus, prepared now if it is not yet, and what to train on. Raises `ConfigError`; needs no process group."""
-    corpus = Corpus(prepare.ensure(config.data))
-    with_vocabulary(config, corpus)
-    return corpus, samples_of(corpus, config)
-
-
-def with_vocabulary(config: Config, corpus: Corpus) -> Config:
-    """The config with the tokenizer's vocabulary, where the model did not ask for one. Raises `ConfigError`."""
-    size = config.model.vocab_size or corpus.vocab_size
-    if size < corpus.vocab_size:
-        raise ConfigError(f"model.vocab_size={size}: must be at least the tokenizer's {corpus.vocab_size}")
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def micro_batches(config: Config, mesh: Mesh, loader: Samples, position: int) -> Iterator[Sequences]:

@@ -6,9 +6,9 @@ A default never is: only what is set, on the command line or in a file of the us
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from moetrain.checks import options_of_router
 from moetrain.config import Config, ConfigError, Native, Router, fields_of
 from moetrain.mistakes import short
-from moetrain.moe.routers import ROUTERS
 
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
 OF_A_RUN: tuple[str, ...] = ("run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
@@ -43,9 +43,9 @@ def check(c: Config, fields: Iterable[str]) -> None:
 
 def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
     """(field, why it has no effect) of all fields that have none."""
-    m, b, kind = c.model, c.balance, ROUTERS[c.router.name]
+    m, b, takes = c.model, c.balance, options_of_router(c.router.name)
     for option in Router.model_fields:
-        if not Router.model_fields[option].is_required() and option not in kind.takes:
+        if not Router.model_fields[option].is_required() and option not in takes:
             yield f"router.{option}", f"the router {c.router.name} has no such option"
     if c.router.name == "top_p":
         yield "router.k_schedule", "the router top_p takes as many experts as a token needs"

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from moetrain.config import ConfigError
+from moetrain.mistakes import ConfigError
 from moetrain.observe.console import errors, say_bad_input
 from moetrain.recovery import signals
 from moetrain.recovery.exits import Ended
@@ -19,6 +19,7 @@ from moetrain.recovery.exits import Ended
 PEER_GONE = re.compile(r"connection (closed|reset|refused)|gloo|nccl|socket|broken pipe", re.IGNORECASE)
 PATIENCE_SECONDS = 5.0  # for which a rank that lost its peer leaves the first word to the peer
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # as torchrun names it to its workers, and our launcher to its own
+STORE_SOCKET = "MOETRAIN_STORE_SOCKET"  # our launcher's: the open socket at which rank 0 keeps the store
 PR_SET_PDEATHSIG = 1
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moetrain import config, mesh, precision, profile, runs, train
+from moetrain import config, launcher, mesh, precision, profile, runs, train
 from moetrain.comm import barrier
 from moetrain.config import Config
 from moetrain.engine import build_engine
@@ -76,7 +76,7 @@ def measure(settings: Config, joined: Mesh) -> dict[str, list[float]]:
 
 def main() -> None:
     settings = config.load(sys.argv[1:])
-    place = mesh.from_env()
+    place = launcher.from_env()
     if place is None:
         raise SystemExit("error: start it with torchrun")
     rank, world, local_rank = place

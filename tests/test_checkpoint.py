@@ -17,7 +17,7 @@ from test_train import losses, run
 from torch import nn
 
 from moetrain import checkpoint, config
-from moetrain.checkpoint import loading, manifest, resume
+from moetrain.checkpoint import agreeing, loading, manifest
 from moetrain.checkpoint.entries import Entries, Held
 from moetrain.checkpoint.saving import share_out
 from moetrain.config import ConfigError
@@ -248,7 +248,7 @@ def noted(mesh: Mesh, path: str) -> list[list[str]]:
     for change in ({}, {"scope": "micro"}, {"device_coefficient": 0.1}):
         balance = base.balance.model_copy(update=change)
         given = base.model_copy(update={"balance": balance})
-        out.append(resume.of_the_layout(given, Path(path), mesh))
+        out.append(agreeing.of_the_layout(given, Path(path), mesh))
     return out
 
 

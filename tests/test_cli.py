@@ -227,6 +227,41 @@ def test_bad_input_under_torchrun_is_found_before_any_group(tmp_path: Path) -> N
     assert done.stderr == "error: parallel.ep=2: must divide the ranks of one replica, 3\n"
 
 
+STARTING = """
+import json, subprocess, sys
+from moetrain import cli
+
+class Started(Exception):
+    pass
+
+def start(*given, **more):
+    raise Started
+
+subprocess.Popen = start
+try:
+    cli.main(sys.argv[1:])
+except (Started, SystemExit):
+    pass
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_nothing_is_loaded_that_a_command_can_start_without(tmp_path: Path, data: list[str]) -> None:
+    """Help comes at once; a launcher checks everything and starts the workers without torch and compiled code."""
+    absent = {
+        ("--help",): {"hydra", "omegaconf", "pydantic", "yaml", "numpy", "numba", "torch", "wandb", "matplotlib"},
+        ("train", "model=tiny", "run.name=x", *data): {"numba", "torch", "wandb", "matplotlib"},
+    }
+    for arguments, names in absent.items():
+        done = subprocess.run(
+            [sys.executable, "-c", STARTING, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        *said, loaded = done.stdout.splitlines()
+        assert not names & set(json.loads(loaded)), arguments
+    assert said == ["starting 2 workers"]
+
+
 def test_another_model_than_the_checkpoints_is_refused(
     trained: tuple[Path, str], data: list[str], capfd: pytest.CaptureFixture
 ) -> None:

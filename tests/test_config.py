@@ -265,3 +265,7 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for name, overrides in CASES.items():
         (GOLDEN / f"{name}.yaml").write_text(config.dump(config.load(overrides)))
+
+
+def test_the_default_routers_options_are_those_of_its_class() -> None:
+    assert ROUTERS["topk"].takes == checks.TOPK_OPTIONS

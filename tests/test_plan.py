@@ -1,5 +1,6 @@
 """Plans and planners: the paper's worked examples, and what holds for every input."""
 
+import inspect
 import json
 
 import numpy as np
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 
 from moetrain import cli
 from moetrain.bench import plan as bench
+from moetrain.checks import PLANNER_OPTIONS
 from moetrain.moe.cost import Limits, State
 from moetrain.moe.plan import imbalance
-from moetrain.moe.planners import PLANNERS, default_home, planner_options
+from moetrain.moe.planners import PLANNERS, default_home
 from moetrain.moe.planners.eplb import place
 
 OPTIONS = {"llep": {"min_rows": 4, "threshold": 1.0}}
@@ -172,7 +174,8 @@ def test_bench_plan_measures_every_planner(monkeypatch, capsys) -> None:
 
 
 def test_options_are_the_keyword_arguments() -> None:
-    assert planner_options("home") == []
-    assert planner_options("llep") == ["alpha", "min_rows", "threshold"]
-    assert planner_options("makespan") == []
-    assert planner_options("eplb") == ["replicas"]
+    """What the configuration's checks know without loading compiled code is what the planners take."""
+    for name, planner in PLANNERS.items():
+        parameters = inspect.signature(planner).parameters.values()
+        assert PLANNER_OPTIONS[name] == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert list(PLANNER_OPTIONS) == list(PLANNERS)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moetrain.config import ConfigError
+from moetrain.mistakes import ConfigError
 
 if TYPE_CHECKING:  # compiled code comes with it: not for every command line
     from moetrain.moe.plan import Floats, Ints

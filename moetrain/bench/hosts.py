@@ -22,7 +22,7 @@ from moetrain.bench.cell import Cell, Setup, interleave
 from moetrain.bench.namespaces import Hosts, sent_bytes
 from moetrain.comm import all_gather, waiting_at_once
 from moetrain.config import Parallel
-from moetrain.mesh import Mesh, from_env, start
+from moetrain.mesh import Mesh, start
 from moetrain.moe.plan import ANYWHERE, Plan
 from moetrain.observe.console import console
 
@@ -57,7 +57,7 @@ LEGEND = (
 
 def run(options: argparse.Namespace) -> int:
     """Be a worker on a host; else make the hosts and start the workers on them."""
-    place = from_env()
+    place = launcher.from_env()
     if place is not None:
         return worker.work(lambda: _work(options, place))
     found: Records = []

@@ -24,7 +24,7 @@ from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import KERNELS, Grid
 from moetrain.comm import all_gather
 from moetrain.config import ConfigError, Parallel
-from moetrain.mesh import Mesh, auto_nproc, from_env, start
+from moetrain.mesh import Mesh, start
 from moetrain.moe import kernels
 from moetrain.observe.console import errors
 
@@ -34,8 +34,8 @@ SETTLE = 2  # runs of a cell before it is timed
 
 def run(options: argparse.Namespace) -> int:
     """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
-    place = from_env()
-    workers = place[1] if place else 1 if options.virtual_ranks else options.nproc or auto_nproc()
+    place = launcher.from_env()
+    workers = place[1] if place else 1 if options.virtual_ranks else options.nproc or launcher.auto_nproc()
     grid = Grid.of(options, options.virtual_ranks or workers)
     if "triton" in grid.kernels and not torch.cuda.is_available():
         raise ConfigError("--kernels triton: needs a GPU")

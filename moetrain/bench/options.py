@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from moetrain.bench.cases import PRESETS, QUICK, Shape, chosen
-from moetrain.config import ConfigError, Dtype
+from moetrain.config import Dtype
+from moetrain.mistakes import ConfigError
 
 DTYPES = get_args(Dtype)
 PLANNERS = ["home", "llep", "makespan"]

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetrain.config import ConfigError
+from moetrain.mistakes import ConfigError
 
 STEP = """Whole training steps of a model on its data, natural routing against perfect balance: percent of ideal.
 

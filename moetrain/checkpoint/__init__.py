@@ -2,22 +2,19 @@
 
 `checkpoints/step_N/` holds a safetensors file of every rank that saved it, `entries.json` (where each entry lies), the
 planner's `costs.json`, and `manifest.json`. The folder appears whole or not at all.
+What needs torch is imported when it is asked for: a launcher only looks at the JSON.
 """
 
-from moetrain.checkpoint.loading import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from moetrain.checkpoint.manifest import newest, progress
-from moetrain.checkpoint.resume import (
-    Start,
-    agree,
-    check_data,
-    check_fits,
-    dtype_of,
-    first_whole,
-    given,
-    goes_on,
-    to_resume,
-)
-from moetrain.checkpoint.saving import Saver
+from moetrain.checkpoint.resume import check_data, check_fits, dtype_of, given, goes_on, to_resume
+
+if TYPE_CHECKING:
+    from moetrain.checkpoint.agreeing import Start, agree, first_whole
+    from moetrain.checkpoint.loading import load
+    from moetrain.checkpoint.saving import Saver
 
 __all__ = [
     "Saver",
@@ -34,3 +31,10 @@ __all__ = [
     "progress",
     "to_resume",
 ]
+_PLACES = {"Saver": "saving", "load": "loading", "Start": "agreeing", "agree": "agreeing", "first_whole": "agreeing"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -9,8 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from moetrain.checkpoint import manifest
-from moetrain.checkpoint.entries import MODEL, MOMENTS, Engine, Entries, expected
-from moetrain.checkpoint.files import DTYPES
+from moetrain.checkpoint.entries import DTYPES, MODEL, MOMENTS, Engine, Entries, expected
 from moetrain.checkpoint.manifest import Entry
 from moetrain.config import ConfigError
 
@@ -30,7 +29,7 @@ def load(path: Path, engine: Engine, optimizer: bool = True) -> None:
     """Fill the engine with a checkpoint; without `optimizer`, its model alone.
 
     Raises `ConfigError` where an entry is missing, of another shape, or would be rounded. The bytes are not checked
-    here: see `resume.first_whole`.
+    here: see `agreeing.first_whole`.
     """
     entries = engine.entries(optimizer)
     for file, parts in _parts(path, entries).items():

@@ -1,26 +1,16 @@
-"""What a run goes on from: the newest checkpoint that is whole, or the one it is told; decided before weights load."""
+"""What a run goes on from: the newest checkpoint that is whole, or the one it is told. No torch."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from torch import nn
 
 from moetrain.checkpoint import manifest
-from moetrain.checkpoint.loading import check_entries
 from moetrain.checkpoint.manifest import newest, progress
-from moetrain.comm import broadcast_text, gather_texts
 from moetrain.config import Balance, Config, ConfigError
-from moetrain.mesh import Mesh
 
 FREE = {"skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change in a run
-
-
-class Start(NamedTuple):
-    path: Path | None  # None: from nothing
-    notes: list[str]  # what was passed over, and why
 
 
 def goes_on(config: Config, folder: Path) -> bool:
@@ -91,67 +81,6 @@ def given(config: Config) -> Path | None:
     return path
 
 
-def agree(config: Config, folder: Path, mesh: Mesh, model: nn.Module, data: Mapping[str, str]) -> Start:
-    """What the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of bytes.
-
-    `model`: whole, on the meta device; `data`: the corpus's fingerprint. Raises `ConfigError` on all ranks where
-    `to_resume` does, where no checkpoint of the run is whole although there are some, and where the model has other
-    entries or the data another meaning.
-    """
-    _first_rank_checks(mesh, lambda: to_resume(config, folder))
-    choice = config.checkpoint.resume
-    again = goes_on(config, folder) and (choice == "auto" or newest(folder) is not None)
-    choice = broadcast_text("auto" if again else choice, mesh.device)
-    candidates = manifest.folders(folder) if choice == "auto" else [] if choice == "none" else [Path(choice)]
-    path, passed = first_whole(candidates, mesh)
-    if path is None and passed:
-        worst, said = passed[0]
-        if choice != "auto":
-            raise ConfigError(f"checkpoint.resume={choice}: {said}")
-        rule = f"none of its checkpoints is whole, {worst.name}: {said}; another name begins anew"
-        raise ConfigError(f"run.name={config.run.name}: {rule}")
-    if path is not None:
-        _first_rank_checks(mesh, partial(_check_all, config, path, choice == "auto", model, data))
-    notes = [f"{bad} is not whole and is passed over: {said}" for bad, said in passed]
-    return Start(path, notes if path is None else [*notes, *of_the_layout(config, path, mesh)])
-
-
-def first_whole(candidates: Sequence[Path], mesh: Mesh) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The first of rank 0's candidates in which every byte is as it was saved, and what is wrong with those before it.
-
-    All ranks call it and read a share of the files each.
-    """
-    passed: list[tuple[Path, str]] = []
-    texts = "\n".join(str(path) for path in candidates) if mesh.is_main else ""
-    for path in map(Path, broadcast_text(texts, mesh.device).splitlines()):
-        said = broadcast_text((manifest.problem(path) or "") if mesh.is_main else "", mesh.device)
-        if not said:
-            mine = manifest.share_of(path, mesh.rank, mesh.world)
-            said = next(filter(None, gather_texts("\n".join(manifest.damaged(path, mine)), mesh.saving)), "")
-        if not said:
-            return path, passed
-        passed.append((path, said.splitlines()[0]))
-    return None, passed
-
-
-def _first_rank_checks(mesh: Mesh, check: Callable[[], object]) -> None:
-    """Rank 0 checks; where it finds a mistake, all ranks raise it."""
-    found = ""
-    if mesh.is_main:
-        try:
-            check()
-        except ConfigError as error:
-            found = str(error)
-    if found := broadcast_text(found, mesh.device):
-        raise ConfigError(found)
-
-
-def _check_all(config: Config, path: Path, same_run: bool, model: nn.Module, data: Mapping[str, str]) -> None:
-    check_fits(config, path, same_run)
-    check_data(path, data, same_run)
-    check_entries(path, model)
-
-
 def check_data(path: Path, data: Mapping[str, str], same_run: bool) -> None:
     """The numbers of tokens must mean what they meant; where a run goes on, its documents must be the same, too.
 
@@ -163,29 +92,6 @@ def check_data(path: Path, data: Mapping[str, str], same_run: bool) -> None:
         raise ConfigError(f"checkpoint={path}: was trained with another tokenizer; {advice}")
     if same_run and theirs["documents"] != data["documents"]:
         raise ConfigError(f"checkpoint={path}: was trained on other documents; another run.name starts a new run")
-
-
-def of_the_layout(config: Config, path: Path, mesh: Mesh) -> list[str]:
-    """A note where the layout or the micro-batches are others and the loss depends on them."""
-    found = manifest.read(path)
-    theirs, was, now = found["config"], found["layout"], config.balance
-    groups = was["ep"] != mesh.ep.size and now.device_groups is None and now.device_coefficient > 0
-    shares = (was["ranks"], theirs["train"]["micro_batch"], theirs["train"]["global_batch"]) != (
-        mesh.world,
-        config.train.micro_batch,
-        config.train.global_batch,
-    )
-    fields = {
-        "balance.device_groups": groups,
-        "router.capacity_factor": shares and config.router.capacity_factor is not None,
-        "balance.scope": shares and now.scope != "global",
-        "balance.micro_fraction": shares and now.micro_fraction > 0,
-        "balance.accumulate": shares and now.accumulate == "buffer" and config.micro_steps(mesh.world) > 1,
-    }
-    if not any(fields.values()):
-        return []
-    names = ", ".join(name for name, depends in fields.items() if depends)
-    return [f"{path} was trained in other shares a rank, on which {names} depend: the loss may not go on smoothly"]
 
 
 def check_fits(config: Config, path: Path, same_run: bool) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import moetrain
 from moetrain.checkpoint import files, manifest
-from moetrain.checkpoint.entries import Engine, Entries
-from moetrain.checkpoint.files import DTYPES, Block
+from moetrain.checkpoint.entries import DTYPES, Engine, Entries
+from moetrain.checkpoint.files import Block
 from moetrain.checkpoint.manifest import Entry
 from moetrain.comm import gather_texts
 from moetrain.config import Config

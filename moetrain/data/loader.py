@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from moetrain.config import Config, ConfigError
+from moetrain.data import prepare
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,21 @@ def samples_of(corpus: Corpus, config: Config) -> Samples:
     """What a run trains on. Raises `ConfigError` where the corpus is too small for it."""
     seq_len, seed, block = config.train.seq_len, config.train.seed, config.data.domain_block
     return Loader(corpus, seq_len, seed) if block is None else DomainBlocks(corpus, seq_len, seed, block)
+
+
+def open_data(config: Config) -> tuple[Corpus, Samples]:
+    """The corpus, prepared now if it is not yet, and what to train on. Raises `ConfigError`; needs no process group."""
+    corpus = Corpus(prepare.ensure(config.data))
+    with_vocabulary(config, corpus)
+    return corpus, samples_of(corpus, config)
+
+
+def with_vocabulary(config: Config, corpus: Corpus) -> Config:
+    """The config with the tokenizer's vocabulary, where the model did not ask for one. Raises `ConfigError`."""
+    size = config.model.vocab_size or corpus.vocab_size
+    if size < corpus.vocab_size:
+        raise ConfigError(f"model.vocab_size={size}: must be at least the tokenizer's {corpus.vocab_size}")
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 class Loader(Packed):

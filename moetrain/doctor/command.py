@@ -3,10 +3,13 @@
 import argparse
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from moetrain.config import Config
 from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
 from moetrain.observe.console import console
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
 
 DOCTOR = """What a run needs: is it here? One line each, with what to do. Exit code 1 where something is missing.
 
@@ -24,7 +27,7 @@ def add_to(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--patience", type=float, default=30, metavar="SECONDS", help="for hosts to come (30)")
 
 
-def run(config: Config, options: argparse.Namespace) -> int:
+def run(config: "Config", options: argparse.Namespace) -> int:
     """Returns the exit code."""
     found = []
     for finding in _all(config, options):
@@ -37,7 +40,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
     return 1 if any(finding.state == BAD for finding in found) else 0
 
 
-def _all(config: Config, options: argparse.Namespace) -> Iterator[Finding]:
+def _all(config: "Config", options: argparse.Namespace) -> Iterator[Finding]:
     from moetrain.doctor import host, hosts
 
     yield from host.examine(config)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetrain import mesh, runs, versions
+from moetrain import launcher, runs, versions
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
 from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
@@ -86,7 +86,7 @@ def _devices() -> Iterator[Finding]:
                 "gpu", BAD, f"{found[0]} is there, torch sees no GPU", "a CUDA build of torch for this driver"
             )
         else:
-            yield Finding("gpu", GOOD, f"none: {mesh.auto_nproc()} workers on the CPU, over gloo")
+            yield Finding("gpu", GOOD, f"none: {launcher.auto_nproc()} workers on the CPU, over gloo")
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)

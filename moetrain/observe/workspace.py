@@ -5,7 +5,7 @@ import importlib.util
 import json
 from typing import Any, NamedTuple
 
-from moetrain.config import ConfigError
+from moetrain.mistakes import ConfigError
 from moetrain.observe.console import console
 
 WORKSPACE = """Save a ready workspace with moetrain's charts in a wandb project.

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from moetrain.moe.layer import MoE
 from moetrain.worker import end_now
+
+if TYPE_CHECKING:  # a launcher reads heartbeats, without torch
+    from torch import nn
 
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 5  # so many missed ones: the process is stopped or gone, or its host is
@@ -70,8 +71,10 @@ class Heart:
         self._thread.join()
         self._write()
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, model: "nn.Module") -> None:
         """Have every MoE layer of `model` say in which phase it is."""
+        from moetrain.moe.layer import MoE
+
         for number, layer in enumerate(model.get_submodule("layers").children()):
             for moe in (m for m in layer.modules() if isinstance(m, MoE)):
                 moe.mark = partial(self.mark, number)

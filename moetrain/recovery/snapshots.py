@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint import files
-from moetrain.checkpoint.entries import Engine, Entries
-from moetrain.checkpoint.files import DTYPES, Block
+from moetrain.checkpoint.entries import DTYPES, Engine, Entries
+from moetrain.checkpoint.files import Block
 from moetrain.checkpoint.saving import Behind, holding_of
 from moetrain.comm import all_reduce_sum
 from moetrain.mesh import Mesh

@@ -5,8 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from moetrain import runs
-from moetrain.config import ConfigError
+from moetrain.mistakes import ConfigError
 from moetrain.observe.console import console
 
 REPORT = """One self-contained HTML page that explains a run, or several side by side.
@@ -33,6 +32,7 @@ def add_to(verb: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Raises `ConfigError`."""
+    from moetrain import runs
     from moetrain.report import build, pictures
     from moetrain.report.read import open_run
 

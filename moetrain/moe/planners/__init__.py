@@ -1,10 +1,9 @@
 """Planners: pure functions from counted rows to a `Plan`, the same on every rank. No torch.
 
 `PLANNERS[name](counts, home, costs, limits=None, state=None, **options) -> Plan`; `options` are the planner's own,
-as keyword-only arguments.
+as keyword-only arguments; `checks.PLANNER_OPTIONS` names them.
 """
 
-import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -16,12 +15,6 @@ from moetrain.moe.planners.llep import llep
 from moetrain.moe.planners.makespan import makespan
 
 PLANNERS: dict[str, Callable[..., Plan]] = {"home": home, "llep": llep, "makespan": makespan, "eplb": eplb}
-
-
-def planner_options(name: str) -> list[str]:
-    """The options a planner takes from the config."""
-    parameters = inspect.signature(PLANNERS[name]).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def default_home(num_experts: int, num_ranks: int) -> Ints:
