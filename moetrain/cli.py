@@ -354,9 +354,13 @@ def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) ->
 def _work(options: argparse.Namespace, settings: "Config", verb: str, place: tuple[int, int, int]) -> None:
     import torch
 
-    from moetrain import mesh, tasks
+    from moetrain.moe import compiled
 
     rank, world, local_rank = place
+    if rank == 0 and not compiled.is_cached():
+        console.print("[dim]compiling kernels for this machine, once")
+    from moetrain import mesh, tasks  # the planners' are compiled now
+
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     torch.set_num_threads(settings.train.threads or max(1, (os.cpu_count() or 1) // here))
     patience = settings.recovery.timeout + 60  # the heartbeat speaks first

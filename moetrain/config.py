@@ -307,8 +307,10 @@ def config_dir() -> Path:
 
 @contextmanager
 def composing(extra_dir: str | None) -> Iterator[Any]:
-    """Hydra at work on the shipped configs; what the user's folder `extra_dir` has by the same name wins. The context gives
-    its config loader."""
+    """Hydra at work on the shipped configs; what the user's folder `extra_dir` has by the same name wins.
+
+    The context gives its config loader.
+    """
     from hydra import initialize_config_dir  # not for those who read a resolved configuration
     from hydra.core.global_hydra import GlobalHydra
 
@@ -321,7 +323,7 @@ def composing(extra_dir: str | None) -> Iterator[Any]:
         if extra_dir is not None:
             path = loader.get_search_path()
             path.prepend("user", f"file://{Path(extra_dir).resolve()}", anchor="main")
-            loader.repository.initialize_sources(path)
+            loader.repository.initialize_sources(path)  # type: ignore[attr-defined]
         yield loader
 
 

@@ -16,24 +16,24 @@ PROMPT_TOKENS = 16
 def generate(
     model: nn.Module, corpus: Corpus, prompts: list[list[int]], options: Generate, seq_len: int, mesh: Mesh
 ) -> list[str]:
-    """Continue each prompt (token ids) by `options.tokens` tokens. Rank 0 draws; everybody follows."""
-    device = mesh.device
+    """Continue the prompts (token ids, equally many) by `options.tokens` tokens. Rank 0 draws; everybody follows."""
+    if not prompts:
+        return []
+    end, begin = corpus.end_of_text, len(prompts[0])
+    tokens = torch.tensor([prompt or [end] for prompt in prompts], device=mesh.device)  # [B, L]
     generator = torch.Generator().manual_seed(options.seed)
-    texts = []
-    for prompt in prompts:
-        tokens = torch.tensor([prompt or [corpus.end_of_text]], device=device)
-        for _ in range(options.tokens):
-            logits, _ = model(tokens[:, -seq_len:])
-            last = logits[0, -1].float().cpu()
-            if options.temperature:
-                drawn = torch.multinomial((last / options.temperature).softmax(-1), 1, generator=generator)
-            else:
-                drawn = last.argmax(keepdim=True)
-            tokens = torch.cat([tokens, broadcast(drawn.to(device))[None]], dim=1)
-            if int(tokens[0, -1]) == corpus.end_of_text:
-                break
-        texts.append(corpus.tokenizer.decode(tokens[0, len(prompt) :].tolist()))
-    return texts
+    for _ in range(options.tokens):
+        logits, _ = model(tokens[:, -seq_len:])
+        last = logits[:, -1].float().cpu()
+        if options.temperature:
+            drawn = torch.multinomial((last / options.temperature).softmax(-1), 1, generator=generator)
+        else:
+            drawn = last.argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, broadcast(drawn.to(mesh.device))], dim=1)
+        if (tokens[:, begin or 1 :] == end).any(1).all():
+            break
+    written = (row[begin or 1 :] for row in tokens.tolist())
+    return [corpus.tokenizer.decode(row[: row.index(end)] if end in row else row) for row in written]
 
 
 def prompts_of(corpus: Corpus, config: Config) -> list[tuple[str, list[int]]]:

@@ -25,6 +25,7 @@ from moetrain.mesh import Mesh
 from moetrain.moe import compiled, gemm_cpu, kernels
 from moetrain.moe.cost import Costs, Link, Measured
 from moetrain.moe.guests import Copy, Lending, Returning
+from moetrain.observe.console import console
 
 COSTS = "costs.json"  # in a run's folder and in its checkpoints
 MANY = 6  # experts lent
@@ -90,7 +91,11 @@ def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Co
     places = [*([saved / COSTS] if saved is not None else []), own, *([stored] if stored is not None else [])]
     texts = (p.read_text() for p in places if p.is_file()) if mesh.is_main else ()
     found = next((text for text in texts if json.loads(text).get("ranks") == _ranks(mesh)), "")
-    text = broadcast_text(found, mesh.device) or to_json(measure(mesh, layer), mesh)
+    text = broadcast_text(found, mesh.device)
+    if not text:
+        if mesh.is_main:
+            console.print("[dim]measuring what computing and sending take here, for the planner")
+        text = to_json(measure(mesh, layer), mesh)
     if mesh.is_main:
         own.write_text(text)
         if stored is not None and not stored.is_file():

@@ -311,7 +311,7 @@ def test_a_worker_that_raises_has_the_last_word(trained: tuple[Path, str], data:
         *SMALL,
         f"run.dir={tmp_path}/runs",
     ]
-    done = moetrain("train", *overrides, "track.wandb=false", PYTHONPATH=str(tmp_path))
+    done = moetrain("train", *overrides, "track.wandb=false", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
     assert lines[-1] == "ValueError: planted fault"

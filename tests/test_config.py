@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moetrain import cli, config, unused
+from moetrain import checks, cli, config, unused
 from moetrain.config import ConfigError
 from moetrain.moe.routers import ROUTERS
 

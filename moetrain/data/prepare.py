@@ -58,6 +58,7 @@ def ensure(options: Data) -> Path:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "manifest.json").is_file():
+            console.print(f"[dim]preparing the corpus {folder.name}: documents, tokenizer, tokens")
             _clear_leftovers(folder)
             with _appearing(folder) as unfinished:
                 _prepare(options, unfinished)

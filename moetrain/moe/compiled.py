@@ -36,6 +36,11 @@ if FOLDER is not None:
     vars(numba.config)["CACHE_DIR"] = str(FOLDER)
 
 
+def is_cached() -> bool:
+    """Whether an earlier process has compiled kernels of this source here."""
+    return FOLDER is not None and next(FOLDER.rglob("*.nbi"), None) is not None
+
+
 class _Cache(FunctionCache):
     """numba's, for which a damaged file is a missing one, and a full disk no reason to stop."""
 

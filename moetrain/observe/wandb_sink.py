@@ -6,6 +6,7 @@ of it: its charts would bury the others. In its place `experts/load` shows all l
 
 import logging
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,29 @@ class Wandb:
     """Lists become histograms: over the steps, heat maps of experts or devices."""
 
     def __init__(self, config: Config, folder: Path) -> None:
+        self._config, self._folder, self._layers = config, folder, config.model.pass_names
+
+    @cached_property
+    def _run(self) -> Any:
+        """Begins with the first row: its second or two do not come before the first step."""
         import wandb
 
+        config = self._config
         logging.getLogger("wandb").setLevel(logging.ERROR)
         online = "WANDB_API_KEY" in os.environ and os.environ.get("WANDB_MODE") != "offline"
-        self._run = wandb.init(
+        run = wandb.init(
             project=config.track.project,
             name=config.run.name,
-            dir=folder,
+            dir=self._folder,
             config=config.model_dump(mode="json"),
             mode="online" if online else "offline",
             settings=wandb.Settings(silent=not online, console="off", x_disable_stats=True),
         )
-        self._layers = config.model.pass_names
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
         for prefix in ("balance/layer_", "eval/layer_", "specialise/layer_"):
-            self._run.define_metric(f"{prefix}*", step_metric="step", hidden=True)
+            run.define_metric(f"{prefix}*", step_metric="step", hidden=True)
+        return run
 
     def log(self, step: int, metrics: Metrics) -> None:
         import wandb
@@ -66,7 +73,8 @@ class Wandb:
         self._run.alert(title, alert.text, level="WARN", wait_duration=ALERT_WAIT_SECONDS)
 
     def close(self) -> None:
-        self._run.finish()
+        if "_run" in vars(self):
+            self._run.finish()
 
 
 def heat_map(loads: list[Array]) -> Array:
