@@ -42,7 +42,8 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
 
 class Pool:
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        self._context = mp.get_context("forkserver")  # which imports once what every rank needs
+        self._context.set_forkserver_preload(["torch", "moetrain.train"])
         self._numbers = itertools.count()
         self._ranks: list[Any] = []
         self._folder = tempfile.mkdtemp(prefix="moetrain-pool-")

@@ -178,7 +178,7 @@ def test_the_first_folder_that_can_be_written_and_is_ours(monkeypatch: pytest.Mo
 def compile_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], int]:
     """Load a module with a compiled function as a new process would, and call it: hits of the cache."""
     source = tmp_path / "doubled.py"
-    source.write_text("from moetrain.moe.compiled import njit\n@njit()\ndef twice(x):\n    return 2 * x\n")
+    source.write_text(TWICE)
     monkeypatch.setitem(vars(numba.config), "CACHE_DIR", str(tmp_path / "cache"))
 
     def load() -> int:
@@ -187,6 +187,29 @@ def compile_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
         return sum(twice.stats.cache_hits.values())
 
     return load
+
+
+TWICE = """
+from moetrain.moe.compiled import njit
+@njit()
+def twice(x):
+    return 2 * x
+"""
+
+
+def test_of_several_processes_one_compiles(tmp_path: Path) -> None:
+    source = tmp_path / "doubled.py"
+    said = "input(); print(twice(2.5), sum(twice.stats.cache_hits.values()))"
+    source.write_text(f"{TWICE}\nprint(flush=True); {said}\n")
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, str(source)], env=env, **pipes) for _ in range(3)]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert sorted(process.communicate()[0].split()[-1] for process in processes) == ["0", "1", "1"]
 
 
 @pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
