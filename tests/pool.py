@@ -25,9 +25,11 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
 
     from moetrain import mesh
     from moetrain.moe import kernels
+    from moetrain.observe import picture
 
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")  # on a GPU
+    picture.draw = lambda folder: None  # a third of a small run; test_cli.py looks at it
     torch.set_num_threads(1)
     while (job := jobs.get()) is not None:
         number, function, world, path, parallel, args = job

@@ -12,6 +12,7 @@ import pytest
 from moetrain import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
+ALONE = ["parallel.nproc=1", "parallel.ep=1"]
 SMALL = ["train.steps=3", "parallel.nproc=2", "train.threads=1"]
 
 
@@ -154,7 +155,7 @@ def test_the_workspace_draws_metrics_that_there_are(trained: tuple[Path, str], c
 def test_run_again_trains_nothing_and_shows_the_same(trained: tuple[Path, str], overrides: list[str]) -> None:
     folder, printed = trained
     before = (folder / "metrics.jsonl").read_text()
-    as_json = moetrain("train", overrides[0], "--json", *overrides[1:])
+    as_json = moetrain("train", overrides[0], "--json", *overrides[1:], *ALONE)
     assert as_json.returncode == 0, as_json.stderr
     assert json.loads(as_json.stdout) == json.loads((folder / "summary.json").read_text())
     done = moetrain("train", *overrides)
@@ -173,7 +174,7 @@ def test_eval_finds_what_the_run_ended_with(trained: tuple[Path, str]) -> None:
 
 
 def test_generate_continues_a_prompt(trained: tuple[Path, str]) -> None:
-    done = moetrain("generate", str(trained[0]), "generate.prompt=alpha beta", "generate.tokens=3", "--json")
+    done = moetrain("generate", str(trained[0]), "generate.prompt=alpha beta", "generate.tokens=3", "--json", *ALONE)
     assert done.returncode == 0, done.stderr
     (item,) = json.loads(done.stdout)["generated"]
     assert item["prompt"] == "alpha beta"

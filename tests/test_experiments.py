@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grid import sample
 
 from moetrain import config, train
 from moetrain.mesh import Mesh
@@ -22,7 +23,10 @@ def curve(mesh: Mesh, overrides: list[str]) -> list[float]:
     return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("router_*.yaml")))
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("router_*.yaml"))
+
+
+@pytest.mark.parametrize("name", sample(EXPERIMENTS, every=4))
 def test_every_router_experiment_trains(pool, tiny, name: str) -> None:
     """With its own router and experts, on a small model: the loss falls, on both ranks alike."""
     small = [*tiny, "train.global_batch=16", "train.steps=12", "optim.warmup=2"]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from grid import on_grid
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -153,7 +154,7 @@ def check(pool: Any, given: list[str], layout: Layout, micro_steps: int, referen
         assert (found.guests > 0) == (layout.planner == "llep") or layout.planner == "makespan"
 
 
-@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("micro_steps", [on_grid(1), 3])
 def test_weights_and_gradients_are_the_same_on_every_layout(pool, tiny, micro_steps) -> None:
     reference = run(pool, tiny, ONE, 1)[0]
     for layout in LAYOUTS:
@@ -186,8 +187,10 @@ def same(found: Found, reference: Found) -> bool:
     )
 
 
-@pytest.mark.parametrize("micro_steps", [1, 3])
-@pytest.mark.parametrize("slots", ["engine.guest_memory_mib=1024", "engine.guest_memory_mib=0"])
+STAY, LEAVE = "engine.guest_memory_mib=1024", "engine.guest_memory_mib=0"
+
+
+@pytest.mark.parametrize(("slots", "micro_steps"), [(STAY, 3), (LEAVE, 1), on_grid((STAY, 1)), on_grid((LEAVE, 3))])
 def test_recompute_changes_nothing(pool, tiny, micro_steps, slots) -> None:
     """Bit for bit, with guests that stay and that do not, a dense layer and a shared expert. What `selective`
     recomputes communicates nothing."""

@@ -1,5 +1,6 @@
 """The ladder of equivalences of the MoE layer: loop = one rank = R ranks under any plan, forward and backward."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from grid import sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -142,21 +144,27 @@ def check(pool: Any, tokens: list[int], kind: Any, *settings: Any, num_experts: 
             )
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("plan_name", ["home", "llep", 0])
+TOKENS = [([40], 2), ([40, 40], 2), ([40, 0], 1), ([30, 0, 7, 12], 2), ([0, 0], 2), ([25, 0, 18, 1], RAGGED)]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "kind"),
-    [([40], 2), ([40, 40], 2), ([40, 0], 1), ([30, 0, 7, 12], 2), ([0, 0], 2), ([25, 0, 18, 1], RAGGED)],
+    ("of_ranks", "plan_name", "recompute"),
+    sample(itertools.product(TOKENS, ["home", "llep", 0], [False, True]), every=5),
     ids=str,
 )
-def test_any_plan_on_any_ranks_equals_the_loop(pool, tokens, kind, plan_name, recompute) -> None:
+def test_any_plan_on_any_ranks_equals_the_loop(pool, of_ranks, plan_name, recompute) -> None:
+    tokens, kind = of_ranks
     check(pool, tokens, kind, plan_name, recompute)
 
 
-@pytest.mark.parametrize("plan_name", ["home", "llep", "makespan", 0, 1])
-@pytest.mark.parametrize(("num_experts", "ranks"), [(3, 2), (4, 3), (5, 4), (9, 4)])
-def test_homes_may_be_uneven_or_empty(pool, num_experts, ranks, plan_name) -> None:
+@pytest.mark.parametrize(
+    ("experts", "plan_name"),
+    sample(itertools.product([(3, 2), (4, 3), (5, 4), (9, 4)], ["home", "llep", "makespan", 0, 1]), every=3),
+    ids=str,
+)
+def test_homes_may_be_uneven_or_empty(pool, experts, plan_name) -> None:
     """The last rank has fewer experts, or none: it still takes guests."""
+    num_experts, ranks = experts
     check(pool, [30, 0, 7, 12][:ranks], 2, plan_name, False, 1, num_experts=num_experts)
 
 
