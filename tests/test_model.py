@@ -156,17 +156,20 @@ def test_chunked_cross_entropy_equals_the_whole(monkeypatch, rows: int) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("logit_bytes", [2, 4, 12])
 @pytest.mark.parametrize("vocabulary", [4_096, 50_304, 129_280, 201_088])
-def test_a_gpu_holds_logits_of_many_tokens_and_a_cpu_what_its_caches_do(vocabulary: int) -> None:
-    row = cross_entropy.ELEMENT_BYTES * vocabulary
+def test_a_gpu_holds_logits_of_many_tokens_and_a_cpu_what_its_caches_do(vocabulary: int, logit_bytes: int) -> None:
+    row = logit_bytes * vocabulary
     large, small = 80 << 30, 2 << 30
-    rows = cross_entropy.chunk_rows(vocabulary, large)
+    rows = cross_entropy.chunk_rows(vocabulary, large, logit_bytes)
     assert rows >= 1024
     assert rows % 128 == 0
     assert rows * row <= large / 32 or rows == 1024
-    assert 1 <= cross_entropy.chunk_rows(vocabulary, small) * row <= small / 8
-    assert cross_entropy.chunk_rows(vocabulary, 0) == cross_entropy.CHUNK_ELEMENTS // vocabulary
-    assert cross_entropy.chunk_rows(1 << 30, 0) == cross_entropy.chunk_rows(1 << 30, small) == 1
+    assert 1 <= cross_entropy.chunk_rows(vocabulary, small, logit_bytes) * row <= small / 8
+    assert cross_entropy.chunk_rows(vocabulary, 0, logit_bytes) == cross_entropy.CHUNK_ELEMENTS // vocabulary
+    assert (
+        cross_entropy.chunk_rows(1 << 30, 0, logit_bytes) == cross_entropy.chunk_rows(1 << 30, small, logit_bytes) == 1
+    )
 
 
 def within_documents(mesh: Mesh) -> None:

@@ -8,15 +8,15 @@ T tokens, D model width, V vocabulary.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.mesh import memory_of
+from moetrain.moe import kernels
 
 CHUNK_ELEMENTS = 1 << 20  # logits held at a time on a CPU
 GPU_PARTS = 32, 8  # of a GPU's memory, one for a chunk's logits; and one at most, if that takes `GPU_ROWS`
 GPU_ROWS = 1024  # tokens of a chunk, from which on its products fill a GPU
-ELEMENT_BYTES = 12  # of a logit: in the dtype of x, and twice in fp32
+WIDE_BYTES = 12  # of a logit in the dtype of x, and twice in fp32, where kernels do not take it as it is
 
 
 def linear_cross_entropy(x: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
@@ -27,18 +27,19 @@ def linear_cross_entropy(x: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor
     return _LinearCrossEntropy.apply(x.flatten(0, -2), weight_VD, target)
 
 
-def chunk_rows(vocabulary: int, device_bytes: int) -> int:
+def chunk_rows(vocabulary: int, device_bytes: int, logit_bytes: int) -> int:
     """Tokens whose logits are held at a time. `device_bytes`: memory of the GPU, whatever is free of it, so that
     every step sums up in the same order; 0: a CPU, which is fastest where they stay in its caches."""
     if not device_bytes:
         return max(1, CHUNK_ELEMENTS // vocabulary)
-    usual, most = (device_bytes // part // (ELEMENT_BYTES * vocabulary) for part in GPU_PARTS)
+    usual, most = (device_bytes // part // (logit_bytes * vocabulary) for part in GPU_PARTS)
     rows = max(usual, min(GPU_ROWS, most), 1)
     return rows // 128 * 128 or rows
 
 
 def _chunks(x_TD: Tensor, weight_VD: Tensor) -> list[slice]:
-    size = chunk_rows(len(weight_VD), memory_of(x_TD.device))
+    logit_bytes = x_TD.element_size() if kernels.has_fused_cross_entropy(x_TD) else WIDE_BYTES
+    size = chunk_rows(len(weight_VD), memory_of(x_TD.device), logit_bytes)
     return [slice(begin, begin + size) for begin in range(0, len(x_TD), size)]
 
 
@@ -47,24 +48,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
         target_T = target.flatten()
         nats = x_TD.new_empty(target.shape, dtype=torch.float32)
-        nats_T = nats.view(-1)
+        nats_T, lse_T = nats.view(-1), torch.empty_like(nats).view(-1)
         for part in _chunks(x_TD, weight_VD):
-            logits_TV = (x_TD[part] @ weight_VD.T).float()
-            nats_T[part] = F.cross_entropy(logits_TV, target_T[part], reduction="none")
-        ctx.save_for_backward(x_TD, weight_VD, target_T)
+            logits_TV = x_TD[part] @ weight_VD.T
+            nats_T[part], lse_T[part] = kernels.cross_entropy(logits_TV, target_T[part])
+        ctx.save_for_backward(x_TD, weight_VD, target_T, lse_T)
         return nats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grad_T = grad.flatten()
-        x_TD, weight_VD, target_T = ctx.saved_tensors
+        grad_T = grad.flatten().contiguous()  # a sum's gradient is one number, expanded
+        x_TD, weight_VD, target_T, lse_T = ctx.saved_tensors
         grad_x_TD = torch.empty_like(x_TD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for part in _chunks(x_TD, weight_VD):
-            grad_TV = (x_TD[part] @ weight_VD.T).softmax(1, dtype=torch.float32)
-            grad_TV.mul_(grad_T[part, None])
-            grad_TV.scatter_add_(1, target_T[part, None], -grad_T[part, None])
-            lean_TV = grad_TV.to(x_TD.dtype)
-            grad_x_TD[part] = lean_TV @ weight_VD
-            grad_weight_VD += lean_TV.T @ x_TD[part]
+            logits_TV = x_TD[part] @ weight_VD.T
+            grad_TV = kernels.cross_entropy_backward(logits_TV, target_T[part], lse_T[part], grad_T[part])
+            torch.mm(grad_TV, weight_VD, out=grad_x_TD[part])
+            grad_weight_VD += grad_TV.T @ x_TD[part]
         return grad_x_TD, grad_weight_VD.to(weight_VD.dtype), None

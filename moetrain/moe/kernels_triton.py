@@ -1,4 +1,5 @@
-"""The sums and the SwiGLU of `kernels`, in Triton: one read and one write of memory; fp32, bf16 and fp16.
+"""The sums, the SwiGLU and the cross entropy of `kernels`, in Triton: one read and one write of memory; fp32, bf16
+and fp16.
 
 What is added up is added in fp32, in the same order each time and without atomics. Importing this imports Triton; it
 runs on GPUs, and under Triton's interpreter (TRITON_INTERPRET=1) on CPUs, for tests.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 SUM_BLOCK, SUM_WARPS = 2048, 4  # columns of a program, and its warps
 SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4
+LOGITS_BLOCK, LOGITS_WARPS = 4096, 8
 
 
 @triton.jit
@@ -82,6 +84,40 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
     tl.store(grad_weight + row, tl.sum(total_C))
 
 
+@triton.jit
+def _cross_entropy(logits, target, nats, lse, width, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program reads one row once: in every column of the block its own maximum and its own sum, joined at the end."""
+    row = tl.program_id(0).to(tl.int64)
+    column_C = tl.arange(0, BLOCK)
+    most_C = tl.load(logits + row * stride + column_C, mask=column_C < width, other=float("-inf")).to(tl.float32)
+    total_C = tl.where(column_C < width, 1.0, 0.0)
+    for begin in range(BLOCK, width, BLOCK):
+        inside_C = begin + column_C < width
+        x_C = tl.load(logits + row * stride + begin + column_C, mask=inside_C, other=float("-inf")).to(tl.float32)
+        higher_C = tl.maximum(most_C, x_C)
+        total_C = total_C * tl.exp(most_C - higher_C) + tl.exp(x_C - higher_C)
+        most_C = higher_C
+    most = tl.max(most_C)
+    denominator = most + tl.log(tl.sum(total_C * tl.exp(most_C - most)))
+    tl.store(lse + row, denominator)
+    tl.store(nats + row, denominator - tl.load(logits + row * stride + tl.load(target + row)).to(tl.float32))
+
+
+@triton.jit
+def _cross_entropy_backward(  # type: ignore[no-untyped-def]
+    logits, target, lse, grad, width, stride, BLOCK: tl.constexpr
+):
+    """A program computes a block of one row, in place."""
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column_C = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside_C = column_C < width
+    at_C = logits + row * stride + column_C
+    x_C = tl.load(at_C, mask=inside_C, other=0.0).to(tl.float32)
+    slope_C = tl.exp(x_C - tl.load(lse + row)) - tl.where(column_C == tl.load(target + row), 1.0, 0.0)
+    tl.store(at_C, (slope_C * tl.load(grad + row)).to(logits.dtype.element_ty), mask=inside_C)
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether these kernels take them: all of one floating-point type but fp64, the elements of a row side by side."""
     kinds = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,6 +164,24 @@ def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, row_M: Tensor, begin_B: T
         num_warps=SUM_WARPS,
     )
     return out
+
+
+def cross_entropy(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    """As `kernels.cross_entropy`."""
+    (num_rows, width), stride = logits_TV.shape, logits_TV.stride(0)
+    nats_T, lse_T = (torch.empty(num_rows, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
+    arguments = (logits_TV, target_T, nats_T, lse_T, width, stride)
+    _launch(_cross_entropy, num_rows, *arguments, BLOCK=LOGITS_BLOCK, num_warps=LOGITS_WARPS)
+    return nats_T, lse_T
+
+
+def cross_entropy_backward(logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, grad_T: Tensor) -> Tensor:
+    """As `kernels.cross_entropy_backward`, in place."""
+    (num_rows, width), stride = logits_TV.shape, logits_TV.stride(0)
+    programs = num_rows * triton.cdiv(width, LOGITS_BLOCK)
+    arguments = (logits_TV, target_T, lse_T, grad_T, width, stride)
+    _launch(_cross_entropy_backward, programs, *arguments, BLOCK=LOGITS_BLOCK, num_warps=LOGITS_WARPS)
+    return logits_TV
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
