@@ -462,6 +462,31 @@ def _loop(rows: Tensor, weights: Tensor, sizes: list[int], out: Tensor, transpos
     out.copy_(rows @ weights[0])
 
 
+@pytest.mark.parametrize(
+    ("features", "environment", "able"),
+    [
+        ({"avx2": True, "avx512f": True, "avx512bf16": True}, {}, True),
+        ({"avx512bf16": True, "amx-bf16": True}, {}, False),  # oneDNN is faster
+        ({"avx512f": True, "avx512bf16": False}, {}, False),
+        ({"avx2": True}, {}, False),
+        ({"neon": True, "bf16": True}, {}, False),  # another maker's
+        ({}, {}, False),
+        ({"avx512bf16": True}, {"NUMBA_CPU_NAME": "haswell"}, False),
+        ({"avx512bf16": True}, {"NUMBA_DISABLE_JIT": "1"}, False),
+    ],
+    ids=str,
+)
+def test_bf16_products_are_ours_only_where_the_cpu_has_the_instructions(
+    monkeypatch, features, environment, able
+) -> None:
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_DISABLE_JIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(gemm_cpu.llvm, "get_host_cpu_features", lambda: features)
+    assert gemm_cpu.able.__wrapped__() is able
+
+
 def test_cpu_kernels_round_as_torch_does() -> None:
     values = torch.cat([torch.randn(500), torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1e-40, 3.4e38])])
     halves = values.bfloat16()
