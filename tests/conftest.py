@@ -10,7 +10,7 @@ import torch
 from grid import Grid, add_options
 from pool import Pool
 
-from moetrain import config
+from moetrain import config, precision
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
@@ -51,6 +51,12 @@ def pool() -> Iterator[Pool]:
 def _calm() -> None:
     torch.set_num_threads(1)
     os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(scope="session")
+def bf16_is_fast() -> bool:
+    """Whether this CPU has instructions for it. Elsewhere torch takes forty times as long, and tests take a sample."""
+    return precision.speed_of_bf16(torch.device("cpu")) > 0.5
 
 
 def write_text(root: Path) -> None:

@@ -157,10 +157,13 @@ def bf16(mesh: Mesh, base: list[str], variants: list[list[str]]) -> list[list[tu
     return out
 
 
-def test_bf16_keeps_masters_and_routers_in_fp32(pool, tiny) -> None:
-    """Losses agree to 2 %: bf16 keeps 8 bits, and gradients are rounded at other places than under FSDP."""
+def test_bf16_keeps_masters_and_routers_in_fp32(pool, tiny, bf16_is_fast: bool) -> None:
+    """Losses agree to 2 %: bf16 keeps 8 bits, and gradients are rounded at other places than under FSDP.
+
+    A sample where bf16 is slow: the two stages that differ most.
+    """
     base = [*tiny, *MOVING, "train.dtype=bf16", MICRO, *EXACT]
-    variants = [[], ds(0), ds(1), ds(2), ds(2, CPU)]
+    variants = [[], ds(0), ds(1), ds(2), ds(2, CPU)] if bf16_is_fast else [[], ds(0), ds(2)]
     reference, *found = pool.run(bf16, 2, base, variants, ep=2)[0]
     for curve in found:
         assert [x[0] for x in curve] == pytest.approx([x[0] for x in reference], rel=2e-2)
