@@ -5,8 +5,8 @@ the mark itself where a single test is meant. Options: `--all` runs them too; `-
 passed into FILE, one JSON object a line, and leaves out those that stand there with the same sources, so that a
 `make test-all` that was killed goes on where it was; `--table=FILE` writes a Markdown table when all of them passed.
 
-Tests are handed to the two workers file by file, the longest files first, and test by test in files of which each test
-starts whole programs (`WHOLE_PROGRAMS`): so that both workers end at about the same time.
+Tests are handed to the two workers file by file, the longest files first (`LONG`), and test by test in files whose tests start
+whole programs (`WHOLE_PROGRAMS`): so that both workers end at about the same time.
 """
 
 import datetime
@@ -24,8 +24,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WHOLE_PROGRAMS = ("faults/test_faults.py", "test_cli.py", "test_recovery.py", "test_package.py", "test_hosts.py")
-LONG = (*WHOLE_PROGRAMS, "test_deepspeed.py", "test_layouts.py", "test_routers.py", "test_moe.py")  # longest first
+WHOLE_PROGRAMS = ("faults/test_faults.py", "test_cli.py", "test_experiments.py", "test_package.py")
+WHOLE_PROGRAMS += ("test_checkpoint.py", "test_sweep.py", "test_doctor.py", "test_hosts.py", "test_elsewhere.py")
+LONG = (*WHOLE_PROGRAMS, "test_layouts.py", "test_routers.py", "test_train.py", "test_deepspeed.py", "test_moe.py")
 SOURCES = ("moetrain", "configs", "tests", "scripts", "launch", "docs", ".")
 NOT_SOURCES = ROOT / "docs" / "results"
 

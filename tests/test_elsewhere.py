@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def test_macos_counts_memory_in_bytes_and_names_its_loopback(monkeypatch: pytest
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the handlers here stay
     for platform, interface, unit in (("linux", "lo", 1), ("darwin", "lo0", 1024)):
         monkeypatch.setattr(sys, "platform", platform)
         assert launcher.launch(["train"], 1) == 0
