@@ -5,9 +5,9 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 python3-dev python3-venv gcc iproute2 \
  && rm -rf /var/lib/apt/lists/*
 
-# numba's own cache, and the corpora and runs of containers without a mounted folder
+# corpora and runs of containers without a mounted folder
 WORKDIR /work
-ENV PATH=/opt/moetrain/bin:$PATH NUMBA_CACHE_DIR=/tmp/moetrain-numba PYTHONUNBUFFERED=1
+ENV PATH=/opt/moetrain/bin:$PATH PYTHONUNBUFFERED=1
 
 COPY pyproject.toml constraints.txt README.md LICENSE /src/
 COPY moetrain /src/moetrain

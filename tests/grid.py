@@ -5,8 +5,8 @@ the mark itself where a single test is meant. Options: `--all` runs them too; `-
 passed into FILE, one JSON object a line, and leaves out those that stand there with the same sources, so that a
 `make test-all` that was killed goes on where it was; `--table=FILE` writes a Markdown table when all of them passed.
 
-Tests are handed to the two workers file by file, the longest files first (`LONG`), and test by test in files whose tests start
-whole programs (`WHOLE_PROGRAMS`): so that both workers end at about the same time.
+Tests are handed to the two workers file by file, the longest files first (`LONG`), and test by test in files whose
+tests start whole programs (`WHOLE_PROGRAMS`): so that both workers end at about the same time.
 """
 
 import datetime

@@ -120,6 +120,19 @@ def test_every_package_is_pinned_for_us_and_none_is_capped_for_users() -> None:
         assert all("constraints.txt" in line for line in installs), file
 
 
+def test_make_installs_again_when_the_pins_change(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for number, name in enumerate((".venv/bin/python", "pyproject.toml", "constraints.txt", ".venv/installed-dev")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (number, number))
+    ask = ["make", "--question", ".venv/installed-dev"]
+    assert run(ask, tmp_path).returncode == 0
+    os.utime(tmp_path / "constraints.txt", (9, 9))
+    assert run(ask, tmp_path).returncode == 1
+
+
 def test_the_image_has_what_goes_with_a_cluster() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (names,) = re.findall(r"'/src\[(.+)\]'", (ROOT / "Dockerfile").read_text())
