@@ -81,8 +81,6 @@ def check(c: Config) -> None:
         rule(tensorboard_sink.is_installed(), "track.tensorboard", "needs `pip install moetrain[tensorboard]`")
     if c.data.source == "folder":
         rule(c.data.path is not None, "data.path", "data.source=folder needs a folder or a file")
-    if c.data.path is not None:
-        rule(Path(c.data.path).exists(), "data.path", "there is no such file or folder")
     if c.data.tokenizer is not None:
         rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "there is no such file")
 

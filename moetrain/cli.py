@@ -187,12 +187,14 @@ def _data(options: argparse.Namespace) -> int:
     from moetrain.data import prepare
 
     settings = config.load(options.overrides, options.config_dir)
-    known = (prepare.folder_of(settings.data) / "manifest.json").is_file()
-    folder = prepare.ensure(settings.data)
+    known = prepare.current(settings.data)
+    folder = known or prepare.ensure(settings.data)
     manifest = json.loads((folder / "manifest.json").read_text())
     if options.json:
-        print(json.dumps({"folder": str(folder), **manifest}))
+        print(json.dumps({"folder": str(folder), "up_to_date": known is not None, **manifest}))
         return 0
+    if known:
+        console.print(prepare.up_to_date(known, settings.data), markup=False)
     console.print(f"[bold]{folder}[/bold]: vocabulary {manifest['vocab_size']:,}")
     for split, facts in manifest["splits"].items():
         shares = ", ".join(f"{name} {count:,}" for name, count in facts["tokens_per_domain"].items())
@@ -315,9 +317,9 @@ def _of_run(options: argparse.Namespace) -> "Config":
         raise ConfigError(f"run={folder}: has no complete checkpoint")
     settings = config.load_resolved(folder / "config.yaml", options.overrides)
     checkpoint.check_fits(settings, saved, same_run=True)
-    return settings.model_copy(
-        update={"run": settings.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})}
-    )
+    run = settings.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
+    data = settings.data.model_copy(update={"on_change": "keep"})  # a run is judged on its own corpus
+    return settings.model_copy(update={"run": run, "data": data})
 
 
 def _check_run(settings: "Config") -> None:

@@ -215,6 +215,7 @@ class Data(Section):
     max_bytes_per_domain: Positive | None
     dedup: Literal["exact", "near"]  # the keys of data.corpus.FINGERPRINTS
     on_bad: Literal["error", "skip"]
+    on_change: Literal["error", "keep"] = "error"
     held_out: Fraction
     attend_within_documents: bool
     domain_block: Positive | None
@@ -340,7 +341,10 @@ def load(overrides: Sequence[str] = (), extra_dir: str | None = None) -> Config:
             tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(mistakes.of_composition(error, Config)) from None
-    return from_tree(tree, [*fields_of(overrides), *_changed(tree, extra_dir)])
+    config = from_tree(tree, [*fields_of(overrides), *_changed(tree, extra_dir)])
+    if config.data.path is not None and config.data.on_change != "keep" and not Path(config.data.path).exists():
+        raise ConfigError(f"data.path={config.data.path}: there is no such file or folder")
+    return config
 
 
 def _changed(tree: Any, extra_dir: str | None) -> list[str]:

@@ -1,7 +1,9 @@
 """A run's folder, `runs/NAME/`: its config, metrics, load trace, checkpoints, wandb files and log."""
 
+import json
 import os
 import tempfile
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -68,6 +70,22 @@ def _write(config: Config, name: str) -> Path:
     unfinished.write_text(dump(config))
     unfinished.rename(folder / name)
     return folder
+
+
+def keep_corpus(folder: Path, fingerprint: dict[str, str]) -> None:
+    """Remember in a run's folder which corpus it is trained on."""
+    unfinished = folder / ".corpus.json.part"
+    unfinished.write_text(json.dumps(fingerprint) + "\n")
+    unfinished.rename(folder / "corpus.json")
+
+
+def corpus_of(folder: Path) -> dict[str, str] | None:
+    """The fingerprint of the corpus that the run in `folder` is trained on; None where none is known."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads((folder / "corpus.json").read_text())
+        if isinstance(found, dict) and found and all(isinstance(digest, str) for digest in found.values()):
+            return found
+    return None
 
 
 def find(name: str | None, directory: str = "runs") -> Path:

@@ -9,6 +9,7 @@ from moetrain import checkpoint, precision, profile, runs, train
 from moetrain.checkpoint import manifest
 from moetrain.comm import broadcast_text
 from moetrain.config import Config, ConfigError
+from moetrain.data import prepare
 from moetrain.data.loader import Corpus, open_data, with_vocabulary
 from moetrain.engine import build_engine
 from moetrain.evaluate import evaluate
@@ -92,6 +93,8 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     """The newest checkpoint of `config.run` that is whole, on these ranks."""
     corpus, _ = open_data(config)
+    for line in prepare.outdated(corpus.folder, config.data) if mesh.is_main else []:
+        errors.print(line, markup=False)
     config = precision.settled(with_vocabulary(config, corpus), mesh)
     saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
     for path, said in passed if mesh.is_main else []:

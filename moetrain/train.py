@@ -1,5 +1,6 @@
 """Training, from top to bottom: config -> mesh -> data -> model -> engine -> loop."""
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from moetrain import checkpoint, precision, profile, runs, versions
-from moetrain.comm import barrier, broadcast_text
-from moetrain.config import Config
-from moetrain.data.loader import Samples, Sequences, open_data, with_vocabulary
+from moetrain.comm import barrier, broadcast_text, gather_texts
+from moetrain.config import Config, ConfigError
+from moetrain.data import prepare
+from moetrain.data.loader import Corpus, Samples, Sequences, open_data, with_vocabulary
 from moetrain.engine import Engine, build_engine
 from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
@@ -37,6 +39,7 @@ from moetrain.report import build as report
 def train(config: Config, mesh: Mesh) -> Path:
     """Train on the ranks of `mesh`; all of them call it. Returns the run's folder. `config.run.name` is set."""
     corpus, loader = open_data(config)
+    check_same_corpus(corpus, mesh)
     config = with_vocabulary(runs.absolute(config), corpus)
     folder = runs.folder_of(config)
     model = build(config)
@@ -48,6 +51,8 @@ def train(config: Config, mesh: Mesh) -> Path:
     finished = bool(broadcast_text("yes" * (first >= config.train.steps and summary.is_there(folder)), mesh.device))
     if not finished and mesh.is_main:
         runs.create(config)
+        runs.keep_corpus(folder, corpus.fingerprint)
+        said += prepare.outdated(corpus.folder, config.data)
     barrier()
     voice = Voice(folder / "log.txt", silent=not mesh.is_main)
     voice.say_all([*versions.newer_than_tested(), *said, *notes])
@@ -192,6 +197,15 @@ def build(config: Config) -> Transformer:
     if config.train.compile:
         model.compile_dense()
     return model
+
+
+def check_same_corpus(corpus: Corpus, mesh: Mesh) -> None:
+    """Raises `ConfigError` on all ranks where one has another corpus: hosts prepare their own `data=local`."""
+    found = gather_texts(json.dumps([corpus.fingerprint, str(corpus.folder)]), mesh.saving)
+    ranks = {tuple(json.loads(text)[0].values()): rank for rank, text in reversed([*enumerate(found)])}
+    if len(ranks) > 1:
+        places = " and ".join(f"rank {rank} {json.loads(found[rank])[1]}" for rank in sorted(ranks.values())[:2])
+        raise ConfigError(f"data: ranks have different corpora, {places}; data.dir=FOLDER, one that all hosts share")
 
 
 def micro_batches(config: Config, mesh: Mesh, loader: Samples, position: int) -> Iterator[Sequences]:

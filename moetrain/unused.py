@@ -55,6 +55,8 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
         yield "data.path", "goes with data=folder; the corpus chosen, data=local, is text of this installation"
     if c.data.source != "folder":
         yield "data.on_bad", f"goes with data=folder, not data={c.data.source}"
+    if c.data.path is None:
+        yield "data.on_change", f"goes with data.path; data={c.data.source} is not watched"
     if c.data.tokenizer is not None:
         yield "data.vocab_size", "data.tokenizer has a vocabulary of its own"
     if c.optim.schedule != "wsd":

@@ -8,6 +8,7 @@ import lzma
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -17,15 +18,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool import Pool
 
-from moetrain import config
-from moetrain.config import ConfigError
-from moetrain.data import corpus, prepare, tokenizer
+from moetrain import config, runs
+from moetrain.config import ConfigError, Data
+from moetrain.data import corpus, prepare, sources, tokenizer
 from moetrain.data.bigram import Bigram
 from moetrain.data.files import LeftOut
-from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed, samples_of
+from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed, open_data, samples_of
 from moetrain.evaluate import Score, held_out_windows
+from moetrain.mesh import Mesh
 from moetrain.observe.summary import bigram_scores
+from moetrain.train import check_same_corpus
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +333,126 @@ def test_a_killed_preparation_leaves_nothing_half_made(corpus_text: Path, tmp_pa
     assert sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) == [folder.name]
 
 
+def _text(folder: Path, number: int = 12) -> Data:
+    """Settings of a corpus of that many short texts in `folder`/in."""
+    (folder / "in").mkdir(exist_ok=True)
+    for n in range(number):
+        (folder / "in" / f"{n}.txt").write_text(f"text number {n} of some\n")
+    return config.load(["data=folder", f"data.path={folder}/in", f"data.dir={folder}/out", "data.vocab_size=300"]).data
+
+
+def test_changed_text_is_prepared_again_beside_what_was(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = _text(tmp_path)
+    first = prepare.ensure(options)
+    assert prepare.current(options) == prepare.ensure(options) == first
+    os.utime(tmp_path / "in" / "3.txt", (1, 1))  # another time, the same content
+    assert prepare.current(options) == first
+    assert sources.change(first, options) is None
+
+    def changed(said: str) -> Path:
+        assert sources.change(first, options) == f"its files are not those it was made of: {said}"
+        assert prepare.current(options) is None
+        folder = prepare.ensure(options)
+        assert "prepared again, and it stays as it is" in capsys.readouterr().out
+        assert prepare.current(options) == folder
+        return folder
+
+    (tmp_path / "in" / "3.txt").write_text("text number 9 of same\n")  # the same size
+    second = changed("1 changed (3.txt)")
+    (tmp_path / "in" / "3.txt").write_text("text number 3 of some\n")
+    assert prepare.current(options) == first  # back again
+    (tmp_path / "in" / "12.txt").write_text("one more\n")
+    (tmp_path / "in" / "13.txt").write_text("and another\n")
+    (tmp_path / "in" / "0.txt").unlink()
+    third = changed("2 new (12.txt, ...), 1 gone (0.txt)")
+    assert prepare.prepared(options) == [third, second, first]
+    keep = options.model_copy(update={"on_change": "keep"})
+    shutil.rmtree(tmp_path / "in")
+    assert sources.change(first, options) == f"{tmp_path}/in is gone"
+    assert prepare.ensure(keep) == third
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        prepare.ensure(options)
+
+
+def test_a_run_goes_on_with_its_own_corpus_or_is_refused(tmp_path: Path) -> None:
+    options = _text(tmp_path)
+    first = prepare.ensure(options)
+    known = Corpus(first).fingerprint
+    assert prepare.ensure(options, known) == first
+    (tmp_path / "in" / "3.txt").write_text("text number 9 of same\n")
+    rule = r"its files .* 1 changed \(3.txt\); data.on_change=keep goes on .*; another run.name starts anew"
+    with pytest.raises(ConfigError, match=rule):
+        prepare.ensure(options, known)
+    keep = options.model_copy(update={"on_change": "keep"})
+    second = prepare.ensure(options)
+    assert second != first
+    assert Corpus(second).fingerprint != known
+    assert prepare.ensure(keep, known) == first
+    assert prepare.ensure(keep) == second
+
+    words = ["data=folder", f"data.path={tmp_path}/in", f"data.dir={tmp_path}/out", "data.vocab_size=300"]
+    words += ["model=tiny", "train.seq_len=4", f"run.dir={tmp_path}", "run.name=mine"]
+    (tmp_path / "mine").mkdir()
+    runs.keep_corpus(tmp_path / "mine", known)
+    with pytest.raises(ConfigError, match=rule):
+        open_data(config.load(words))
+    assert open_data(config.load([*words, "data.on_change=keep"]))[0].folder == first
+    assert open_data(config.load([*words, "checkpoint.resume=none"]))[0].folder == second
+    for damaged in ("", "[1]", "{}", '{"tokens": 5}', "[" * 5000):
+        (tmp_path / "mine" / "corpus.json").write_text(damaged)
+        assert open_data(config.load(words))[0].folder == second
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.bin", b"short"),
+        ("held_out.docs.npy", b""),
+        ("manifest.json", b'{"vocab_size": 300, "spli'),
+        ("manifest.json", b"[]"),
+        ("tokenizer.json", None),
+    ],
+)
+def test_a_damaged_corpus_is_prepared_again(tmp_path: Path, name: str, content: bytes | None) -> None:
+    options = _text(tmp_path)
+    first = prepare.ensure(options)
+    before = Corpus(first).fingerprint
+    (first / name).unlink() if content is None else (first / name).write_bytes(content)
+    assert prepare.current(options) is None
+    assert Corpus(prepare.ensure(options)).fingerprint == before
+
+
+def another_corpus_on_rank_1(mesh: Mesh, folder: str) -> str:
+    corpus = Corpus(Path(folder))
+    check_same_corpus(corpus, mesh)
+    if mesh.rank == 1:
+        corpus.fingerprint["tokens"] = "others"
+    try:
+        check_same_corpus(corpus, mesh)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_corpora_are_refused_on_all_of_them(pool: Pool, small: Corpus) -> None:
+    said = pool.run(another_corpus_on_rank_1, 2, str(small.folder))
+    line = f"data: ranks have different corpora, rank 0 {small.folder} and rank 1 {small.folder}; data.dir=FOLDER, one"
+    assert [words.startswith(line) for words in said] == [True, True]
+
+
+def test_a_corpus_deleted_under_a_run_stays_readable(tmp_path: Path) -> None:
+    options = _text(tmp_path)
+    opened = Corpus(prepare.ensure(options))
+    opened.hold()
+    shutil.rmtree(opened.folder)
+    for split in prepare.SPLITS:
+        assert Packed(opened, split, 4, seed=0).windows([0]).tokens.shape == (1, 5)
+    assert opened.tokenizer.decode(opened.tokens("train")[:4].tolist()).startswith("text")
+
+
 def test_a_tokenizer_of_your_own(data: list[str], small: Corpus) -> None:
-    own = config.load([*data, f"data.tokenizer={small.folder}/tokenizer.json"]).data
+    words = [word for word in data if not word.startswith("data.vocab_size")]  # the tokenizer's counts
+    own = config.load([*words, f"data.tokenizer={small.folder}/tokenizer.json"]).data
     again = Corpus(prepare.ensure(own))
     assert again.folder != small.folder
     assert (np.asarray(again.tokens("train")) == np.asarray(small.tokens("train"))).all()

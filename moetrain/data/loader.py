@@ -3,7 +3,6 @@
 The same global batch at any number of ranks; resumed by one integer; a domain label for every token.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -14,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from moetrain import runs
+from moetrain.checkpoint.resume import goes_on
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
 
@@ -52,9 +53,8 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What a checkpoint remembers of the data: digests of the tokenizer and of the table of training documents."""
-        files = {"tokenizer": "tokenizer.json", "documents": "train.docs.npy"}
-        return {k: hashlib.sha256((self.folder / f).read_bytes()).hexdigest()[:16] for k, f in files.items()}
+        """What a run remembers of its data."""
+        return prepare.fingerprint(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -72,12 +72,24 @@ class Corpus:
         return lengths
 
     def tokens(self, split: str) -> NDArray[np.integer]:
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        return np.memmap(self.folder / f"{split}.bin", dtype=dtype, mode="r")
+        return self._splits[split][0]
 
     def documents(self, split: str) -> NDArray[np.int64]:
         """[documents, 3]: start, length, domain."""
-        return np.load(self.folder / f"{split}.docs.npy")
+        return self._splits[split][1]
+
+    @cached_property
+    def _splits(self) -> dict[str, tuple[NDArray[np.integer], NDArray[np.int64]]]:
+        """Opened together and once, so that a corpus that is deleted under a run stays readable to its end."""
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        return {
+            split: (np.memmap(self.folder / f"{split}.bin", dtype, "r"), np.load(self.folder / f"{split}.docs.npy"))
+            for split in self.manifest["splits"]
+        }
+
+    def hold(self) -> None:
+        """Read or open all that a run will need."""
+        _ = self._splits, self.token_bytes, self.fingerprint
 
 
 class Packed:
@@ -132,8 +144,14 @@ def samples_of(corpus: Corpus, config: Config) -> Samples:
 
 
 def open_data(config: Config) -> tuple[Corpus, Samples]:
-    """The corpus, prepared now if it is not yet, and what to train on. Raises `ConfigError`; needs no process group."""
-    corpus = Corpus(prepare.ensure(config.data))
+    """The corpus and what to train on: that of the run where it goes on, else prepared now if it is not yet.
+
+    Raises `ConfigError`; needs no process group.
+    """
+    folder = runs.folder_of(config) if config.run.name else None
+    trained_on = runs.corpus_of(folder) if folder is not None and goes_on(config, folder) else None
+    corpus = Corpus(prepare.ensure(config.data, trained_on))
+    corpus.hold()
     with_vocabulary(config, corpus)
     return corpus, samples_of(corpus, config)
 

@@ -1,18 +1,21 @@
-"""From documents to token files: done once per setting, atomically, with progress.
+"""From documents to token files: done once per setting and state of the text, atomically, with progress.
 
 A prepared corpus is a folder: `tokenizer.json`, `train.bin` and `held_out.bin` (tokens, documents back to back, each
 ended by the end-of-text token), `train.docs.npy` and `held_out.docs.npy` ([documents, 3]: start, length, domain),
-`manifest.json`. It is made next to its place and renamed into it: an interrupted preparation leaves nothing behind.
+`manifest.json`, `sources.json` (data/sources.py). It is made next to its place and renamed into it: an interrupted
+preparation leaves nothing behind.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from moetrain.config import ConfigError, Data
-from moetrain.data import debian, tokenizer
+from moetrain.data import debian, sources, tokenizer
 from moetrain.data.corpus import MIN_CHARACTERS, Document, cut, documents, held_out
 from moetrain.data.files import LeftOut
 from moetrain.observe.console import console
@@ -33,7 +36,7 @@ SPLITS = ("train", "held_out")
 def folder_of(options: Data) -> Path:
     """Where the corpus of these settings is, or will be."""
     settings: dict[str, Any] = {
-        **options.model_dump(exclude={"dir", "attend_within_documents", "domain_block"}),
+        **options.model_dump(exclude={"dir", "attend_within_documents", "domain_block", "on_change"}),
         "version": VERSION,
     }
     if options.path is not None:
@@ -45,30 +48,118 @@ def folder_of(options: Data) -> Path:
     return Path(options.dir) / f"{name}-{key}"
 
 
-def ensure(options: Data) -> Path:
-    """The prepared corpus of these settings, made now if it is not there. Safe to call from many processes."""
-    folder = folder_of(options)
-    if (folder / "manifest.json").is_file():
+def ensure(options: Data, trained_on: Mapping[str, str] | None = None) -> Path:
+    """The prepared corpus of these settings, made now if there is none of the text as it is.
+
+    `trained_on`: the fingerprint of the corpus that a run goes on with. Raises `ConfigError` where the text has changed
+    since, unless `data.on_change=keep` says to go on with what is prepared. Safe to call from many processes.
+    """
+    if trained_on is not None and (folder := next((f for f in prepared(options) if _is(f, trained_on)), None)):
+        if options.on_change == "error" and (said := sources.change(folder, options)):
+            advice = f"data.on_change=keep goes on with the corpus of the run, {folder}; another run.name starts anew"
+            raise ConfigError(f"data.path={options.path}: {said}; {advice}")
         return folder
+    if (folder := current(options)) is not None:
+        return folder
+    base = folder_of(options)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115 - held until the end of the function
+        base.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(base.parent / f".{base.name}.lock", "w")  # noqa: SIM115 - held until the end of the function
     except OSError as error:
         raise ConfigError(f"data.dir={options.dir}: must be a folder that can be written ({error.strerror})") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "manifest.json").is_file():
-            console.print(f"[dim]preparing the corpus {folder.name}: documents, tokenizer, tokens")
-            _clear_leftovers(folder)
-            with _appearing(folder) as unfinished:
-                _prepare(options, unfinished)
+        return current(options) or _make(options, base)
+
+
+def current(options: Data) -> Path | None:
+    """The prepared corpus of the text as it is now, with `data.on_change=keep` the newest one; None: there is none."""
+    found = prepared(options)
+    if options.on_change == "keep":
+        return found[0] if found else None
+    return next((folder for folder in found if sources.change(folder, options) is None), None)
+
+
+def up_to_date(folder: Path, options: Data) -> str:
+    """What to say of a corpus that is not prepared again."""
+    if (folder / sources.NAME).is_file():
+        return "up to date: the text is as it was when it was prepared"
+    made = datetime.fromtimestamp((folder / "manifest.json").stat().st_mtime)
+    advice = f"data={options.source} is not watched: remove the folder to prepare it again"
+    return f"as it was prepared on {made:%Y-%m-%d}; {advice}"
+
+
+def outdated(folder: Path, options: Data) -> list[str]:
+    """A line where the text is no longer that of the corpus, which is used all the same."""
+    said = sources.change(folder, options)
+    return [f"data.path={options.path}: {said}; it is used as it was prepared, {folder}"] if said else []
+
+
+def prepared(options: Data) -> list[Path]:
+    """All whole corpora of these settings, the newest first: NAME, and NAME.2 and so on of text that changed since."""
+    return [folder for folder in _folders(folder_of(options)) if problem(folder) is None]
+
+
+def problem(folder: Path) -> str | None:
+    """What is wrong with a prepared corpus as far as sizes tell; None for nothing."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        width = 2 if int(manifest["vocab_size"]) <= 1 << 16 else 4
+        for split in SPLITS:
+            facts, size = manifest["splits"][split], (folder / f"{split}.bin").stat().st_size
+            if size != facts["tokens"] * width:
+                return f"{split}.bin has {size:,} bytes, but {facts['tokens'] * width:,} were written"
+            table = np.load(folder / f"{split}.docs.npy", mmap_mode="r")
+            if table.shape != (facts["documents"], 3):
+                return f"{split}.docs.npy has not {facts['documents']} documents"
+        return None if (folder / "tokenizer.json").is_file() else "tokenizer.json is missing"
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
+        return f"it cannot be read ({error})"
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """What a run remembers of its data: digests of the tokenizer, the table of training documents, their tokens."""
+    files = {"tokenizer": "tokenizer.json", "documents": "train.docs.npy"}
+    found = {k: hashlib.sha256((folder / f).read_bytes()).hexdigest()[:16] for k, f in files.items()}
+    return {**found, "tokens": json.loads((folder / "manifest.json").read_text())["splits"]["train"]["sha256"][:16]}
+
+
+def _is(folder: Path, trained_on: Mapping[str, str]) -> bool:
+    found = fingerprint(folder)
+    return all(found[name] == trained_on[name] for name in found.keys() & trained_on.keys())
+
+
+def _folders(base: Path) -> list[Path]:
+    later = [f for f in base.parent.glob(f"{glob.escape(base.name)}.*") if f.suffix[1:].isdecimal()]
+    return sorted([f for f in (base, *later) if f.is_dir()], key=_number, reverse=True)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.suffix[1:]) if folder.suffix[1:].isdecimal() else 1
+
+
+def _make(options: Data, base: Path) -> Path:
+    """A new one, beside those that are there; the caller holds the lock."""
+    for leftover in base.parent.glob(f".{glob.escape(base.name)}.*.part"):  # of a preparation that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    console.print(f"preparing the corpus {base.name}: documents, tokenizer, tokens", style="dim", markup=False)
+    before = _folders(base)
+    folder = base.with_name(f"{base.name}.{_number(before[0]) + 1}") if before else base
+    if before:
+        said = problem(before[0]) or sources.change(before[0], options)
+        console.print(f"{before[0]}: {said}; prepared again, and it stays as it is", markup=False)
+    try:
+        with _appearing(folder, base.name) as unfinished:
+            _prepare(options, unfinished)
+    except OSError as error:
+        raise ConfigError(f"data.dir={options.dir}: must have room for the corpus ({error.strerror})") from None
     return folder
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def _appearing(folder: Path, name: str) -> Iterator[Path]:
     """A new folder that takes its name at the end, or disappears."""
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=folder.parent))
     os.chmod(unfinished, 0o777 & ~_umask())
     try:
         yield unfinished
@@ -83,14 +174,10 @@ def _umask() -> int:
     return mask
 
 
-def _clear_leftovers(folder: Path) -> None:
-    """What a killed preparation could not take away itself; the caller holds the lock."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _prepare(options: Data, folder: Path) -> None:
-    left_out, alone = LeftOut(), []
+    if options.source == "folder" and not Path(str(options.path)).exists():
+        raise ConfigError(f"data.path={options.path}: there is no such file or folder")
+    left_out, alone, seen = LeftOut(), [], sources.listing(options)
     own = tokenizer.read(options.tokenizer) if options.tokenizer is not None else None
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("reading documents", total=None)
@@ -123,6 +210,7 @@ def _prepare(options: Data, folder: Path) -> None:
         manifest["packages"] = debian.versions(options)
     for line in news(manifest, options):
         console.print(line, markup=False)
+    sources.record(folder, options, seen)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -162,14 +250,15 @@ def _write(
     """Tokens and the table of documents of one split; returns what the manifest says of it."""
     dtype = np.uint16 if tokenizer.vocabulary_size(chosen) <= 1 << 16 else np.uint32
     end = tokenizer.end_of_text(chosen)
-    table, start = [], 0
+    table, start, digest = [], 0, hashlib.sha256()
     per_domain = dict.fromkeys(domains, 0)
     numbers = {name: number for number, name in enumerate(domains)}
     task = progress.add_task(f"tokenizing {split.replace('_', ' ')}", total=sum(len(d.text) for d in found))
     with (folder / f"{split}.bin").open("wb") as out:
         for document, ids in zip(found, tokenizer.encode(chosen, (d.text for d in found)), strict=True):
             tokens = np.append(ids, np.uint32(end)).astype(dtype)
-            out.write(tokens.tobytes())
+            out.write(raw := tokens.tobytes())
+            digest.update(raw)
             table.append((start, len(tokens), numbers[document.domain]))
             per_domain[document.domain] += len(tokens)
             start += len(tokens)
@@ -177,4 +266,5 @@ def _write(
     progress.remove_task(task)
     np.save(folder / f"{split}.docs.npy", np.array(table, dtype=np.int64).reshape(-1, 3))
     size = sum(len(d.text.encode()) for d in found)
-    return {"documents": len(found), "tokens": start, "bytes": size, "tokens_per_domain": per_domain}
+    facts = {"documents": len(found), "tokens": start, "bytes": size, "tokens_per_domain": per_domain}
+    return {**facts, "sha256": digest.hexdigest()}

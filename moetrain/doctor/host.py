@@ -134,8 +134,8 @@ def _disks(config: Config) -> Iterator[Finding]:
         text = f"{config.run.dir}: {free / 2**30:.1f} GiB free, checkpoints take {needed / 2**30:.2f}"
         bad = free < needed
         yield Finding("runs", BAD if bad else GOOD, text, "another run.dir, or checkpoint.keep=1" if bad else "")
-    folder = prepare.folder_of(config.data)
-    if (folder / "manifest.json").is_file():
+    folder = prepare.current(config.data) or prepare.folder_of(config.data)
+    if folder.is_dir():
         yield Finding("data", GOOD, f"{folder} is prepared")
         return
     try:

@@ -1,0 +1,83 @@
+"""Which files a corpus was made of, and whether they have changed since: by size and time, and by content where those
+differ. Kept in `sources.json` of the prepared corpus."""
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from moetrain.config import Data
+from moetrain.data import debian, files
+from moetrain.data.files import LeftOut
+
+NAME = "sources.json"
+Listing = dict[str, tuple[int, int]]  # a file's name below `data.path`: its size in bytes, its time in ns
+
+
+def listing(options: Data) -> Listing | None:
+    """The files of a folder or of Debian packages of the user's own; None where there are none to watch.
+
+    `data=local`, and packages that were fetched once, stay as they were when they were prepared.
+    """
+    if options.path is None or options.source == "local":
+        return None
+    path = Path(options.path)
+    packages = options.source == "debian"
+    out = {}
+    for file in debian.packages(options).values() if packages else files.text_files(path, LeftOut()):
+        with suppress(OSError):
+            stat = file.stat()
+            out[str(file.relative_to(path))] = (stat.st_size, stat.st_mtime_ns)
+    return out
+
+
+def record(folder: Path, options: Data, seen: Listing | None) -> None:
+    """Keep what was listed before it was read, with digests."""
+    if seen is not None:
+        rows = {name: [size, time, digest(options, name)] for name, (size, time) in seen.items()}
+        (folder / NAME).write_text(json.dumps(rows))
+
+
+def change(folder: Path, options: Data) -> str | None:
+    """How the files differ from those that the corpus in `folder` was made of, in words; None where they do not."""
+    try:
+        known = {name: (int(size), int(time), str(sha)) for name, (size, time, sha) in _read(folder).items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return f"{folder / NAME} cannot be read"
+    if options.path is None or not Path(options.path).exists():
+        return f"{options.path} is gone"
+    now = listing(options) or {}
+    new, gone = sorted(now.keys() - known.keys()), sorted(known.keys() - now.keys())
+    touched = [name for name in now.keys() & known.keys() if now[name] != known[name][:2]]
+    changed = [n for n in touched if now[n][0] != known[n][0] or digest(options, n) != known[n][2]]
+    if not new and not gone and not changed:
+        if touched:
+            _write(folder, {name: [*now[name], known[name][2]] for name in known})
+        return None
+    parts = {"new": new, "changed": sorted(changed), "gone": gone}
+    said = [f"{len(names)} {what} ({names[0]}{', ...' if names[1:] else ''})" for what, names in parts.items() if names]
+    return f"its files are not those it was made of: {', '.join(said)}"
+
+
+def digest(options: Data, name: str) -> str:
+    """SHA-256 of a file; empty where it cannot be read."""
+    path = Path(str(options.path))
+    with suppress(OSError), (path if name == "." else path / name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
+
+
+def _read(folder: Path) -> dict[str, list]:
+    return json.loads((folder / NAME).read_text())
+
+
+def _write(folder: Path, rows: dict[str, list]) -> None:
+    """New times of files that are the same; where the folder is read-only they are compared by content every time."""
+    with suppress(OSError):
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{NAME}.", delete=False) as file:
+            json.dump(rows, file)
+        os.replace(file.name, folder / NAME)
