@@ -100,7 +100,7 @@ def agree(asked: str, mesh: Mesh, say: Callable[[str], None] = _say) -> str:
     if asked == AUTO and chosen(speed) == "fp32":
         dtype, note = "fp32", f"computes in fp32: {describe(speed)}"
     else:
-        dtype, note = "bf16", f"train.dtype=bf16 is slow: {describe(speed)}; train.dtype=auto computes in fp32"
+        dtype, note = "bf16", f"computes in bf16: {describe(speed)}; fp32 would be faster"
     if mesh.is_main and speed * CLEARLY < 1:
         say(note)
     return dtype
