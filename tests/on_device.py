@@ -49,7 +49,7 @@ class OnGpu(Tensor):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         strangers = [x for x in tensors if not isinstance(x, OnGpu) and x.ndim]  # a number of the host may be anywhere
         assert not strangers, f"{func}: of the host, beside tensors of the GPU: {[x.shape for x in strangers]}"
-        if SIZED_BY_DATA & set(func.tags) and not _knows_size(func, args, kwargs):
+        if (SIZED_BY_DATA & set(func.tags) and not _knows_size(func, args, kwargs)) or _writes_number(func, args):
             found["waits"] += 1
         name = func._schema.name
         if not func.is_view and name not in UNLAUNCHED and not name.startswith("c10d::"):
@@ -65,6 +65,11 @@ def _knows_size(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether the host knows the size of a result that in other cases depends on values."""
     masks = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8)]
     return kwargs.get("output_size") is not None or (func is torch.ops.aten.index.Tensor and not masks)
+
+
+def _writes_number(func: Any, args: Any) -> bool:
+    """Whether a number of the host is written by index: it is uploaded, and waited for (seen on an H100)."""
+    return func._schema.name.startswith("aten::index_put") and not isinstance(args[2], OnGpu)
 
 
 class _Host(TorchFunctionMode):

@@ -83,9 +83,9 @@ class Route:
         token_N = routing.token_N.index_select(0, selection_N)
         cell_N = first_N + token_N  # of [R, T]
         goes_RT = torch.zeros(ep.size * num_tokens, dtype=torch.bool, device=device)
-        goes_RT[cell_N] = True
+        goes_RT.index_fill_(0, cell_N, True)  # an assignment would wait for the device, here and below
         goes_RT = goes_RT.view(ep.size, num_tokens)
-        goes_RT[me] = False
+        goes_RT[me].fill_(False)
         place_RT = goes_RT.cumsum(1, dtype=torch.int32)  # from one
         copies_R = place_RT[:, -1].clone() if num_tokens else place_RT.new_zeros(ep.size)
         torch.arange(1, num_tokens + 1, out=place_RT[me])
