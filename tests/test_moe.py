@@ -392,7 +392,7 @@ def test_grouped_products_equal_the_loop_over_segments(monkeypatch, dtype: torch
     if by != "own":
         monkeypatch.setattr(gemm_cpu, "able", lambda: False)
     if by == "grouped_mm":  # as GPUs have it
-        monkeypatch.setattr(kernels, "_one_by_one", lambda *_: False)
+        monkeypatch.setattr(kernels, "_grouped", lambda *_: True)
     sizes, width, hidden = [0, 1, 7, 1025, 40, 2052], 96, 160
     rows, left = torch.randn(sum(sizes), width).to(dtype), torch.randn(sum(sizes), hidden).to(dtype)
     weights = torch.randn(len(sizes), hidden, width).to(dtype)
@@ -402,7 +402,8 @@ def test_grouped_products_equal_the_loop_over_segments(monkeypatch, dtype: torch
     try:
         kernels.segment_mm(rows, weights, sizes, out, transpose=True)
         kernels.segment_mm(left, list(weights), sizes, back, transpose=False)
-        kernels.segment_outer(left, rows, sizes, grads, add=False)
+        grads = kernels.segment_outer(left, rows, sizes, grads, add=False)
+        whole = kernels.segment_outer(left[1:], rows[1:], sizes[2:], grads[2:].clone(), add=False)
         twice = [grad.clone() for grad in grads]
         kernels.segment_outer(left, rows, sizes, twice, add=True)
     finally:
@@ -413,20 +414,21 @@ def test_grouped_products_equal_the_loop_over_segments(monkeypatch, dtype: torch
         torch.testing.assert_close(back.split(sizes)[s].double(), other @ weight, **near)
         torch.testing.assert_close(grad, other.T @ row, **near)
         torch.testing.assert_close(twice[s].double(), grad + other.T @ row, **near)
+        if s > 1:
+            torch.testing.assert_close(whole[s - 2], grads[s])
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sizes", "hopper", "one_by_one"),
+    ("dtype", "hopper", "grouped"),
     [
-        (torch.bfloat16, [0, 300, 500], True, False),
-        (torch.bfloat16, [0, 524, 500], True, True),  # large segments: nothing is copied
-        (torch.bfloat16, [0, 300, 500], False, True),  # what torch would do itself, with a look at the device each
-        (torch.float32, [0, 300, 500], True, True),
+        (torch.bfloat16, True, True),  # uneven sizes, new ones in every step: cuBLAS would look for a kernel each time
+        (torch.bfloat16, False, False),  # what torch would do itself, with a look at the device each
+        (torch.float32, True, False),
     ],
 )
-def test_a_gpu_groups_small_products_where_it_can(monkeypatch, dtype, sizes, hopper: bool, one_by_one: bool) -> None:
+def test_a_gpu_groups_products_where_it_can(monkeypatch, dtype: torch.dtype, hopper: bool, grouped: bool) -> None:
     monkeypatch.setattr(kernels, "has_grouped_mm", lambda: hopper)
-    assert kernels._one_by_one(torch.empty(sum(sizes), 8, dtype=dtype, device="meta"), sizes) == one_by_one
+    assert kernels._grouped(torch.empty(8, 8, dtype=dtype, device="meta")) == grouped
 
 
 @pytest.mark.parametrize("part", kernels.PARTS)

@@ -11,7 +11,7 @@ an expert.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -234,7 +234,16 @@ class Products(NamedTuple):
         there = [s for s in range(len(self.sizes)) if s not in without]
         sizes = [self.sizes[s] for s in there]
         for (left_MA, right_MB), total in zip(self.pairs, totals, strict=True):
-            kernels.segment_outer(left_MA, right_MB, sizes, [total[s] for s in there] if without else total, add)
+            out = total if add and not without else [total[s] for s in there]  # not one that might be replaced
+            kernels.segment_outer(left_MA, right_MB, sizes, out, add)
+
+    def fill(self, totals: Sequence[Tensor], without: Collection[int] = ()) -> list[Tensor]:
+        """`totals` written to, or what stands in their place."""
+        if without:
+            self.write(totals, without=without)
+            return list(totals)
+        found = (kernels.segment_outer(*pair, self.sizes, t, False) for pair, t in zip(self.pairs, totals, strict=True))
+        return [cast(Tensor, one) for one in found]
 
 
 class _Leave(torch.autograd.Function):
@@ -361,10 +370,10 @@ class _Work(torch.autograd.Function):
                 returning = trip.send_home(grads_GW, batch)
             if False in waiting:  # while the first are under way
                 with clock.backward("experts"):
-                    waiting.pop(False).write(grads, without=lent_whole)
+                    grads = waiting.pop(False).fill(grads, without=lent_whole)
         if False in waiting:
             with clock.backward("experts"):
-                waiting.pop(False).write(grads)
+                grads = waiting.pop(False).fill(grads)
         if returning is not None:
             with clock.backward("lend"):
                 returning.finish(grads, trip.first, lent_whole)

@@ -7,7 +7,7 @@ M rows, D width, H expert hidden width, S slots, B bags.
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,6 @@ from torch import Tensor
 from moetrain.moe import gemm_cpu, kernels_cpu
 
 Matrices = Tensor | Sequence[Tensor]  # [S] of them
-LARGE_SEGMENT = 512  # rows, on average, that a GPU is well filled with
 BACKENDS = ("torch", "numba", "triton")  # of the sums and the SwiGLU
 PARTS = ("sums", "swiglu", "products")  # for which there are kernels of our own beside torch's
 _backend: str | None = None  # of `using`; not one of a thread: a backward has its own
@@ -152,7 +151,7 @@ def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Ten
     """out = rows @ weight of the row's segment (or its transpose). weights: [S] matrices."""
     if _own_products(rows_MA, weights, out_MB):
         gemm_cpu.segment_mm(rows_MA, weights, sizes, out_MB, transpose)
-    elif _one_by_one(rows_MA, sizes):
+    elif not _grouped(rows_MA):
         begin = 0
         for weight, size in zip(weights, sizes, strict=True):
             end = begin + size
@@ -160,30 +159,52 @@ def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Ten
             begin = end
     elif len(rows_MA):  # torch's grouped product writes nowhere but to memory of its own
         stacked = weights if isinstance(weights, Tensor) else torch.stack(list(weights))
-        ends = torch.tensor(sizes).cumsum(0).to(torch.int32).to(rows_MA.device, non_blocking=True)
+        ends = _ends(sizes, rows_MA.device)
         out_MB.copy_(F.grouped_mm(rows_MA, stacked.mT if transpose else stacked, offs=ends))
 
 
-def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool) -> None:
-    """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients. One product for each segment: its result
-    is as large as a weight, so that it fills a GPU however few the rows are."""
+def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool) -> Matrices:
+    """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients. Returns `out_SAB`, or in its place, if
+    that is one tensor and is not added to, another that spared a copy."""
     if _own_products(left_MA, right_MB, out_SAB):
-        return gemm_cpu.segment_outer(left_MA, right_MB, sizes, out_SAB, add)
-    begin = 0
-    for out_AB, size in zip(out_SAB, sizes, strict=True):
-        end = begin + size
-        if add:
-            out_AB.addmm_(left_MA[begin:end].t(), right_MB[begin:end])
-        else:
-            torch.mm(left_MA[begin:end].t(), right_MB[begin:end], out=out_AB)
-        begin = end
+        gemm_cpu.segment_outer(left_MA, right_MB, sizes, out_SAB, add)
+        return out_SAB
+    if not _grouped(left_MA):
+        begin = 0
+        for out_AB, size in zip(out_SAB, sizes, strict=True):
+            end = begin + size
+            if add:
+                out_AB.addmm_(left_MA[begin:end].t(), right_MB[begin:end])
+            else:
+                torch.mm(left_MA[begin:end].t(), right_MB[begin:end], out=out_AB)
+            begin = end
+        return out_SAB
+    filled = [s for s, size in enumerate(sizes) if size]  # what a product over no rows is differs between GPUs
+    if not filled:
+        return out_SAB if add else _zeroed(out_SAB, range(len(sizes)))
+    if len(filled) == len(sizes) and isinstance(out_SAB, Tensor) and not add:
+        return F.grouped_mm(left_MA.t(), right_MB, offs=_ends(sizes, left_MA.device))
+    found_SAB = F.grouped_mm(left_MA.t(), right_MB, offs=_ends([sizes[s] for s in filled], left_MA.device))
+    put = torch._foreach_add_ if add else torch._foreach_copy_
+    put([out_SAB[s] for s in filled], list(found_SAB))
+    return out_SAB if add else _zeroed(out_SAB, set(range(len(sizes))) - set(filled))
 
 
-def _one_by_one(rows_MA: Tensor, sizes: list[int]) -> bool:
-    """Whether each segment is a product of its own. On a GPU where torch has no grouped one, and would loop itself,
-    waiting for the device each time; and where segments are large: their results need not be copied then."""
-    large = len(rows_MA) >= LARGE_SEGMENT * (len(sizes) - sizes.count(0))
-    return rows_MA.device.type == "cpu" or large or rows_MA.dtype != torch.bfloat16 or not has_grouped_mm()
+def _zeroed(out_SAB: Matrices, slots: Iterable[int]) -> Matrices:
+    for s in slots:
+        out_SAB[s].zero_()
+    return out_SAB
+
+
+def _ends(sizes: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(sizes).cumsum(0).to(torch.int32).to(device, non_blocking=True)
+
+
+def _grouped(rows_MA: Tensor) -> bool:
+    """Whether the segments are one grouped product. torch has it on GPUs for bf16, from Hopper on; elsewhere it would
+    loop and wait for the device each time. cuBLAS takes 0.15 ms for a product of a size that is new to it, ten times
+    that of one that it knows (H100), and routing brings new sizes in every step."""
+    return rows_MA.device.type != "cpu" and rows_MA.dtype == torch.bfloat16 and has_grouped_mm()
 
 
 @cache
