@@ -106,18 +106,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moetrain.moe import kernels_triton as ours
 
-for kernel, block, *kinds in (  # of the arguments; None: left out
-    (ours._sum_rows, ours.SUM_BLOCK, "*bf16", "*fp32", "*i64", "*i64", None, "*bf16", "i32", "i32", "i32"),
-    (ours._sum_rows, ours.SUM_BLOCK, "*bf16", None, "*i64", "*i64", "*bf16", "*bf16", "i32", "i32", "i32"),
-    (ours._swiglu, ours.SWIGLU_BLOCK, "*bf16", "*bf16", "i32", "i32"),
-    (ours._swiglu_backward, ours.SWIGLU_BLOCK, "*bf16", "*bf16", "*fp32", "*fp32", "i32", "i32", "i32"),
-    (ours._cross_entropy_backward, ours.LOGITS_BLOCK, "*bf16", "*i64", "*fp32", "*fp32", "i32", "i32"),
+sums, gated = (ours.SUM_BLOCK, ours.SUM_WARPS), (ours.SWIGLU_BLOCK, ours.SWIGLU_WARPS)
+logits = ours.LOGITS_BLOCK, ours.LOGITS_WARPS
+for kernel, (block, warps), *kinds in (  # of the arguments; None: left out
+    (ours._sum_rows, sums, "*bf16", "*fp32", "*i64", "*i64", None, "*bf16", "i32", "i32", "i32"),
+    (ours._sum_rows, sums, "*bf16", None, "*i64", "*i64", "*bf16", "*bf16", "i32", "i32", "i32"),
+    (ours._swiglu, gated, "*bf16", "*bf16", "i32", "i32"),
+    (ours._swiglu_backward, gated, "*bf16", "*bf16", "*fp32", "*fp32", "i32", "i32", "i32"),
+    (ours._cross_entropy_backward, logits, "*bf16", "*i64", "*fp32", "*fp32", "i32", "i32"),
 ):
     kinds = [*(kind or "constexpr" for kind in kinds), "constexpr"]
     fixed = {(at,): None for at, kind in enumerate(kinds) if kind == "constexpr"} | {(len(kinds) - 1,): block}
     even = {(at,): [["tt.divisibility", 16]] for at in range(len(kinds)) if (at,) not in fixed}
     source = ASTSource(kernel, dict(zip(kernel.arg_names, kinds, strict=True)), fixed, even)
-    print(compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "enable_fp_fusion": False}).asm["ptx"])
+    print(compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, "enable_fp_fusion": False}).asm["ptx"])
 """
 
 

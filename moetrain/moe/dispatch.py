@@ -14,6 +14,7 @@ ranks, E experts.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,8 +47,9 @@ class Route:
     pool_M: Tensor  # which entry of the pool each row reads
     weight_M: Tensor  # fp32
     slot_rows: list[int]  # [S]
-    rows_of_pool: Bags  # the rows that read each entry of the pool
-    copies_of_token: Bags
+    bag_M: Tensor  # which entry of the pool each row is summed for; one that is not there for padding
+    num_tokens: int
+    most: int  # selections of a token
 
     @classmethod
     def of(cls, routing: Routing, plan: Plan, ep: Expert, num_tokens: int, most: int, dtype: torch.dtype) -> "Route":
@@ -98,13 +100,14 @@ class Route:
         )
         notes = start_all_to_all(notes, announced.tolist(), heard.tolist(), ep.rows).wait()
 
-        copies_out, copies_in = torch.stack([copies_R, notes[heard_R, 0]]).tolist()  # the host sync
-        copies_in[me] = 0
-        base = np.cumsum([num_tokens, *copies_in])[:-1] - 1  # places count from one
-        base[me] = -1
+        came_R = notes[heard_R, 0]
+        came_R[me].fill_(0)
+        base_R = came_R.cumsum(0) - came_R + (num_tokens - 1)  # places count from one
+        base_R[me].fill_(-1)
         note_A2 = notes.index_select(0, arrived_A)
-        pool_A = note_A2[:, 0] + _to(device, base).index_select(0, source_A)
+        pool_A = note_A2[:, 0] + base_R.index_select(0, source_A)
         weight_A = note_A2[:, 1].contiguous().view(torch.float32)
+        copies_out, copies_in = torch.stack([copies_R, came_R]).tolist()  # the host sync
         num_rows, num_pool = int(rows_S.sum()), num_tokens + sum(copies_in)
         pool_M = bag_M = pool_A
         weight_M = weight_A
@@ -131,9 +134,20 @@ class Route:
             pool_M=pool_M,
             weight_M=weight_M,
             slot_rows=rows_S.tolist(),
-            rows_of_pool=Bags.of(bag_M, num_pool, most),
-            copies_of_token=Bags.of(token_C, num_tokens, min(most, ep.size - 1)),
+            bag_M=bag_M,
+            num_tokens=num_tokens,
+            most=most,
         )
+
+    # Made when rows are first summed: the host has time then, for the device is at the experts.
+    @cached_property
+    def rows_of_pool(self) -> Bags:
+        """The rows that read each entry of the pool."""
+        return Bags.of(self.bag_M, self.num_tokens + sum(self.copies_in), self.most)
+
+    @cached_property
+    def copies_of_token(self) -> Bags:
+        return Bags.of(self.token_C, self.num_tokens, min(self.most, self.ep.size - 1))
 
     def start_spread(self, x_TD: Tensor) -> tuple[Tensor, Pending]:
         """Begin to fill the pool [P, D]: own tokens, and the copies under way."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SUM_BLOCK, SUM_WARPS = 2048, 4  # columns of a program, and its warps
+SUM_BLOCK, SUM_WARPS = 1024, 2  # columns of a program, and its warps
 SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4
 LOGITS_BLOCK, LOGITS_WARPS = 4096, 8
 
