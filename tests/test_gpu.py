@@ -120,6 +120,23 @@ def test_triton_kernels_equal_plain_torch(
         assert torch.equal(ours, again)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(("num_rows", "width"), [(513, 201_088), (3, 129_281), (0, 8)], ids=str)
+def test_triton_cross_entropy_equals_plain_torch(dtype: torch.dtype, num_rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    logits, grad = torch.randn(num_rows, width, device="cuda").mul_(9).to(dtype), torch.rand(num_rows, device="cuda")
+    target = torch.randint(width, (num_rows,), device="cuda")
+
+    def found(backend: str) -> list[Tensor]:
+        with kernels.using(backend):
+            nats, lse = kernels.cross_entropy(logits, target)
+            return [nats, lse, kernels.cross_entropy_backward(logits.clone(), target, lse, grad)]
+
+    for ours, again, theirs in zip(found("triton"), found("triton"), found("torch"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=8e-3 if ours.dtype == BF16 else 2e-5, atol=2e-5)
+        assert torch.equal(ours, again)
+
+
 def test_triton_kernels_reach_rows_beyond_two_to_the_31_elements() -> None:
     width, last = 7168, 8
     rows = torch.zeros(300_000, width, device="cuda", dtype=BF16)
