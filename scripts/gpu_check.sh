@@ -4,6 +4,7 @@
 # that are missing come out of the wheels that scripts/gpu_wheels.sh collected in .whl/, into a temporary folder.
 #   scripts/gpu_check.sh [ARCHIVE]           default: $OUT/gpu_check.tar.gz, without OUT runs/gpu_check.tar.gz
 #   scripts/gpu_check.sh --rehearse          every part, tiny, on a machine without a GPU
+#   scripts/gpu_check.sh --parts step tests  those parts alone; see docs/gpu.md for their names
 #   PYTHON=.venv/bin/python scripts/gpu_check.sh; WHEELS=FOLDER scripts/gpu_check.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -159,6 +159,7 @@ def memory_bound(device: torch.device, tiny: bool) -> Table:
         for name in VOCABULARY
         for row in (*kernels_of(name, device, tiny, peak), head_of(name, device, tiny, flops))
     ]
+    rows.append(products_of(device, tiny))
     legend = f"bf16, {TOKENS:,} tokens. %: of the rate of a copy, {peak / 1e12:.2f} TB/s, each byte moved once."
     return "What is bound by memory", ("shape", "operation", *BACKENDS), rows, legend
 
@@ -186,6 +187,20 @@ def kernels_of(name: str, device: torch.device, tiny: bool, peak: float) -> list
                 took = seconds(call, device)
             rows[-1].append(f"{1e3 * took:.3f} ms, {100 * size / took / peak:.0f} %")
     return rows
+
+
+def products_of(device: torch.device, tiny: bool) -> list[str]:
+    """64 segments of OLMoE's width. Does a product of a size that never came before cost the host more?"""
+    num, width = (256, 64) if tiny else (TOKENS * 8, 2048)
+    rows_MA, weights = (torch.randn(*n, width, device=device, dtype=torch.bfloat16) for n in ((num,), (64, width)))
+    out_MB, draw = torch.empty_like(rows_MA), np.random.default_rng(0)
+    even = [num // 64] * 64
+
+    def product(sizes: Callable[[], list[int]]) -> float:
+        return seconds(lambda: kernels.segment_mm(rows_MA, weights, sizes(), out_MB, transpose=True), device)
+
+    known, new = product(lambda: even), product(lambda: draw.multinomial(num, np.full(64, 1 / 64)).tolist())
+    return ["olmoe", "64 products: sizes that came before | new ones", f"{1e3 * known:.2f} ms", f"{1e3 * new:.2f} ms"]
 
 
 def head_of(name: str, device: torch.device, tiny: bool, flops: float) -> list[str]:
@@ -285,7 +300,7 @@ def counted_syncs(call: Callable[[], object], device: torch.device) -> dict[str,
     return dict(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)))
 
 
-def whole_step(device: torch.device, tiny: bool) -> Table:
+def whole_step(device: torch.device, tiny: bool, out: Path) -> Table:
     """Steps of training at a real vocabulary: tokens a second, share of the matrix rate, memory, where time goes."""
     rows = []
     layers, length, batch = (2, 64, 2) if tiny else (4, 4096, 2)
@@ -327,12 +342,10 @@ def whole_step(device: torch.device, tiny: bool) -> Table:
                 phases[f"layers' {phase}"] = phases.get(f"layers' {phase}", 0.0) + took
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         rows += [["parameters", f"{size.total / 1e9:.2f}B, made in {made:.1f} s"], ["tokens a step", f"{tokens:,}"]]
-        rows.append(
-            [
-                "step, median after two",
-                f"{1e3 * best:.1f} ms (first {1e3 * times[0]:.0f}, least {1e3 * min(times):.1f})",
-            ]
-        )
+        least = f"first {1e3 * times[0]:.0f}, least {1e3 * min(times):.1f}"
+        rows.append(["step, median after two", f"{1e3 * best:.1f} ms ({least})"])
+        again = seconds(lambda: train.optimizer_step(engine, settings, [share], 0.0), device, 3)
+        rows.append(["the last batch again: the sizes of its products are known", f"{1e3 * again:.1f} ms"])
         rows.append(["tokens a second", f"{tokens / best:,.0f}"])
         mfu = size.flops_per_token * tokens / best / peak_rate
         rows.append(["MFU, of the rate of large products", f"{mfu:.1%} of {peak_rate / 1e12:.1f} TFLOP/s"])
@@ -343,10 +356,10 @@ def whole_step(device: torch.device, tiny: bool) -> Table:
             with torch.profiler.profile() as profile:
                 train.optimizer_step(engine, settings, [batch_of_tokens()], 1e-4)
                 now(device)
-            for event in sorted(on_gpu(profile.key_averages()), key=lambda e: -e.self_device_time_total)[:12]:
-                rows.append(
-                    [f"kernel {event.key[:60]}", f"{event.self_device_time_total / 1e3:.1f} ms, {event.count} times"]
-                )
+            profile.export_chrome_trace(str(out / "trace-step.json.gz"))
+            events = sorted(on_gpu(profile.key_averages()), key=lambda e: -e.self_device_time_total)
+            rows.append(["GPU busy, a new batch", f"{sum(e.self_device_time_total for e in events) / 1e3:.1f} ms"])
+            rows += [[e.key[:60], f"{e.self_device_time_total / 1e3:.1f} ms, {e.count} times"] for e in events[:12]]
     title = f"Whole steps: {' '.join(overrides)}, vocabulary {vocabulary:,}"
     return title, ("", "found"), rows, "Tokens drawn at random, so that the losses only show that it learns."
 
@@ -369,7 +382,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    more = (options.folder,) if options.part == "trace" else ()
+    more = (options.folder,) if options.part in ("trace", "step") else ()
     title, columns, rows, legend = PARTS[options.part](device, options.rehearse, *more)
     console.print(tables.table(title, columns, rows, num_left=1))
     legend += f" {time.perf_counter() - began:.0f} s."
