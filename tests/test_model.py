@@ -140,6 +140,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 50])
 def test_chunked_cross_entropy_equals_the_whole(monkeypatch, rows: int) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 33 * 7)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 3)
     generator = torch.Generator().manual_seed(0)
     x, weight, upstream = (torch.randn(n, 16, generator=generator) for n in (rows, 33, rows))
     target = torch.randint(0, 33, (rows,), generator=generator)
@@ -158,7 +159,7 @@ def test_chunked_cross_entropy_equals_the_whole(monkeypatch, rows: int) -> None:
 
 @pytest.mark.parametrize("logit_bytes", [2, 4, 12])
 @pytest.mark.parametrize("vocabulary", [4_096, 50_304, 129_280, 201_088])
-def test_a_gpu_holds_logits_of_many_tokens_and_a_cpu_what_its_caches_do(vocabulary: int, logit_bytes: int) -> None:
+def test_a_chunk_of_logits_is_large_enough_for_its_products(vocabulary: int, logit_bytes: int) -> None:
     row = logit_bytes * vocabulary
     large, small = 80 << 30, 2 << 30
     rows = cross_entropy.chunk_rows(vocabulary, large, logit_bytes)
@@ -166,10 +167,8 @@ def test_a_gpu_holds_logits_of_many_tokens_and_a_cpu_what_its_caches_do(vocabula
     assert rows % 128 == 0
     assert rows * row <= large / 32 or rows == 1024
     assert 1 <= cross_entropy.chunk_rows(vocabulary, small, logit_bytes) * row <= small / 8
-    assert cross_entropy.chunk_rows(vocabulary, 0, logit_bytes) == cross_entropy.CHUNK_ELEMENTS // vocabulary
-    assert (
-        cross_entropy.chunk_rows(1 << 30, 0, logit_bytes) == cross_entropy.chunk_rows(1 << 30, small, logit_bytes) == 1
-    )
+    assert 128 <= cross_entropy.chunk_rows(vocabulary, 0, logit_bytes) <= 1024  # a CPU
+    assert cross_entropy.chunk_rows(1 << 30, small, logit_bytes) == 1
 
 
 def within_documents(mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moetrain.mesh import memory_of
 from moetrain.moe import kernels
 
-CHUNK_ELEMENTS = 1 << 20  # logits held at a time on a CPU
+CHUNK_ELEMENTS, CHUNK_ROWS = 1 << 21, 128  # logits held at a time on a CPU; tokens, at least
 GPU_PARTS = 32, 8  # of a GPU's memory, one for a chunk's logits; and one at most, if that takes `GPU_ROWS`
 GPU_ROWS = 1024  # tokens of a chunk, from which on its products fill a GPU
 WIDE_BYTES = 12  # of a logit in the dtype of x, and twice in fp32, where kernels do not take it as it is
@@ -29,9 +29,9 @@ def linear_cross_entropy(x: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor
 
 def chunk_rows(vocabulary: int, device_bytes: int, logit_bytes: int) -> int:
     """Tokens whose logits are held at a time. `device_bytes`: memory of the GPU, whatever is free of it, so that
-    every step sums up in the same order; 0: a CPU, which is fastest where they stay in its caches."""
+    every step sums up in the same order; 0: a CPU."""
     if not device_bytes:
-        return max(1, CHUNK_ELEMENTS // vocabulary)
+        return max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
     usual, most = (device_bytes // part // (logit_bytes * vocabulary) for part in GPU_PARTS)
     rows = max(usual, min(GPU_ROWS, most), 1)
     return rows // 128 * 128 or rows
@@ -65,5 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_TV = x_TD[part] @ weight_VD.T
             grad_TV = kernels.cross_entropy_backward(logits_TV, target_T[part], lse_T[part], grad_T[part])
             torch.mm(grad_TV, weight_VD, out=grad_x_TD[part])
-            grad_weight_VD += grad_TV.T @ x_TD[part]
+            if grad_TV.dtype == torch.float32:
+                grad_weight_VD.addmm_(grad_TV.T, x_TD[part])  # a product apart would be as large as the weight
+            else:
+                grad_weight_VD += grad_TV.T @ x_TD[part]
         return grad_x_TD, grad_weight_VD.to(weight_VD.dtype), None
