@@ -8,6 +8,7 @@ import lzma
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -420,6 +421,19 @@ def test_a_damaged_corpus_is_prepared_again(tmp_path: Path, name: str, content: 
     (first / name).unlink() if content is None else (first / name).write_bytes(content)
     assert prepare.current(options) is None
     assert Corpus(prepare.ensure(options)).fingerprint == before
+
+
+def test_no_room_for_a_corpus_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    options = _text(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # of a file: the tokenizer's takes more
+    try:
+        with pytest.raises(ConfigError, match=r"data\.dir=.*/out: must have room for the corpus \(File too large\)"):
+            prepare.ensure(options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+    assert prepare.ensure(options).is_dir()
 
 
 def another_corpus_on_rank_1(mesh: Mesh, folder: str) -> str:

@@ -195,7 +195,8 @@ def _prepare(options: Data, folder: Path) -> None:
             if _fill_if_empty(texts, domain, options.held_out):
                 alone.append(domain)
         chosen = own or tokenizer.train(options, [d.text for d in texts["train"]], progress)
-        chosen.save(str(folder / "tokenizer.json"))
+        text = chosen.to_str()  # Tokenizer.save() raises bare Exception on a full disk
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         counts = {split: _write(folder, split, texts[split], domains, chosen, progress) for split in SPLITS}
     manifest = {
         "version": VERSION,
