@@ -10,6 +10,7 @@ import queue
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -31,7 +32,7 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")  # on a GPU
     picture.draw = lambda folder: None  # a third of a small run; test_cli.py looks at it
     torch.set_num_threads(1)
-    while (job := jobs.get()) is not None:
+    while (job := _next(jobs)) is not None:
         number, function, world, path, parallel, args = job
         kernels.leave_to_torch(())  # what an earlier test may have measured
         try:
@@ -40,6 +41,15 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
             results.put((number, rank, True, result))
         except BaseException:
             results.put((number, rank, False, traceback.format_exc()))
+
+
+def _next(jobs: Any) -> Any:
+    """None where the session has ended, however it did."""
+    session = mp.parent_process()
+    while session is not None and session.is_alive():
+        with suppress(queue.Empty):
+            return jobs.get(timeout=5)
+    return None
 
 
 class Pool:

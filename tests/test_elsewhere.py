@@ -21,6 +21,7 @@ from test_train import losses
 
 from moetrain import cache, comm, config, launcher, optim, train
 from moetrain.mesh import Mesh
+from moetrain.moe import gemm_cpu
 from moetrain.observe import meter
 from moetrain.recovery import heartbeat, memory
 
@@ -138,6 +139,14 @@ def test_kernels_without_avx() -> None:
     done = subprocess.run(chosen, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **NO_AVX})
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
+
+
+def test_a_processor_that_llvm_does_not_know_has_no_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> None:
+        raise RuntimeError("failed to get host cpu features.")
+
+    monkeypatch.setattr(gemm_cpu.llvm, "get_host_cpu_features", unknown)
+    assert not gemm_cpu.able.__wrapped__()
 
 
 @pytest.mark.grid  # every kernel is compiled again
