@@ -303,7 +303,8 @@ def _bench_step(options: argparse.Namespace) -> int:
     from moetrain.bench import step_options
 
     settings = config.load(options.overrides)
-    step_options.Options.of(options)
+    if step_options.Options.of(options).peers:
+        step_options.check_peer(settings)
     checkpoint.given(settings)
     return _with_workers(options, settings, "bench")
 

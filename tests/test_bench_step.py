@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from pool import Pool
 from moetrain import cli, config, train
 from moetrain.bench import gpu, step
 from moetrain.bench.step_options import Options
+from moetrain.bench.step_peer import Peer
 from moetrain.data.loader import Corpus
 from moetrain.data.prepare import ensure
 from moetrain.mesh import Mesh
+from moetrain.observe.estimate import estimate
 
 FIELDS = {"ranks", "threads", "device", "dtype", "model", "tokens_per_step", "repeats", "warmup", "by_domain"}
 FIELDS |= {"step_ms", "percent_of_ideal", "quartiles", "start", "experts_ms"}
@@ -73,6 +77,39 @@ def test_a_checkpoint_is_where_it_starts(pool: Pool, tiny: list[str]) -> None:
     assert found[1]["start"] == f"{folder}/checkpoints/step_2"
 
 
+def beside(mesh: Mesh, overrides: list[str]) -> tuple[list[dict[str, Any]], int, float]:
+    """(records with a peer, its parameters, its loss on a batch before anything is learned)."""
+    bench = step.Bench.of(config.load(overrides), mesh, Options(["home"], repeats=1, warmup=0))
+    peer = Peer(bench.config, mesh, bench.shares(0))
+    loss = peer.step(bench.shares(0), lr=0.0)
+    found = step.records(bench, Options(["home"], repeats=2, warmup=0, peers=True))
+    return found, sum(p.numel() for p in peer.model.parameters()), loss
+
+
+def test_a_peer_of_the_same_shape_takes_its_turns(pool: Pool, tiny: list[str]) -> None:
+    overrides = [*tiny, "model.qk_norm=head", "train.micro_batch=2"]
+    (found, size, loss), _ = pool.run(beside, 2, overrides)
+    settings = config.load(overrides)
+    corpus = Corpus(ensure(settings.data))
+    assert size == estimate(train.with_vocabulary(settings, corpus), 2).total
+    assert loss == pytest.approx(math.log(corpus.vocab_size), rel=0.1)
+    ideal, home, peer = found
+    assert (ideal["peer"], home["peer"], peer["planner"]) == (None, None, None)
+    assert peer["peer"].startswith("transformers")
+    assert peer["peer_experts"] in ("grouped_mm", "eager")
+    assert peer["times_peer"] == 1
+    assert home["times_peer"] > 0
+    assert peer["tokens_per_second"] == pytest.approx(1e3 * peer["tokens_per_step"] / peer["step_ms"])
+    assert "Our speed over its speed" in step.markdown(found)
+    assert step.table(found).row_count == 3
+
+
+def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli.main(["bench", "step", "--peers"]) == 2
+    assert "--peers: needs transformers" in capsys.readouterr().err
+
+
 def _trained(mesh: Mesh, overrides: list[str]) -> str:
     return str(train.train(config.load(overrides), mesh))
 
@@ -92,6 +129,7 @@ def test_domains_that_fill_no_sequence_are_left_out(data: list[str]) -> None:
             ["checkpoint.resume=nowhere"],
             "checkpoint.resume=nowhere: must be auto, none or a folder step_N with a manifest.json",
         ),
+        (["--peers", "model.qk_norm=none"], "model.qk_norm=none: must be head with --peers"),
         (["router.top_k=9"], "router.top_k=9: must be at most model.num_experts=8"),
     ],
 )

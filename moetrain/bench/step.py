@@ -21,10 +21,11 @@ from moetrain import checkpoint, config, precision, profile, train
 from moetrain.bench import tables
 from moetrain.bench.cell import now
 from moetrain.bench.step_options import Options
+from moetrain.bench.step_peer import Peer
 from moetrain.bench.sync import sync_ms
 from moetrain.comm import all_reduce_sum, barrier
 from moetrain.config import Config
-from moetrain.data.loader import Corpus, Loader, Samples
+from moetrain.data.loader import Corpus, Loader, Samples, Sequences
 from moetrain.engine import Engine, build_engine
 from moetrain.mesh import Mesh
 from moetrain.moe.clock import PHASES
@@ -85,26 +86,39 @@ class Bench:
         still = settings.balance.model_copy(update={"bias_rate": 0.0})
         return cls(settings.model_copy(update={"balance": still}), mesh, engine, loader, position)
 
-    def measure(self, variants: list[Variant], repeats: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """[repeats, variants] seconds of the slowest rank; [variants, facts] means of what the plans did; and the
-        milliseconds that a step spends on synchronising the balance frequencies."""
+    def shares(self, turn: int) -> list[Sequences]:
+        """This rank's micro-batches of a step to come."""
+        first = self.position + turn * self.config.train.global_batch
+        return list(train.micro_batches(self.config, self.mesh, self.loader, first))
+
+    def measure(
+        self, variants: list[Variant], repeats: int, peer: Peer | None = None
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """[repeats, variants] seconds of the slowest rank, the peer's behind the variants'; [variants, facts] means of
+        what the plans did; and the milliseconds that a step spends on synchronising the balance frequencies."""
         layers = [m for m in self.engine.model.modules() if isinstance(m, MoE)]
         device, world = self.mesh.device, self.mesh.world
-        seconds = torch.zeros(world, repeats, len(variants), dtype=torch.float64, device=device)
+        num_turns = len(variants) + (peer is not None)
+        seconds = torch.zeros(world, repeats, num_turns, dtype=torch.float64, device=device)
         facts = torch.zeros(len(variants), len(FACTS), dtype=torch.float64, device=device)
         for repeat in range(-SETTLE, repeats):
-            first = self.position + (repeat + SETTLE) * self.config.train.global_batch
-            shares = list(train.micro_batches(self.config, self.mesh, self.loader, first))
-            for turn in range(len(variants)):
-                number = (turn + repeat) % len(variants)
-                variants[number].install(layers)
+            shares = self.shares(repeat + SETTLE)
+            for turn in range(num_turns):
+                number = (turn + repeat) % num_turns
+                own = number < len(variants)
+                if own:
+                    variants[number].install(layers)
                 barrier()
                 began = now(device)
-                parts = train.optimizer_step(self.engine, self.config, shares, lr=0.0).parts
+                if own:
+                    parts = train.optimizer_step(self.engine, self.config, shares, lr=0.0).parts
+                elif peer is not None:
+                    peer.step(shares, lr=0.0)
                 ended = now(device)
                 barrier()
                 if repeat >= 0:
                     seconds[self.mesh.rank, repeat, number] = ended - began
+                if repeat >= 0 and own:
                     facts[number] += torch.tensor(facts_of(parts), device=device) / (repeats * world)
         synchronising = sync_ms(self.mesh, self.config.balance, self.engine.model.routers, parts)
         return all_reduce_sum(seconds).amax(0).cpu().numpy(), all_reduce_sum(facts).cpu().numpy(), synchronising
@@ -137,38 +151,52 @@ def records(bench: Bench, options: Options) -> Records:
     presets[settings.planner.name] = settings.planner
     variants = [Variant(IDEAL, presets["home"])]
     variants += [Variant(settings.router.name, presets[name]) for name in options.planners]
-    times, facts, synchronising = bench.measure(variants, options.repeats)
+    peer = Peer(settings, mesh, bench.shares(0)) if options.peers else None
+    times, facts, synchronising = bench.measure(variants, options.repeats, peer)
+    tokens = settings.train.global_batch * settings.train.seq_len
     found: Records = []
-    for number, variant in enumerate(variants):
-        ratios = 100 * times[:, 0] / times[:, number]
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-        found.append(
-            {
-                "routing": "round robin" if number == 0 else "natural",
-                "planner": variant.planner.name,
-                "ranks": mesh.world,
-                "threads": torch.get_num_threads(),
-                "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
-                "dtype": settings.train.dtype,
-                "model": settings.model.model_dump(),
-                "top_k": settings.router.top_k,
-                "skew": settings.router.skew,
-                "tokens_per_step": settings.train.global_batch * settings.train.seq_len,
-                "micro_steps": settings.micro_steps(mesh.world),
-                "by_domain": options.by_domain,
-                "start": settings.checkpoint.resume if checkpoint.given(settings) else None,
-                "seed": settings.train.seed,
-                "warmup": options.warmup,
-                "repeats": options.repeats,
-                "step_ms": (step_ms := 1e3 * float(np.median(times[:, number]))),
-                "sync_ms": synchronising,
-                "sync_percent": 100 * synchronising / step_ms,
-                "percent_of_ideal": middle,
-                "quartiles": [low, high],
-                **dict(zip(FACTS, facts[number].tolist(), strict=True)),
-            }
-        )
+    for number in range(times.shape[1]):
+        step_ms = 1e3 * float(np.median(times[:, number]))
+        low, middle, high = _quartiles(100 * times[:, 0] / times[:, number])
+        record: dict[str, Any] = {
+            "routing": "round robin" if number == 0 else "natural",
+            "planner": None,
+            "peer": None,
+            "ranks": mesh.world,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
+            "dtype": settings.train.dtype,
+            "model": settings.model.model_dump(),
+            "top_k": settings.router.top_k,
+            "skew": settings.router.skew,
+            "tokens_per_step": tokens,
+            "micro_steps": settings.micro_steps(mesh.world),
+            "by_domain": options.by_domain,
+            "start": settings.checkpoint.resume if checkpoint.given(settings) else None,
+            "seed": settings.train.seed,
+            "warmup": options.warmup,
+            "repeats": options.repeats,
+            "step_ms": step_ms,
+            "tokens_per_second": 1e3 * tokens / step_ms,
+            "percent_of_ideal": middle,
+            "quartiles": [low, high],
+        }
+        if number < len(variants):
+            record["planner"] = variants[number].planner.name
+            record |= {"sync_ms": synchronising, "sync_percent": 100 * synchronising / step_ms}
+            record |= dict(zip(FACTS, facts[number].tolist(), strict=True))
+        elif peer is not None:
+            record |= {"peer": peer.name, "peer_experts": peer.experts}
+        if peer is not None:
+            low, middle, high = _quartiles(times[:, -1] / times[:, number])
+            record |= {"times_peer": middle, "times_peer_quartiles": [low, high]}
+        found.append(record)
     return found
+
+
+def _quartiles(ratios: np.ndarray) -> tuple[float, float, float]:
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    return low, middle, high
 
 
 def run(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
@@ -179,15 +207,29 @@ def run(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
         return
     if given.json:
         print(json.dumps(found))
-    tables.publish("step", found, table(found), LEGEND, markdown(found), given.out)
+    tables.publish("step", found, table(found), legend(found), markdown(found), given.out)
 
 
-COLUMNS = ("routing", "planner", "step ms", "% of ideal", "imbalance", "guests", "rows crossing", "sync")
+COLUMNS = ("routing", "planner", "step ms", "tokens/s", "% of ideal", "imbalance", "guests", "rows crossing", "sync")
 LEGEND = (
     "% of ideal: median of round robin's time over this one's, each repetition by itself (and its quartiles). "
     "imbalance: largest device load over the mean, at home → planned, mean of the layers. guests: of a whole step. "
     "sync: having the balance frequencies of the global batch, all micro-steps, as a share of the step."
 )
+
+
+def legend(found: Records) -> str:
+    """What the columns are; where there is a peer, what it is and how fast ours is beside it."""
+    if not (theirs := found[-1]["peer"]):
+        return LEGEND
+    dtype = "autocast over fp32 weights" if found[0]["dtype"] == "bf16" else "fp32"
+    speeds = [(r["planner"], r["times_peer"], *r["times_peer_quartiles"]) for r in found[1:-1]]
+    ours = ", ".join(f"{name} {middle:.2f} ({low:.2f} to {high:.2f})" for name, middle, low, high in speeds)
+    return (
+        f"{LEGEND} {theirs}: Qwen3MoeForCausalLM of the same shape with its balance loss, experts by "
+        f"{found[-1]['peer_experts']} (the faster here of grouped_mm and eager), {dtype}, fused AdamW, clipping; every "
+        f"rank holds all experts. Our speed over its speed, each repetition by itself: {ours}."
+    )
 
 
 def title(found: Records) -> str:
@@ -206,15 +248,22 @@ def rows(found: Records) -> list[list[str]]:
     return [
         [
             r["routing"],
-            r["planner"],
+            r["planner"] or r["peer"],
             f"{r['step_ms']:,.1f}",
+            f"{r['tokens_per_second']:,.0f}",
             f"{r['percent_of_ideal']:.1f} ({r['quartiles'][0]:.1f} to {r['quartiles'][1]:.1f})",
-            f"{r['imbalance_home']:.3f} → {r['imbalance_planned']:.3f}",
-            f"{r['guests']:.1f}",
-            f"{r['rows_crossing_fraction']:.1%}",
-            f"{r['sync_percent']:.2f}%",
+            *(_planned(r) if r["planner"] else [""] * 4),
         ]
         for r in found
+    ]
+
+
+def _planned(r: dict[str, Any]) -> list[str]:
+    return [
+        f"{r['imbalance_home']:.3f} → {r['imbalance_planned']:.3f}",
+        f"{r['guests']:.1f}",
+        f"{r['rows_crossing_fraction']:.1%}",
+        f"{r['sync_percent']:.2f}%",
     ]
 
 
@@ -223,4 +272,4 @@ def table(found: Records) -> Table:
 
 
 def markdown(found: Records) -> str:
-    return tables.markdown("Whole training steps", title(found), COLUMNS, rows(found), LEGEND)
+    return tables.markdown("Whole training steps", title(found), COLUMNS, rows(found), legend(found))
