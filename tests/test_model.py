@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from moetrain import config
 from moetrain.mesh import Mesh
-from moetrain.model import cross_entropy
+from moetrain.model import cross_entropy, linear
 from moetrain.model.initialise import initialise
 from moetrain.model.transformer import Transformer
+from moetrain.moe import gemm_cpu
 from moetrain.observe.estimate import estimate
 from moetrain.train import build
 
@@ -135,6 +136,25 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(gate_up, models[2]["layers.0.moe.experts.gate_up"])
     assert not torch.equal(gate_up[0], gate_up[1])
     assert gate_up.std() == pytest.approx(settings.model.init_std, rel=0.05)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_products_equal_those_of_torch(monkeypatch, dtype: torch.dtype, own: bool) -> None:
+    """Against fp64, to the rounding of the dtype: output and both gradients, one product or with an upstream view."""
+    if not own:
+        monkeypatch.setattr(gemm_cpu, "able", lambda *_: False)
+    generator = torch.Generator().manual_seed(0)
+    layer = linear.Linear(64, 96).to(dtype)
+    x, upstream = (torch.randn(2, 5, n, generator=generator).to(dtype) for n in (64, 192))
+    near = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    a, weight = x.clone().requires_grad_(), layer.weight.detach().double().requires_grad_()
+    b = x.double().requires_grad_()
+    layer(a).backward(upstream[..., ::2])
+    F.linear(b, weight).backward(upstream[..., ::2].double())
+    torch.testing.assert_close(layer(x).double(), F.linear(x.double(), weight), **near)
+    torch.testing.assert_close(a.grad.double(), b.grad, **near)
+    torch.testing.assert_close(layer.weight.grad.double(), weight.grad, **near)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 50])

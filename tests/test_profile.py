@@ -152,11 +152,11 @@ def compared(mesh: Mesh, layer: profile.Layer, torch_seconds: list[dict[str, flo
 
 
 def test_the_faster_kernels_are_used_and_all_ranks_use_the_same(pool) -> None:
-    """Ours near a tie; bf16 products where this CPU has kernels for them."""
+    """Ours near a tie; products where this CPU has kernels for them."""
     slow, fast = {"sums": 0.9, "swiglu": 3.0, "products": 2.0}, {"sums": 0.5, "swiglu": 3.0, "products": 2.0}
     for dtype in (torch.float32, torch.bfloat16):
         layer = profile.Layer(32, 64, 8, 2, dtype)
-        parts = ["sums", "swiglu", "products"][: 3 if dtype == torch.bfloat16 and gemm_cpu.able() else 2]
+        parts = ["sums", "swiglu", "products"][: 3 if gemm_cpu.able(dtype) else 2]
         assert pool.run(compared, 1, layer, [slow])[0] == (parts, [])
         assert pool.run(compared, 2, layer, [fast, slow]) == [(parts, ["sums"])] * 2  # as rank 0 has it
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetrain.mesh import memory_of
+from moetrain.model.linear import add_outer, times, times_transposed
 from moetrain.moe import kernels
 
 CHUNK_ELEMENTS, CHUNK_ROWS = 1 << 21, 128  # logits held at a time on a CPU; tokens, at least
@@ -50,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats = x_TD.new_empty(target.shape, dtype=torch.float32)
         nats_T, lse_T = nats.view(-1), torch.empty_like(nats).view(-1)
         for part in _chunks(x_TD, weight_VD):
-            logits_TV = x_TD[part] @ weight_VD.T
+            logits_TV = times_transposed(x_TD[part], weight_VD)
             nats_T[part], lse_T[part] = kernels.cross_entropy(logits_TV, target_T[part])
         ctx.save_for_backward(x_TD, weight_VD, target_T, lse_T)
         return nats
@@ -62,11 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x_TD = torch.empty_like(x_TD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for part in _chunks(x_TD, weight_VD):
-            logits_TV = x_TD[part] @ weight_VD.T
+            logits_TV = times_transposed(x_TD[part], weight_VD)
             grad_TV = kernels.cross_entropy_backward(logits_TV, target_T[part], lse_T[part], grad_T[part])
-            torch.mm(grad_TV, weight_VD, out=grad_x_TD[part])
-            if grad_TV.dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_TV.T, x_TD[part])  # a product apart would be as large as the weight
-            else:
-                grad_weight_VD += grad_TV.T @ x_TD[part]
+            grad_x_TD[part] = times(grad_TV, weight_VD)
+            add_outer(grad_TV, x_TD[part], grad_weight_VD)
         return grad_x_TD, grad_weight_VD.to(weight_VD.dtype), None

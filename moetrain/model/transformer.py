@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain import config
 from moetrain.model.cross_entropy import linear_cross_entropy
+from moetrain.model.linear import Linear
 from moetrain.model.schedule import spread
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.routers import ROUTERS, Choice, Place, Router
@@ -60,9 +61,9 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, hidden, bias=False)
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.gate = Linear(dim, hidden)
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -88,10 +89,10 @@ class Attention(nn.Module):
     def __init__(self, m: config.Model) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.width = m.num_heads, m.num_kv_heads, m.head_dim
-        self.q = nn.Linear(m.dim, m.num_heads * m.head_dim, bias=False)
-        self.k = nn.Linear(m.dim, m.num_kv_heads * m.head_dim, bias=False)
-        self.v = nn.Linear(m.dim, m.num_kv_heads * m.head_dim, bias=False)
-        self.o = nn.Linear(m.num_heads * m.head_dim, m.dim, bias=False)
+        self.q = Linear(m.dim, m.num_heads * m.head_dim)
+        self.k = Linear(m.dim, m.num_kv_heads * m.head_dim)
+        self.v = Linear(m.dim, m.num_kv_heads * m.head_dim)
+        self.o = Linear(m.num_heads * m.head_dim, m.dim)
         self.qk_norm = m.qk_norm
         if m.qk_norm != "none":
             full = m.qk_norm == "full"
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
             self.layers.append(Block(*own, planner, dense=False, index=number * m.chain))
         self.shared_router = ROUTERS[router.name].shared(router)
         self.norm = RMSNorm(m.dim, m.norm_eps)
-        self.head = nn.Linear(m.dim, m.vocab_size, bias=False)
+        self.head = Linear(m.dim, m.vocab_size)
         if m.tied_embeddings:
             self.head.weight = self.embed.weight
         self.run = RECOMPUTE[recompute]

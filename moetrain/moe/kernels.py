@@ -53,7 +53,8 @@ def _fused(part: str, *tensors: Tensor) -> ModuleType | None:
     return None if _backend is None and part in _by_torch else _module(*tensors)
 
 
-def _own_products(*tensors: Matrices) -> bool:
+def own_products(*tensors: Matrices) -> bool:
+    """Whether `gemm_cpu` multiplies them."""
     return "products" not in _by_torch and gemm_cpu.fits(*tensors)
 
 
@@ -104,7 +105,7 @@ class Bags:
 def row_step(dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a segment are padded to a multiple of this. On a CPU, torch's bf16 products compile a kernel for every
     new number of rows, which takes longer than the product; routing brings new numbers all the time."""
-    own = gemm_cpu.able() and "products" not in _by_torch
+    own = gemm_cpu.able(dtype) and "products" not in _by_torch
     return 16 if device.type == "cpu" and dtype == torch.bfloat16 and not own else 1
 
 
@@ -149,7 +150,7 @@ def _accumulate(total_BD: Tensor, rows_MD: Tensor, weight_M: Tensor | None, bags
 
 def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Tensor, transpose: bool) -> None:
     """out = rows @ weight of the row's segment (or its transpose). weights: [S] matrices."""
-    if _own_products(rows_MA, weights, out_MB):
+    if own_products(rows_MA, weights, out_MB):
         gemm_cpu.segment_mm(rows_MA, weights, sizes, out_MB, transpose)
     elif not _grouped(rows_MA):
         begin = 0
@@ -166,7 +167,7 @@ def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Ten
 def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool) -> Matrices:
     """out[s] (+)= leftᵀ @ right over the rows of segment s: weight gradients. Returns `out_SAB`, or in its place, if
     that is one tensor and is not added to, another that spared a copy."""
-    if _own_products(left_MA, right_MB, out_SAB):
+    if own_products(left_MA, right_MB, out_SAB):
         gemm_cpu.segment_outer(left_MA, right_MB, sizes, out_SAB, add)
         return out_SAB
     if not _grouped(left_MA):

@@ -22,40 +22,40 @@ Array = NDArray[Any]
 _compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})
 
 
-def _wide(x: Any) -> Any:
+def wide(x: Any) -> Any:
     """An element as fp32."""
 
 
-def _narrow(x: Any, like: Any) -> Any:
+def narrow(x: Any, like: Any) -> Any:
     """fp32 as an element: bf16 rounded to the nearest even, not-a-number staying one."""
 
 
-@overload(_wide, inline="always")
+@overload(wide, inline="always")
 def _(x):  # type: ignore[no-untyped-def]
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return lambda x: x
 
 
-@overload(_narrow)
+@overload(narrow)
 def _(x, like):  # type: ignore[no-untyped-def]
     if like != types.uint16:
         return lambda x, like: x
 
-    def narrow(x, like):  # type: ignore[no-untyped-def]
+    def narrow_bf16(x, like):  # type: ignore[no-untyped-def]
         bits = np.float32(x).view(np.uint32)
         odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
         rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd)
         return np.uint16(np.uint32(rounded >> np.uint32(16))) if x == x else np.uint16(0x7FC0)
 
-    return narrow
+    return narrow_bf16
 
 
 @_compiled()
-def _sigmoid(x):  # type: ignore[no-untyped-def]
-    """1 / (1 + 2^(-x log2 e)): the whole part of the exponent as bits, the rest as a polynomial (error 2e-7)."""
-    t = min(max(x * np.float32(-1.4426950408889634), np.float32(-126.0)), np.float32(126.0))
-    whole = np.int32(np.int32(t + np.float32(126.5)) - np.int32(126))  # t + 126.5 is positive: to the nearest
+def power_of_two(t):  # type: ignore[no-untyped-def]
+    """2^t, zero for -127 and less: the whole part of t as the bits of an exponent, the rest by a polynomial (2e-7)."""
+    t = min(max(t, np.float32(-127.0)), np.float32(126.0))
+    whole = np.int32(np.int32(t + np.float32(127.5)) - np.int32(127))  # t + 127.5 is positive: to the nearest
     f = t - np.float32(whole)
     p = np.float32(1.5403530393381609e-4)
     p = p * f + np.float32(1.3333558146428443e-3)
@@ -64,8 +64,13 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
     p = p * f + np.float32(2.4022650695910072e-1)
     p = p * f + np.float32(6.9314718055994530e-1)
     p = p * f + np.float32(1.0)
-    power = np.uint32(np.uint32(np.int32(whole + np.int32(127))) << np.uint32(23)).view(np.float32)
-    return np.float32(1.0) / (np.float32(1.0) + p * power)
+    return p * np.uint32(np.uint32(np.int32(whole + np.int32(127))) << np.uint32(23)).view(np.float32)
+
+
+@_compiled()
+def _sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + e^-x)."""
+    return np.float32(1.0) / (np.float32(1.0) + power_of_two(x * np.float32(-1.4426950408889634)))
 
 
 @_compiled()
@@ -73,8 +78,8 @@ def _swiglu(begin, end, gate_up, out):  # type: ignore[no-untyped-def]
     width = out.shape[1]
     for m in range(begin, end):
         for j in range(width):
-            gate, up = _wide(gate_up[m, j]), _wide(gate_up[m, width + j])
-            out[m, j] = _narrow(gate * _sigmoid(gate) * up, out[m, j])
+            gate, up = wide(gate_up[m, j]), wide(gate_up[m, width + j])
+            out[m, j] = narrow(gate * _sigmoid(gate) * up, out[m, j])
 
 
 @_compiled()
@@ -83,15 +88,15 @@ def _swiglu_backward(begin, end, gate_up, grad, weight, grad_weight):  # type: i
     for m in range(begin, end):
         w, total = weight[m], np.float32(0.0)
         for j in range(width):
-            gate, up, g = _wide(gate_up[m, j]), _wide(gate_up[m, width + j]), _wide(grad[m, j])
+            gate, up, g = wide(gate_up[m, j]), wide(gate_up[m, width + j]), wide(grad[m, j])
             sigmoid = _sigmoid(gate)
             silu = gate * sigmoid
             hidden = silu * up
             total += g * hidden
             slope = sigmoid + silu * (np.float32(1.0) - sigmoid)
-            gate_up[m, j] = _narrow(w * g * up * slope, gate_up[m, j])
-            gate_up[m, width + j] = _narrow(w * g * silu, gate_up[m, j])
-            grad[m, j] = _narrow(w * hidden, grad[m, j])
+            gate_up[m, j] = narrow(w * g * up * slope, gate_up[m, j])
+            gate_up[m, width + j] = narrow(w * g * silu, gate_up[m, j])
+            grad[m, j] = narrow(w * hidden, grad[m, j])
         grad_weight[m] = total
 
 
@@ -104,16 +109,16 @@ def _sum_rows(begin, end, rows, weight, row_of, begin_of, own, out):  # type: ig
         first, last = begin_of[b], begin_of[b + 1]
         if len(own):
             for j in range(width):
-                total[j] = _wide(own[b, j])
+                total[j] = wide(own[b, j])
         else:
             total[:] = np.float32(0.0)
         for at in range(first, last):
             row = row_of[at]
             w = weight[row] if len(weight) else np.float32(1.0)
             for j in range(width):
-                total[j] += w * _wide(rows[row, j])
+                total[j] += w * wide(rows[row, j])
         for j in range(width):
-            out[b, j] = _narrow(total[j], out[b, j])
+            out[b, j] = narrow(total[j], out[b, j])
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -126,14 +131,14 @@ def fits(*tensors: Tensor) -> bool:
 def swiglu(gate_up_MH2: Tensor) -> Tensor:
     """[M, 2H] -> [M, H]."""
     out = gate_up_MH2.new_empty(len(gate_up_MH2), gate_up_MH2.shape[1] // 2)
-    _by_rows(len(out), _swiglu, _array(gate_up_MH2), _array(out))
+    _by_rows(len(out), _swiglu, array(gate_up_MH2), array(out))
     return out
 
 
 def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> Tensor:
     """As `kernels.swiglu_backward`, in place."""
     out = torch.empty_like(weight_M)
-    arrays = _array(gate_up_MH2), _array(grad_MH), _array(weight_M), _array(out)
+    arrays = array(gate_up_MH2), array(grad_MH), array(weight_M), array(out)
     _by_rows(len(out), _swiglu_backward, *arrays)
     return out
 
@@ -143,12 +148,12 @@ def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, row_M: Tensor, begin_B: T
     out = rows_MD.new_empty(len(begin_B) - 1, rows_MD.shape[1])
     weight = torch.empty(0) if weight_M is None else weight_M
     own = rows_MD.new_empty(0, rows_MD.shape[1]) if own_BD is None else own_BD
-    arrays = [_array(t) for t in (rows_MD, weight, row_M, begin_B, own, out)]
+    arrays = [array(t) for t in (rows_MD, weight, row_M, begin_B, own, out)]
     _by_rows(len(out), _sum_rows, *arrays)
     return out
 
 
-def _array(tensor: Tensor) -> Array:
+def array(tensor: Tensor) -> Array:
     tensor = tensor.detach()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
