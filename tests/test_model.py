@@ -11,7 +11,7 @@ from moetrain import config
 from moetrain.mesh import Mesh
 from moetrain.model import cross_entropy, linear
 from moetrain.model.initialise import initialise
-from moetrain.model.transformer import Transformer
+from moetrain.model.transformer import Transformer, attend
 from moetrain.moe import gemm_cpu
 from moetrain.observe.estimate import estimate
 from moetrain.train import build
@@ -189,6 +189,27 @@ def test_a_chunk_of_logits_is_large_enough_for_its_products(vocabulary: int, log
     assert 1 <= cross_entropy.chunk_rows(vocabulary, small, logit_bytes) * row <= small / 8
     assert 128 <= cross_entropy.chunk_rows(vocabulary, 0, logit_bytes) <= 1024  # a CPU
     assert cross_entropy.chunk_rows(1 << 30, small, logit_bytes) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_equals_the_formula(dtype: torch.dtype, threads: int) -> None:
+    """Against fp64: shared key/value heads, blocks cut short, scores far apart."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 96, heads, 32).mul(3).to(dtype).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    upstream = torch.randn(2, 96, 4, 32).to(dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True).transpose(1, 2)
+    expected = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = attend(q, k, v, None)
+        found = [found, *torch.autograd.grad(found, (q, k, v), upstream)]
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).norm() / theirs.norm() < (8e-3 if dtype == torch.bfloat16 else 2e-6)
 
 
 def within_documents(mesh: Mesh) -> None:

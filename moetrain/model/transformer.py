@@ -18,6 +18,7 @@ from moetrain import config
 from moetrain.model.cross_entropy import linear_cross_entropy
 from moetrain.model.linear import Linear
 from moetrain.model.schedule import spread
+from moetrain.moe import attention_cpu
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.routers import ROUTERS, Choice, Place, Router
 
@@ -83,6 +84,16 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √C) v where `mask` [B, 1, L, L] is true, None: causal. q [B, A, L, C]; k, v [B, G, L, C]; returns
+    [B, L, A, C]."""
+    if mask is None and attention_cpu.fits(q, k):
+        return attention_cpu.attention(q, k, v)
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with optional QK-norm."""
 
@@ -109,10 +120,7 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-        )
-        return self.o(y.transpose(1, 2).flatten(2))
+        return self.o(attend(q, k, v, mask).flatten(2))
 
 
 class Block(nn.Module):
