@@ -12,7 +12,7 @@ from moetrain.mesh import Mesh
 from moetrain.model import cross_entropy, linear
 from moetrain.model.initialise import initialise
 from moetrain.model.transformer import Transformer, attend
-from moetrain.moe import gemm_cpu
+from moetrain.moe import gemm_cpu, kernels_cpu
 from moetrain.observe.estimate import estimate
 from moetrain.train import build
 
@@ -157,13 +157,20 @@ def test_dense_products_equal_those_of_torch(monkeypatch, dtype: torch.dtype, ow
     torch.testing.assert_close(layer.weight.grad.double(), weight.grad, **near)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 50])
-def test_chunked_cross_entropy_equals_the_whole(monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 33 * 7)
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kept", [1 << 20, 0])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(0, 33), (1, 33), (50, 33), (50, 160)])
+def test_chunked_cross_entropy_equals_the_whole(
+    monkeypatch, rows: int, vocabulary: int, kept: int, kernels: bool
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", vocabulary * 7)
     monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(cross_entropy, "KEPT_BYTES", kept)
+    if not kernels:
+        monkeypatch.setattr(kernels_cpu, "fits", lambda *_: False)
     generator = torch.Generator().manual_seed(0)
-    x, weight, upstream = (torch.randn(n, 16, generator=generator) for n in (rows, 33, rows))
-    target = torch.randint(0, 33, (rows,), generator=generator)
+    x, weight, upstream = (torch.randn(n, 16, generator=generator) for n in (rows, vocabulary, rows))
+    target = torch.randint(0, vocabulary, (rows,), generator=generator)
     results = []
     for function in (
         cross_entropy.linear_cross_entropy,
@@ -175,6 +182,17 @@ def test_chunked_cross_entropy_equals_the_whole(monkeypatch, rows: int) -> None:
         results.append((nats.detach(), a.grad, b.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy_of_what_is_not_finite(dtype: torch.dtype) -> None:
+    """One number of one word's weights is not one: no loss is, whatever the target."""
+    weight = torch.randn(100, 32).to(dtype)
+    x, target = torch.randn(3, 32).to(dtype), torch.tensor([0, 50, 99])
+    weight[70, 0], x[:, 0] = torch.nan, 1.0
+    assert cross_entropy.linear_cross_entropy(x, weight, target).isnan().all()
+    weight[70, 0] = torch.inf
+    assert not cross_entropy.linear_cross_entropy(x, weight, target).isfinite().all()
 
 
 @pytest.mark.parametrize("logit_bytes", [2, 4, 12])

@@ -17,7 +17,7 @@ from torch import Tensor
 from moetrain.moe import gemm_cpu
 from moetrain.moe.compiled import njit
 from moetrain.moe.gemm_cpu import PANEL, pack, pack_left, pack_transposed, scratch, tile, tiles
-from moetrain.moe.kernels_cpu import array, narrow, power_of_two, share, wide
+from moetrain.moe.kernels_cpu import LOG2_E, array, narrow, power_of_two, share, wide
 
 ROWS = 64  # queries of a block
 _compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})
@@ -101,7 +101,7 @@ def _scratch(length: int, width: int, size: int) -> tuple[int, int, int, int, in
 @_compiled()
 def _softmax(score, first, count, keys, scale, log_sum, prob):  # type: ignore[no-untyped-def]
     """Rows of a block: probabilities of the `keys` columns, zero behind the row's own position."""
-    factor = np.float32(scale * np.float32(1.4426950408889634))
+    factor = np.float32(scale * LOG2_E)
     most = np.empty(32, np.float32)
     for m in range(count):
         row, last = score[m], first + m
@@ -157,7 +157,7 @@ def _forward(begin, end, q, k, v, out, log_sum, sizes, packed, score, prob):  # 
 @_compiled()
 def _score_gradients(score, first, count, keys, scale, log_sum, out, grad, at, kept):  # type: ignore[no-untyped-def]
     """score [2]: of a block, and the gradients of its probabilities; kept [2]: probabilities, gradients of scores."""
-    factor, width = np.float32(scale * np.float32(1.4426950408889634)), at[2]
+    factor, width = np.float32(scale * LOG2_E), at[2]
     for m in range(count):
         delta, base = np.float32(0.0), log_sum[first + m]
         for c in range(width):

@@ -216,33 +216,27 @@ def has_grouped_mm() -> bool:
 
 def cross_entropy(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
     """[T, V], [T] -> fp32 nats [T], -log softmax(logits)[target], and log Σ exp(logits) [T]."""
-    if (triton := _on_gpu(logits_TV)) is not None:
-        return triton.cross_entropy(logits_TV, target_T)
+    if (fused := _module(logits_TV)) is not None:
+        return fused.cross_entropy(logits_TV, target_T)
     logits_TV = logits_TV.float()
     nats_T = F.cross_entropy(logits_TV, target_T, reduction="none")
     return nats_T, nats_T + logits_TV.gather(1, target_T[:, None])[:, 0]
 
 
 def cross_entropy_backward(logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, grad_T: Tensor) -> Tensor:
-    """[T, V] gradient of the logits, in their dtype, for that of the nats, `grad_T`; it may take their place.
+    """[T, V] gradient of the logits, in their dtype, for that of the nats, `grad_T`; on a GPU it may take their place.
 
     `lse_T`: log Σ exp(logits), as `cross_entropy` gave it.
     """
-    if (triton := _on_gpu(logits_TV)) is not None:
-        return triton.cross_entropy_backward(logits_TV, target_T, lse_T, grad_T)
+    if (fused := _module(logits_TV)) is not None:
+        return fused.cross_entropy_backward(logits_TV, target_T, lse_T, grad_T)
     grad_TV = logits_TV.softmax(1, dtype=torch.float32).mul_(grad_T[:, None])
     return grad_TV.scatter_add_(1, target_T[:, None], -grad_T[:, None]).to(logits_TV.dtype)
 
 
 def has_fused_cross_entropy(x: Tensor) -> bool:
     """Whether it takes logits in the dtype of `x` as they are, so that no fp32 copies of them are made."""
-    return _on_gpu(x) is not None
-
-
-def _on_gpu(*tensors: Tensor) -> ModuleType | None:
-    """The Triton kernels, where they are what computes with these tensors."""
-    module = _module(*tensors)
-    return None if module is kernels_cpu else module
+    return _module(x) is not None
 
 
 def swiglu(gate_up_MH2: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from moetrain.moe.compiled import njit
 
 Array = NDArray[Any]
+LOG2_E = np.float32(1.4426950408889634)
 _compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})
 
 
@@ -54,7 +55,8 @@ def _(x, like):  # type: ignore[no-untyped-def]
 @_compiled()
 def power_of_two(t):  # type: ignore[no-untyped-def]
     """2^t, zero for -127 and less: the whole part of t as the bits of an exponent, the rest by a polynomial (2e-7)."""
-    t = min(max(t, np.float32(-127.0)), np.float32(126.0))
+    t = np.float32(-127.0) if t < np.float32(-127.0) else t  # in this order not-a-number stays one
+    t = np.float32(126.0) if t > np.float32(126.0) else t
     whole = np.int32(np.int32(t + np.float32(127.5)) - np.int32(127))  # t + 127.5 is positive: to the nearest
     f = t - np.float32(whole)
     p = np.float32(1.5403530393381609e-4)
@@ -70,7 +72,7 @@ def power_of_two(t):  # type: ignore[no-untyped-def]
 @_compiled()
 def _sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + e^-x)."""
-    return np.float32(1.0) / (np.float32(1.0) + power_of_two(x * np.float32(-1.4426950408889634)))
+    return np.float32(1.0) / (np.float32(1.0) + power_of_two(-x * LOG2_E))
 
 
 @_compiled()
@@ -121,6 +123,39 @@ def _sum_rows(begin, end, rows, weight, row_of, begin_of, own, out):  # type: ig
             out[b, j] = narrow(total[j], out[b, j])
 
 
+@_compiled()
+def _cross_entropy(begin, end, logits, target, lse, nats):  # type: ignore[no-untyped-def]
+    width, wide_part = logits.shape[1], logits.shape[1] // 64 * 64
+    most = np.empty(64, np.float32)
+    for t in range(begin, end):
+        row = logits[t]
+        largest = np.float32(-np.inf)
+        most[:] = largest
+        for j in range(0, wide_part, 64):
+            for i in range(64):
+                x = wide(row[j + i])
+                most[i] = x if x > most[i] else most[i]
+        for i in range(64):
+            largest = most[i] if most[i] > largest else largest
+        for j in range(wide_part, width):
+            largest = wide(row[j]) if wide(row[j]) > largest else largest
+        total = np.float32(0.0)
+        for j in range(width):
+            total += power_of_two((wide(row[j]) - largest) * LOG2_E)
+        lse[t] = np.log(total) + largest
+        nats[t] = lse[t] - wide(row[target[t]])
+
+
+@_compiled()
+def _cross_entropy_backward(begin, end, logits, target, lse, grad, out):  # type: ignore[no-untyped-def]
+    for t in range(begin, end):
+        row, own, g = logits[t], target[t], grad[t]
+        for j in range(logits.shape[1]):
+            out[t, j] = narrow(g * power_of_two((wide(row[j]) - lse[t]) * LOG2_E), out[t, j])
+        probability = power_of_two((wide(row[own]) - lse[t]) * LOG2_E)
+        out[t, own] = narrow(g * (probability - np.float32(1.0)), out[t, own])
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether these kernels take them: on the CPU, all bf16 or all fp32, rows one after another."""
     return all(t.device.type == "cpu" and t.dtype == tensors[0].dtype and t.is_contiguous() for t in tensors) and (
@@ -151,6 +186,21 @@ def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, row_M: Tensor, begin_B: T
     arrays = [array(t) for t in (rows_MD, weight, row_M, begin_B, own, out)]
     _by_rows(len(out), _sum_rows, *arrays)
     return out
+
+
+def cross_entropy(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    """As `kernels.cross_entropy`."""
+    nats_T, lse_T = (torch.empty(len(logits_TV)) for _ in range(2))
+    _by_rows(len(logits_TV), _cross_entropy, *(array(t) for t in (logits_TV, target_T, lse_T, nats_T)))
+    return nats_T, lse_T
+
+
+def cross_entropy_backward(logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, grad_T: Tensor) -> Tensor:
+    """As `kernels.cross_entropy_backward`; the logits stay."""
+    out_TV = torch.empty_like(logits_TV)
+    arrays = (array(t) for t in (logits_TV, target_T, lse_T, grad_T, out_TV))
+    _by_rows(len(logits_TV), _cross_entropy_backward, *arrays)
+    return out_TV
 
 
 def array(tensor: Tensor) -> Array:
