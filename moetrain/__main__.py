@@ -1,8 +1,12 @@
 """`python -m moetrain`, and the command `moetrain`."""
 
-import atexit
 import os
 import sys
+
+if sys.path[0] in ("", os.getcwd()):  # of `-m`: a queue.py in the user's folder is not the library's
+    del sys.path[0]
+
+import atexit
 import threading
 from contextlib import suppress
 

@@ -4,6 +4,7 @@ A mistake is told at once: neither torch nor compiled code is loaded for a run w
 """
 
 import math
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,12 @@ def check(c: Config) -> None:
                 value = getattr(value, part)
             raise ConfigError(f"{field}={short(value)}: {text}")
 
+    if c.run.name is not None:
+        place = Path(c.run.name)
+        inside = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
+        rule(inside, "run.name", "must be the name of a folder below run.dir, without .. and not absolute")
+        rule(c.run.name.isprintable(), "run.name", "must have no control characters")
+        rule(max(len(os.fsencode(part)) for part in place.parts) <= 200, "run.name", "must have at most 200 bytes")
     m, k = c.model, c.router.top_k
     rule(c.planner.name in PLANNER_OPTIONS, "planner.name", f"known planners are {', '.join(PLANNER_OPTIONS)}")
     for option in c.planner.options:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -332,7 +333,7 @@ def _check_run(settings: "Config") -> None:
 
 def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) -> int:
     """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
-    from moetrain import launcher, runs
+    from moetrain import launcher, lock, runs
     from moetrain.data.loader import open_data
     from moetrain.recovery import shrink
 
@@ -343,15 +344,20 @@ def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) ->
     settings.layout(workers)
     if verb != "profile":
         open_data(settings)
-    if place is not None:
-        return worker.work(lambda: _work(options, settings, verb, place))
-    arguments, again = list(options.given), None
-    if verb == "train":
-        name = runs.name_of(settings)
-        if settings.run.name is None:
-            arguments.insert(1, f"run.name={name}")
-        again = launcher.Again(settings.recovery.restarts, runs.heartbeats(Path(settings.run.dir, name)))
-    return launcher.launch(arguments, workers, again)
+    with ExitStack() as held:
+        if place is not None:
+            if verb == "train" and settings.run.name is not None and worker.answers_for_its_job():
+                held.enter_context(lock.held(runs.folder_of(settings)))
+            return worker.work(lambda: _work(options, settings, verb, place))
+        arguments, again = list(options.given), None
+        if verb == "train":
+            if settings.run.name is None:
+                settings = runs.with_name(settings)
+                arguments.insert(1, f"run.name={settings.run.name}")
+            folder = runs.folder_of(settings)
+            held.enter_context(lock.held(folder))
+            again = launcher.Again(settings.recovery.restarts, runs.heartbeats(folder))
+        return launcher.launch(arguments, workers, again)
 
 
 def _work(options: argparse.Namespace, settings: "Config", verb: str, place: tuple[int, int, int]) -> None:

@@ -5,19 +5,26 @@ import os
 import tempfile
 from contextlib import suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 from moetrain.config import Config, ConfigError, dump
 
 
-def name_of(config: Config) -> str:
-    """`run.name`, or one made of the planner and the time."""
-    return config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.planner.name}"
+def with_name(config: Config, name: str | None = None) -> Config:
+    """With a `run.name`: the one it has, else `name`, else that of a new folder, made of the time and the planner.
 
-
-def with_name(config: Config) -> Config:
-    """With a `run.name`."""
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": name_of(config)})})
+    The folder is made, so that no other run gets the name.
+    """
+    name, begun = config.run.name or name, f"{datetime.now():%Y%m%d-%H%M%S}-{config.planner.name}"
+    for number in count(1):
+        if name is not None:
+            break
+        with suppress(FileExistsError):
+            folder = Path(config.run.dir, begun if number == 1 else f"{begun}-{number}")
+            folder.mkdir(parents=True)
+            name = folder.name
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 
 def check_writable(config: Config) -> None:

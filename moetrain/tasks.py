@@ -21,8 +21,10 @@ from moetrain.observe.summary import NOT_EVALUATED
 
 
 def train_run(config: Config, mesh: Mesh, as_json: bool) -> None:
-    name = broadcast_text(runs.name_of(config), mesh.device)
-    folder = train.train(config.model_copy(update={"run": config.run.model_copy(update={"name": name})}), mesh)
+    if config.run.name is None:
+        name = str(runs.with_name(config).run.name) if mesh.is_main else ""
+        config = runs.with_name(config, broadcast_text(name, mesh.device))
+    folder = train.train(config, mesh)
     if as_json and mesh.is_main:
         print(json.dumps(json.loads((folder / "summary.json").read_text())))
 

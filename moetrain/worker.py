@@ -37,6 +37,11 @@ def let_gpu_segments_grow() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def answers_for_its_job() -> bool:
+    """Whether this worker is the first of a job that torchrun or Slurm started. Our launcher speaks for its workers."""
+    return os.environ.get("RANK") == "0" and STORE_SOCKET not in os.environ
+
+
 def work(body: Callable[[], None]) -> int:
     """Run a worker's part. Returns its exit code; never raises."""
     signals.leave_when_asked()

@@ -1,0 +1,150 @@
+"""Runs' folders: one job at a time in each, names of their own."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from moetrain import cli, config, lock, runs
+from moetrain.config import ConfigError
+
+HOLDING = """
+import sys, time
+from moetrain import cli, launcher
+
+def launch(*given):
+    print("launched", flush=True)
+    time.sleep(60)
+
+launcher.launch = launch
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> object:
+    """A function: the line with which a second job is refused; empty where it gets the lock."""
+
+    def ask() -> str:
+        try:
+            with lock.held(tmp_path):
+                return ""
+        except ConfigError as error:
+            return str(error)
+
+    return ask
+
+
+def test_a_second_job_of_the_same_name_is_refused(
+    tmp_path: Path, data: list[str], capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first launcher lives; after it is killed the name is free."""
+    arguments = ["train", "model=tiny", *data, f"run.dir={tmp_path}", "run.name=x"]
+    first = subprocess.Popen([sys.executable, "-c", HOLDING, *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "launched\n"
+        monkeypatch.setattr("moetrain.launcher.launch", lambda *given: 0)
+        capfd.readouterr()
+        assert cli.main([*arguments, "optim.lr=1e-3"]) == 2
+        who = f"process {first.pid} on {socket.gethostname()}"
+        assert capfd.readouterr().err == (
+            f"error: run.name=x: is being trained by {who}; take another name, or end that job first\n"
+        )
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert cli.main(arguments) == 0
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+    assert (tmp_path / "x" / lock.LOCK).read_text() == ""
+
+
+def test_the_first_worker_of_torchrun_holds_the_lock(
+    tmp_path: Path, data: list[str], capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with lock.held(tmp_path / "x"):
+        code = cli.main(["train", "model=tiny", *data, f"run.dir={tmp_path}", "run.name=x"])
+    assert code == 2
+    assert "error: run.name=x: is being trained by process" in capfd.readouterr().err
+
+
+def test_where_the_file_system_has_no_locks_its_record_tells(
+    tmp_path: Path, refused: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*given: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.3)
+    here = socket.gethostname()
+    record = lambda **fields: (tmp_path / lock.LOCK).write_text(json.dumps(fields))  # noqa: E731
+    record(host=here, pid=os.getpid(), job="")
+    assert f"process {os.getpid()} on {here}" in refused()  # type: ignore[operator]
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    record(host=here, pid=gone.pid, job="")
+    assert refused() == ""  # type: ignore[operator]
+
+    beats = runs.heartbeats(tmp_path)
+    beats.mkdir(parents=True)
+    (beats / "rank_00000").write_text("0")
+    record(host="elsewhere", pid=1, job="")
+    assert refused() == ""  # type: ignore[operator] # its heart stands still
+    over = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not over.wait(0.02):
+            count += 1
+            (beats / "rank_00000").write_text(str(count))
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        record(host="elsewhere", pid=1, job="7")
+        assert "process 1 on elsewhere" in refused()  # type: ignore[operator]
+        monkeypatch.setenv("SLURM_JOB_ID", "7")  # the same job again, with its first rank on another host
+        assert refused() == ""  # type: ignore[operator]
+    finally:
+        over.set()
+        heart.join()
+
+
+def test_unnamed_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    settings = config.load([f"run.dir={tmp_path}"])
+    names = [runs.with_name(settings).run.name for _ in range(5)]
+    assert len(set(names)) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, names))
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "x" * 300, "a\tb"])
+def test_names_that_are_no_folder_below_run_dir_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^run\.name=.*: must ") as caught:
+        config.load([f"run.name='{name}'"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_of_the_current_folder_are_not_imported(tmp_path: Path) -> None:
+    """Whoever starts a worker: `python -m` puts the current folder first."""
+    for name in ("queue", "tokenizers", "socket", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "moetrain", "config", "model=tiny"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
