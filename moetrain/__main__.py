@@ -7,6 +7,7 @@ if sys.path[0] in ("", os.getcwd()):  # of `-m`: a queue.py in the user's folder
     del sys.path[0]
 
 import atexit
+import io
 import threading
 from contextlib import suppress
 
@@ -15,6 +16,9 @@ from moetrain.cli import main
 
 def run() -> None:
     """Ends the process as Python does, but for the taking down of every module: once torch is loaded, over a second."""
+    for stream in (sys.stdout, sys.stderr):  # no character ends a run because a terminal cannot show it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = main()
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

@@ -13,7 +13,7 @@ from moetrain import __version__, worker
 from moetrain.doctor import command as doctor
 from moetrain.mistakes import ConfigError
 from moetrain.observe import workspace
-from moetrain.observe.console import console, say_bad_input
+from moetrain.observe.console import console, say_bad_input, styled
 from moetrain.report import options as report_options
 
 if TYPE_CHECKING:
@@ -195,13 +195,13 @@ def _data(options: argparse.Namespace) -> int:
         print(json.dumps({"folder": str(folder), "up_to_date": known is not None, **manifest}))
         return 0
     if known:
-        console.print(prepare.up_to_date(known, settings.data), markup=False)
-    console.print(f"[bold]{folder}[/bold]: vocabulary {manifest['vocab_size']:,}")
+        console.print(prepare.up_to_date(known, settings.data))
+    console.print(styled((str(folder), "bold"), (f": vocabulary {manifest['vocab_size']:,}", "")))
     for split, facts in manifest["splits"].items():
         shares = ", ".join(f"{name} {count:,}" for name, count in facts["tokens_per_domain"].items())
         console.print(f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens ({shares})")
     if known:
-        console.print("\n".join(prepare.news(manifest, settings.data)), markup=False)
+        console.print("\n".join(prepare.news(manifest, settings.data)))
     return 0
 
 
@@ -367,7 +367,7 @@ def _work(options: argparse.Namespace, settings: "Config", verb: str, place: tup
 
     rank, world, local_rank = place
     if rank == 0 and not compiled.is_cached():
-        console.print("[dim]compiling kernels for this machine, once")
+        console.print("compiling kernels for this machine, once", style="dim")
     from moetrain import mesh, tasks  # the planners' are compiled now
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))

@@ -19,13 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NamedTuple
 
-from rich.markup import escape
-
 from moetrain.mistakes import ConfigError
-from moetrain.observe.console import BAD_INPUT, console, errors
+from moetrain.observe.console import BAD_INPUT, console, errors, styled
 from moetrain.recovery import heartbeat
 from moetrain.recovery.exits import GAVE_UP, REQUEUE
-from moetrain.recovery.signals import INTERRUPTED, ONE_PRESS_SECONDS
+from moetrain.recovery.signals import INTERRUPTED, ONE_PRESS_SECONDS, REQUESTS, forget_terminal
 from moetrain.worker import ERROR_FILE, STORE_SOCKET
 
 MALLOC = (  # keep big blocks, on huge pages: faulting them in anew in every step costs a CPU run a quarter of its time
@@ -78,7 +76,7 @@ def launch(arguments: Sequence[str], workers: int, again: Again | None = None) -
     """Run `python -m moetrain ARGUMENTS` in `workers` processes on this host. Returns the exit code."""
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    console.print(f"[dim]starting {workers} worker{'s' * (workers > 1)}")
+    console.print(f"starting {workers} worker{'s' * (workers > 1)}", style="dim")
     requests = _Requests()
     in_vain, reached = 0, heartbeat.furthest(again.heartbeats) if again else 0
     while True:
@@ -95,7 +93,7 @@ def launch(arguments: Sequence[str], workers: int, again: Again | None = None) -
             return BAD_INPUT
         beats = [beat for beat in heartbeat.read(again.heartbeats) if beat.now > began] if again else []
         where = next((f" in {beat.place()}" for beat in beats if beat.rank == failure.rank and beat.step), "")
-        errors.print(f"[bold red]rank {failure.rank} failed{where}:[/bold red]\n{escape(failure.message)}")
+        errors.print(styled((f"rank {failure.rank} failed{where}:", "bold red"), (f"\n{failure.message}", "")))
         if again is None or failure.code == GAVE_UP:
             return 1
         here = max((beat.step for beat in beats), default=0)
@@ -111,19 +109,24 @@ def launch(arguments: Sequence[str], workers: int, again: Again | None = None) -
 
 
 class _Requests:
-    """SIGTERM, SIGUSR1 and Ctrl-C, as this process gets them."""
+    """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C, as this process gets them."""
 
     def __init__(self) -> None:
         self.heard = False
+        self.hung_up = False  # the terminal is gone
         self.interrupted = False
         self.insists = False  # a second Ctrl-C; one press, or one SIGTERM, may come twice, to all of a process group
         self._pressed = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._hear)
+        for number in REQUESTS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard = True
-        if number == signal.SIGINT and not self.interrupted:
+        if number == signal.SIGHUP:
+            self.hung_up = True
+            forget_terminal()
+        elif number == signal.SIGINT and not self.interrupted:
             self.interrupted, self._pressed = True, time.monotonic()
             os.write(2, b"the run ends after this step and saves; Ctrl-C again ends it now\n")  # it may be amid a print
         elif number == signal.SIGINT and time.monotonic() - self._pressed > ONE_PRESS_SECONDS:
@@ -173,7 +176,7 @@ def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure
                 if requests.heard and not passed_on:
                     passed_on = True
                     for worker in running:
-                        worker.send_signal(signal.SIGTERM)
+                        worker.send_signal(signal.SIGHUP if requests.hung_up else signal.SIGTERM)
                 time.sleep(LOOK_SECONDS)
         finally:
             for worker in running:

@@ -77,7 +77,7 @@ def taken(config: Config, dtype: str) -> Config:
 
 
 def _say(note: str) -> None:
-    errors.print(note, markup=False)
+    errors.print(note)
 
 
 def settled(config: Config, mesh: Mesh, kept: str = "", say: Callable[[str], None] = _say) -> Config:

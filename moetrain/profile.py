@@ -94,7 +94,7 @@ def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Co
     text = broadcast_text(found, mesh.device)
     if not text:
         if mesh.is_main:
-            console.print("[dim]measuring what computing and sending take here, for the planner")
+            console.print("measuring what computing and sending take here, for the planner", style="dim")
         text = to_json(measure(mesh, layer), mesh)
     if mesh.is_main:
         own.write_text(text)

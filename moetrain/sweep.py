@@ -27,7 +27,7 @@ from rich.table import Table
 
 from moetrain import config, runs
 from moetrain.config import Config, ConfigError
-from moetrain.observe.console import console
+from moetrain.observe.console import console, styled
 from moetrain.recovery.exits import REQUEUE
 from moetrain.recovery.signals import INTERRUPTED, REQUESTS
 
@@ -186,6 +186,7 @@ def _show(folder: Path, names: Sequence[str] | None) -> int:
     console.print(table)
     missing = [name for name, summary in summaries.items() if summary is None]
     if missing:
-        console.print(f"[red]not complete:[/] {', '.join(missing)}; the same command goes on with them")
+        rest = f" {', '.join(missing)}; the same command goes on with them"
+        console.print(styled(("not complete:", "red"), (rest, "")))
     console.print(f"compare them: moetrain report {folder}/[0-9]*/")
     return 1 if missing else 0

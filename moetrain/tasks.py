@@ -16,7 +16,7 @@ from moetrain.evaluate import evaluate
 from moetrain.generate import generate, prompts_of
 from moetrain.mesh import Mesh
 from moetrain.model.transformer import Transformer
-from moetrain.observe.console import console, errors
+from moetrain.observe.console import console, errors, styled
 from moetrain.observe.summary import NOT_EVALUATED
 
 
@@ -41,7 +41,7 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         print(profile.to_json(costs, mesh))
         return
     kept = "not kept: no folder of the cache can be written" if path is None else str(path)
-    console.print(f"[bold]{kept}[/bold], measured in {time.perf_counter() - began:.1f} s")
+    console.print(styled((str(kept), "bold"), (f", measured in {time.perf_counter() - began:.1f} s", "")))
     console.print(
         f"layer      width {layer.dim}, hidden {layer.hidden}, top-{layer.top_k}, {config.train.dtype}, "
         f"{mesh.ep.size} ranks"
@@ -69,7 +69,7 @@ def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
         print(json.dumps({"checkpoint": str(saved), **known}))
         return
-    console.print(f"[bold]{saved}")
+    console.print(str(saved), style="bold")
     for name, score in scores.items():
         found = f"{score.bits_per_byte:.3f} bits a byte, {score.loss:.3f} nats a token"
         console.print(f"{name:>12}  {found if score.num_bytes else NOT_EVALUATED}")
@@ -88,8 +88,8 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         print(json.dumps({"checkpoint": str(saved), "generated": found}))
         return
     for item in found:
-        console.print(f"[bold]{item['title']}")
-        console.print(item["prompt"] + item["text"], markup=False)
+        console.print(item["title"], style="bold")
+        console.print(item["prompt"] + item["text"])
 
 
 def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
@@ -100,7 +100,7 @@ def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     config = precision.settled(with_vocabulary(config, corpus), mesh)
     saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
     for path, said in passed if mesh.is_main else []:
-        errors.print(f"{path} is not whole and is passed over: {said}", markup=False)
+        errors.print(f"{path} is not whole and is passed over: {said}")
     if saved is None:
         raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
     checkpoint.check_data(saved, corpus.fingerprint, same_run=False)

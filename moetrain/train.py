@@ -112,7 +112,7 @@ def train(config: Config, mesh: Mesh) -> Path:
                 voice.say(f"asked to end: saved after step {step + 1}; the same command goes on from there")
                 raise Preempted
 
-        voice.say("[dim]evaluating held-out text, generating some, drawing pictures")
+        voice.say("evaluating held-out text, generating some, drawing pictures", style="dim")
         held_out = evaluate(engine.model, corpus, config, mesh)
         recorder.held_out(config.train.steps, held_out)
         prompts = prompts_of(corpus, config)

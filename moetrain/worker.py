@@ -68,7 +68,7 @@ def work(body: Callable[[], None]) -> int:
 
 def end_now(line: str) -> None:
     """End this process from any of its threads, whatever the others wait for; `line` says why."""
-    errors.print(line, markup=False, soft_wrap=True)
+    errors.print(line)
     _leave_word(line, line, spoken=True)
     os._exit(1)
 
@@ -80,4 +80,4 @@ def _leave_word(message: str, details: str, spoken: bool = False) -> None:
         about = {"py_callstack": details, "timestamp": str(int(time.time()))}
         Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
     elif not spoken and (details != message or rank == 0):
-        errors.print(details if details == message else f"rank {rank} failed:\n{details}", markup=False)
+        errors.print(details if details == message else f"rank {rank} failed:\n{details}")

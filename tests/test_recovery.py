@@ -75,6 +75,23 @@ def test_a_request_is_noted_in_the_loop_and_heeded_at_once_outside_of_it() -> No
         assert process.wait(5) == REQUEUE
 
 
+def test_a_terminal_that_is_gone_is_a_request_to_end_but_not_under_nohup() -> None:
+    with listener("pass") as process:
+        process.send_signal(signal.SIGHUP)
+        assert [said(process), said(process)] == ["asked", "after"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to the processes it starts
+    try:
+        with listener("pass") as process:
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGUSR1)
+            assert [said(process), said(process)] == ["asked", "after"]
+            process.send_signal(signal.SIGHUP)
+            process.terminate()
+            assert process.wait(5) == REQUEUE
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_second_interrupt_ends_a_process_that_waits_in_c() -> None:
     """As in a collective whose peer is gone: Python would run no handler."""
     with listener("lock(mutex)") as process:

@@ -45,7 +45,7 @@ def records(mesh: Mesh, grid: Grid) -> Records:
                     module = build(shape, mesh)
             except ImportError as error:
                 if mesh.is_main:
-                    errors.print(f"{name}: left out, {error}", markup=False)
+                    errors.print(f"{name}: left out, {error}")
                 continue
             setup = setup or Setup.of(mesh, shape, grid.seed)
             for scenario in (BALANCED, HOT):
@@ -181,7 +181,7 @@ def show(found: Records, out: Path | None) -> None:
         return
     title = "Peers, through their own gates; speed as % of our balanced layer and of the bare GEMMs, in pairs:"
     lines = [_line(record) for record in found]
-    console.print("\n".join([title, *lines]), markup=False)
+    console.print("\n".join([title, *lines]))
     if out is not None:
         with (out / "layer.md").open("a") as file:
             file.write("\n".join(["", title, "", *(f"- {line}" for line in lines), ""]))

@@ -133,4 +133,4 @@ def show(found: list[dict[str, Any]], run: Path) -> None:
             ),
         )
     console.print(table)
-    console.print("[dim]means over layers and samples; predicted: forward and backward of a layer on the run's machine")
+    console.print("means over layers and samples; predicted: forward and backward of a layer on the run's machine")

@@ -142,12 +142,12 @@ def _make(options: Data, base: Path) -> Path:
     """A new one, beside those that are there; the caller holds the lock."""
     for leftover in base.parent.glob(f".{glob.escape(base.name)}.*.part"):  # of a preparation that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    console.print(f"preparing the corpus {base.name}: documents, tokenizer, tokens", style="dim", markup=False)
+    console.print(f"preparing the corpus {base.name}: documents, tokenizer, tokens", style="dim")
     before = _folders(base)
     folder = base.with_name(f"{base.name}.{_number(before[0]) + 1}") if before else base
     if before:
         said = problem(before[0]) or sources.change(before[0], options)
-        console.print(f"{before[0]}: {said}; prepared again, and it stays as it is", markup=False)
+        console.print(f"{before[0]}: {said}; prepared again, and it stays as it is")
     try:
         with _appearing(folder, base.name) as unfinished:
             _prepare(options, unfinished)
@@ -210,7 +210,7 @@ def _prepare(options: Data, folder: Path) -> None:
     if options.source == "debian":
         manifest["packages"] = debian.versions(options)
     for line in news(manifest, options):
-        console.print(line, markup=False)
+        console.print(line)
     sources.record(folder, options, seen)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
-from moetrain.observe.console import console
+from moetrain.observe.console import console, styled
 
 if TYPE_CHECKING:
     from moetrain.config import Config
@@ -18,7 +18,7 @@ examples:
   moetrain doctor model=olmoe_1b7b run.dir=/shared/runs     for another model and folder
   moetrain doctor --meet node-1:29400 --nodes 4             on four hosts at the same time: do they reach each other?
 """
-SIGNS = {GOOD: "[green]good[/green]", NOTE: "[yellow]note[/yellow]", BAD: "[bold red]bad [/bold red]"}
+SIGNS = {GOOD: ("good", "green"), NOTE: ("note", "yellow"), BAD: ("bad ", "bold red")}
 
 
 def add_to(verb: argparse.ArgumentParser) -> None:
@@ -33,8 +33,8 @@ def run(config: "Config", options: argparse.Namespace) -> int:
     for finding in _all(config, options):
         found.append(finding)
         if not options.json:
-            console.print(f"{SIGNS[finding.state]}  {finding.name:<11}", end="")
-            console.print(finding.text + (f"\n{'':17}{finding.advice}" if finding.advice else ""), markup=False)
+            advice = f"\n{'':17}{finding.advice}" if finding.advice else ""
+            console.print(styled(SIGNS[finding.state], (f"  {finding.name:<11}{finding.text}{advice}", "")))
     if options.json:
         print(json.dumps([finding._asdict() for finding in found]))
     return 1 if any(finding.state == BAD for finding in found) else 0

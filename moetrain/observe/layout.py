@@ -1,6 +1,7 @@
 """What a run is, printed at its start: layout, parameters and memory per rank."""
 
 from rich.table import Table
+from rich.text import Text
 
 from moetrain import __version__
 from moetrain.config import Config
@@ -45,9 +46,9 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: 
         ),
         ("run", f"{config.run.dir}/{config.run.name}"),
     ):
-        table.add_row(f"[dim]{name}[/dim]", text)
-    voice.say(f"[bold]moetrain {__version__}")
+        table.add_row(Text(name, "dim"), text)
+    voice.say(f"moetrain {__version__}", style="bold")
     voice.say(table)
     if warning := ROUTERS[config.router.name].warning:
-        voice.say(f"[yellow]{warning}")
+        voice.say(warning, style="yellow")
     voice.say()

@@ -80,7 +80,7 @@ class View:
         progress = Table.grid(padding=(0, 2))
         left = "" if self._pace is None else f"{_clock(self._pace * (self._steps - self._step))} to go"
         bar = ProgressBar(total=self._steps, completed=self._step, width=BAR)
-        progress.add_row("[bold]training", bar, f"step {self._step}/{self._steps}", f"[dim]{left}")
+        progress.add_row(Text("training", "bold"), bar, f"step {self._step}/{self._steps}", Text(left, "dim"))
         if not self._row:
             return progress
         return Group(progress, _facts(self._row, self._held_out), devices(self._row), hottest(self._row))
@@ -126,14 +126,16 @@ def devices(row: Metrics) -> RenderableType:
         order, title = sorted(order, key=lambda rank: -home[rank])[:DEVICES], f"{DEVICES} of {len(home)}"
     table = Table.grid(padding=(0, 2))
     imbalance = [f"max/mean {row[f'balance/imbalance_{when}']:.2f}" for when in ("home", "planned")]
-    table.add_row(f"[dim]{title:<8}", f"[dim]load at home, {imbalance[0]}", "", f"[dim]as planned, {imbalance[1]}", "")
+    heads = f"{title:<8}", f"load at home, {imbalance[0]}", "", f"as planned, {imbalance[1]}", ""
+    table.add_row(*(Text(head, "dim") for head in heads))
     largest = max(*home, *planned, 1.0) / mean
     for rank in order:
-        cells = [f"{rank:>6}"]
+        cells = [Text(f"{rank:>6}")]
         for loads, colour in ((home, "red"), (planned, "green")):
             load = loads[rank] / mean
             filled = round(BAR * load / largest)
-            cells += [f"[{colour}]{'█' * filled}[/][dim]{'·' * (BAR - filled)}[/]", f"{load:.2f}"]
+            bar = Text.assemble(("█" * filled, colour), ("·" * (BAR - filled), "dim"))
+            cells += [bar, Text(f"{load:.2f}")]
         table.add_row(*cells)
     return table
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from moetrain.config import Config
 from moetrain.data.bigram import Bigram
 from moetrain.data.loader import Corpus, Samples
 from moetrain.evaluate import Score, held_out_windows
-from moetrain.observe.console import Voice
+from moetrain.observe.console import Voice, styled
 from moetrain.observe.estimate import Estimate, short
 
 NOT_EVALUATED = "not evaluated, since no byte of its text is held out"
@@ -120,22 +121,16 @@ def show(found: dict[str, Any], voice: Voice) -> None:
             f"({found['rows_moved_fraction']:.1%} of all)",
         ),
     ):
-        facts.add_row(f"[dim]{name}[/dim]", text)
+        facts.add_row(Text(name, "dim"), text)
     voice.say()
-    voice.say(Panel(facts, title="[bold]Run complete", title_align="left", width=100))
+    voice.say(Panel(facts, title=Text("Run complete", "bold"), title_align="left", width=100))
     voice.say(table)
     if None in found["bits_per_byte"].values():
         voice.say(f"–: {NOT_EVALUATED}")
     if found["bigram_bits_per_byte"]:
-        voice.say("[dim]bigram: tuned on the held-out text, fitted on the very tokens the model saw[/dim]")
+        voice.say("bigram: tuned on the held-out text, fitted on the very tokens the model saw", style="dim")
     for item in found["generated"]:
-        voice.say(f"\n[bold]{item['title']}[/bold] [dim]prompt, then what the model wrote:[/dim]")
-        voice.say(_escape(item["prompt"]) + "[green]" + _escape(item["text"]) + "[/green]")
+        voice.say(styled((f"\n{item['title']}", "bold"), (" prompt, then what the model wrote:", "dim")))
+        voice.say(styled((item["prompt"], ""), (item["text"], "green")))
     places = "report.html, run.png, metrics.jsonl, checkpoints/, load_trace/"
-    voice.say(f"\nEverything is in [bold]{found['run']}[/bold]: {places}")
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    voice.say(styled(("\nEverything is in ", ""), (found["run"], "bold"), (f": {places}", "")))

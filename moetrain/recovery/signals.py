@@ -1,4 +1,5 @@
-"""Requests to end: SIGTERM, SIGUSR1 (which Slurm sends some minutes before it takes a node back) and Ctrl-C.
+"""Requests to end: SIGTERM, SIGUSR1 (which Slurm sends some minutes before it takes a node back), Ctrl-C, and
+SIGHUP: the terminal is gone, as after a dropped SSH session; under `nohup` it is ignored.
 
 Python runs its handlers between two of its own instructions, and so not at all while a collective waits for a peer that
 is gone. What has to happen at once is done by a thread, which the C-level handler wakes through a pipe.
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from moetrain.recovery.exits import REQUEUE
 
 INTERRUPTED = 130  # exit code
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 ONE_PRESS_SECONDS = 0.5  # a launcher passes on what the terminal has sent already
 
 _asked = threading.Event()
@@ -27,8 +28,26 @@ def asked() -> bool:
 
 def leave_when_asked() -> None:
     """Until a training loop begins, and after it, there is nothing to save: end at once."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(REQUEUE))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(REQUEUE))
+
+
+def forget_terminal() -> None:
+    """Where it is gone, what is written to it would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if os.isatty(stream) or not _takes_output(stream):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
+def _takes_output(stream: int) -> bool:
+    try:
+        os.write(stream, b"")
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -42,7 +61,8 @@ def heeded() -> Iterator[None]:
     listener = threading.Thread(target=_listen, args=(reading,), daemon=True)
     listener.start()
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in REQUESTS}
+    heard = [number for number in REQUESTS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
     try:
         yield
     finally:
@@ -62,5 +82,7 @@ def _listen(reading: int) -> None:
             if pressed is not None and now - pressed > ONE_PRESS_SECONDS:
                 os._exit(INTERRUPTED)
             pressed = now
+        if number[0] == signal.SIGHUP:
+            forget_terminal()
         if number[0] in REQUESTS:
             _asked.set()

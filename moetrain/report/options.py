@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from moetrain.mistakes import ConfigError
-from moetrain.observe.console import console
+from moetrain.observe.console import console, styled
 
 REPORT = """One self-contained HTML page that explains a run, or several side by side.
 
@@ -60,15 +60,14 @@ def run(options: argparse.Namespace) -> int:
         return 0
     colours = {"trouble": "red", "watch": "yellow", "good": "green"}
     for each in page["runs"]:
-        console.print(f"[bold]{each['name']}", each["about"], sep="  ")
+        console.print(styled((each["name"], "bold"), (f"  {each['about']}", "")))
         for finding in each["findings"]:
-            console.print(f"  [{colours[finding['level']]}]{finding['level']:<7}[/]  ", end="")
-            console.print(finding["text"], markup=False)
+            level = f"{finding['level']:<7}"
+            console.print(styled(("  ", ""), (level, colours[finding["level"]]), (f"  {finding['text']}", "")))
         for text in each["missing"]:
-            console.print(f"  [dim]missing  {text}")
-    console.print(
-        f"[bold]{path}[/bold], {path.stat().st_size / 2**20:.1f} MiB" + (f"; {len(drawn)} pictures" if drawn else "")
-    )
+            console.print(f"  missing  {text}", style="dim")
+    size = f", {path.stat().st_size / 2**20:.1f} MiB" + (f"; {len(drawn)} pictures" if drawn else "")
+    console.print(styled((str(path), "bold"), (size, "")))
     return 0
 
 
@@ -80,7 +79,7 @@ def _serve(found: list, port: int) -> int:
     from moetrain.report.live import HOST, server
 
     with server(found, port) as serving:
-        console.print(f"http://{HOST}:{serving.server_address[1]}  [dim]Ctrl-C ends it")
+        console.print(styled((f"http://{HOST}:{serving.server_address[1]}", ""), ("  Ctrl-C ends it", "dim")))
         try:
             serving.serve_forever()
         except KeyboardInterrupt:
