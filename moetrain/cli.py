@@ -123,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, more = parser.parse_known_args(given)
     takes_overrides = options.verb not in ("bench", "report", "workspace") or getattr(options, "what", "") == "step"
     if unknown := [word for word in more if not takes_overrides or "=" not in word or word.startswith("-")]:
+        if takes_overrides and unknown[0].startswith("--"):
+            return say_bad_input(_no_option(unknown[0], given))
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += more
     options.given = given
@@ -152,6 +154,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return functions[options.verb](options)
     except ConfigError as error:
         return say_bad_input(error)
+
+
+def _no_option(unknown: str, given: list[str]) -> ConfigError:
+    """`unknown` is one of the arguments, `given`: perhaps a field, followed by a value."""
+    from moetrain import config, mistakes
+
+    word, equals, value = unknown.partition("=")
+    after = given[given.index(unknown) + 1 :][:1]
+    if not equals and after and "=" not in after[0] and not after[0].startswith("-"):
+        value = after[0]
+    return mistakes.option(word, value or "VALUE", config.Config)
 
 
 def _train(options: argparse.Namespace) -> int:

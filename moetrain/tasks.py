@@ -96,7 +96,7 @@ def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     """The newest checkpoint of `config.run` that is whole, on these ranks."""
     corpus, _ = open_data(config)
     for line in prepare.outdated(corpus.folder, config.data) if mesh.is_main else []:
-        errors.print(line, markup=False)
+        errors.print(line)
     config = precision.settled(with_vocabulary(config, corpus), mesh)
     saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
     for path, said in passed if mesh.is_main else []:

@@ -156,11 +156,32 @@ def test_what_a_verb_does_not_use_is_refused(verb: str, override: str, capfd: py
     assert capfd.readouterr().err == f"error: {override.partition('=')[0]}: `moetrain {verb}` does not use it\n"
 
 
+QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quoted twice"
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
         (["train.stepz=5"], "train.stepz: no such field; did you mean train.steps?"),
-        (["+train.extra=5"], "train.extra=5: no such field; did you mean train.threads?"),
+        (["+parallel.tp=5"], "parallel.tp=5: no such field; parallel has nproc, ep, dp_shard, dp_replicate, uneven"),
+        (["lr=1e-3"], "lr: no such field; did you mean optim.lr?"),
+        (["train.lr=1e-3"], "train.lr: no such field; did you mean optim.lr?"),
+        (["seed=3"], "seed: no such field; did you mean train.seed or generate.seed?"),
+        (["batch_size=3"], "batch_size: no such field"),
+        (["model.layers=3"], "model.layers: no such field; did you mean model.num_layers?"),
+        (
+            ["parallel.tp=2"],
+            "parallel.tp: no such field; parallel has nproc, ep, dp_shard, dp_replicate, uneven",
+        ),
+        (
+            ["optim.name=muon"],
+            "optim.name: no such field; optim has lr, min_lr, schedule, warmup, decay_fraction, betas, eps, "
+            "weight_decay, clip, state_dtype",
+        ),
+        (["run.name=lr=0.1"], f"run.name=lr=0.1: {QUOTED}, \"run.name='lr=0.1'\""),
+        (["run.name=é"], f"run.name=é: {QUOTED}, \"run.name='é'\""),
+        (["generate.prompt=def f("], f"generate.prompt=def f(: {QUOTED}, \"generate.prompt='def f('\""),
+        (["data.path=~/x"], "data.path=~/x: nothing expands ~ here, data.path=$HOME/x means the same"),
         (["train.steps=many"], "train.steps=many: must be a valid integer"),
         (["train.steps=true"], "train.steps=True: must not be true or false"),
         (["train.steps=0"], "train.steps=0: must be greater than 0"),
