@@ -352,7 +352,7 @@ def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) ->
 
     place = launcher.from_env()
     workers = place[1] if place else settings.parallel.nproc or launcher.auto_nproc()
-    if verb == "train" and settings.run.name is not None:
+    if verb in ("train", "eval", "generate") and settings.run.name is not None:
         settings = shrink.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
     settings.layout(workers)
     if verb != "profile":

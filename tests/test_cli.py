@@ -173,6 +173,15 @@ def test_eval_finds_what_the_run_ended_with(trained: tuple[Path, str]) -> None:
     assert found["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
 
 
+def test_eval_with_fewer_ranks_adapts_the_layout_as_train_does(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    started = []
+    monkeypatch.setattr("moetrain.launcher.launch", lambda arguments, workers, again: started.append(workers) or 0)
+    assert cli.main(["eval", str(trained[0]), "parallel.nproc=1", "parallel.ep=2"]) == 0, capfd.readouterr().err
+    assert started == [1]
+
+
 def test_generate_continues_a_prompt(trained: tuple[Path, str]) -> None:
     done = moetrain("generate", str(trained[0]), "generate.prompt=alpha beta", "generate.tokens=3", "--json", *ALONE)
     assert done.returncode == 0, done.stderr
