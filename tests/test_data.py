@@ -423,6 +423,16 @@ def test_a_damaged_corpus_is_prepared_again(tmp_path: Path, name: str, content: 
     assert Corpus(prepare.ensure(options)).fingerprint == before
 
 
+def test_a_corpus_of_an_earlier_version_is_prepared_again(tmp_path: Path) -> None:
+    options = _text(tmp_path)
+    first = prepare.ensure(options)
+    manifest = json.loads((first / "manifest.json").read_text())
+    del manifest["splits"]["train"]["sha256"]  # 0.1 kept none
+    (first / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare.current(options) is None
+    assert Corpus(prepare.ensure(options)).fingerprint["tokens"]
+
+
 def test_no_room_for_a_corpus_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     options = _text(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -109,6 +109,8 @@ def problem(folder: Path) -> str | None:
             facts, size = manifest["splits"][split], (folder / f"{split}.bin").stat().st_size
             if size != facts["tokens"] * width:
                 return f"{split}.bin has {size:,} bytes, but {facts['tokens'] * width:,} were written"
+            if not isinstance(facts["sha256"], str):
+                raise ValueError(f"the digest of {split}.bin is none")
             table = np.load(folder / f"{split}.docs.npy", mmap_mode="r")
             if table.shape != (facts["documents"], 3):
                 return f"{split}.docs.npy has not {facts['documents']} documents"
