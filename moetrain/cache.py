@@ -6,9 +6,10 @@ folder counts only if it is ours, no link, and closed to all others.
 """
 
 import os
-import stat
 import tempfile
 from pathlib import Path
+
+from moetrain import disk
 
 
 def folder(name: str) -> Path | None:
@@ -30,8 +31,5 @@ def _of_home() -> Path:
 
 def _temporary() -> Path:
     place = Path(tempfile.gettempdir()) / f"moetrain-{os.getuid()}"
-    place.mkdir(mode=0o700, exist_ok=True)
-    about = place.lstat()
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
-        raise PermissionError(f"{place} is not ours alone")
+    disk.make_private(place)
     return place

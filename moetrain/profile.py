@@ -12,15 +12,17 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain import cache, precision
+from moetrain import cache, disk, precision
 from moetrain.comm import all_gather, barrier, broadcast, broadcast_text, gather_texts, start_all_to_all
-from moetrain.config import Config
+from moetrain.config import Config, ConfigError
 from moetrain.mesh import Mesh
 from moetrain.moe import compiled, gemm_cpu, kernels
 from moetrain.moe.cost import Costs, Link, Measured
@@ -89,34 +91,32 @@ def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Co
     stored ones; else measured now. They are written to the run's folder, and kept for the machine."""
     own, stored = run / COSTS, _stored(mesh, layer)
     places = [*([saved / COSTS] if saved is not None else []), own, *([stored] if stored is not None else [])]
-    texts = (p.read_text() for p in places if p.is_file()) if mesh.is_main else ()
-    found = next((text for text in texts if json.loads(text).get("ranks") == _ranks(mesh)), "")
-    text = broadcast_text(found, mesh.device)
+    kept = (disk.read_json(path) for path in places) if mesh.is_main else ()
+    found = next((tree for tree in kept if of_tree(tree) and tree["ranks"] == _ranks(mesh)), None)
+    text = broadcast_text(json.dumps(found, indent=1) if found else "", mesh.device)
     if not text:
         if mesh.is_main:
             console.print("measuring what computing and sending take here, for the planner", style="dim")
         text = to_json(measure(mesh, layer), mesh)
     if mesh.is_main:
-        own.write_text(text)
-        if stored is not None and not stored.is_file():
-            _write(stored, text)
+        disk.write(own, text)
+        if stored is not None and of_tree(disk.read_json(stored)) is None:
+            _keep(stored, text)
     return dataclasses.replace(from_json(text), nodes=_nodes(mesh))
 
 
 def of_checkpoint(saved: Path) -> Costs:
-    """The costs that a checkpoint's run was planned with."""
-    return from_json((saved / COSTS).read_text())
+    """The costs that a checkpoint's run was planned with. Raises `ConfigError` where they are damaged."""
+    costs = of_tree(disk.read_json(saved / COSTS))
+    if costs is None:
+        raise ConfigError(f"checkpoint={saved}: {COSTS} is damaged")
+    return costs
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all; where a cache cannot be written, none is kept."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(text)
-        part.rename(path)
-    except OSError:
-        return
+def _keep(path: Path, text: str) -> None:
+    """Where a cache cannot be written, nothing is kept."""
+    with suppress(OSError):
+        disk.write(path, text)
 
 
 def _stored(mesh: Mesh, layer: Layer) -> Path | None:
@@ -129,7 +129,7 @@ def keep(mesh: Mesh, layer: Layer, costs: Costs) -> Path | None:
     """Keep costs as the machine's, in place of what was there. Returns the file; None where nothing can be kept."""
     path = _stored(mesh, layer)
     if mesh.is_main and path is not None:
-        _write(path, to_json(costs, mesh))
+        _keep(path, to_json(costs, mesh))
     return path
 
 
@@ -139,11 +139,32 @@ def to_json(costs: Costs, mesh: Mesh) -> str:
 
 
 def from_json(text: str) -> Costs:
-    tree = json.loads(text)
-    del tree["ranks"]
-    links = {name: Link(**tree[name]) for name in ("inside", "between")}
-    measured = tuple(Measured(*each) for each in tree.get("kernels", ()))  # older costs have none
-    return Costs(**{**tree, **links, "nodes": tuple(tree["nodes"]), "kernels": measured})
+    """What `to_json` wrote. Raises `ValueError` where it is something else."""
+    costs = of_tree(json.loads(text))
+    if costs is None:
+        raise ValueError("these are no costs")
+    return costs
+
+
+def of_tree(tree: Any) -> Costs | None:
+    """Costs as JSON has them; None where a figure is missing, unknown or impossible. Older ones lack `kernels`."""
+    try:
+        if not isinstance(tree["ranks"], str):
+            return None
+        known = {name: value for name, value in tree.items() if name != "ranks"}
+        links = {name: Link(**tree[name]) for name in ("inside", "between")}
+        measured = tuple(Measured(*each) for each in tree.get("kernels", ()))
+        costs = Costs(**{**known, **links, "nodes": tuple(tree["nodes"]), "kernels": measured})
+        seconds = [x for each in measured for x in each[1:]]
+        positive = [costs.row_forward, costs.row_backward, costs.row_bytes, costs.weight_bytes, costs.gradient_bytes]
+        positive += [costs.inside.bandwidth, costs.between.bandwidth, costs.lends, *seconds]
+        sound = bool(np.isfinite([*costs.vector(), *seconds]).all() and (costs.vector() >= 0).all())
+        sound = (
+            sound and min(positive) > 0 and costs.overlap <= 1 and all(each.part in kernels.PARTS for each in measured)
+        )
+        return costs if sound and all(type(node) is int and node >= 0 for node in costs.nodes) else None
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+        return None
 
 
 def measure(mesh: Mesh, layer: Layer) -> Costs:

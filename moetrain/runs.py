@@ -1,5 +1,6 @@
 """A run's folder, `runs/NAME/`: its config, metrics, load trace, checkpoints, wandb files and log."""
 
+import errno
 import json
 import os
 import tempfile
@@ -7,8 +8,12 @@ from contextlib import suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Any
 
+from moetrain import disk
 from moetrain.config import Config, ConfigError, dump
+
+ROOM = 1 << 18  # bytes that must fit on the disk: what a run writes before its first step
 
 
 def with_name(config: Config, name: str | None = None) -> Config:
@@ -28,17 +33,20 @@ def with_name(config: Config, name: str | None = None) -> Config:
 
 
 def check_writable(config: Config) -> None:
-    """Raises `ConfigError` where the run's folder could not be written. Leaves nothing behind."""
+    """Raises `ConfigError` where the run's folder could not be written, or has no room. Leaves nothing behind."""
     folder = Path(config.run.dir) / (config.run.name or "")
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(ROOM))
+            file.flush()
     except OSError as error:
         field = f"run.name={config.run.name}" if config.run.name and folder == there else f"run.dir={config.run.dir}"
-        raise ConfigError(f"{field}: must be a folder that can be written ({error.strerror})") from None
+        rule = "be a folder that can be written"
+        rule = "have room for a run" if error.errno in (errno.ENOSPC, errno.EDQUOT) else rule
+        raise ConfigError(f"{field}: must {rule} ({error.strerror})") from None
 
 
 def folder_of(config: Config) -> Path:
@@ -73,26 +81,27 @@ def keep_submitted(config: Config) -> Path:
 def _write(config: Config, name: str) -> Path:
     folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{name}.part"
-    unfinished.write_text(dump(config))
-    unfinished.rename(folder / name)
+    disk.write(folder / name, dump(config))
     return folder
 
 
 def keep_corpus(folder: Path, fingerprint: dict[str, str]) -> None:
     """Remember in a run's folder which corpus it is trained on."""
-    unfinished = folder / ".corpus.json.part"
-    unfinished.write_text(json.dumps(fingerprint) + "\n")
-    unfinished.rename(folder / "corpus.json")
+    disk.write(folder / "corpus.json", json.dumps(fingerprint) + "\n")
 
 
 def corpus_of(folder: Path) -> dict[str, str] | None:
     """The fingerprint of the corpus that the run in `folder` is trained on; None where none is known."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads((folder / "corpus.json").read_text())
-        if isinstance(found, dict) and found and all(isinstance(digest, str) for digest in found.values()):
-            return found
-    return None
+    found = disk.read_json(folder / "corpus.json")
+    sound = isinstance(found, dict) and found and all(isinstance(digest, str) for digest in found.values())
+    return found if sound else None
+
+
+def config_of(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The sections of `config.yaml` in a run's folder; None where it is missing or damaged."""
+    found = disk.read_yaml(folder / "config.yaml")
+    sound = found is not None and "run" in found and all(isinstance(section, dict) for section in found.values())
+    return found if sound else None
 
 
 def find(name: str | None, directory: str = "runs") -> Path:

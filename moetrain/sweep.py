@@ -4,7 +4,6 @@ A run is a process with workers of its own: here, one after another or several a
 wherever Slurm finds room (`hydra/launcher=submitit_slurm`). All are below `run.dir/run.name`.
 """
 
-import json
 import os
 import re
 import signal
@@ -25,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.table import Table
 
-from moetrain import config, runs
+from moetrain import config, disk, runs
 from moetrain.config import Config, ConfigError
 from moetrain.observe.console import console, styled
 from moetrain.recovery.exits import REQUEUE
@@ -164,8 +163,12 @@ def _one(_: DictConfig) -> float:
 
 
 def _summary(run: Path) -> dict | None:
-    path = run / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    found = disk.read_json(run / "summary.json")
+    return (
+        found
+        if isinstance(found, dict) and {"bits_per_byte", "tokens_per_second", "imbalance"} <= found.keys()
+        else None
+    )
 
 
 def _show(folder: Path, names: Sequence[str] | None) -> int:

@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 
-from moetrain import checkpoint, precision, profile, runs, train
+from moetrain import checkpoint, disk, precision, profile, runs, train
 from moetrain.checkpoint import manifest
 from moetrain.comm import broadcast_text
 from moetrain.config import Config, ConfigError
@@ -26,7 +26,7 @@ def train_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         config = runs.with_name(config, broadcast_text(name, mesh.device))
     folder = train.train(config, mesh)
     if as_json and mesh.is_main:
-        print(json.dumps(json.loads((folder / "summary.json").read_text())))
+        print(json.dumps(disk.read_json(folder / "summary.json")))
 
 
 def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:

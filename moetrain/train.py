@@ -48,7 +48,8 @@ def train(config: Config, mesh: Mesh) -> Path:
     config = precision.settled(config, mesh, checkpoint.dtype_of(folder, start.path), said.append)
     saved, notes = recovery.newer(start, config, folder, mesh)
     first, position = checkpoint.progress(saved)
-    finished = bool(broadcast_text("yes" * (first >= config.train.steps and summary.is_there(folder)), mesh.device))
+    ended = summary.read(folder) if mesh.is_main and first >= config.train.steps else None
+    finished = bool(broadcast_text("yes" * (ended is not None), mesh.device))
     if not finished and mesh.is_main:
         runs.create(config)
         runs.keep_corpus(folder, corpus.fingerprint)
@@ -61,7 +62,8 @@ def train(config: Config, mesh: Mesh) -> Path:
 
     if finished:
         voice.say(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
-        summary.show(summary.read(folder), voice)
+        if ended is not None:
+            summary.show(ended, voice)
         return folder
     engine = build_engine(model, mesh, config)
     if saved is not None:

@@ -1,6 +1,7 @@
 """A worker's life around its task: it dies with its launcher, and leaves word of how it ended where that one looks."""
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from moetrain.recovery.exits import Ended
 
 PEER_GONE = re.compile(r"connection (closed|reset|refused)|gloo|nccl|socket|broken pipe", re.IGNORECASE)
 PATIENCE_SECONDS = 5.0  # for which a rank that lost its peer leaves the first word to the peer
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the user's to cure: no traceback
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # as torchrun names it to its workers, and our launcher to its own
 STORE_SOCKET = "MOETRAIN_STORE_SOCKET"  # our launcher's: the open socket at which rank 0 keeps the store
 PR_SET_PDEATHSIG = 1
@@ -59,6 +61,10 @@ def work(body: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            line = f"{error.strerror}{f': {error.filename}' if error.filename else ''}; what was saved before stays"
+            _leave_word(line, line)
+            return 1
         if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)) and not signals.asked():
             time.sleep(PATIENCE_SECONDS)
         _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())

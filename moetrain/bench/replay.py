@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from moetrain import config, profile
+from moetrain import config, disk, profile
 from moetrain.bench.plan import timed
 from moetrain.config import ConfigError
 from moetrain.moe.cost import Costs, Limits, State, layer_time
@@ -55,9 +55,9 @@ def records(run: Path) -> list[dict[str, Any]]:
     parts = list(trace.read_parts(run))
     if not parts:
         raise ConfigError(f"--trace {run}: has no load trace that can be read (track.trace_every=0 keeps none)")
-    if not (run / profile.COSTS).is_file():
-        raise ConfigError(f"--trace {run}: has no {profile.COSTS}")
-    costs = profile.from_json((run / profile.COSTS).read_text())
+    costs = profile.of_tree(disk.read_json(run / profile.COSTS))
+    if costs is None:
+        raise ConfigError(f"--trace {run}: has no sound {profile.COSTS}")
     own = config.load_resolved(run / "config.yaml").planner
     found = [_recorded(parts)]
     for name in PLANNERS:

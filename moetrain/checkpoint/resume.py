@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from moetrain import runs
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.manifest import newest, progress
 from moetrain.config import Balance, Config, ConfigError
@@ -18,16 +17,17 @@ def goes_on(config: Config, folder: Path) -> bool:
 
     `auto` does. A path or `none` says how a run begins: the same command again goes on with it.
     """
-    choice, known = config.checkpoint.resume, folder / "config.yaml"
-    if choice == "auto" or not known.is_file():
-        return choice == "auto"
-    return yaml.safe_load(known.read_text()).get("checkpoint", {}).get("resume") == choice
+    choice = config.checkpoint.resume
+    if choice == "auto":
+        return True
+    return (runs.config_of(folder) or {}).get("checkpoint", {}).get("resume") == choice
 
 
 def dtype_of(folder: Path | None, saved: Path | None) -> str:
     """What the run in `folder` computes in, or else the run of the checkpoint `saved`; empty where there is neither."""
-    if folder is not None and (known := folder / "config.yaml").is_file():
-        return str(yaml.safe_load(known.read_text())["train"]["dtype"])
+    known = runs.config_of(folder) if folder is not None else None
+    if known is not None and "dtype" in known.get("train", {}):
+        return str(known["train"]["dtype"])
     return str(manifest.read(saved)["config"]["train"]["dtype"]) if saved is not None else ""
 
 

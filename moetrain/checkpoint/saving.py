@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import moetrain
+from moetrain import disk
 from moetrain.checkpoint import files, manifest
 from moetrain.checkpoint.entries import DTYPES, Engine, Entries
 from moetrain.checkpoint.files import Block
@@ -135,6 +136,7 @@ class Saver(Behind):
         self._buffer: Tensor | None = None
         self._news: list[str] = []
         if mesh.is_main:
+            self._costs = (folder / COSTS).read_bytes()  # whatever becomes of the file while the run goes
             for path in manifest.folders(folder):
                 if manifest.step_of(path) > first:  # damaged, or this run would not start before it
                     path.rename(_free(path.with_name(f"{path.name}.damaged")))
@@ -210,7 +212,7 @@ class Saver(Behind):
     def _prepare(self, part: Path) -> None:
         """An empty folder, on a disk with room. What stopped saves left behind goes."""
         for left in part.parent.glob(".step_*"):
-            shutil.rmtree(left)
+            _remove(left)
         part.mkdir(parents=True)
         needed = sum(piece.block().bytes for pieces in self._shares for piece in pieces)
         free = shutil.disk_usage(part).free
@@ -231,7 +233,7 @@ class Saver(Behind):
                 )
         entries = manifest.entries_text(self._entries())
         stamps[manifest.ENTRIES] = files.write(part / manifest.ENTRIES, entries.encode())
-        stamps[COSTS] = files.write(part / COSTS, (self._folder / COSTS).read_bytes())
+        stamps[COSTS] = files.write(part / COSTS, self._costs)
         body = {
             "step": step,
             "samples": samples,
@@ -242,14 +244,14 @@ class Saver(Behind):
             "config": self._config.model_dump(mode="json"),
         }
         manifest.write(part, body)
-        _sync(part)
+        disk.sync(part)
         part.rename(path)
         with suppress(OSError):  # it is there, whatever becomes of the old ones
-            _sync(path.parent)
+            disk.sync(path.parent)
             for old in self._too_old():
                 gone = old.with_name(f".{old.name}.gone")
                 old.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                _remove(gone)
 
     def _entries(self) -> dict[str, Entry]:
         out: dict[str, Entry] = {}
@@ -289,13 +291,12 @@ def _free(path: Path) -> Path:
     return next(p for p in names if not p.exists())
 
 
-def _sync(folder: Path) -> None:
-    """A new name in it is on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _remove(folder: Path) -> None:
+    """A folder with all that is in it; of a link, the link alone. Raises `OSError`."""
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def _source() -> str:

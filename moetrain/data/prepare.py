@@ -23,6 +23,7 @@ import numpy as np
 from rich.progress import Progress, TimeElapsedColumn
 from tokenizers import Tokenizer
 
+from moetrain import disk
 from moetrain.config import ConfigError, Data
 from moetrain.data import debian, sources, tokenizer
 from moetrain.data.corpus import MIN_CHARACTERS, Document, cut, documents, held_out
@@ -103,7 +104,10 @@ def prepared(options: Data) -> list[Path]:
 def problem(folder: Path) -> str | None:
     """What is wrong with a prepared corpus as far as sizes tell; None for nothing."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(disk.read(folder / "manifest.json"))
+        names = [*manifest["domains"], *manifest["one_document"], *(manifest["splits"][s]["sha256"] for s in SPLITS)]
+        if not all(isinstance(name, str) for name in names) or not isinstance(manifest["end_of_text"], int):
+            return "its manifest is damaged"
         width = 2 if int(manifest["vocab_size"]) <= 1 << 16 else 4
         for split in SPLITS:
             facts, size = manifest["splits"][split], (folder / f"{split}.bin").stat().st_size
@@ -214,7 +218,7 @@ def _prepare(options: Data, folder: Path) -> None:
     for line in news(manifest, options):
         console.print(line)
     sources.record(folder, options, seen)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    disk.write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def news(manifest: dict[str, Any], options: Data) -> Iterator[str]:

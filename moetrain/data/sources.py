@@ -3,11 +3,10 @@ differ. Kept in `sources.json` of the prepared corpus."""
 
 import hashlib
 import json
-import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from moetrain import disk
 from moetrain.config import Data
 from moetrain.data import debian, files
 from moetrain.data.files import LeftOut
@@ -37,7 +36,7 @@ def record(folder: Path, options: Data, seen: Listing | None) -> None:
     """Keep what was listed before it was read, with digests."""
     if seen is not None:
         rows = {name: [size, time, digest(options, name)] for name, (size, time) in seen.items()}
-        (folder / NAME).write_text(json.dumps(rows))
+        disk.write(folder / NAME, json.dumps(rows))
 
 
 def change(folder: Path, options: Data) -> str | None:
@@ -72,12 +71,10 @@ def digest(options: Data, name: str) -> str:
 
 
 def _read(folder: Path) -> dict[str, list]:
-    return json.loads((folder / NAME).read_text())
+    return json.loads(disk.read(folder / NAME, 1 << 32))
 
 
 def _write(folder: Path, rows: dict[str, list]) -> None:
     """New times of files that are the same; where the folder is read-only they are compared by content every time."""
     with suppress(OSError):
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{NAME}.", delete=False) as file:
-            json.dump(rows, file)
-        os.replace(file.name, folder / NAME)
+        disk.write(folder / NAME, json.dumps(rows))

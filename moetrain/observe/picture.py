@@ -1,10 +1,12 @@
 """A run in one picture: loss per domain, imbalance over time, the devices' load before and after planning."""
 
-import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from moetrain import disk
 from moetrain.observe import trace
 
 
@@ -15,20 +17,19 @@ def draw(folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "train/lm_loss" in row]
+    rows = [row for row in disk.rows(folder / "metrics.jsonl") if "train/lm_loss" in row]
     steps = [row["step"] for row in rows]
     figure, (loss, balance, device) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=[5, 4, 3])
 
     per_domain = {key for row in rows for key in row if key.startswith("train/") and key.count("/") == 2}
     for name in sorted(key.split("/")[1] for key in per_domain):
-        loss.plot(steps, _smooth([row.get(f"train/{name}/loss", np.nan) for row in rows]), label=name, lw=1.5)
-    loss.plot(steps, _smooth([row["train/lm_loss"] for row in rows]), label="all", color="black", lw=2)
+        loss.plot(steps, _smooth(_values(rows, f"train/{name}/loss")), label=name, lw=1.5)
+    loss.plot(steps, _smooth(_values(rows, "train/lm_loss")), label="all", color="black", lw=2)
     loss.set(title="Training loss per domain (nats a token)", xlabel="step")
     loss.legend(frameon=False)
 
     for key, label, color in (("home", "at home", "tab:red"), ("planned", "planned", "tab:green")):
-        balance.plot(steps, [row[f"balance/imbalance_{key}"] for row in rows], label=label, color=color, lw=1.2)
+        balance.plot(steps, _values(rows, f"balance/imbalance_{key}"), label=label, color=color, lw=1.2)
     balance.axhline(1, color="gray", lw=0.8, ls=":")
     balance.set(title="Device imbalance (max / mean load)", xlabel="step")
     balance.legend(frameon=False)
@@ -47,7 +48,8 @@ def draw(folder: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path = folder / "run.png"
-    figure.savefig(path, dpi=110)
+    with disk.replacing(path) as out:
+        figure.savefig(out, dpi=110, format="png")
     plt.close(figure)
     return path
 
@@ -60,6 +62,12 @@ def _worst_sample(folder: Path) -> tuple[int, int, np.ndarray, np.ndarray] | Non
     share, after = (found[x] / found[x].mean(-1, keepdims=True).clip(min=1e-9) for x in ("home", "planned"))
     sample, layer = np.unravel_index(share.max(-1).argmax(), share.shape[:2])
     return int(found["step"][sample]), int(layer), share[sample, layer], after[sample, layer]
+
+
+def _values(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """NaN where a row has no finite number of that name."""
+    found = (row.get(name) for row in rows)
+    return [float(x) if isinstance(x, int | float) and math.isfinite(x) else math.nan for x in found]
 
 
 def _smooth(values: list[float]) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain import disk
 from moetrain.comm import all_reduce_sum
 from moetrain.data.loader import Corpus
 from moetrain.mesh import Mesh
@@ -141,10 +142,8 @@ def write(folder: Path, step: int, domains: Sequence[str], layers: list[dict[str
     """`specialisation/step_N.json` of the run's folder, whole or not at all."""
     path = folder / "specialisation" / f"step_{step}.json"
     path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
     with suppress(OSError):  # a full disk does not stop a run
-        unfinished.write_text(json.dumps({"step": step, "domains": list(domains), "layers": layers}))
-        unfinished.rename(path)
+        disk.write(path, json.dumps({"step": step, "domains": list(domains), "layers": layers}))
 
 
 def forget(folder: Path, first_step: int) -> None:

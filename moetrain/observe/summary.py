@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from moetrain import disk
 from moetrain.config import Config
 from moetrain.data.bigram import Bigram
 from moetrain.data.loader import Corpus, Samples
@@ -17,6 +18,10 @@ from moetrain.evaluate import Score, held_out_windows
 from moetrain.observe.console import Voice, styled
 from moetrain.observe.estimate import Estimate, short
 
+COLUMNS = (  # of metrics.jsonl, that the summary is made of
+    "train/tokens", "train/lm_loss", "perf/tokens_per_second", "balance/imbalance_home", "balance/imbalance_planned",
+    "balance/guests", "balance/rows_moved", "balance/rows_moved_fraction",
+)  # fmt: skip
 NOT_EVALUATED = "not evaluated, since no byte of its text is held out"
 BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
 
@@ -49,30 +54,29 @@ def collect(
     texts: Any,
 ) -> dict[str, Any]:
     """Everything the summary shows, from the run's own records; written to `summary.json`."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "train/loss" in row]
-    mean = lambda name: float(np.mean([row[name] for row in rows]))  # noqa: E731
+    rows = [row for row in disk.rows(folder / "metrics.jsonl") if "train/loss" in row]
+    column = {name: [row[name] for row in rows if _is_number(row.get(name))] or [math.nan] for name in COLUMNS}
+    mean = lambda name: float(np.mean(column[name]))  # noqa: E731
+    total = lambda name: round(np.nan_to_num(mean(name)) * config.train.steps)  # noqa: E731
     found = {
         "run": str(folder),
         "steps": config.train.steps,
-        "tokens": rows[-1]["train/tokens"],
+        "tokens": column["train/tokens"][-1],
         "parameters": {"total": size.total, "active": size.active},
         "loss": {
-            "first": rows[0]["train/lm_loss"],
-            "last": float(np.mean([r["train/lm_loss"] for r in rows[-10:]])),
+            "first": _or_none(column["train/lm_loss"][0]),
+            "last": _or_none(float(np.mean(column["train/lm_loss"][-10:]))),
         },
         "bits_per_byte": {name: score.bits_per_byte if score.num_bytes else None for name, score in scores.items()},
         "bigram_bits_per_byte": bigram,
-        "tokens_per_second": float(np.median([row["perf/tokens_per_second"] for row in rows])),
+        "tokens_per_second": float(np.median(column["perf/tokens_per_second"])),
         "imbalance": {"home": mean("balance/imbalance_home"), "planned": mean("balance/imbalance_planned")},
-        "guests": round(mean("balance/guests") * config.train.steps),
-        "rows_moved": round(mean("balance/rows_moved") * config.train.steps),
+        "guests": total("balance/guests"),
+        "rows_moved": total("balance/rows_moved"),
         "rows_moved_fraction": mean("balance/rows_moved_fraction"),
         "generated": texts,
     }
-    whole = folder / ".summary.json.part"
-    whole.write_text(json.dumps(found, indent=2) + "\n")
-    whole.rename(folder / "summary.json")
+    disk.write(folder / "summary.json", json.dumps(found, indent=2) + "\n")
     return found
 
 
@@ -80,12 +84,28 @@ def number(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def is_there(folder: Path) -> bool:
-    return (folder / "summary.json").is_file()
+def read(folder: Path) -> dict[str, Any] | None:
+    """What `collect` wrote of the run in a folder; None where it is missing or damaged."""
+    found = disk.read_json(folder / "summary.json")
+    try:
+        numbers = [found[name] for name in ("tokens", "steps", "tokens_per_second", "rows_moved", "guests")]
+        numbers += [found["rows_moved_fraction"], *(found["imbalance"][name] for name in ("home", "planned"))]
+        numbers += [found["parameters"][name] for name in ("total", "active")]
+        open_ones = [found["loss"]["first"], found["loss"]["last"], *found["bits_per_byte"].values()]
+        open_ones += (found["bigram_bits_per_byte"] or {}).values()
+        texts = [found["run"], *(each[name] for each in found["generated"] for name in ("title", "prompt", "text"))]
+    except (LookupError, TypeError, AttributeError):
+        return None
+    sound = all(_is_number(x) for x in numbers) and all(x is None or _is_number(x) for x in open_ones)
+    return found if sound and all(isinstance(text, str) for text in texts) else None
 
 
-def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def show(found: dict[str, Any], voice: Voice) -> None:
@@ -112,7 +132,8 @@ def show(found: dict[str, Any], voice: Voice) -> None:
         ),
         (
             "loss",
-            f"{found['loss']['first']:.3f} → {found['loss']['last']:.3f} nats a token, mean of the last ten steps",
+            f"{number(found['loss']['first'])} → {number(found['loss']['last'])} nats a token, "
+            "mean of the last ten steps",
         ),
         ("imbalance", f"{home:.3f} at home → {planned:.3f} planned (largest device load over the mean)"),
         (

@@ -7,7 +7,6 @@ n samples, L passes through MoE layers, R ranks of the expert group, E experts, 
 ranks of the world, P phases.
 """
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moetrain import disk
 from moetrain.moe.cost import Limits
 from moetrain.moe.layer import LayerStats
 from moetrain.observe.arrays import Array, stack
@@ -138,14 +138,11 @@ def read_parts(folder: Path) -> Iterator[dict[str, Array]]:
 
 def _write(path: Path, arrays: dict[str, Any]) -> bool:
     """Whole or not at all; False on a full disk: the samples wait for the next time."""
-    unfinished = path.with_name(f".{path.name}")
     try:
-        with unfinished.open("wb") as out:
+        with disk.replacing(path) as out:
             np.savez_compressed(out, **arrays)
     except OSError:
-        unfinished.unlink(missing_ok=True)
         return False
-    os.rename(unfinished, path)
     return True
 
 

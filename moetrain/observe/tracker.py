@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from moetrain import disk
 from moetrain.observe.alerts import Alert
 
 Metrics = Mapping[str, Any]
@@ -78,16 +79,10 @@ class JsonLines:
 
 class _Lines:
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = []
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= first_step else []
-                except (ValueError, KeyError):
-                    continue  # the torn last line of a run that was killed
-        whole = path.with_name(f".{path.name}.part")
-        whole.write_text("".join(line + "\n" for line in kept))
-        whole.rename(path)
+        kept = [json.dumps(row) + "\n" for row in disk.rows(path) if row["step"] <= first_step]
+        whole = "".join(kept).encode()
+        if not path.is_file() or path.is_symlink() or path.read_bytes() != whole:
+            disk.write(path, whole)
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
 

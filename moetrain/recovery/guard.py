@@ -7,6 +7,7 @@ trouble. It goes back once: where the same comes again before the run has got be
 import math
 from pathlib import Path
 
+from moetrain import disk
 from moetrain.comm import broadcast_text
 from moetrain.mesh import Mesh
 from moetrain.recovery.exits import GAVE_UP, Diverged
@@ -18,8 +19,8 @@ class Guard:
     def __init__(self, folder: Path, mesh: Mesh, skips: int, saved: bool) -> None:
         """`saved`: whether there is something to go back to."""
         self._file, self._mesh, self._skips, self.saved = folder / "went_back", mesh, skips, saved
-        text = self._file.read_text() if mesh.is_main and self._file.is_file() else ""
-        self._went_back_from = int(broadcast_text(text, mesh.device) or 0)
+        step = disk.read_json(self._file) if mesh.is_main else None
+        self._went_back_from = int(broadcast_text(str(step) if type(step) is int else "0", mesh.device))
         self.in_a_row = 0
         self.skipped = 0  # by this process
 
@@ -43,5 +44,5 @@ class Guard:
             raise Diverged(f"{said}{again}; {advice}", GAVE_UP)
         if self._mesh.is_main:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(str(step))
+            disk.write(self._file, str(step))
         raise Diverged(f"{said}; started again, the run goes back to what was saved last")

@@ -18,6 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
+from moetrain import disk
 from moetrain.worker import end_now
 
 if TYPE_CHECKING:  # a launcher reads heartbeats, without torch
@@ -106,7 +109,7 @@ class Heart:
         step, marks, layer, phase, since = self._place
         beat = Beat(self._rank, self._host, os.getpid(), step, marks, layer, phase, since, time.time())
         with suppress(OSError):  # a full disk takes what stands there already in other words
-            handle = os.open(_path(self._folder, self._rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            handle = os.open(_path(self._folder, self._rank), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 os.pwrite(handle, json.dumps(asdict(beat)).ljust(400).encode(), 0)
             finally:
@@ -118,8 +121,8 @@ def read(folder: Path, world: int | None = None) -> list[Beat]:
     paths = sorted(folder.glob("rank_*")) if world is None else [_path(folder, rank) for rank in range(world)]
     out = []
     for path in paths:
-        with suppress(OSError, ValueError, TypeError):
-            out.append(Beat(**json.loads(path.read_text())))
+        with suppress(OSError, ValueError):
+            out.append(TypeAdapter(Beat).validate_json(disk.read(path)))
     return out
 
 

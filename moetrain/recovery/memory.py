@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from moetrain import disk
 from moetrain.checkpoint import files
 
 ROOT = Path("/dev/shm")
@@ -61,9 +63,12 @@ def stamp_file(slot: Path, rank: int) -> Path:
 def stamps(place: Path) -> Iterator[tuple[Path, Stamp]]:
     """(slot, stamp) of the files below a host's folder that are there in their length; their bytes are not read."""
     for path in sorted(place.glob("*/rank_*.json")):
-        with suppress(OSError, ValueError, TypeError):
-            stamp = Stamp(**json.loads(path.read_text()))
-            if data_file(path.parent, stamp.rank).stat().st_size == stamp.bytes:
+        with suppress(OSError, ValueError):
+            stamp = TypeAdapter(Stamp).validate_json(disk.read(path))
+            if (
+                isinstance(stamp.layout.get("ranks"), int)
+                and data_file(path.parent, stamp.rank).stat().st_size == stamp.bytes
+            ):
                 yield path.parent, stamp
 
 
@@ -76,10 +81,7 @@ def is_whole(slot: Path, stamp: Stamp) -> bool:
 
 
 def put_stamp(slot: Path, stamp: Stamp) -> None:
-    path = stamp_file(slot, stamp.rank)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(stamp)))
-    part.rename(path)
+    disk.write(stamp_file(slot, stamp.rank), json.dumps(asdict(stamp)))
 
 
 def reserve(path: Path, size: int) -> Tensor:

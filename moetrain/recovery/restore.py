@@ -7,10 +7,12 @@ it needs and does not have from one that has it.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moetrain import disk
 from moetrain.checkpoint import files, manifest
 from moetrain.checkpoint.manifest import Entry
 from moetrain.checkpoint.saving import share_out
@@ -131,7 +133,8 @@ def _folder(found: Found, place: Path, rank: int, needed: Sequence[int], config:
             entries[name] = Entry(dtype, tuple(shape), sorted([*before, (source.name, begin, end)], key=lambda p: p[1]))
     text = manifest.entries_text(entries).encode()
     stamps[manifest.ENTRIES] = files.write(out / manifest.ENTRIES, text)
-    stamps[COSTS] = files.write(out / COSTS, costs.read_bytes())
+    with suppress(OSError, ValueError):  # without them they are measured again
+        stamps[COSTS] = files.write(out / COSTS, disk.read(costs))
     stamp = ordered[0][1]
     body = {"step": stamp.step, "samples": stamp.samples, "layout": stamp.layout, "files": stamps, "config": config}
     manifest.write(out, body)

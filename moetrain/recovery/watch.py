@@ -1,16 +1,17 @@
 """What a training loop does for the day when something fails: a heartbeat, snapshots, an ear for requests to end."""
 
+import json
 import socket
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
-import yaml
 
 from moetrain import checkpoint, runs
-from moetrain.checkpoint import Start
+from moetrain.checkpoint import Start, manifest
 from moetrain.checkpoint.saving import layout_of
 from moetrain.comm import all_reduce_sum, broadcast_text, gather_texts
 from moetrain.config import Config
@@ -36,10 +37,20 @@ def newer(start: Start, config: Config, folder: Path, mesh: Mesh) -> Start:
     found = restore.newest(run, mesh, hosts, checkpoint.progress(start.path)[0]) if run else None
     if found is None:
         return start
-    begun_with = yaml.safe_load((folder / "config.yaml").read_text())
+    begun_with = json.loads(broadcast_text(json.dumps(_begun_with(start, folder)), mesh.device))
+    if begun_with is None:
+        said = f"a snapshot in memory of step {found.step} is passed over: its config.yaml is missing or damaged"
+        return start._replace(notes=[*start.notes, said])
     path = restore.assemble(found, run, mesh, hosts, layout_of(config, mesh), begun_with, folder / COSTS)
     checkpoint.check_fits(config, path, same_run=True)
     return Start(path, [*start.notes, f"a snapshot in memory is newer than what is on the disk: step {found.step}"])
+
+
+def _begun_with(start: Start, folder: Path) -> dict[str, Any] | None:
+    """The configuration that the run in `folder` has had, in its own words or in those of its checkpoint."""
+    if start.path is not None and start.path.resolve().is_relative_to(folder.resolve()):
+        return runs.config_of(folder) or manifest.read(start.path)["config"]
+    return runs.config_of(folder)
 
 
 class Watch:

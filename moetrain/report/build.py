@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moetrain import __version__
+from moetrain import __version__, disk
 from moetrain.report.cards import about, cards
 from moetrain.report.compare import compare, flat
 from moetrain.report.figures import figures
@@ -82,9 +82,7 @@ def as_json(found: dict[str, Any]) -> str:
 def write(runs: Sequence[Run], path: Path) -> dict[str, Any]:
     """Write the page, whole or not at all. Returns what is on it."""
     found = data(runs)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(html(found), encoding="utf-8")
-    unfinished.rename(path)
+    disk.write(path, html(found))
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from moetrain import disk
 from moetrain.config import ConfigError
 
 Row = dict[str, Any]
@@ -55,10 +56,8 @@ class Metrics:
         return self.path.is_file() and self.path.stat().st_size > self._offset
 
     def _add(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError, OverflowError):
+        row = disk.row_of(line)
+        if row is None:
             self.torn += 1
             return
         self.rows.append({k: _array(v) if isinstance(v, list) else v for k, v in row.items()})
@@ -143,11 +142,12 @@ class Run:
     def _mapping(self, name: str, without: str) -> dict[str, Any]:
         path = self.folder / name
         try:
-            found = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())
+            text = disk.read(path)
+            found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
         except FileNotFoundError:
             self.missing.append(f"{name} is {without}")
             return {}
-        except (ValueError, yaml.YAMLError, OSError) as error:
+        except disk.BROKEN as error:
             self.missing.append(f"{name} cannot be read ({type(error).__name__})")
             return {}
         if isinstance(found, dict):
@@ -182,21 +182,25 @@ class Run:
         paths = (self.folder / "specialisation").glob("step_*.json")
         for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
             try:
-                found = json.loads(path.read_text())
+                found = json.loads(disk.read(path))
                 if len(found["domains"]) and len(found["layers"][0]["counts"]):
                     return found
-            except (ValueError, LookupError, TypeError, OSError) as error:
+            except disk.BROKEN as error:
                 self.missing.append(f"specialisation/{path.name} cannot be read ({type(error).__name__})")
         return {}
 
     def _alerts(self) -> list[Row]:
         path = self.folder / "alerts.jsonl"
         found = []
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            text = disk.read(path)
+        except (OSError, ValueError):
+            text = b""
+        for line in text.splitlines():
             try:
                 alert = json.loads(line)
                 found.append({"step": int(alert["step"]), "kind": str(alert["kind"]), "text": str(alert["text"])})
-            except (ValueError, KeyError, TypeError, OverflowError):
+            except disk.BROKEN:
                 self.missing.append("alerts.jsonl has an unreadable line: left out")
         return found
 

@@ -1,0 +1,121 @@
+"""Small files that outlive a process: written whole or not at all, and read as far as they are sound.
+
+What is read may be torn, damaged or somebody else's: only regular files up to a size are read, and what does not parse
+counts as missing. Whoever needs more than JSON of some shape checks that too.
+"""
+
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+MOST_BYTES = 1 << 26  # of a file that is read as a whole
+BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the block is through and its last byte is on the disk.
+
+    Links are replaced, not followed. Where the block or the disk fails, what was there stays. Raises `OSError`.
+    """
+    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.part")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with open(handle, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(handle)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+    sync(path.parent)
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """`data` in place of what `path` held; text as UTF-8. Raises `OSError`."""
+    with replacing(path) as out:
+        out.write(data.encode() if isinstance(data, str) else data)
+
+
+def sync(folder: Path) -> None:
+    """The names in it are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A regular file. Raises `OSError`; `ValueError` where it is something else or has more than `most` bytes."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer must not be waited for
+    with open(handle, "rb") as file:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("it is no regular file")
+        if about.st_size > most:
+            raise ValueError(f"it has {about.st_size:,} bytes, more than {most:,}")
+        return file.read(most)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing or damaged."""
+    with suppress(*BROKEN):
+        return json.loads(read(path))
+    return None
+
+
+def read_yaml(path: Path) -> dict[str, Any] | None:
+    """The mapping in a YAML file; None where it is missing, damaged or something else."""
+    with suppress(*BROKEN):
+        found = yaml.safe_load(read(path, 1 << 20))
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl` or `alerts.jsonl`: an object with a `step`; None for a torn or damaged one."""
+    with suppress(*BROKEN):
+        row = json.loads(line)
+        step = row["step"]
+        return row if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+    return None
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The sound lines of such a file; none where there is no file."""
+    with suppress(OSError, ValueError):
+        return [row for line in read(path, 1 << 34).split(b"\n") if (row := row_of(line)) is not None]
+    return []
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that is this user's alone, or see that it is. Raises `OSError`; `PermissionError` where it is not.
+
+    One that only could be read by others is closed.
+    """
+    with suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    if said := not_private(folder):
+        raise PermissionError(said)
+    if stat.S_IMODE(folder.lstat().st_mode) & 0o077:
+        os.chmod(folder, 0o700)
+
+
+def not_private(folder: Path) -> str:
+    """Why others could have put something into a folder, in words; empty where none could. Raises `OSError`."""
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode):
+        return f"{folder} is no folder, or a link to one"
+    if about.st_uid != os.getuid():
+        return f"{folder} belongs to another user ({about.st_uid})"
+    return f"{folder} can be written by others" if about.st_mode & 0o022 else ""
