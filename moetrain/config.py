@@ -152,12 +152,34 @@ class Recovery(Section):
 class Track(Section):
     wandb: bool
     tensorboard: bool
-    project: str
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    job_type: str | None = None
+    notes: str | None = None
     trace_every: NonNegative
     window: Positive
     alert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None
     profile_from: Positive | None
     profile_steps: Positive
+
+    @field_validator("project", "entity", "group", "job_type")
+    @classmethod
+    def _is_a_name(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """As wandb has it."""
+        if value is not None and not 1 <= len(value) <= 128:
+            raise ValueError("must have 1 to 128 characters")
+        if info.field_name in ("project", "entity") and value is not None and set(value) & set("/\\#?%:"):
+            raise ValueError("must have none of / \\ # ? % :")
+        return value
+
+    @field_validator("tags")
+    @classmethod
+    def _are_tags(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(1 <= len(tag) <= 64 for tag in value):
+            raise ValueError("must be words of 1 to 64 characters")
+        return value
 
 
 class Model(Section):

@@ -151,7 +151,8 @@ def _one(_: DictConfig) -> float:
         return FAILED
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # another process than the sweep's
         signal.signal(signal.SIGINT, lambda *_: None)
-    with subprocess.Popen(command) as process:
+    together = {"WANDB_RUN_GROUP": folder.name, **os.environ}  # of wandb; track.group comes before it
+    with subprocess.Popen(command, env=together) as process:
         while process.poll() is None:
             if (folder / ASKED).exists():
                 process.send_signal(signal.SIGTERM)

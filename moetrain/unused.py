@@ -74,7 +74,8 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
     if not c.generate.temperature:
         yield "generate.seed", "goes with generate.temperature above 0; at 0 nothing is drawn"
     if not c.track.wandb:
-        yield "track.project", "goes with track.wandb=true"
+        for option in ("project", "entity", "group", "tags", "job_type", "notes"):
+            yield f"track.{option}", "goes with track.wandb=true"
     if c.track.profile_from is None:
         yield "track.profile_steps", "goes with track.profile_from=STEP"
     if not m.num_dense_layers:

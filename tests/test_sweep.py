@@ -17,6 +17,7 @@ from moetrain.recovery.exits import REQUEUE
 def test_runs_at_once_are_named_kept_and_compared(tiny: list[str], tmp_path: Path) -> None:
     """Through Hydra's joblib launcher, two processes at a time; once more, and nothing is trained again."""
     overrides = [*tiny, "train.steps=2", "parallel.nproc=1", "train.threads=1", "run.name=swept"]
+    overrides += ["track.wandb=true"]
     command = [sys.executable, "-m", "moetrain", "train", "--multirun", *overrides, "planner=home,llep"]
     command += ["optim.betas=[0.8,0.9]", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
@@ -29,6 +30,8 @@ def test_runs_at_once_are_named_kept_and_compared(tiny: list[str], tmp_path: Pat
         text = (swept / name / "config.yaml").read_text()
         assert f"name: {planner}" in text
         assert re.search(r"betas:\n *- 0.8\n *- 0.9\n", text)
+        (tracked,) = (swept / name / "wandb").glob("offline-run-*/*.wandb")
+        assert b"\x05swept" in tracked.read_bytes()  # its group, in wandb's records
         bits = json.loads((swept / name / "summary.json").read_text())["bits_per_byte"]["all"]
         assert any(line.split()[:2] == [name, f"{bits:.3f}"] for line in lines)
     assert lines[-1] == f"compare them: moetrain report {swept}/[0-9]*/"

@@ -25,7 +25,7 @@ from moetrain.observe.meter import Meter, Step
 from moetrain.observe.profiler import Profiler
 from moetrain.observe.tensorboard_sink import TensorBoard
 from moetrain.observe.trace import LoadTrace
-from moetrain.observe.tracker import JsonLines, Sink, Tracker
+from moetrain.observe.tracker import JsonLines, Sink, Tolerant, Tracker
 from moetrain.observe.wandb_sink import Wandb
 
 
@@ -116,7 +116,7 @@ def sinks(config: Config, folder: Path, first: int) -> list[Sink]:
     if config.track.wandb and importlib.util.find_spec("wandb") is None:
         console.print("wandb is not installed: nothing goes there; track.wandb=false leaves this line out")
     elif config.track.wandb:
-        out.append(Wandb(config, folder))
+        out.append(Tolerant("wandb", lambda: Wandb(config, folder)))
     if config.track.tensorboard:
-        out.append(TensorBoard(folder, first))
+        out.append(Tolerant("TensorBoard", lambda: TensorBoard(folder, first)))
     return out

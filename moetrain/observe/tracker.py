@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from moetrain import disk
 from moetrain.observe.alerts import Alert
+from moetrain.observe.console import console
 
 Metrics = Mapping[str, Any]
 
@@ -53,6 +54,45 @@ class Tracker:
         if isinstance(error, FloatingPointError):
             self.alert(self._step + 1, Alert("not_finite", str(error).removeprefix(f"step {self._step + 1}: ")))
         self.close()
+
+
+class Tolerant:
+    """A sink of somebody else's, made at its first use. What it raises never ends a run: it is said in one line, and
+    nothing goes there from then on."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self._name, self._make = name, make
+        self._sink: Sink | None = None
+        self._failed = False
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._try(lambda sink: sink.log(step, metrics))
+
+    def alert(self, step: int, alert: Alert) -> None:
+        self._try(lambda sink: sink.alert(step, alert))
+
+    def close(self) -> None:
+        if self._sink is not None:
+            self._try(lambda sink: sink.close())
+
+    def _try(self, act: Callable[[Sink], None]) -> None:
+        if self._failed:
+            return
+        try:
+            self._sink = self._sink or self._make()
+            act(self._sink)
+        except Exception as error:
+            self._failed = True
+            said = f"{self._name}: {one_line(error)}; nothing more goes there, metrics.jsonl has everything"
+            console.print(said, style="yellow")
+            with suppress(Exception):
+                if self._sink is not None:
+                    self._sink.close()
+
+
+def one_line(error: Exception) -> str:
+    """What it says, without the end of the sentence."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:240].rstrip(".")
 
 
 class JsonLines:

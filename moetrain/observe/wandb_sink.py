@@ -1,4 +1,6 @@
-"""Weights & Biases: offline in the run's folder unless a key is set.
+"""Weights & Biases: online where the user is logged in, else offline in the run's folder.
+
+What wandb's own environment variables and settings files say holds wherever the configuration says nothing.
 
 Sections of the automatic workspace are what stands before the first slash of a name. What is of one layer is kept out
 of it: its charts would bury the others. In its place `experts/load` shows all layers at sampled steps.
@@ -6,50 +8,58 @@ of it: its charts would bury the others. In its place `experts/load` shows all l
 
 import logging
 import os
-from functools import cached_property
+import re
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moetrain import disk
 from moetrain.config import Config
 from moetrain.observe.alerts import Alert
 from moetrain.observe.arrays import Array
-from moetrain.observe.tracker import Metrics
+from moetrain.observe.console import console
+from moetrain.observe.tracker import Metrics, one_line
 
 MOST_BINS = 512  # that a histogram may have
 CELL = 12  # pixels of an expert in the heat map
 ALERT_WAIT_SECONDS = 600
+INIT_SECONDS, FINISH_SECONDS = 30.0, 120.0  # that a run waits for a server at its start, and at its end for uploads
+ID = re.compile(r"[\w-]{1,64}")
 COLD, EVEN, HOT = np.array([[33, 70, 140], [245, 245, 240], [190, 40, 30]], dtype=float)  # colours of the heat map
 
 
 class Wandb:
-    """Lists become histograms: over the steps, heat maps of experts or devices."""
+    """Lists become histograms: over the steps, heat maps of experts or devices.
+
+    Begins when it is made, which takes a second or two; where wandb cannot be reached, the run is kept offline.
+    """
 
     def __init__(self, config: Config, folder: Path) -> None:
-        self._config, self._folder, self._layers = config, folder, config.model.pass_names
-
-    @cached_property
-    def _run(self) -> Any:
-        """Begins with the first row: its second or two do not come before the first step."""
         import wandb
 
-        config = self._config
-        logging.getLogger("wandb").setLevel(logging.ERROR)
-        online = "WANDB_API_KEY" in os.environ and os.environ.get("WANDB_MODE") != "offline"
-        run = wandb.init(
-            project=config.track.project,
-            name=config.run.name,
-            dir=self._folder,
-            config=config.model_dump(mode="json"),
-            mode="online" if online else "offline",
-            settings=wandb.Settings(silent=not online, console="off", x_disable_stats=True),
-        )
-        run.define_metric("step", hidden=True)
-        run.define_metric("*", step_metric="step")
+        self._layers = config.model.pass_names
+        logging.getLogger("wandb").setLevel(logging.CRITICAL)  # what goes wrong is said in our own line
+        mode = _mode()
+        try:
+            self._run = _begin(config, folder, mode)
+        except Exception as error:  # its own, and those of its connection
+            if mode != "online":
+                raise
+            with suppress(Exception):
+                wandb.teardown(1)  # else its process still holds the run's id
+            self._run = _begin(config, folder, "offline")
+            kept = Path(self._run.dir).parent
+            console.print(f"wandb: {one_line(error)}; offline for now, `wandb sync {kept}` uploads it")
+        else:
+            if mode == "online":
+                console.print(f"wandb: {self._run.url}")
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
         for prefix in ("balance/layer_", "eval/layer_", "specialise/layer_"):
-            run.define_metric(f"{prefix}*", step_metric="step", hidden=True)
-        return run
+            self._run.define_metric(f"{prefix}*", step_metric="step", hidden=True)
 
     def log(self, step: int, metrics: Metrics) -> None:
         import wandb
@@ -73,8 +83,63 @@ class Wandb:
         self._run.alert(title, alert.text, level="WARN", wait_duration=ALERT_WAIT_SECONDS)
 
     def close(self) -> None:
-        if "_run" in vars(self):
+        import wandb
+
+        try:
             self._run.finish()
+        except Exception:
+            with suppress(Exception):
+                wandb.teardown(1)  # else its hook at the exit of the process prints a traceback
+            raise
+
+
+def _begin(config: Config, folder: Path, mode: Any) -> Any:
+    """wandb's run, of the id that is kept in the run's folder."""
+    import wandb
+
+    track, ours = config.track, {"silent": True, "console": "off", "finish_timeout": FINISH_SECONDS}
+    ours["init_timeout"] = min(INIT_SECONDS, config.recovery.timeout / 2)  # the other ranks wait meanwhile
+    known = wandb.Settings.model_fields
+    settings = {k: v for k, v in ours.items() if k in known and f"WANDB_{k.upper()}" not in os.environ}
+    return wandb.init(
+        project=track.project or os.environ.get("WANDB_PROJECT") or "moetrain",
+        entity=track.entity,
+        group=track.group,
+        tags=track.tags or None,
+        job_type=track.job_type,
+        notes=track.notes,
+        name=None if os.environ.get("WANDB_NAME") else config.run.name,
+        id=_run_id(folder),
+        resume=None if os.environ.get("WANDB_RESUME") else "allow",
+        dir=None if os.environ.get("WANDB_DIR") else folder,
+        config=config.model_dump(mode="json"),
+        mode=mode,
+        settings=wandb.Settings(**settings),
+    )
+
+
+def _mode() -> str:
+    """As wandb's settings say; offline where it would be online and nobody is logged in: nothing may ask for a key."""
+    import wandb
+    from requests.utils import get_netrc_auth
+
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return str(settings.mode)
+    keys = (os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_IDENTITY_TOKEN_FILE"), settings.api_key)
+    return "online" if any(keys) or get_netrc_auth(settings.base_url) else "offline"
+
+
+def _run_id(folder: Path) -> str:
+    """That of the run in `folder`, kept in its `wandb_id`: a run that goes on is one run."""
+    path, asked = folder / "wandb_id", os.environ.get("WANDB_RUN_ID")
+    with suppress(OSError, ValueError):
+        if not asked and ID.fullmatch(known := disk.read(path).decode().strip()):
+            return known
+    new = asked or secrets.token_hex(4)
+    with suppress(OSError):  # a full disk: the next start is another run
+        disk.write(path, new + "\n")
+    return new
 
 
 def heat_map(loads: list[Array]) -> Array:
