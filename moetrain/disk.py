@@ -4,6 +4,7 @@ What is read may be torn, damaged or somebody else's: only regular files up to a
 counts as missing. Whoever needs more than JSON of some shape checks that too.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -106,7 +107,7 @@ def make_private(folder: Path) -> None:
     with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     if said := not_private(folder):
-        raise PermissionError(said)
+        raise PermissionError(errno.EPERM, said)
     if stat.S_IMODE(folder.lstat().st_mode) & 0o077:
         os.chmod(folder, 0o700)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import uuid
@@ -14,6 +15,7 @@ import made_run
 import pytest
 from test_checkpoint import Toy
 from test_profile import obtain
+from test_train import run as trained
 
 from moetrain import config, disk, profile, runs
 from moetrain.checkpoint import Start
@@ -236,3 +238,114 @@ def test_a_snapshot_without_a_config_is_passed_over(pool, tmp_path: Path, data: 
         assert path == "step_3"
     finally:
         memory.forget(memory.root() / identity)
+
+
+# What others on the host, or in a copied folder, have put there
+
+
+def test_an_identity_that_is_a_path_removes_nothing(pool, tiny, tmp_path: Path) -> None:
+    """In a run's folder that came from somewhere else: made anew, and what it pointed at stays."""
+    victim = tmp_path / "victim" / socket.gethostname()
+    victim.mkdir(parents=True)
+    (victim / "thesis.tex").touch()
+    place = tmp_path / "x" / "recovery" / "run"
+    place.parent.mkdir(parents=True)
+    place.write_text(str(victim.parent))
+    pool.run(trained, 1, [*tiny, "run.name=x", "train.steps=2", "recovery.snapshot_every=1"])
+    assert (victim / "thesis.tex").is_file()
+    assert memory.is_identity(place.read_text())
+    assert not (memory.root() / place.read_text()).exists()
+
+
+def test_identities() -> None:
+    for name in ("x", "planner=llep,optim.lr=0.1", "é ü", "a" * 255, "..", "-"):
+        assert memory.is_identity(memory.new_identity(name)), name
+        assert len(memory.new_identity(name)) < 120
+    for text in (
+        "",
+        "/",
+        "/tmp/x-0123456789ab",
+        "../x-0123456789ab",
+        "x",
+        "x-0123456789AB",
+        "x-0123456789ab\n",
+        "é-0123456789ab",
+    ):
+        assert not memory.is_identity(text), text
+
+
+def planted(shm: Path, how: str) -> Path:
+    """The folder of this user in shared memory as somebody else has prepared it; what must stay as it is."""
+    root = shm / f"moetrain-{os.getuid()}"
+    theirs = shm / "theirs" / "x-0123456789ab" / socket.gethostname()
+    theirs.mkdir(parents=True)
+    if how == "link":
+        root.symlink_to(shm / "theirs")
+    elif how == "link to the run":
+        root.mkdir(0o700)
+        (root / theirs.parent.name).symlink_to(theirs.parent)
+    else:
+        (shm / "theirs").rename(root)
+        theirs = root / theirs.relative_to(shm / "theirs")
+        root.chmod(0o777 if how == "writable" else 0o700)
+    (theirs / "a").mkdir(mode=0o700)
+    stamp = memory.Stamp(0, 9, 90, {"ranks": 1}, 3, "", {})
+    memory.data_file(theirs / "a", 0).write_bytes(b"abc")
+    memory.put_stamp(theirs / "a", stamp)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("link", "is no folder, or a link to one"),
+        ("link to the run", "is no folder, or a link to one"),
+        ("writable", "can be written by others"),
+        ("of another user", "belongs to another user"),
+    ],
+)
+def test_shared_memory_that_another_user_prepared_is_not_used(
+    pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, said: str
+) -> None:
+    theirs = planted(tmp_path, how)
+    ours = os.getuid()
+    (line,) = pool.run(prepared_by_another, 1, str(tmp_path), theirs.parent.name, how == "of another user")
+    assert line.startswith(f"no snapshots in memory: {tmp_path}/moetrain-"), line
+    assert said in line
+    assert sorted(path.name for path in theirs.rglob("*")) == ["a", "rank_00000.json", "rank_00000.safetensors"]
+    assert os.getuid() == ours
+
+
+def prepared_by_another(mesh: Mesh, shm: str, identity: str, other: bool) -> str:
+    """What a run says that takes a snapshot there; it neither sees what is there nor removes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "ROOT", Path(shm))
+        if other:
+            owner = os.getuid() + 1
+            (Path(shm) / f"moetrain-{owner - 1}").rename(Path(shm) / f"moetrain-{owner}")
+            patch.setattr(os, "getuid", lambda: owner)
+        place = memory.home(identity, socket.gethostname())
+        assert [*memory.stamps(place)] == []
+        toy = Toy(mesh, 0)
+        snapshots = Snapshots(identity, mesh, toy, {"engine": "toy", "ranks": 1}, [socket.gethostname()])
+        line = snapshots.take(1, 10) or ""
+        snapshots.forget()
+        if other:
+            (Path(shm) / f"moetrain-{owner}").rename(Path(shm) / f"moetrain-{owner - 1}")
+        return line
+
+
+def test_shared_memory_is_closed_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an earlier version left its upper levels open to be read; a stamp or file of another's counts not."""
+    monkeypatch.setattr(memory, "ROOT", tmp_path)
+    place = memory.home("x-0123456789ab", "host")
+    place.parent.mkdir(parents=True, mode=0o755)
+    path = memory.data_file(place / "a", 0)
+    memory.reserve(path, 3)
+    for level in (memory.root(), place.parent, place, place / "a"):
+        assert level.stat().st_mode & 0o777 == 0o700
+    memory.put_stamp(place / "a", memory.Stamp(0, 9, 90, {"ranks": 1}, 3, "", {}))
+    assert len([*memory.stamps(place)]) == 1
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert [*memory.stamps(place)] == []

@@ -2,11 +2,17 @@
 
 `/dev/shm/moetrain-UID/RUN/HOST/{a,b}/rank_N.safetensors`, each with a stamp beside it, `rank_N.json`: written last, it
 is what makes the file count. A host keeps the files of its own ranks and of those that it is a peer to.
+
+Every user of the host can make files in `/dev/shm`. What counts is this user's, in folders that nobody else can write
+to, and reached without a link.
 """
 
 import json
 import os
+import re
 import shutil
+import stat
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -42,6 +48,17 @@ class Stamp:
         return int(self.layout["ranks"])
 
 
+def new_identity(name: str) -> str:
+    """Of a run of this name; no other has it."""
+    plain = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+    return f"{plain[:100]}-{uuid.uuid4().hex[:12]}"
+
+
+def is_identity(text: str) -> bool:
+    """Whether a text can be the identity of a run, hence the name of a folder: nothing that leads elsewhere."""
+    return re.fullmatch(r"[\w.-]+-[0-9a-f]{12}", text, re.ASCII) is not None
+
+
 def root() -> Path:
     """Of this user."""
     return ROOT / f"moetrain-{os.getuid()}"
@@ -62,13 +79,15 @@ def stamp_file(slot: Path, rank: int) -> Path:
 
 def stamps(place: Path) -> Iterator[tuple[Path, Stamp]]:
     """(slot, stamp) of the files below a host's folder that are there in their length; their bytes are not read."""
+    if foreign(place):
+        return
     for path in sorted(place.glob("*/rank_*.json")):
         with suppress(OSError, ValueError):
+            if foreign(path.parent) or not _is_ours(path):
+                continue
             stamp = TypeAdapter(Stamp).validate_json(disk.read(path))
-            if (
-                isinstance(stamp.layout.get("ranks"), int)
-                and data_file(path.parent, stamp.rank).stat().st_size == stamp.bytes
-            ):
+            data = data_file(path.parent, stamp.rank)
+            if isinstance(stamp.layout.get("ranks"), int) and _is_ours(data) and data.stat().st_size == stamp.bytes:
                 yield path.parent, stamp
 
 
@@ -85,10 +104,11 @@ def put_stamp(slot: Path, stamp: Stamp) -> None:
 
 
 def reserve(path: Path, size: int) -> Tensor:
-    """uint8 [size]: the memory of a new file. Raises `OSError` where there is not so much, or no such file system."""
+    """uint8 [size]: the memory of a new file. Raises `OSError` where there is not so much, or no such file system;
+    `PermissionError` where somebody else could write to its folder."""
     if not ROOT.is_dir():
         raise FileNotFoundError(f"there is no {ROOT}")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make(path.parent)
     path.unlink(missing_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -108,12 +128,38 @@ def mapped(path: Path, size: int) -> Tensor:
 
 def forget(place: Path) -> None:
     """Take a run's snapshots off this host."""
+    if foreign(place):
+        return
     shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):
         place.parent.rmdir()
 
 
+def make(folder: Path) -> None:
+    """A folder below `root()`, every level of it this user's alone. Raises `OSError`, see `foreign`."""
+    for level in _levels(folder):
+        disk.make_private(level)
+
+
+def foreign(folder: Path) -> str:
+    """Why what is in a folder below `root()` may be somebody else's, in words; empty: it is not, or not there."""
+    with suppress(FileNotFoundError):
+        return next(filter(None, map(disk.not_private, _levels(folder))), "")
+    return ""
+
+
+def _levels(folder: Path) -> list[Path]:
+    """From `root()` down to it."""
+    parts = folder.relative_to(ROOT).parts
+    return [ROOT.joinpath(*parts[: n + 1]) for n in range(len(parts))]
+
+
+def _is_ours(path: Path) -> bool:
+    about = path.lstat()
+    return stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid()
+
+
 def left_behind() -> list[tuple[Path, int]]:
     """(folder of a run, bytes) of all snapshots of this user on this host."""
-    runs = sorted(root().iterdir()) if root().is_dir() else []
+    runs = sorted(root().iterdir()) if root().is_dir() and not foreign(root()) else []
     return [(run, sum(p.stat().st_size for p in run.rglob("*") if p.is_file())) for run in runs]

@@ -118,7 +118,7 @@ def _folder(found: Found, place: Path, rank: int, needed: Sequence[int], config:
             by_rank.setdefault(stamp.rank, (slot, stamp))
     out = place / f"for_rank_{rank:05d}" / f"step_{found.step}"
     shutil.rmtree(out.parent, ignore_errors=True)
-    out.mkdir(parents=True)
+    memory.make(out)
     entries: dict[str, Entry] = {}
     ordered = [by_rank[file] for file in needed]
     holdings = [stamp.holding for _, stamp in ordered]

@@ -5,6 +5,8 @@ sends it to the peer. A file is written over only when all ranks have stamped th
 always there, whichever worker or host is lost.
 """
 
+import errno
+import os
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -118,30 +120,33 @@ class Snapshots(Behind):
 
     def _reserve(self, slot: str, size: int) -> str | None:
         """Memory for this slot's files on this host. All ranks call it; where one has none, all say so."""
-        sizes = torch.zeros(self._mesh.world + 1, dtype=torch.int64, device=self._mesh.device)
+        sizes, failed = torch.zeros(2, self._mesh.world, dtype=torch.int64, device=self._mesh.device)
         sizes[self._mesh.rank] = size
         all_reduce_sum(sizes)
         self._clear_others(slot)
-        failed = 0
         for rank in (self._mesh.rank, *self._from):
             try:
                 self._held[slot, rank] = memory.reserve(memory.data_file(self._place / slot, rank), int(sizes[rank]))
-            except OSError:
-                failed = 1
-        sizes[-1] = failed
-        if int(all_reduce_sum(sizes)[-1]) == 0:
+            except OSError as error:
+                failed[self._mesh.rank] = error.errno or errno.EIO
+        if (code := int(all_reduce_sum(failed).max())) == 0:
             return None
         for key in [key for key in self._held if key[0] == slot]:
             memory.data_file(self._place / slot, key[1]).unlink(missing_ok=True)
             del self._held[key]
         if not memory.ROOT.is_dir():
             return f"no snapshots in memory: there is no {memory.ROOT}"
+        if code not in (errno.ENOSPC, errno.ENOMEM):
+            said = memory.foreign(self._place / slot) or f"{memory.root()} on some host: {os.strerror(code)}"
+            return f"no snapshots in memory: {said}"
         here = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]]
         most = 2 * len(here) * size * (1 if self._to is None else 2)
         return f"no snapshots in memory: {memory.ROOT} is too small, a host needs about {most / 2**30:.1f} GiB there"
 
     def _clear_assembled(self) -> None:
         """What this start was loaded from, `restore.assemble`: all ranks have by now."""
+        if memory.foreign(self._place):
+            return
         for path in self._place.glob(f"for_rank_{self._mesh.rank:05d}"):
             shutil.rmtree(path, ignore_errors=True)
         if self._is_first_here:
@@ -154,7 +159,7 @@ class Snapshots(Behind):
 
     def _clear_others(self, slot: str) -> None:
         """Files of ranks that an earlier start with more of them had here; one rank a host does it."""
-        if not self._is_first_here:
+        if not self._is_first_here or memory.foreign(self._place / slot):
             return
         here = {rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]}
         keep = here | {rank for rank, to in enumerate(keepers(self._hosts)) if to in here}

@@ -2,15 +2,14 @@
 
 import json
 import socket
-import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from moetrain import checkpoint, runs
+from moetrain import checkpoint, disk, runs
 from moetrain.checkpoint import Start, manifest
 from moetrain.checkpoint.saving import layout_of
 from moetrain.comm import all_reduce_sum, broadcast_text, gather_texts
@@ -19,7 +18,7 @@ from moetrain.engine import Engine
 from moetrain.mesh import Mesh
 from moetrain.observe.console import Voice
 from moetrain.profile import COSTS
-from moetrain.recovery import restore, signals
+from moetrain.recovery import memory, restore, signals
 from moetrain.recovery.guard import Guard
 from moetrain.recovery.heartbeat import Heart
 from moetrain.recovery.snapshots import Snapshots
@@ -34,6 +33,9 @@ def newer(start: Start, config: Config, folder: Path, mesh: Mesh) -> Start:
         return start
     run = _identity(folder, mesh, make=False)
     hosts = _hosts(mesh)
+    mine = memory.foreign(memory.home(run, hosts[mesh.rank])) if run else ""
+    if said := next(filter(None, gather_texts(mine, mesh.saving)), ""):
+        start = start._replace(notes=[*start.notes, f"a snapshot in memory would not be used: {said}"])
     found = restore.newest(run, mesh, hosts, checkpoint.progress(start.path)[0]) if run else None
     if found is None:
         return start
@@ -120,13 +122,18 @@ class Watch:
 
 
 def _identity(folder: Path, mesh: Mesh, make: bool) -> str:
-    """Of the run in `folder`: another one of the same name has another. Empty where there is none yet."""
+    """Of the run in `folder`: another one of the same name has another. Empty where there is none yet.
+
+    What the file says becomes the name of a folder that is removed one day: it counts only if it is an identity.
+    """
     path, text = folder / "recovery" / "run", ""
     if mesh.is_main:
-        if make and not path.is_file():
+        with suppress(OSError, ValueError):
+            text = disk.read(path).decode()
+        text = text if memory.is_identity(text) else ""
+        if make and not text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{folder.name}-{uuid.uuid4().hex[:12]}")
-        text = path.read_text() if path.is_file() else ""
+            disk.write(path, text := memory.new_identity(folder.name))
     return broadcast_text(text, mesh.device)
 
 
