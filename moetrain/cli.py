@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from moetrain import __version__, worker
+from moetrain.bench import command as bench
 from moetrain.doctor import command as doctor
 from moetrain.mistakes import ConfigError
 from moetrain.observe import workspace
-from moetrain.observe.console import console, say_bad_input, styled
+from moetrain.observe.console import console, styled
 from moetrain.report import options as report_options
 
 if TYPE_CHECKING:
@@ -53,34 +54,26 @@ examples:
   moetrain data                                             the text of this Python installation
   moetrain data data=folder data.path=books                 text files (folders are domains) or JSONL
 """
-BENCH = """Measure a part by itself.
-
-examples:
-  moetrain bench plan                                       planning time and plan quality, every planner, many loads
-  moetrain bench plan --json                                the same as one JSON list
-  moetrain bench plan --trace runs/demo                     the recorded loads of a run through every planner
-  moetrain bench layer --quick                              speed and memory of one layer, every routing and planner
-  moetrain bench layer --help                               the whole grid, published shapes, many virtual ranks
-  moetrain bench step --by-domain                           whole training steps: percent of perfect balance
-  moetrain bench gpu                                        grouped GEMMs of published models on this device
-  moetrain bench hosts                                      two hosts and a slow link: local rows and overlap
-"""
 PROFILE = """Measure what the planner has to know of this machine, and keep it. `train` does so where it is missing.
 
 examples:
   moetrain profile                                          for the default model
   moetrain profile model=olmoe_1b7b                         for the shape and dtype of another layer
 """
-PLAN = "Planning time and plan quality, every planner, many loads."
-VERBS = {"train": TRAIN, "eval": EVAL, "generate": GENERATE, "data": DATA, "profile": PROFILE, "bench": BENCH}
+VERBS = {"train": TRAIN, "eval": EVAL, "generate": GENERATE, "data": DATA, "profile": PROFILE, "bench": bench.BENCH}
 VERBS |= {"report": report_options.REPORT, "workspace": workspace.WORKSPACE}
 VERBS |= {"config": CONFIG, "doctor": doctor.DOCTOR}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(worker.say_bad_input(ConfigError(f"{message}; `{self.prog} --help` says what there is")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a failure, 2 for bad input."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="moetrain", description="Expert-parallel training of MoE language models.")
+    parser = _Parser(prog="moetrain", description="Expert-parallel training of MoE language models.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in VERBS.items():
@@ -94,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb.add_argument("run", nargs="?", help="a run's folder or name; the newest run if left out")
         if name == "bench":
             if given[:1] == ["bench"]:
-                _benchmarks(verb)
+                bench.add_to(verb)
             continue
         if name == "report":
             report_options.add_to(verb)
@@ -124,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     takes_overrides = options.verb not in ("bench", "report", "workspace") or getattr(options, "what", "") == "step"
     if unknown := [word for word in more if not takes_overrides or "=" not in word or word.startswith("-")]:
         if takes_overrides and unknown[0].startswith("--"):
-            return say_bad_input(_no_option(unknown[0], given))
+            return worker.say_bad_input(_no_option(unknown[0], given))
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += more
     options.given = given
@@ -153,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             unused.check_verb(options.verb, options.overrides)
         return functions[options.verb](options)
     except ConfigError as error:
-        return say_bad_input(error)
+        return worker.say_bad_input(error)
 
 
 def _no_option(unknown: str, given: list[str]) -> ConfigError:
@@ -247,69 +240,8 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.run(config.load(options.overrides, options.config_dir), options)
 
 
-def _benchmarks(verb: argparse.ArgumentParser) -> None:
-    """The options of `bench WHAT`. Only `step` has a configuration, hence overrides."""
-    from moetrain.bench import gpu_options, hosts_options, step_options
-    from moetrain.bench import options as layer_options
-
-    verb.set_defaults(overrides=[])
-    what = verb.add_subparsers(dest="what", required=True, metavar="WHAT")
-    plan = what.add_parser("plan", help=PLAN, description=PLAN)
-    plan.add_argument("--json", action="store_true", help="machine-readable output")
-    plan.add_argument("--out", metavar="FOLDER", help="write plan.json and plan.png there")
-    plan.add_argument(
-        "--trace", metavar="RUN", help="the recorded loads of a run in place of drawn ones; writes nothing"
-    )
-    for name, text, add_to in (
-        ("layer", layer_options.LAYER, layer_options.add_to),
-        ("step", step_options.STEP, step_options.add_to),
-        ("gpu", gpu_options.GPU, gpu_options.add_to),
-        ("hosts", hosts_options.HOSTS, hosts_options.add_to),
-    ):
-        raw = argparse.RawDescriptionHelpFormatter
-        add_to(what.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=raw))
-
-
 def _bench(options: argparse.Namespace) -> int:
-    if options.what == "layer":
-        from moetrain.bench import layer
-
-        return layer.run(options)
-    if options.what == "step":
-        return _bench_step(options)
-    if options.what == "gpu":
-        from moetrain.bench import gpu
-
-        return gpu.run(options)
-    if options.what == "hosts":
-        from moetrain.bench import hosts
-
-        return hosts.run(options)
-    if options.trace:
-        return _replay(options)
-    from moetrain.bench import plan
-
-    records = plan.records()
-    if options.out:
-        plan.write(records, Path(options.out))
-    if options.json:
-        print(json.dumps(records))
-    else:
-        plan.show(records)
-    return 0
-
-
-def _replay(options: argparse.Namespace) -> int:
-    from moetrain import runs
-    from moetrain.bench import replay
-
-    run = runs.find(options.trace)
-    records = replay.records(run)
-    if options.json:
-        print(json.dumps(records))
-    else:
-        replay.show(records, run)
-    return 0
+    return _bench_step(options) if options.what == "step" else bench.run(options)
 
 
 def _bench_step(options: argparse.Namespace) -> int:

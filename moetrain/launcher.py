@@ -20,11 +20,11 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from moetrain.mistakes import ConfigError
-from moetrain.observe.console import BAD_INPUT, console, errors, styled
+from moetrain.observe.console import console, errors, styled
 from moetrain.recovery import heartbeat
 from moetrain.recovery.exits import GAVE_UP, REQUEUE
 from moetrain.recovery.signals import INTERRUPTED, ONE_PRESS_SECONDS, REQUESTS, forget_terminal
-from moetrain.worker import ERROR_FILE, STORE_SOCKET
+from moetrain.worker import BAD_INPUT, ERROR_FILE, STORE_SOCKET
 
 MALLOC = (  # keep big blocks, on huge pages: faulting them in anew in every step costs a CPU run a quarter of its time
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296:"

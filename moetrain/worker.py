@@ -10,10 +10,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from moetrain.mistakes import ConfigError
-from moetrain.observe.console import errors, say_bad_input
+from moetrain.observe.console import errors
 from moetrain.recovery import signals
 from moetrain.recovery.exits import Ended
 
@@ -23,6 +24,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the user's to cure: no trace
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # as torchrun names it to its workers, and our launcher to its own
 STORE_SOCKET = "MOETRAIN_STORE_SOCKET"  # our launcher's: the open socket at which rank 0 keeps the store
 PR_SET_PDEATHSIG = 1
+BAD_INPUT = 2  # exit code
 
 
 def die_with_launcher() -> None:
@@ -42,6 +44,25 @@ def let_gpu_segments_grow() -> None:
 def answers_for_its_job() -> bool:
     """Whether this worker is the first of a job that torchrun or Slurm started. Our launcher speaks for its workers."""
     return os.environ.get("RANK") == "0" and STORE_SOCKET not in os.environ
+
+
+def say_bad_input(error: Exception) -> int:
+    """One line on each host, once, however many workers found the same mistake. Returns the exit code."""
+    number = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+    if number.isdecimal() and int(number) > 0:
+        time.sleep(2)  # a launcher ends all workers when the first one exits: leave the first of the host time to speak
+        return BAD_INPUT
+    errors.print(f"error: {error}")
+    _ask_torchrun_to_end()
+    return BAD_INPUT
+
+
+def _ask_torchrun_to_end() -> None:
+    """Where torchrun, our parent, would start its workers again: a mistake stays one. It exits with 1."""
+    restarts, most = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if restarts.isdecimal() and most.isdecimal() and int(restarts) < int(most):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(os.getppid(), signal.SIGTERM)
 
 
 def work(body: Callable[[], None]) -> int:

@@ -241,6 +241,44 @@ def test_bad_input_under_torchrun_is_found_before_any_group(tmp_path: Path) -> N
     assert done.stderr == "error: parallel.ep=2: must divide the ranks of one replica, 3\n"
 
 
+def test_a_mistake_is_said_once_and_torchrun_does_not_try_again() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "--max-restarts", "3", "-m", "moetrain", "train", "train.stepz=1"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode
+    assert done.stderr.count("error: train.stepz: no such field") == 1, done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"RANK": "", "WORLD_SIZE": "2"}, True),  # of a script without a number to set
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, True),  # the first of another host: it has its own files
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_the_first_worker_of_a_host_says_what_is_wrong(
+    env: dict[str, str], says: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "model=tiny", "train.stepz=1"]) == 2
+    assert len(capfd.readouterr().err.splitlines()) == says
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["bench", "plan", "--bogus"], ["bench", "gpu", "--repeats", "0"]])
+def test_a_command_line_that_cannot_be_read_is_one_line(arguments: list[str], capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
 STARTING = """
 import json, subprocess, sys
 from moetrain import cli

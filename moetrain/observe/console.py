@@ -4,9 +4,7 @@ Errors go to standard error. `console.quiet` leaves standard output to machines 
 from models: it is shown as it is, never read as markup, and no control character of it reaches the terminal.
 """
 
-import os
 import re
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -42,18 +40,6 @@ class Terminal(Console):
 
 console = Terminal(soft_wrap=True, width=None if Console().is_terminal else 110)
 errors = Terminal(soft_wrap=True, stderr=True)
-
-
-BAD_INPUT = 2  # exit code
-
-
-def say_bad_input(error: Exception) -> int:
-    """One line, once, however many workers found the same mistake. Returns the exit code."""
-    if os.environ.get("RANK", "0") == "0":
-        errors.print(f"error: {error}")
-    else:
-        time.sleep(2)  # a launcher ends all workers when the first one exits: leave rank 0 the time to speak
-    return BAD_INPUT
 
 
 class Voice:
