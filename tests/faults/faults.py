@@ -18,16 +18,21 @@ PATIENCE_SECONDS = 150.0
 
 
 class Job:
-    """A run in a process; its output is kept. Everything that is left of it is killed on the way out."""
+    """A run in a process; its output is kept, or goes to `terminal`. What is left of it is killed on the way out."""
 
-    def __init__(self, overrides: Sequence[str], command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, overrides: Sequence[str], command: Sequence[str] | None = None, terminal: int | None = None
+    ) -> None:
         values = dict(o.split("=", 1) for o in overrides)
         self.folder = Path(values["run.dir"], values["run.name"])
         self._log = Path(values["run.dir"], f"{values['run.name']}-{time.monotonic_ns()}.txt")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         command = command or [sys.executable, "-m", "moetrain", "train"]
-        with self._log.open("w") as out:
-            self.process = subprocess.Popen([*command, *overrides], stdout=out, stderr=out, start_new_session=True)
+        with self._log.open("w") as log:
+            out = log if terminal is None else terminal
+            self.process = subprocess.Popen(
+                [*command, *overrides], stdin=terminal, stdout=out, stderr=out, start_new_session=True
+            )
 
     def __enter__(self) -> "Job":
         return self

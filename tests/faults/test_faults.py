@@ -1,6 +1,7 @@
 """Real faults in real runs: no hang, no silent divergence; losses are those of a run without faults."""
 
 import os
+import pty
 import random
 import shutil
 import signal
@@ -129,6 +130,37 @@ def test_the_second_interrupt_ends_everything_at_once(job: list[str], tmp_path: 
         assert impatient.end() == 130
         assert time.monotonic() - began < 20  # a third of the time-out
         assert not impatient.ranks()
+
+
+def test_a_launcher_that_is_killed_leaves_no_process_and_no_file(
+    job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # torch's own, one a user
+    with Job([*job, f"run.dir={tmp_path}", "run.name=killed"]) as killed:
+        workers = killed.at(1).ranks()
+        killed.process.kill()
+        killed.end()
+        wait(lambda: not any(map(alive, workers.values())))
+    assert len(workers) == 2
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_terminal_that_goes_away_ends_a_run_which_saves(job: list[str], tmp_path: Path) -> None:
+    """As a dropped SSH session does: the run's own terminal is closed at the other end."""
+    ours, theirs = pty.openpty()
+    login = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    )
+    overrides = [*job, f"run.dir={tmp_path}", "run.name=dropped"]
+    with Job(overrides, [sys.executable, "-c", login, sys.executable, "-m", "moetrain", "train"], theirs) as dropped:
+        os.close(theirs)
+        dropped.at(3)
+        os.close(ours)
+        assert dropped.end() == REQUEUE
+        assert not dropped.ranks()
+    assert list((dropped.folder / "checkpoints").glob("step_*"))
 
 
 def test_a_cut_link_is_named_and_one_host_goes_on_alone(job, sound, tmp_path: Path) -> None:
