@@ -421,6 +421,10 @@ def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
             OmegaConf.update(tree, key, parsed, merge=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(mistakes.of_composition(error, Config)) from None
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError):
+        raise ConfigError(f"run={path.parent}: {path.name} is damaged") from None
     return from_tree(OmegaConf.to_container(tree), [*fields_of(overrides)])
 
 

@@ -14,6 +14,7 @@ from moetrain import disk
 from moetrain.config import Config, ConfigError, dump
 
 ROOM = 1 << 18  # bytes that must fit on the disk: what a run writes before its first step
+SECTIONS = ("run", "model", "router", "train", "data", "balance", "checkpoint")  # what of a run's config is looked into
 
 
 def with_name(config: Config, name: str | None = None) -> Config:
@@ -100,7 +101,7 @@ def corpus_of(folder: Path) -> dict[str, str] | None:
 def config_of(folder: Path) -> dict[str, dict[str, Any]] | None:
     """The sections of `config.yaml` in a run's folder; None where it is missing or damaged."""
     found = disk.read_yaml(folder / "config.yaml")
-    sound = found is not None and "run" in found and all(isinstance(section, dict) for section in found.values())
+    sound = found is not None and all(isinstance(found.get(name), dict) for name in SECTIONS)
     return found if sound else None
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from moetrain.checkpoint import manifest
-from moetrain.checkpoint.loading import check_entries
+from moetrain.checkpoint.loading import check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
 from moetrain.checkpoint.resume import check_data, check_fits, goes_on, to_resume
 from moetrain.comm import broadcast_text, gather_texts
@@ -57,7 +57,8 @@ def first_whole(candidates: Sequence[Path], mesh: Mesh) -> tuple[Path | None, li
         said = broadcast_text((manifest.problem(path) or "") if mesh.is_main else "", mesh.device)
         if not said:
             mine = manifest.share_of(path, mesh.rank, mesh.world)
-            said = next(filter(None, gather_texts("\n".join(manifest.damaged(path, mine)), mesh.saving)), "")
+            found = manifest.damaged(path, mine) or mismatches(path, mine)
+            said = next(filter(None, gather_texts("\n".join(found), mesh.saving)), "")
         if not said:
             return path, passed
         passed.append((path, said.splitlines()[0]))
@@ -86,8 +87,8 @@ def of_the_layout(config: Config, path: Path, mesh: Mesh) -> list[str]:
     """A note where the layout or the micro-batches are others and the loss depends on them."""
     found = manifest.read(path)
     theirs, was, now = found["config"], found["layout"], config.balance
-    groups = was["ep"] != mesh.ep.size and now.device_groups is None and now.device_coefficient > 0
-    shares = (was["ranks"], theirs["train"]["micro_batch"], theirs["train"]["global_batch"]) != (
+    groups = was.get("ep") != mesh.ep.size and now.device_groups is None and now.device_coefficient > 0
+    shares = (was["ranks"], theirs["train"].get("micro_batch"), theirs["train"].get("global_batch")) != (
         mesh.world,
         config.train.micro_batch,
         config.train.global_batch,

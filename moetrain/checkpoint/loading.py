@@ -1,11 +1,12 @@
 """Loading: every rank reads the ranges it holds, whatever ranks and engine wrote them."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moetrain.checkpoint import manifest
@@ -28,7 +29,7 @@ class _Part(NamedTuple):
 def load(path: Path, engine: Engine, optimizer: bool = True) -> None:
     """Fill the engine with a checkpoint; without `optimizer`, its model alone.
 
-    Raises `ConfigError` where an entry is missing, of another shape, or would be rounded. The bytes are not checked
+    Raises `ConfigError` where an entry is missing, of another shape, or would be rounded. The files are not checked
     here: see `agreeing.first_whole`.
     """
     entries = engine.entries(optimizer)
@@ -37,6 +38,34 @@ def load(path: Path, engine: Engine, optimizer: bool = True) -> None:
             for name, within, out in parts:
                 out.copy_(tensors.get_tensor(name).view(-1)[within])
     engine.restored(entries, manifest.progress(path)[0])
+
+
+def mismatches(path: Path, names: Sequence[str]) -> list[str]:
+    """A line for the first of these files of a checkpoint that has not what `entries.json` says, dtype, length and all,
+    or weights that are not finite."""
+    try:
+        saved = manifest.read_entries(path)
+    except ConfigError as error:
+        return [str(error).removeprefix(f"checkpoint={path}: ")]
+    wanted: dict[str, list[tuple[str, str, int]]] = {name: [] for name in names}
+    for name, entry in saved.items():
+        for file, begin, end in entry.pieces:
+            if file in wanted:
+                wanted[file].append((name, entry.dtype, end - begin))
+    for file, pieces in wanted.items():
+        if not pieces:
+            continue
+        try:
+            with safe_open(path / file, "pt") as tensors:
+                for name, dtype, size in pieces:
+                    found = tensors.get_tensor(name)
+                    if found.dtype != _DTYPE[dtype] or found.numel() != size:
+                        return [f"{file}: {name} has {found.numel()} × {found.dtype}, {size} × {dtype} were saved"]
+                    if name.startswith(f"{MODEL}/") and not found.isfinite().all():
+                        return [f"{file}: {name} has values that are not finite"]
+        except (SafetensorError, OSError) as error:
+            return [f"{file} cannot be read ({error})"]
+    return []
 
 
 def check_entries(path: Path, model: nn.Module) -> None:

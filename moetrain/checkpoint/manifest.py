@@ -1,6 +1,9 @@
 """What tells a whole checkpoint from any other folder: `manifest.json`, and `entries.json` where each entry lies.
 
 The manifest has the stamp of every other file, and its own. Nothing else may lie in the folder.
+
+A checkpoint may be somebody else's: both files are read up to a size and checked field by field, and what they name are
+plain names of files in the folder.
 """
 
 import json
@@ -9,14 +12,52 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import BaseModel, Field, Strict, StringConstraints, ValidationError
+
+from moetrain import disk
 from moetrain.checkpoint import files
-from moetrain.checkpoint.files import Stamp
+from moetrain.checkpoint.files import WIDTH, Stamp
 from moetrain.config import ConfigError
+from moetrain.mistakes import plain, short
 
 FORMAT = 2
 MANIFEST, ENTRIES = "manifest.json", "entries.json"
+MOST_BYTES = 1 << 29  # of either of them
+MOST_DIMENSIONS = 16
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]  # of a file in the folder
+Crc = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}$")]
+Count = Annotated[int, Strict(), Field(ge=0, lt=1 << 62)]
+Section = dict[str, Any]
+
+
+class _Layout(BaseModel):
+    engine: str
+    ranks: Annotated[int, Strict(), Field(ge=1, lt=1 << 31)]
+
+
+class _Config(BaseModel):
+    """The sections that are looked into."""
+
+    model: Section
+    router: Section
+    train: Section
+    data: Section
+    balance: Section
+
+
+class _Manifest(BaseModel):
+    """What every manifest has; it may have more."""
+
+    step: Count
+    samples: Count
+    layout: _Layout
+    data: dict[str, str] = {}
+    files: dict[Name, tuple[Count, Crc]]
+    config: _Config
 
 
 class Entry(NamedTuple):
@@ -55,9 +96,10 @@ def write(folder: Path, body: Mapping[str, Any]) -> None:
 
 def read(folder: Path) -> dict[str, Any]:
     """Raises `ConfigError` where it is not there, damaged or of another format."""
-    if said := _manifest_problem(folder):
-        raise ConfigError(f"checkpoint={folder}: {said}")
-    return json.loads((folder / MANIFEST).read_text())
+    try:
+        return _body(folder)
+    except ValueError as error:
+        raise ConfigError(f"checkpoint={folder}: {error}") from None
 
 
 def progress(path: Path | None) -> tuple[int, int]:
@@ -75,16 +117,23 @@ def entries_text(entries: Mapping[str, Entry]) -> str:
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """Of a folder without a `problem`."""
-    tree = json.loads((folder / ENTRIES).read_text())
-    return {name: Entry(dtype, tuple(shape), pieces) for name, (dtype, shape, pieces) in tree.items()}
+    """Of a folder without a `problem`. Raises `ConfigError` where an entry is not what `entries_text` writes."""
+    stamps = read(folder)["files"]
+    try:
+        tree = _json(folder / ENTRIES)
+        if not isinstance(tree, dict):
+            raise ValueError(f"{ENTRIES} is damaged")
+        return {name: _entry(name, about, stamps) for name, about in tree.items()}
+    except ValueError as error:
+        raise ConfigError(f"checkpoint={folder}: {error}") from None
 
 
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint as far as it can be seen without reading its tensors; None for nothing."""
-    if said := _manifest_problem(folder):
-        return said
-    stamps: dict[str, list] = json.loads((folder / MANIFEST).read_text())["files"]
+    try:
+        stamps: dict[str, list] = _body(folder)["files"]
+    except ValueError as error:
+        return str(error)
     for name, (size, _) in stamps.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -98,7 +147,7 @@ def problem(folder: Path) -> str | None:
 
 def damaged(folder: Path, names: Sequence[str]) -> list[str]:
     """A line for each of these files that is not, byte by byte, the one that was saved."""
-    stamps = json.loads((folder / MANIFEST).read_text())["files"]
+    stamps = read(folder)["files"]
     out = []
     for name in names:
         try:
@@ -113,21 +162,58 @@ def damaged(folder: Path, names: Sequence[str]) -> list[str]:
 
 def share_of(folder: Path, rank: int, world: int) -> list[str]:
     """The files that a rank checks, where all ranks check a checkpoint together."""
-    stamps = json.loads((folder / MANIFEST).read_text())["files"]
+    stamps = read(folder)["files"]
     return sorted(stamps, key=lambda name: (-stamps[name][0], name))[rank::world]
 
 
-def _manifest_problem(folder: Path) -> str | None:
-    if not (folder / MANIFEST).is_file():
-        return f"{MANIFEST} is missing"
+def _json(path: Path) -> Any:
+    """Raises `ValueError` in words."""
     try:
-        body = json.loads((folder / MANIFEST).read_text())
-        if body["format"] != FORMAT:
-            return f"{MANIFEST} has format {body['format']}, this version reads {FORMAT}"
-        whole = body.pop("crc32") == _crc(body)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    return None if whole else f"{MANIFEST} is damaged"
+        return json.loads(disk.read(path, MOST_BYTES))
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing") from None
+    except (OSError, ValueError, RecursionError):
+        raise ValueError(f"{path.name} is damaged") from None
+
+
+def _body(folder: Path) -> dict[str, Any]:
+    """The manifest, checked. Raises `ValueError` in words."""
+    body = _json(folder / MANIFEST)
+    if isinstance(body, dict) and body.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{MANIFEST} has format {short(body['format'])}, this version reads {FORMAT}")
+    if not isinstance(body, dict) or body.pop("crc32", None) != _crc(body):
+        raise ValueError(f"{MANIFEST} is damaged")
+    try:
+        _Manifest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = short(".".join(map(str, first["loc"])))
+        raise ValueError(f"{MANIFEST} is damaged: {field}: {plain(first['msg'])}") from None
+    return body
+
+
+def _entry(name: str, about: Any, stamps: Mapping[str, Any]) -> Entry:
+    """Raises `ValueError` in words."""
+    damaged = f"{ENTRIES} is damaged: {short(name)}"
+    match about:
+        case [str(dtype), list(shape), list(pieces)] if dtype in WIDTH:
+            numbers = [*shape, *(number for piece in pieces if isinstance(piece, list) for number in piece[1:])]
+        case _:
+            raise ValueError(f"{damaged} must be [dtype, shape, pieces]")
+    if len(shape) > MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+        raise ValueError(f"{damaged} must have whole numbers as its shape and ranges")
+    numel, reached = math.prod(shape), 0
+    for piece in pieces:
+        match piece:
+            case [str(file), begin, end] if reached <= begin < end <= numel:
+                reached = end
+            case _:
+                raise ValueError(
+                    f"{damaged} must have ranges [file, begin, end] of its {numel} elements, in their order"
+                )
+        if file not in stamps or not file.endswith(".safetensors"):
+            raise ValueError(f"{damaged} must lie in safetensors files of this checkpoint, not {short(file)}")
+    return Entry(dtype, tuple(shape), [tuple(piece) for piece in pieces])
 
 
 def _crc(body: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ def dtype_of(folder: Path | None, saved: Path | None) -> str:
     known = runs.config_of(folder) if folder is not None else None
     if known is not None and "dtype" in known.get("train", {}):
         return str(known["train"]["dtype"])
-    return str(manifest.read(saved)["config"]["train"]["dtype"]) if saved is not None else ""
+    return str(manifest.read(saved)["config"]["train"].get("dtype", "")) if saved is not None else ""
 
 
 def to_resume(config: Config, folder: Path | None) -> Path | None:
@@ -86,8 +86,8 @@ def check_data(path: Path, data: Mapping[str, str], same_run: bool) -> None:
 
     Raises `ConfigError`.
     """
-    theirs = manifest.read(path)["data"]
-    if theirs["tokenizer"] != data["tokenizer"]:
+    theirs = manifest.read(path).get("data", {})
+    if theirs.get("tokenizer") != data["tokenizer"]:
         advice = "data.tokenizer=FILE takes that of the corpus it was trained on"
         raise ConfigError(f"checkpoint={path}: was trained with another tokenizer; {advice}")
     if same_run and any(theirs.get(name, data[name]) != data[name] for name in data):
@@ -122,5 +122,5 @@ def _check_buffers(ours: Balance, theirs: dict[str, Any], path: Path) -> None:
     if (ours.bias != "none") != biased:
         rule = "was trained with one, by which experts are chosen" if biased else "has none"
         raise ConfigError(f"balance.bias={ours.bias}: the checkpoint {path} {rule}")
-    if ours.accumulate == "hold" and theirs["accumulate"] != "hold":
+    if ours.accumulate == "hold" and theirs.get("accumulate") != "hold":
         raise ConfigError(f"balance.accumulate=hold: the checkpoint {path} holds no frequencies; take buffer or exact")

@@ -24,7 +24,7 @@ import moetrain
 from moetrain import disk
 from moetrain.checkpoint import files, manifest
 from moetrain.checkpoint.entries import DTYPES, Engine, Entries
-from moetrain.checkpoint.files import Block
+from moetrain.checkpoint.files import WIDTH, Block
 from moetrain.checkpoint.manifest import Entry
 from moetrain.comm import gather_texts
 from moetrain.config import Config
@@ -49,11 +49,10 @@ class Piece(NamedTuple):
         size = self.end - self.begin
         rows = bool(self.shape) and self.begin % row == 0 and size % row == 0
         shape = (size // row, *self.shape[1:]) if rows else () if not self.shape else (size,)
-        return Block(self.name, self.dtype, shape, size * _WIDTH[self.dtype])
+        return Block(self.name, self.dtype, shape, size * WIDTH[self.dtype])
 
 
 Holding = Mapping[str, tuple[str, Sequence[int], int, int]]  # name -> dtype, shape, begin, end: what a rank has
-_WIDTH = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
 def holding_of(held: Entries) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
@@ -88,7 +87,7 @@ def share_out(holdings: Sequence[Holding]) -> list[list[Piece]]:
         piece = Piece(name, *about[name], begin, end)
         out[rank].append(piece)
         load[rank] += piece.block().bytes
-    return [sorted(pieces, key=lambda p: (-_WIDTH[p.dtype], p.name)) for pieces in out]  # each aligned to its width
+    return [sorted(pieces, key=lambda p: (-WIDTH[p.dtype], p.name)) for pieces in out]  # each aligned to its width
 
 
 class Unsaved(Exception):
