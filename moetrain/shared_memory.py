@@ -5,6 +5,9 @@ where its part lies; that one reads it there and gives the block back when it is
 (memfd): they are gone with the processes that hold them, however these end. A rank that dies closes its sockets, and
 so ends the others' waits.
 
+Every process of the host can connect to such a socket: a peer is a process of this user that knows a secret, which the
+ranks exchange over their process group. Whoever is not is dropped, and never waited for.
+
 R ranks.
 """
 
@@ -16,9 +19,11 @@ import select
 import socket
 import struct
 import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +33,7 @@ from torch import Tensor
 TELL = struct.Struct("<qqq")  # number of the transfer, or GIVEN_BACK; block; first byte
 GIVEN_BACK = -1
 SMALLEST = 1 << 16  # bytes of a block
+MOST_SILENT = 1024  # processes that have connected and not said who they are
 FAMILY = (socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 watchers: list[Callable[[int, int], None]] = []  # told of tensors over shared memory: their number, and bytes or 0
@@ -248,22 +254,18 @@ def connect(rank: int, size: int, exchange: Callable[[str], list[str]], timeout:
     if not names[0] or len(set(names)) > 1 or size == 1:
         return None
     peers: dict[int, socket.socket] = {}
+    until = time.monotonic() + timeout
     with socket.socket(*FAMILY) as door:
-        own = _open(door, size, timeout)
-        addresses = exchange(own)
-        good = all(addresses)
+        secret = secrets.token_hex(16)
+        address = _open(door)
+        doors = exchange(f"{address} {secret}" if address else "")
+        good = all(doors)
         if good:
             try:
                 for other in range(rank):
                     peers[other] = socket.socket(*FAMILY)
-                    peers[other].connect(f"\0{addresses[other]}")
-                    peers[other].send(f"{rank} {addresses[other]}".encode())
-                while len(peers) < size - 1:
-                    peer, _ = door.accept()
-                    peer.settimeout(timeout)
-                    name, _, address = peer.recv(256).decode().partition(" ")
-                    if address == own:  # nobody else knows it
-                        peers[int(name)] = peer
+                    _knock(peers[other], rank, doors[other], until)
+                _welcome(door, {f"{r} {secret}".encode(): r for r in range(rank + 1, size)}, peers, until)
             except OSError:
                 good = False
     lane = Lane(rank, peers, timeout)
@@ -273,14 +275,81 @@ def connect(rank: int, size: int, exchange: Callable[[str], list[str]], timeout:
     return None
 
 
-def _open(door: socket.socket, size: int, timeout: float) -> str:
+def _knock(peer: socket.socket, rank: int, door: str, until: float) -> None:
+    """Connect to a `door`, its address and its secret, and say who this is.
+
+    Raises `OSError` where that cannot be done in time, or somebody else listens.
+    """
+    address, secret = door.split()
+    peer.setblocking(False)
+    while True:
+        try:
+            peer.connect(f"\0{address}")
+            break
+        except BlockingIOError:  # too many others wait to be let in
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+    if not _is_ours(peer):
+        raise PermissionError(f"the socket {address} belongs to another user")
+    peer.send(f"{rank} {secret}".encode())
+
+
+def _welcome(door: socket.socket, greetings: dict[bytes, int], peers: dict[int, socket.socket], until: float) -> None:
+    """Let in the ranks that greet so, and add them to `peers`. Raises `TimeoutError` where one has not come by then."""
+    poll = select.poll()
+    silent: dict[int, socket.socket] = {}  # by file descriptor: connected, and not heard yet
+    poll.register(door, select.POLLIN)
+    try:
+        while greetings:
+            if (left := until - time.monotonic()) <= 0:
+                raise TimeoutError("a rank of the group did not connect")
+            for file, _ in poll.poll(1e3 * left):
+                if file != door.fileno():
+                    poll.unregister(file)
+                    peer = silent.pop(file)
+                    if (rank := _greeted(peer, greetings)) is None:
+                        peer.close()
+                    else:
+                        peers[rank] = peer
+                    continue
+                with suppress(BlockingIOError):
+                    peer, _ = door.accept()
+                    if not _is_ours(peer) or len(silent) == MOST_SILENT:
+                        peer.close()
+                        continue
+                    peer.setblocking(False)
+                    silent[peer.fileno()] = peer
+                    poll.register(peer, select.POLLIN)
+    finally:
+        for peer in silent.values():
+            peer.close()
+
+
+def _greeted(peer: socket.socket, greetings: dict[bytes, int]) -> int | None:
+    """The rank that a peer is, which is then no longer expected; None where it is none."""
+    with suppress(OSError):
+        said = peer.recv(256)
+        for greeting in greetings:
+            if secrets.compare_digest(said, greeting):
+                return greetings.pop(greeting)
+    return None
+
+
+def _is_ours(peer: socket.socket) -> bool:
+    """Whether the process at the other end is this user's, as the kernel knows."""
+    _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return user == os.geteuid()
+
+
+def _open(door: socket.socket) -> str:
     """The address, or nothing if that cannot be had here."""
     address = f"moetrain-{secrets.token_hex(16)}"
     try:
         os.close(os.memfd_create("moetrain", os.MFD_CLOEXEC))
         door.bind(f"\0{address}")
-        door.listen(size)
-        door.settimeout(timeout)
+        door.listen()
+        door.setblocking(False)
     except OSError:
         return ""
     return address

@@ -1,7 +1,12 @@
 """Transfers through shared memory: equal to gloo's, in place, given back, and ended by a peer's end."""
 
+import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from torch import Tensor
 
 from moetrain import comm
 from moetrain.mesh import Mesh
-from moetrain.shared_memory import FAMILY, SMALLEST, Lane, watchers
+from moetrain.shared_memory import FAMILY, SMALLEST, Lane, connect, watchers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int32)
 
@@ -112,3 +117,59 @@ def test_a_peer_that_hangs_ends_the_wait() -> None:
         finish = lanes[0].start(torch.zeros(0, 7), [0, 0], [0, 3], None)
         with pytest.raises(RuntimeError, match="timed out"):
             finish()
+
+
+def connected(intrude: Callable[[str], object], timeout: float = 20.0) -> list[Lane | None]:
+    """Two ranks, one a thread, that connect; before the second does, `intrude` has the address of the first."""
+    texts, barrier = ["", ""], threading.Barrier(2)
+
+    def exchange(rank: int, text: str) -> list[str]:
+        texts[rank] = text
+        barrier.wait()
+        found = [*texts]
+        barrier.wait()
+        if rank == 1 and text.startswith("moetrain-"):
+            intrude(found[0].split()[0])
+        return found
+
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(connect, rank, 2, partial(exchange, rank), timeout) for rank in range(2)]
+        return [each.result() for each in both]
+
+
+def intruder(address: str, *said: bytes) -> socket.socket:
+    """As any process of the host can: the names of such sockets are in /proc/net/unix."""
+    peer = socket.socket(*FAMILY)
+    peer.connect(f"\0{address}")
+    for text in said:
+        peer.send(text)
+    return peer
+
+
+def test_whoever_does_not_know_the_secret_is_dropped() -> None:
+    """Silent, talking rubbish, gone at once, or with the address for a secret: the ranks find each other."""
+    there: list[socket.socket] = []
+
+    def intrude(address: str) -> None:
+        said = (b"\xff\xfe", b"junk", b"1 ", f"1 {address}".encode(), b"x" * 10_000)
+        there.extend(intruder(address, text) for text in said)
+        there.extend(intruder(address) for _ in range(3))
+        intruder(address).close()
+
+    one, two = connected(intrude)
+    assert one is not None
+    assert two is not None
+    assert send((one, two), torch.full((3, 7), 5.0)).eq(5.0).all()
+    for peer in there:
+        peer.settimeout(5)
+        with suppress(ConnectionResetError):  # with what it has said unread
+            assert peer.recv(1) == b""
+        peer.close()
+    for lane in (one, two):
+        lane.close()
+
+
+def test_processes_of_other_users_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, here: then there is no shared memory, and all ranks know."""
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert connected(lambda address: None, timeout=0.2) == [None, None]
