@@ -18,6 +18,8 @@ from browser import Browser, find
 
 from moetrain import cli
 from moetrain.config import ConfigError
+from moetrain.observe import picture
+from moetrain.observe.live import Plain
 from moetrain.report import build, curves, reduce
 from moetrain.report.cards import cards
 from moetrain.report.figures import FIGURES
@@ -223,6 +225,132 @@ def test_ten_thousand_steps_stay_small_and_keep_their_peaks(tmp_path: Path, brow
     opened = browser.open(path.as_uri())
     assert opened.evaluate("steps.at(-1)") == 10_000
     assert opened.complaints() == []
+
+
+def rows_of(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train/loss" in row]
+
+
+@pytest.mark.parametrize("steps", [20, 1000])
+def test_every_number_is_that_of_the_metrics(
+    steps: int, tmp_path: Path, browser: Browser | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """On the page, its cards and legends, in a comparison, in run.png and on the terminal; curves do not lag."""
+    folder = made_run.write(tmp_path / "falls", steps=steps)
+    rows = rows_of(folder)
+    by_step = {row["step"]: row for row in rows}
+    path, page = write(folder, made_run.write(tmp_path / "other", steps=steps, seed=1))
+    shown, beside = page["runs"][0]["figures"], page["compare"]["figures"]
+    metrics = {"all": "train/lm_loss", **{name: f"train/{name}/loss" for name in made_run.DOMAINS}}
+    metrics |= {"tokens/s": "perf/tokens_per_second", "at home": "balance/imbalance_home"}
+    drawn = [(shown[name]["x"], line) for name in ("loss", "speed", "imbalance") for line in shown[name]["series"]]
+    compared = {"loss": "all", "speed": "tokens/s"}
+    drawn += [(line["x"], {**line, "name": compared[name]}) for name in compared for line in beside[name]["series"][:1]]
+    for x, line in drawn:
+        if (metric := metrics.get(line["name"])) is None:
+            continue
+        values = [by_step[step].get(metric) for step in x]
+        assert line["raw"] == [None if v is None else pytest.approx(v, rel=1e-4) for v in values], line["name"]
+        known = [row[metric] for row in rows if metric in row]
+        if values[-1] is not None:
+            assert line["y"][-1] == pytest.approx(known[-1], rel=1e-4), line["name"]
+        for low, y, high in zip(line.get("low", []), line["y"], line.get("high", []), strict="low" in line):
+            assert low * 0.9999 <= y <= high * 1.0001
+    cards = {card["name"]: card for card in page["runs"][0]["cards"]}
+    assert cards["Training loss"]["value"] == f"{rows[-1]['train/lm_loss']:.3f}"
+    assert cards["Training loss"]["note"] == f"at the last step, from {rows[0]['train/lm_loss']:.3f}"
+    column = [column["text"] for column in page["compare"]["table"]["columns"]].index("Training loss")
+    assert page["compare"]["table"]["rows"][0]["cells"][column]["text"] == cards["Training loss"]["value"]
+
+    from matplotlib import pyplot as plt
+
+    kept: list = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    picture.draw(folder)
+    monkeypatch.undo()
+    smoothed, raw = kept[0].axes[0].lines[-2:]
+    assert raw.get_ydata().tolist() == [row["train/lm_loss"] for row in rows]
+    assert smoothed.get_ydata()[[0, -1]].tolist() == [rows[0]["train/lm_loss"], rows[-1]["train/lm_loss"]]
+    plt.close(kept[0])
+    Plain(steps).log(steps, rows[-1])
+    assert f"loss {rows[-1]['train/lm_loss']:.3f} " in capsys.readouterr().out
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    cells = "[...document.querySelectorAll('[data-figure=loss] .legend button')]"
+    said = f"{cells}.map(b => [b.childNodes[1].textContent, b.querySelector('b').textContent])"
+    x = page["runs"][0]["figures"]["loss"]["x"]
+    for step in (x[-1], x[7]):
+        opened.evaluate(f"view.look({step})")
+        for name, text in opened.evaluate(said):
+            value = by_step[step].get(metrics[name])
+            assert text == "–" if value is None else float(text) == pytest.approx(value, rel=5e-3), name
+
+
+def test_a_line_through_a_slope_lies_on_it() -> None:
+    """Neither late nor early, at either end; gaps are interpolated, and nothing is made up outside."""
+    slope = np.arange(30.0)
+    assert reduce.smooth(slope).tolist() == pytest.approx(slope.tolist())
+    gaps = slope.copy()
+    gaps[[0, 7, 8, 29]] = np.nan
+    assert reduce.smooth(gaps)[5:10].tolist() == pytest.approx([5, 6, 7, 8, 9])
+    assert np.isnan(reduce.smooth(gaps)[[0, 29]]).all()
+    assert np.isnan(reduce.smooth(np.full(3, np.nan))).all()
+
+
+def test_a_model_worse_than_a_bigram_is_said_first(full: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(full, tmp_path / "worse")
+    summary = json.loads((folder / "summary.json").read_text())
+    for bigram, level, text in (
+        ({"all": 2.1}, "trouble", "On held-out text the model is worse than a bigram model: 2.200 bits a byte against"),
+        ({"all": 2.3, "cpp": 1.9}, "watch", "A bigram model is better on held-out text of cpp."),
+    ):
+        (folder / "summary.json").write_text(json.dumps(summary | {"bigram_bits_per_byte": bigram}))
+        found = build.data([open_run(str(folder))])["runs"][0]["findings"]
+        first = next(finding for finding in found if finding["level"] == level)
+        assert first["text"].startswith(text)
+
+
+def test_exchanges_are_set_against_waiting_of_the_same_steps(full: Path, tmp_path: Path) -> None:
+    """One sampled step of long exchanges and long waiting among short ones: no negative share."""
+    folder = shutil.copytree(full, tmp_path / "sampled")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    phases = [f"perf/phase/{side}{name}" for side in ("", "backward_") for name in ("lend", "dispatch", "combine")]
+    for row in rows:
+        row.pop("perf/waited", None)
+        row |= dict.fromkeys(phases, 0.001) if "train/loss" in row else {}
+        if row["step"] == 35:
+            row |= {"perf/waited": [0.09, 0.09], "perf/phase/combine": 0.15}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [finding["text"] for finding in build.data([open_run(str(folder))])["runs"][0]["findings"]]
+    assert "A step takes 0.5 s, 13% of it in exchanges." in texts  # (0.15 + 5 × 0.001 - 0.09) / 0.5
+
+
+def test_experts_in_use_are_those_of_the_rows_named(tmp_path: Path) -> None:
+    folder = made_run.write(tmp_path / "used", steps=20)
+    even = [0.125] * 8
+    change(
+        folder,
+        lambda step: {
+            "balance/layer_00/load": even,
+            "balance/layer_01/load": even if step < 20 else [0.0, 0.0, *[1 / 6] * 6],
+        },
+    )
+    texts = [finding["text"] for finding in build.data([open_run(str(folder))])["runs"][0]["findings"]]
+    said = "Every expert of every layer got a token in the last 10 rows; in the very last of them, 2 of 16 got none."
+    assert said in texts
+    shown = {card["name"]: card["note"] for card in build.data([open_run(str(folder))])["runs"][0]["cards"]}
+    assert shown["Experts in use"] == "a token in the last 10 rows"
+
+
+def test_a_phase_is_that_of_the_last_row(full: Path, tmp_path: Path) -> None:
+    """A resumed run begins to count anew: what it was in before is not what it is in."""
+    folder = shutil.copytree(full, tmp_path / "resumed")
+    notes = lambda: {card["name"]: card["note"] for card in cards(open_run(str(folder)))}  # noqa: E731
+    assert notes()["Congestion γ̂"] == "stabilisation"
+    change(folder, lambda step: {"balance/gamma_phase": 1 if step < 30 else None})
+    assert notes()["Congestion γ̂"] == "no phase: fewer than 20 rows since the start"
 
 
 def test_a_band_has_an_area_where_every_step_is_a_point(full: Path) -> None:

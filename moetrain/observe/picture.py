@@ -8,6 +8,7 @@ import numpy as np
 
 from moetrain import disk
 from moetrain.observe import trace
+from moetrain.report.reduce import smooth
 
 
 def draw(folder: Path) -> Path:
@@ -23,9 +24,9 @@ def draw(folder: Path) -> Path:
 
     per_domain = {key for row in rows for key in row if key.startswith("train/") and key.count("/") == 2}
     for name in sorted(key.split("/")[1] for key in per_domain):
-        loss.plot(steps, _smooth(_values(rows, f"train/{name}/loss")), label=name, lw=1.5)
-    loss.plot(steps, _smooth(_values(rows, "train/lm_loss")), label="all", color="black", lw=2)
-    loss.set(title="Training loss per domain (nats a token)", xlabel="step")
+        _curve(loss, steps, _values(rows, f"train/{name}/loss"), label=name, lw=1.5)
+    _curve(loss, steps, _values(rows, "train/lm_loss"), label="all", color="black", lw=2)
+    loss.set(title="Training loss per domain (nats a token; smoothed, thin: steps)", xlabel="step")
     loss.legend(frameon=False)
 
     for key, label, color in (("home", "at home", "tab:red"), ("planned", "planned", "tab:green")):
@@ -70,10 +71,7 @@ def _values(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [float(x) if isinstance(x, int | float) and math.isfinite(x) else math.nan for x in found]
 
 
-def _smooth(values: list[float]) -> np.ndarray:
-    """An exponential mean, so that a line can be read."""
-    out, mean = [], np.nan
-    for value in values:
-        mean = value if np.isnan(mean) else mean if np.isnan(value) else 0.8 * mean + 0.2 * value
-        out.append(mean)
-    return np.array(out)
+def _curve(axis: Any, steps: list[int], values: list[float], **style: Any) -> None:
+    """A smoothed line over what single steps reached."""
+    (line,) = axis.plot(steps, smooth(np.array(values)), **style)
+    axis.plot(steps, values, color=line.get_color(), lw=0.5, alpha=0.35)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def collect(
         "parameters": {"total": size.total, "active": size.active},
         "loss": {
             "first": _or_none(column["train/lm_loss"][0]),
-            "last": _or_none(float(np.mean(column["train/lm_loss"][-10:]))),
+            "last": _or_none(column["train/lm_loss"][-1]),
         },
         "bits_per_byte": {name: score.bits_per_byte if score.num_bytes else None for name, score in scores.items()},
         "bigram_bits_per_byte": bigram,
@@ -78,6 +79,16 @@ def collect(
     }
     disk.write(folder / "summary.json", json.dumps(found, indent=2) + "\n")
     return found
+
+
+def beaten(model: Mapping[str, float | None], bigram: Mapping[str, float | None] | None) -> str | None:
+    """Where a bigram model has fewer bits a byte, in a sentence; None where nowhere."""
+    known = {name: (bits, (bigram or {}).get(name)) for name, bits in model.items()}
+    lost = [name for name, (ours, its) in known.items() if ours is not None and its is not None and ours > its]
+    if "all" in lost:
+        ours, its = known["all"]
+        return f"On held-out text the model is worse than a bigram model: {ours:.3f} bits a byte against {its:.3f}."
+    return f"A bigram model is better on held-out text of {', '.join(lost)}." if lost else None
 
 
 def number(value: float | None) -> str:
@@ -132,10 +143,12 @@ def show(found: dict[str, Any], voice: Voice) -> None:
         ),
         (
             "loss",
-            f"{number(found['loss']['first'])} → {number(found['loss']['last'])} nats a token, "
-            "mean of the last ten steps",
+            f"{number(found['loss']['first'])} → {number(found['loss']['last'])} nats a token, first and last step",
         ),
-        ("imbalance", f"{home:.3f} at home → {planned:.3f} planned (largest device load over the mean)"),
+        (
+            "imbalance",
+            f"{home:.3f} at home → {planned:.3f} planned (largest device load over the mean; mean of all steps)",
+        ),
         (
             "moved",
             f"{found['guests']:,} guests lent, {found['rows_moved']:,} rows "
@@ -145,6 +158,8 @@ def show(found: dict[str, Any], voice: Voice) -> None:
         facts.add_row(Text(name, "dim"), text)
     voice.say()
     voice.say(Panel(facts, title=Text("Run complete", "bold"), title_align="left", width=100))
+    if (said := beaten(found["bits_per_byte"], found["bigram_bits_per_byte"])) is not None:
+        voice.say(said, style="yellow")
     voice.say(table)
     if None in found["bits_per_byte"].values():
         voice.say(f"–: {NOT_EVALUATED}")

@@ -65,11 +65,12 @@ def _held_out(run: Run) -> dict[str, Any] | None:
 
 
 def _loss(run: Run) -> dict[str, Any] | None:
-    value, values = recent(run, "train/lm_loss"), run.metrics.numbers("train/lm_loss")
-    first = values[np.isfinite(values)][:1]
-    if np.isnan(value):
+    values = run.metrics.numbers("train/lm_loss")
+    values = values[np.isfinite(values)].tolist()
+    if not values:
         return None
-    return _card("Training loss", f"{value:.3f}", "nats", f"from {first[0]:.2f}; mean of the end", value, -1)
+    note = f"at the last step, from {values[0]:.3f}"
+    return _card("Training loss", f"{values[-1]:.3f}", "nats", note, values[-1], -1)
 
 
 def _speed(run: Run) -> dict[str, Any] | None:
@@ -106,21 +107,23 @@ def _moved(run: Run) -> dict[str, Any] | None:
 
 
 def _experts(run: Run) -> dict[str, Any] | None:
-    total = used = 0
+    total = used = rows = 0
     for metric in layers(run, "balance/LAYER/load").values():
         _, values = run.metrics.lists(metric)
         total += values.shape[1]
+        rows = len(values[window(len(values))])
         used += int((values[window(len(values))] > 0).any(0).sum())
     if not total:
         return None
-    return _card("Experts in use", f"{used}", f"of {total}", "over the last steps", used / total, 1)
+    return _card("Experts in use", f"{used}", f"of {total}", f"a token in the last {rows} rows", used / total, 1)
 
 
 def _congestion(run: Run) -> dict[str, Any] | None:
-    value, phase = recent(run, "balance/gamma_eff"), run.metrics.last("balance/gamma_phase")
+    value, phase = recent(run, "balance/gamma_eff"), run.metrics.numbers("balance/gamma_phase")[-1:]
     if np.isnan(value):
         return None
-    note = PHASES.get(int(phase), "too early for a phase") if np.isfinite(phase) else "too early for a phase"
+    known = PHASES.get(int(phase[0])) if np.isfinite(phase).any() else None  # of the last row, not of one long past
+    note = known or "no phase: fewer than 20 rows since the start"
     return _card("Congestion γ̂", f"{value:.3g}", "", note, value)
 
 

@@ -58,7 +58,7 @@ def _overlay(runs: Sequence[Run], names: Sequence[str], metric: str, more: Figur
     series, steps = [], []
     for name, run in zip(names, runs, strict=True):
         grid = Grid(run)
-        if (line := grid.series(name, metric, smoothing=0.9)) is not None:
+        if (line := grid.series(name, metric)) is not None:
             series.append({**line, "x": grid.steps})
             steps += grid.steps
     if not series:

@@ -35,17 +35,18 @@ class Grid:
     def __init__(self, run: Run) -> None:
         self.rows = run.metrics.training
         self.begin = reduce.edges(len(self.rows), reduce.MOST_POINTS)
-        ends = [*self.begin[1:], len(self.rows)]
-        self.steps = [self.rows[end - 1]["step"] for end in ends] if self.rows else []
+        self.ends = np.array([*self.begin[1:], len(self.rows)], dtype=int)
+        self.steps = [self.rows[end - 1]["step"] for end in self.ends] if self.rows else []
         self._metrics = run.metrics
 
-    def series(self, label: str, name: str, band: bool = False, smoothing: float = 0.0, **more: Any) -> Figure | None:
-        """One line; `band` keeps each bucket's extremes. None where nothing was recorded."""
+    def series(self, label: str, name: str, band: bool = False, smooth: bool = True, **more: Any) -> Figure | None:
+        """One line, smoothed; `raw` is what the step itself reached, `band` keeps each bucket's extremes. None where
+        nothing was recorded."""
         values = self._metrics.numbers(name, self.rows)
         if not np.isfinite(values).any():
             return None
-        line = reduce.smooth(values, smoothing) if smoothing else values
-        out = {"name": label, "y": plain(reduce.means(line, self.begin)), **more}
+        line = reduce.smooth_means(values, self.begin) if smooth else reduce.means(values, self.begin)
+        out = {"name": label, "y": plain(line), "raw": plain(values[self.ends - 1]), **more}
         if band:
             low, high = reduce.extremes(values, self.begin)
             out |= {"low": plain(low), "high": plain(high)}
@@ -63,8 +64,8 @@ def loss(run: Run) -> Figure:
     domains = sorted(
         m[1] for name in run.metrics.names if (m := re.fullmatch(r"train/([^/]+)/loss", name)) and m[1] != "all"
     )
-    whole = grid.series("all", "train/lm_loss", band=True, smoothing=0.8, tone="main")
-    each = [grid.series(name, f"train/{name}/loss", smoothing=0.8) for name in domains]
+    whole = grid.series("all", "train/lm_loss", band=True, tone="main")
+    each = [grid.series(name, f"train/{name}/loss") for name in domains]
     return grid.lines([whole, *each], "train/lm_loss was not recorded", unit="nats a token", height=300)
 
 
@@ -103,15 +104,13 @@ def held_out_steps(run: Run) -> Figure:
     return {"kind": "lines", "x": [row["step"] for row in rows], "series": series, "unit": "bits a byte"}
 
 
-def per_layer(pattern: str, missing: str, smoothing: float = 0.7, **more: Any) -> Callable[[Run], Figure]:
+def per_layer(pattern: str, missing: str, smooth: bool = True, **more: Any) -> Callable[[Run], Figure]:
     """A line a layer of the metric that `pattern` names."""
 
     def draw(run: Run) -> Figure:
         grid = Grid(run)
         found = layers(run, pattern)
-        series = [
-            grid.series(name.removeprefix("layer_"), metric, smoothing=smoothing) for name, metric in found.items()
-        ]
+        series = [grid.series(name.removeprefix("layer_"), metric, smooth=smooth) for name, metric in found.items()]
         return grid.lines(series, missing, ordered=True, prefix="layer", **more)
 
     return draw
@@ -144,9 +143,7 @@ def lines(series: dict[str, tuple[str, str]], missing: str, **more: Any) -> Call
 
     def draw(run: Run) -> Figure:
         grid = Grid(run)
-        found = [
-            grid.series(label, name, band=True, smoothing=0.7, tone=tone) for name, (label, tone) in series.items()
-        ]
+        found = [grid.series(label, name, band=True, tone=tone) for name, (label, tone) in series.items()]
         return grid.lines(found, missing, **more)
 
     return draw
@@ -191,9 +188,10 @@ def memory(run: Run) -> Figure:
 def saved(run: Run) -> Figure:
     """What the plan saved beside what lending took."""
     grid = Grid(run)
-    series = [grid.series("saved computing", "balance/saved_seconds", band=True, smoothing=0.7, tone="planned")]
+    series = [grid.series("saved computing", "balance/saved_seconds", band=True, tone="planned")]
     cost = [run.metrics.numbers(f"perf/phase/{name}", grid.rows) for name in ("lend", "backward_lend")]
     if series[0] is not None and np.isfinite(cost[0]).any():
-        spent = reduce.smooth(np.nan_to_num(cost[0]) + np.nan_to_num(cost[1]), 0.7)
-        series.append({"name": "spent lending", "y": plain(reduce.means(spent, grid.begin)), "tone": "home"})
+        spent = np.nan_to_num(cost[0]) + np.nan_to_num(cost[1])
+        line = {"y": plain(reduce.smooth_means(spent, grid.begin)), "raw": plain(spent[grid.ends - 1])}
+        series.append({"name": "spent lending", **line, "tone": "home"})
     return grid.lines(series, "balance/saved_seconds was not recorded", unit="seconds a step", reference=0)

@@ -24,7 +24,7 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
     "held_out_steps": held_out_steps,
     "load": load,
     "max_vio": per_layer("balance/LAYER/max_vio", "balance/layer_LL/max_vio was not recorded", floor=0),
-    "dead": per_layer("balance/LAYER/dead_experts", "balance/layer_LL/dead_experts was not recorded", 0.0, floor=0),
+    "dead": per_layer("balance/LAYER/dead_experts", "balance/layer_LL/dead_experts was not recorded", False, floor=0),
     "entropy": per_layer("balance/LAYER/entropy", "balance/layer_LL/entropy was not recorded", floor=0, share=True),
     "max_vio_micro": per_layer(
         "balance/LAYER/max_vio_micro", "balance/layer_LL/max_vio_micro was not recorded", floor=0

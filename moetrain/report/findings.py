@@ -3,11 +3,13 @@
 A finding is about the run's last tenth (at least ten rows), so that what has passed is not held against it.
 """
 
+import re
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from moetrain.observe.meter import PHASES
+from moetrain.observe.summary import beaten
 from moetrain.report import reduce
 from moetrain.report.curves import layers
 from moetrain.report.read import Run
@@ -59,6 +61,11 @@ def _loss(run: Run) -> list[Finding]:
     rows = run.metrics.training
     values = run.metrics.numbers("train/lm_loss")
     out = []
+    form = re.compile(r"eval/(?:([^/]+)/)?bits_per_byte")
+    names = {m[1] or "all": name for name in run.metrics.names if (m := form.fullmatch(name))}
+    bits = {domain: run.metrics.last(name) for domain, name in names.items()}
+    if (text := beaten(bits, {domain: run.ended("bigram_bits_per_byte", domain) for domain in bits})) is not None:
+        out.append(Finding("trouble" if text.startswith("On") else "watch", text, "loss"))
     if len(lost := [row["step"] for row, x in zip(rows, values, strict=True) if not np.isfinite(x)]):
         out.append(Finding("trouble", f"The loss was not a number in {len(lost)} step(s), first {lost[0]}.", "loss"))
     width = -window(len(values)).start
@@ -102,7 +109,12 @@ def _experts(run: Run) -> list[Finding]:
     if hot:
         out.append(Finding("watch", f"Much more than an even share: {_some(hot)}.", "experts"))
     if found and not out:
-        out.append(Finding("good", "All experts of all layers are in use.", "experts"))
+        total = sum(values.shape[1] for values in found.values())
+        idle = sum(int((values[-1] == DEAD).sum()) for values in found.values())
+        count = min(len(values[window(len(values))]) for values in found.values())
+        text = f"Every expert of every layer got a token in the last {count} rows"
+        text += f"; in the very last of them, {idle} of {total} got none" if idle else ""
+        out.append(Finding("good", text + ".", "experts"))
     return out
 
 
@@ -135,6 +147,26 @@ def _plan(run: Run) -> list[Finding]:
     return [Finding("watch", text, "plan")]
 
 
+def exchanging(run: Run) -> float:
+    """Share of the window's steps in exchanges, waiting left out; NaN where nothing was recorded.
+
+    Where waiting was recorded in some of the steps, it is about those alone: the two are never of different steps.
+    """
+    rows = run.metrics.training[window(len(run.metrics.training))]
+    names = [f"perf/phase/{side}{name}" for side in ("", "backward_") for name in ("lend", "dispatch", "combine")]
+    spent, step = [run.metrics.numbers(name, rows) for name in names], run.metrics.numbers("perf/step_seconds", rows)
+    at, values = run.metrics.lists("perf/waited")
+    waits = dict(zip(at.tolist(), values.mean(1).tolist(), strict=True)) if len(at) else {}
+    waited = np.array([waits.get(row["step"], np.nan) for row in rows])
+    known = np.isfinite(step) & np.isfinite(spent).any(0)
+    if (both := known & np.isfinite(waited)).any():
+        known = both
+    if not known.any():
+        return float("nan")
+    moving = np.clip(np.nansum(spent, axis=0) - np.nan_to_num(waited), 0, None)
+    return float(moving[known].sum() / step[known].sum())
+
+
 def _time(run: Run) -> list[Finding]:
     step = recent(run, "perf/step_seconds")
     if np.isnan(step) or step <= 0:
@@ -147,13 +179,10 @@ def _time(run: Run) -> list[Finding]:
         if waited_for.sum() > 0:
             text += f", {waited_for.max() / waited_for.sum():.0%} of that for rank {waited_for.argmax()}"
         out.append(Finding("trouble" if waiting / step > STALLED else "watch", text + ".", "devices"))
-    names = [f"perf/phase/{side}{name}" for side in ("", "backward_") for name in ("lend", "dispatch", "combine")]
-    moving = float(np.nansum([recent(run, name) for name in names])) - waiting
-    if moving / step > TRAVELLING:
-        text = (
-            f"Exchanges take {moving / step:.0%} of a step, waiting left out: a slow link, or too little work a rank."
-        )
-        out.append(Finding("trouble" if moving / step > CLOGGED else "watch", text, "time"))
+    moving = exchanging(run)
+    if moving > TRAVELLING:
+        text = f"Exchanges take {moving:.0%} of a step, waiting left out: a slow link, or too little work a rank."
+        out.append(Finding("trouble" if moving > CLOGGED else "watch", text, "time"))
     speed = run.metrics.numbers("perf/tokens_per_second")
     quarter = len(speed) // 4
     if quarter >= 10:
@@ -162,7 +191,8 @@ def _time(run: Run) -> list[Finding]:
             text = f"It has become slower: {before:,.0f} tokens/s in the second quarter, {after:,.0f} in the last."
             out.append(Finding("watch", text, "time"))
     if not out and any(np.isfinite(recent(run, f"perf/phase/{name}")) for name in PHASES):
-        out.append(Finding("good", f"A step takes {step:.3g} s, {moving / step:.0%} of it in exchanges.", "time"))
+        part = f", {moving:.0%} of it in exchanges" if np.isfinite(moving) else ""
+        out.append(Finding("good", f"A step takes {step:.3g} s{part}.", "time"))
     return out
 
 

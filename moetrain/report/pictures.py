@@ -18,7 +18,7 @@ AREAS = {  # what the MoE layers do; everything else is grey, as on the page
 GREYS = {"other forward": "0.6", "other backward": "0.68", "optimizer": "0.76", "data": "0.84", "the rest": "0.9"}
 HEAT = ("#2a4b8d", "#93b4de", "#f3f2ee", "#f0a67c", "#ad2f1b")
 TITLES = {
-    "loss": "Training loss per domain (nats a token)",
+    "loss": "Training loss per domain (nats a token; smoothed, thin: steps)",
     "load": "Expert load at the last step (mean loads)",
     "devices": "Device load (mean loads)",
     "imbalance": "Device imbalance (busiest / mean)",
@@ -62,9 +62,11 @@ def _lines(axis: Any, figure: Figure) -> None:
         ordered = matplotlib.colormaps["viridis"](index / max(1, len(series) - 1) * 0.9)
         color = TONES.get(line.get("tone", "")) or (ordered if figure.get("ordered") else f"C{index % 10}")
         label = f"{figure['prefix']} {line['name']}" if figure.get("prefix") else line["name"]
-        values = np.array(line["y"], dtype=float)
+        values, x = np.array(line["y"], dtype=float), line.get("x", figure["x"])
+        if "raw" in line and not figure.get("ordered"):
+            axis.plot(x, np.array(line["raw"], dtype=float), color=color, lw=0.6, alpha=0.35)
         axis.plot(
-            line.get("x", figure["x"]),
+            x,
             values,
             color=color,
             label=label,

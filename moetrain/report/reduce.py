@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 MOST_POINTS = 320  # of a curve: what a figure's width can show
+BESIDE = 2  # rows on either side that a smoothed line and its band take in
 MOST_CELLS = 1_500_000  # of a heat map over time
 DEAD, ABSENT = 0, 255  # codes of a packed load
 
@@ -26,23 +27,34 @@ def means(values: np.ndarray, begin: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def extremes(values: np.ndarray, begin: np.ndarray, beside: int = 2) -> tuple[np.ndarray, np.ndarray]:
+def extremes(values: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least and largest finite value of each bucket and the rows beside it: no peak is lost by drawing fewer points."""
     ends = [*begin[1:], len(values)]
-    parts = [values[max(0, first - beside) : end + beside] for first, end in zip(begin, ends, strict=True)]
+    parts = [values[max(0, first - BESIDE) : end + BESIDE] for first, end in zip(begin, ends, strict=True)]
     finite = [part[np.isfinite(part)] for part in parts]
     low, high = ([find(part) if len(part) else np.nan for part in finite] for find in (np.min, np.max))
     return np.array(low), np.array(high)
 
 
-def smooth(values: np.ndarray, weight: float = 0.8) -> np.ndarray:
-    """An exponential mean over the finite values, so that a noisy line can be read; NaN before the first."""
-    out, mean = np.full(len(values), np.nan), math.nan
-    for index, value in enumerate(values):
-        if math.isfinite(value):
-            mean = value if math.isnan(mean) else weight * mean + (1 - weight) * value
-        out[index] = mean
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and up to `BESIDE` rows on either side, as many there as here: it does not lag, and the
+    first and the last value stay what they are. Between them what is missing is interpolated."""
+    known = np.flatnonzero(np.isfinite(values))
+    out = np.full(len(values), np.nan)
+    if len(known):
+        first, last = int(known[0]), int(known[-1])
+        filled = np.interp(np.arange(len(values)), known, values[known])
+        for at in range(first, last + 1):
+            beside = min(BESIDE, at - first, last - at)
+            out[at] = filled[at - beside : at + beside + 1].mean()
     return out
+
+
+def smooth_means(values: np.ndarray, begin: np.ndarray) -> np.ndarray:
+    """[buckets]: the same, with the last value of all as the last."""
+    line = means(smooth(values), begin)
+    line[-1] = smooth(values)[-1]
+    return line
 
 
 def plain(values: np.ndarray) -> list[Any]:

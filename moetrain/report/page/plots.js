@@ -156,6 +156,7 @@ function lines(box, data, view) {
       const outline = [...there.map((i) => point(line.high[i], i)), ...there.reverse().map((i) => point(line.low[i], i))];
       plot.append(make("path", { class: "band", fill: paint, d: path(outline) + "Z" }));
     }
+    if (line.raw && !data.ordered) plot.append(make("path", { class: "raw", stroke: paint, d: path(line.raw.map(point)) }));
     const curve = make("path", { class: "line", stroke: paint, d: path(line.y.map(point)) });
     plot.append(curve);
     if (x.length < 10) line.y.forEach((v, i) => v !== null && plot.append(make("circle", { class: "dot", r: 3.5, fill: paint, cx: at(x[i]), cy: y(v) })));
@@ -173,15 +174,15 @@ function lines(box, data, view) {
     cursor.setAttribute("x2", where);
     drawn.forEach((part, index) => {
       const line = data.series[index], x = line.x ?? data.x;
-      const i = nearest(x, step), value = line.y[i];
-      cells[index].value.textContent = number(value, data.share);
+      const i = nearest(x, step), value = line.y[i], said = (line.raw ?? line.y)[i]; // numbers are the step's own
+      cells[index].value.textContent = number(said, data.share);
       if (!part) return;
       part.dot.setAttribute("visibility", value === null ? "hidden" : "visible");
       if (value !== null) { part.dot.setAttribute("cx", at(x[i])); part.dot.setAttribute("cy", y(value)); }
       const isChosen = data.ordered && data.prefix && index === view.layer;
       part.curve.setAttribute("class", `line ${isChosen || part.line.tone === "main" ? "chosen" : data.ordered ? "faded" : ""}`);
       if (isChosen) plot.append(part.curve, part.dot);
-      if (isChosen && chosen) chosen.textContent = `chosen: ${line.name} ${number(value, data.share)}`;
+      if (isChosen && chosen) chosen.textContent = `chosen: ${line.name} ${number(said, data.share)}`;
     });
   };
 }
