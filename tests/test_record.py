@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import math
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -260,20 +261,38 @@ def test_the_live_view_shows_devices_and_hot_experts() -> None:
     out = StringIO()
     view = View(0, 200, Console(file=out, force_terminal=True, width=110, color_system=None))
     view.log(10, ROW)
-    view.log(10, {"eval/loss": 3.5})
+    view.log(10, {"eval/loss": 3.5, "eval/bits_per_byte": 2.125})
     view.alert(11, Alert("imbalance", "devices uneven"))
     view.log(200, ROW)
     view.close()
     shown = out.getvalue()
     for expected in (
-        "step 10/200", "to go", "3.250", "12,345 tokens/s", "2.50 GiB", "3 dead", "1 starving", "max/mean 1.50",
+        "step 10/200", "to go", "3.250", "12,345 tokens/s", "2.50 GiB", "3 dead", "1 starving",
+        "1.50 at home → 1.00 as planned, busiest device over the mean, mean of the layers",
         "1.50  ", "0.50  ", "1.00", "layer 00 expert 0 1.5×", "balance 1.02 · z 4.00", "step 11: devices uneven",
-        "held out 3.500", "step   200/200 · loss 3.250",
+        "held out  2.125 bits a byte at step 10", "step   200/200 · loss 3.250",
     ):  # fmt: skip
         assert expected in shown, expected
     many = {**ROW, "balance/device_load_home": [1.0] * 63 + [9.0], "balance/device_load_planned": [1.125] * 64}
     view.log(200, many)
     assert view._render() is not None
+
+
+def test_the_live_view_cuts_nothing_at_80_columns() -> None:
+    """Large numbers, long waits, many devices: every word is there, on as many lines as it takes."""
+    shown = {}
+    for width in (80, 400):
+        out = StringIO()
+        view = View(0, 1_000_000, Console(file=out, force_terminal=True, width=width, color_system=None))
+        view.log(99_999, {"eval/bits_per_byte": 2.125})
+        many = {"balance/device_load_home": [1.0] * 63 + [9e5], "balance/device_load_planned": [1.125] * 64}
+        view.log(100_000, {**ROW, **many, "train/grad_norm": 12345.678, "perf/step_seconds": 123.45})
+        text = re.sub("\x1b\\[[^a-zA-Z]*[a-zA-Z]", "", out.getvalue())
+        shown[width] = sorted(re.sub("[█·━╸╺]+", " ", text).split())
+        view.close()
+        assert "…" not in text
+        assert all(len(line) <= width for line in text.replace("\r", "\n").splitlines())
+    assert shown[80] == shown[400]
 
 
 def run(mesh: Mesh, overrides: list[str]) -> str:

@@ -52,9 +52,10 @@ class View:
         self._live.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        if "eval/loss" in metrics:
-            loss = metrics["eval/loss"]
-            self._held_out = f"held out {loss:.3f} at step {step}" if math.isfinite(loss) else "nothing is held out"
+        if "eval/bits_per_byte" in metrics:
+            bits = metrics["eval/bits_per_byte"]
+            known = bits is not None and math.isfinite(bits)
+            self._held_out = f"[bold]{bits:.3f}[/bold] bits a byte at step {step}" if known else "nothing is held out"
         if "train/lm_loss" not in metrics:
             return
         if step > self._step:
@@ -90,12 +91,12 @@ def _facts(row: Metrics, held_out: str) -> RenderableType:
     dead, starving = row["balance/dead_experts"], row["balance/starving_experts"]
     lines = {
         "loss": [
-            f"[bold]{row['train/lm_loss']:.3f}[/bold]",
+            f"[bold]{row['train/lm_loss']:.3f}[/bold] nats a token",
             f"balance {row['train/balance_loss']:.2f}",
             f"z {row['train/z_loss']:.2f}",
             f"gradient {row['train/grad_norm']:.2f}",
-            held_out,
         ],
+        "held out": [held_out],
         "speed": [
             f"[bold]{row['perf/tokens_per_second']:,.0f}[/bold] tokens/s",
             f"{row['perf/step_seconds']:.2f} s a step",
@@ -107,26 +108,33 @@ def _facts(row: Metrics, held_out: str) -> RenderableType:
             f"{row['balance/guests']:.0f} guests",
             f"{row['balance/rows_moved_fraction']:.1%} of rows moved",
         ],
+        "imbalance": [
+            f"{row['balance/imbalance_home']:.2f} at home → {row['balance/imbalance_planned']:.2f} as planned, "
+            "busiest device over the mean, mean of the layers"
+        ],
     }
-    return Group(*(_said(name, " · ".join(word for word in words if word)) for name, words in lines.items()))
+    return Group(*(_said(name, words) for name, words in lines.items() if any(words)))
 
 
-def _said(name: str, markup: str) -> Text:
-    text = Text.from_markup(f"[dim]{name:<10}[/dim]{markup}", overflow="ellipsis")
-    text.no_wrap = True
-    return text
+def _said(name: str, words: list[str]) -> RenderableType:
+    """A line, or several where the terminal is narrow: nothing is cut."""
+    line = Table.grid()
+    line.add_column(width=10, style="dim")
+    line.add_column(overflow="fold")
+    line.add_row(Text(name), Text.from_markup(" · ".join(words)))
+    return line
 
 
 def devices(row: Metrics) -> RenderableType:
-    """A bar for every device, before planning and after: in mean loads, the fullest devices first if they are many."""
+    """A bar for every device, before planning and after: its rows of all layers, in mean loads, so that what one layer
+    has too many and another too few of is level here. The fullest devices first if they are many."""
     home, planned = row["balance/device_load_home"], row["balance/device_load_planned"]
     mean = sum(home) / max(len(home), 1) or 1.0
     order, title = list(range(len(home))), "device"
     if len(home) > DEVICES:
         order, title = sorted(order, key=lambda rank: -home[rank])[:DEVICES], f"{DEVICES} of {len(home)}"
     table = Table.grid(padding=(0, 2))
-    imbalance = [f"max/mean {row[f'balance/imbalance_{when}']:.2f}" for when in ("home", "planned")]
-    heads = f"{title:<8}", f"load at home, {imbalance[0]}", "", f"as planned, {imbalance[1]}", ""
+    heads = f"{title:<8}", "at home, all layers", "", "as planned, all layers", ""
     table.add_row(*(Text(head, "dim") for head in heads))
     largest = max(*home, *planned, 1.0) / mean
     for rank in order:
@@ -149,7 +157,7 @@ def hottest(row: Metrics) -> RenderableType:
             found += [(share * len(shares), layer, expert) for expert, share in enumerate(shares)]
     found.sort(reverse=True)
     words = [f"layer {layer} expert {expert} [bold]{load:.1f}×[/bold]" for load, layer, expert in found[:HOTTEST]]
-    return _said("hottest", " · ".join(words))
+    return _said("hottest", words)
 
 
 def _line(row: Metrics) -> str:
