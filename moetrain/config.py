@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
-from moetrain import mistakes
+from moetrain import disk, mistakes
 from moetrain.mistakes import ConfigError as ConfigError
 from moetrain.model.schedule import spread
 
@@ -408,6 +408,8 @@ def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
     """A run's `config.yaml`, with `field=value` overrides on top."""
     if not path.is_file():
         raise ConfigError(f"run={path.parent}: there is no run here (no {path.name})")
+    if disk.read_yaml(path) is None:
+        raise ConfigError(f"run={path.parent}: {path.name} is damaged")
     try:
         tree = OmegaConf.load(path)
         OmegaConf.set_struct(tree, True)
@@ -421,10 +423,6 @@ def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
             OmegaConf.update(tree, key, parsed, merge=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(mistakes.of_composition(error, Config)) from None
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RecursionError):
-        raise ConfigError(f"run={path.parent}: {path.name} is damaged") from None
     return from_tree(OmegaConf.to_container(tree), [*fields_of(overrides)])
 
 

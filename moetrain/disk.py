@@ -17,6 +17,7 @@ from typing import IO, Any
 import yaml
 
 MOST_BYTES = 1 << 26  # of a file that is read as a whole
+MOST_FIELDS = 100_000  # of a YAML file
 BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
 
 
@@ -58,6 +59,13 @@ def sync(folder: Path) -> None:
 
 def read(path: Path, most: int = MOST_BYTES) -> bytes:
     """A regular file. Raises `OSError`; `ValueError` where it is something else or has more than `most` bytes."""
+    with opened(path, most) as file:
+        return file.read(most)
+
+
+@contextmanager
+def opened(path: Path, most: int) -> Iterator[IO[bytes]]:
+    """A regular file, to be read. Raises as `read` does."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer must not be waited for
     with open(handle, "rb") as file:
         about = os.fstat(handle)
@@ -65,7 +73,7 @@ def read(path: Path, most: int = MOST_BYTES) -> bytes:
             raise ValueError("it is no regular file")
         if about.st_size > most:
             raise ValueError(f"it has {about.st_size:,} bytes, more than {most:,}")
-        return file.read(most)
+        yield file
 
 
 def read_json(path: Path) -> Any:
@@ -78,9 +86,22 @@ def read_json(path: Path) -> Any:
 def read_yaml(path: Path) -> dict[str, Any] | None:
     """The mapping in a YAML file; None where it is missing, damaged or something else."""
     with suppress(*BROKEN):
-        found = yaml.safe_load(read(path, 1 << 20))
+        found = parsed_yaml(read(path, 1 << 20))
         return found if isinstance(found, dict) else None
     return None
+
+
+def parsed_yaml(text: bytes) -> Any:
+    """Raises `yaml.YAMLError` or `ValueError`, the latter also where a few aliases stand for a giant."""
+    tree = yaml.safe_load(text)
+    left, count = [tree], 0
+    while left:
+        part = left.pop()
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        count += 1
+        if count > MOST_FIELDS:
+            raise ValueError(f"it has more than {MOST_FIELDS:,} fields")
+    return tree
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:

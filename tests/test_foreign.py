@@ -1,12 +1,16 @@
 """Checkpoints and runs' folders that somebody else has made: every wrong type, range and name is one line."""
 
+import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_run
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +19,8 @@ from test_checkpoint import agreed, saved
 from moetrain import config
 from moetrain.checkpoint import files, manifest
 from moetrain.config import ConfigError
+from moetrain.observe import trace
+from moetrain.report import build, read
 
 RANK_0 = "rank_00000.safetensors"
 
@@ -149,10 +155,60 @@ def test_a_linked_step_is_read_and_its_target_stays(pool, tmp_path: Path) -> Non
     assert manifest.problem(tmp_path / "archive") is None
 
 
-@pytest.mark.parametrize("text", [b"", b"\xff", b"5", b"a: [", b"[" * 10_000, b"run: 5", b"!!python/name:os.system {}"])
+BOMB = b"\n".join([b"a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]".encode() for n in range(1, 30))])
+CONFIGS = [b"", b"\xff", b"5", b"a: [", b"[" * 10_000, b"run: 5", b"!!python/name:os.system {}", BOMB, b"run: &a [*a]"]
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=range(len(CONFIGS)))
 def test_a_foreign_config_is_one_line(tmp_path: Path, text: bytes) -> None:
     """To `eval`, `generate` and `bench plan --trace`."""
     (tmp_path / "config.yaml").write_bytes(text)
     with pytest.raises(ConfigError) as caught:
         config.load_resolved(tmp_path / "config.yaml")
     assert "\n" not in str(caught.value)
+
+
+def giant(path: Path) -> None:
+    """An array of 4 TiB, by its header."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (1 << 39,)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("step.npy", header.getvalue())
+
+
+def inflated(path: Path) -> None:
+    """Zeros that take little room; by the directory, four GiB."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("step.npy", "w", force_zip64=True) as out,
+    ):
+        for _ in range(64):
+            out.write(bytes(1 << 20))
+    whole = path.read_bytes()
+    at = whole.index(b"PK\x01\x02") + 24  # the size that the directory declares
+    path.write_bytes(whole[:at] + (0xFFFFFF00).to_bytes(4, "little") + whole[at + 4 :])
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "config.yaml": lambda p: p.write_bytes(BOMB),
+    "summary.json": lambda p: p.write_bytes(b'{"parameters":' * 50_000),
+    "alerts.jsonl": os.mkfifo,
+    "metrics.jsonl": lambda p: p.write_bytes(b"[" * 100_000 + b"\n5\n\xff\n"),
+    "specialisation/step_99.json": os.mkfifo,
+    "load_trace/part_00000.npz": giant,
+    "load_trace/part_00001.npz": inflated,
+    "load_trace/part_00002.npz": os.mkfifo,
+    "load_trace/part_00003.npz": lambda p: np.savez(p, step=np.array([object()])),
+}
+
+
+def test_a_report_on_a_hostile_folder_ends_and_says_what_it_left_out(tmp_path: Path) -> None:
+    run = made_run.write(tmp_path / "run")
+    for name, make in HOSTILE.items():
+        (run / name).unlink(missing_ok=True)
+        make(run / name)
+    missing = " ".join(read.Run(run).missing)
+    for name in HOSTILE:
+        assert name in missing, (name, missing)
+    build.write_of(run)
+    assert trace.read(run)["step"].size == 0

@@ -7,8 +7,6 @@ n samples, L passes through MoE layers, R ranks of the expert group, E experts, 
 ranks of the world, P phases.
 """
 
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 from moetrain import disk
 from moetrain.moe.cost import Limits
 from moetrain.moe.layer import LayerStats
-from moetrain.observe.arrays import Array, stack
+from moetrain.observe.arrays import BROKEN, Array, read_arrays, stack
 from moetrain.observe.meter import ALL_PHASES, Reading, waited
 
 PART = 20  # samples
@@ -149,7 +147,8 @@ def _write(path: Path, arrays: dict[str, Any]) -> bool:
 def _open(path: Path) -> dict[str, Array] | None:
     """The arrays of a part; None where it is damaged or lacks some of them."""
     try:
-        with np.load(path) as part:
-            return {name: part[name] for name in ("step", *SHAPES, *NAMES)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        names = ("step", *SHAPES, *NAMES)
+        found = read_arrays(path, names)
+        return found if len(found) == len(names) else None
+    except BROKEN:
         return None

@@ -5,7 +5,6 @@ Old runs lack fields, killed runs have torn lines, some never wrote a trace: non
 
 import json
 import math
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from moetrain import disk
 from moetrain.config import ConfigError
+from moetrain.observe.arrays import BROKEN, read_arrays
 
 Row = dict[str, Any]
 TRACE = ("step", "layers", "counts", "owner", "placed", "traffic", "home", "planned", "waited")  # what figures use
@@ -143,7 +142,7 @@ class Run:
         path = self.folder / name
         try:
             text = disk.read(path)
-            found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+            found = disk.parsed_yaml(text) if path.suffix == ".yaml" else json.loads(text)
         except FileNotFoundError:
             self.missing.append(f"{name} is {without}")
             return {}
@@ -160,10 +159,9 @@ class Run:
         parts: list[dict[str, np.ndarray]] = []
         for path in sorted((self.folder / "load_trace").glob("part_*.npz")):
             try:
-                with path.open("rb") as raw, np.load(raw) as file:  # np.load leaves a broken file open
-                    part = {name: file[name] for name in TRACE if name in file}
+                part = read_arrays(path, TRACE)
                 count = len(part["step"])
-            except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            except BROKEN as error:
                 self.missing.append(f"load_trace/{path.name} cannot be read ({type(error).__name__})")
                 continue
             if count and all(parts[0].get(k, v).ndim == v.ndim for k, v in part.items() if parts):
@@ -191,11 +189,14 @@ class Run:
 
     def _alerts(self) -> list[Row]:
         path = self.folder / "alerts.jsonl"
-        found = []
+        found: list[Row] = []
         try:
             text = disk.read(path)
-        except (OSError, ValueError):
-            text = b""
+        except FileNotFoundError:
+            return found
+        except (OSError, ValueError) as error:
+            self.missing.append(f"alerts.jsonl cannot be read ({type(error).__name__})")
+            return found
         for line in text.splitlines():
             try:
                 alert = json.loads(line)
