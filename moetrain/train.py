@@ -32,7 +32,7 @@ from moetrain.observe.meter import Part, Step
 from moetrain.observe.recorder import Recorder
 from moetrain.optim import learning_rate
 from moetrain.recovery import watch as recovery
-from moetrain.recovery.exits import Preempted
+from moetrain.recovery.exits import Ended, Preempted
 from moetrain.report import build as report
 
 
@@ -119,7 +119,8 @@ def train(config: Config, mesh: Mesh) -> Path:
         recorder.held_out(config.train.steps, held_out)
         prompts = prompts_of(corpus, config)
         texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
-    watch.complete()
+    if saver.saved == config.train.steps:
+        watch.complete()
     voice.say_all(saver.news())
     if mesh.is_main:
         written = [
@@ -136,7 +137,7 @@ def train(config: Config, mesh: Mesh) -> Path:
             voice.say(f"the run's picture, summary and report could not be written: {error.strerror}")
     voice.close()
     if saver.saved != config.train.steps:
-        raise RuntimeError(f"the state after step {config.train.steps} is not saved; what was said above tells why")
+        raise Ended(f"the state after step {config.train.steps} is not saved; what was said above tells why")
     return folder
 
 

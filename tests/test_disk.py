@@ -1,5 +1,6 @@
 """Files on the disk that are torn, damaged, somebody else's, or have no room: read as far as they are sound."""
 
+import errno
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from test_profile import obtain
 from test_train import run as trained
 
 from moetrain import config, disk, profile, runs
-from moetrain.checkpoint import Start
+from moetrain.checkpoint import Start, files
 from moetrain.config import ConfigError
 from moetrain.data import prepare
 from moetrain.mesh import Mesh
@@ -26,6 +27,7 @@ from moetrain.moe.cost import Costs, default_costs
 from moetrain.observe import picture, summary
 from moetrain.observe.tracker import JsonLines
 from moetrain.recovery import heartbeat, memory, watch
+from moetrain.recovery.exits import Ended
 from moetrain.recovery.guard import Guard
 from moetrain.recovery.snapshots import Snapshots
 from moetrain.report import build
@@ -349,3 +351,29 @@ def test_shared_memory_is_closed_to_others(tmp_path: Path, monkeypatch: pytest.M
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     assert [*memory.stamps(place)] == []
+
+
+def not_saved(mesh: Mesh, overrides: list[str]) -> tuple[str, int]:
+    """How a run ends whose checkpoints find no room, and the step of its newest snapshot."""
+
+    def full(path: Path, *parts: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "write", full)
+        try:
+            trained(mesh, overrides)
+            return "", 0
+        except Ended as end:
+            folder = runs.folder_of(config.load(overrides))
+            place = memory.home((folder / "recovery" / "run").read_text(), socket.gethostname())
+            newest = max(stamp.step for _, stamp in memory.stamps(place))
+            memory.forget(place)
+            return str(end), newest
+
+
+def test_where_the_last_state_is_not_saved_the_snapshot_stays(pool, tiny) -> None:
+    overrides = [*tiny, "run.name=x", "train.steps=3", "recovery.snapshot_every=1"]
+    ((said, newest),) = pool.run(not_saved, 1, overrides)
+    assert said == "the state after step 3 is not saved; what was said above tells why"
+    assert newest >= 2
