@@ -41,6 +41,8 @@ def write(
 def _row(rng: np.random.Generator, step: int, steps: int, names: list[str], experts: int, ranks: int) -> dict:
     fall = 3 + 6 * np.exp(-6 * step / steps)
     row = {"step": step, "train/lm_loss": fall + 0.05 * rng.normal(), "train/loss": fall, "train/tokens": 4096 * step}
+    row |= {"train/grad_norm": 1 + rng.uniform(), "train/lr": 1e-3 * min(step / 10, 1 - step / (steps + 1))}
+    row |= {"train/balance_loss": 1.1 + 0.01 * rng.normal(), "train/z_loss": 0.5 + 0.01 * rng.normal()}
     row |= {f"train/{name}/loss": fall + 0.3 * i for i, name in enumerate(DOMAINS) if (step + i) % 2}
     row |= {"perf/step_seconds": 0.5, "perf/tokens_per_second": 8192 + 200 * rng.normal(), "perf/mfu": 0.08}
     row |= {"perf/peak_memory_gib": 1.5, "perf/memory_gib": [1.2] * ranks}

@@ -227,6 +227,9 @@ def test_ten_thousand_steps_stay_small_and_keep_their_peaks(tmp_path: Path, brow
     assert opened.complaints() == []
 
 
+ALONG_STEPS = ("loss", "speed", "imbalance", "gradient", "rate", "balance", "z_loss")
+
+
 def rows_of(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "train/loss" in row]
@@ -243,8 +246,10 @@ def test_every_number_is_that_of_the_metrics(
     path, page = write(folder, made_run.write(tmp_path / "other", steps=steps, seed=1))
     shown, beside = page["runs"][0]["figures"], page["compare"]["figures"]
     metrics = {"all": "train/lm_loss", **{name: f"train/{name}/loss" for name in made_run.DOMAINS}}
+    metrics |= {"gradient norm": "train/grad_norm", "learning rate": "train/lr"}
+    metrics |= {"balance loss": "train/balance_loss", "z-loss": "train/z_loss"}
     metrics |= {"tokens/s": "perf/tokens_per_second", "at home": "balance/imbalance_home"}
-    drawn = [(shown[name]["x"], line) for name in ("loss", "speed", "imbalance") for line in shown[name]["series"]]
+    drawn = [(shown[name]["x"], line) for name in ALONG_STEPS for line in shown[name]["series"]]
     compared = {"loss": "all", "speed": "tokens/s"}
     drawn += [(line["x"], {**line, "name": compared[name]}) for name in compared for line in beside[name]["series"][:1]]
     for x, line in drawn:

@@ -149,6 +149,13 @@ def lines(series: dict[str, tuple[str, str]], missing: str, **more: Any) -> Call
     return draw
 
 
+def rate(run: Run) -> Figure:
+    """The learning rate of the steps themselves: a schedule has corners that a mean would round."""
+    grid = Grid(run)
+    line = grid.series("learning rate", "train/lr", tone="main")
+    return grid.lines([line and line | {"y": line["raw"]}], "train/lr was not recorded", floor=0)
+
+
 def time(run: Run) -> Figure:
     """Seconds of a step, stacked: what the MoE layers do, forward and backward, and everything else."""
     grid = Grid(run)

@@ -12,6 +12,7 @@ from moetrain.report.curves import (
     loss,
     memory,
     per_layer,
+    rate,
     saved,
     time,
 )
@@ -22,6 +23,10 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
     "loss": loss,
     "held_out": held_out,
     "held_out_steps": held_out_steps,
+    "gradient": lines({"train/grad_norm": ("gradient norm", "main")}, "train/grad_norm was not recorded", floor=0),
+    "rate": rate,
+    "balance": lines({"train/balance_loss": ("balance loss", "main")}, "train/balance_loss was not recorded"),
+    "z_loss": lines({"train/z_loss": ("z-loss", "main")}, "train/z_loss was not recorded", floor=0),
     "load": load,
     "max_vio": per_layer("balance/LAYER/max_vio", "balance/layer_LL/max_vio was not recorded", floor=0),
     "dead": per_layer("balance/LAYER/dead_experts", "balance/layer_LL/dead_experts was not recorded", False, floor=0),
