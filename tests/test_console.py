@@ -77,3 +77,13 @@ def test_no_character_is_an_error(encoding: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == b"1.2 \\u2192 1.0 \\u251c \\u65e5\\u672c\n"
+
+
+def test_a_terminal_that_has_gone_away_ends_nothing() -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as gone, open(os.devnull, "w") as nowhere:
+        terminal = Terminal(file=gone)
+        os.close(ours)
+        terminal.print("a line of progress")  # before the signal has come
+        terminal.print("and the next one")
+        os.dup2(nowhere.fileno(), theirs)  # as it happens to the streams of the process

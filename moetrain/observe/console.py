@@ -4,6 +4,7 @@ Errors go to standard error. `console.quiet` leaves standard output to machines 
 from models: it is shown as it is, never read as markup, and no control character of it reaches the terminal.
 """
 
+import errno
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+from moetrain.recovery.signals import forget_terminal
 
 # Control characters but tab and new line, those that turn the direction of text, halves of surrogate pairs.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -36,6 +39,15 @@ class Terminal(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
+
+    def _check_buffer(self) -> None:
+        """Write. A terminal that has gone away, before its signal has come, ends nothing."""
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            forget_terminal()
 
 
 console = Terminal(soft_wrap=True, width=None if Console().is_terminal else 110)
