@@ -34,6 +34,7 @@ from moetrain.optim import learning_rate
 from moetrain.recovery import watch as recovery
 from moetrain.recovery.exits import Ended, Preempted
 from moetrain.report import build as report
+from moetrain.starts import Start
 
 
 def train(config: Config, mesh: Mesh) -> Path:
@@ -48,11 +49,13 @@ def train(config: Config, mesh: Mesh) -> Path:
     config = precision.settled(config, mesh, checkpoint.dtype_of(folder, start.path), said.append)
     saved, notes = recovery.newer(start, config, folder, mesh)
     first, position = checkpoint.progress(saved)
+    this_start: Start | None = None
     ended = summary.read(folder) if mesh.is_main and first >= config.train.steps else None
     finished = bool(broadcast_text("yes" * (ended is not None), mesh.device))
     if not finished and mesh.is_main:
         runs.create(config)
         runs.keep_corpus(folder, corpus.fingerprint)
+        this_start = Start(folder, first, mesh)
         said += prepare.outdated(corpus.folder, config.data)
     barrier()
     voice = Voice(folder / "log.txt", silent=not mesh.is_main)
@@ -111,6 +114,8 @@ def train(config: Config, mesh: Mesh) -> Path:
                 recorder.held_out(step + 1, evaluate(engine.model, corpus, config, mesh))
             if asked and not last:
                 saver.wait()
+                if this_start is not None:
+                    this_start.end()
                 voice.say(f"asked to end: saved after step {step + 1}; the same command goes on from there")
                 raise Preempted
 
@@ -122,6 +127,8 @@ def train(config: Config, mesh: Mesh) -> Path:
     if saver.saved == config.train.steps:
         watch.complete()
     voice.say_all(saver.news())
+    if this_start is not None:
+        this_start.end()
     if mesh.is_main:
         written = [
             {"title": title, "prompt": corpus.tokenizer.decode(prompt), "text": text}

@@ -10,13 +10,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import made_run
 import numpy as np
 import pytest
+import torch
 from browser import Browser, find
 
-from moetrain import cli
+from moetrain import cli, starts
 from moetrain.config import ConfigError
 from moetrain.observe import picture
 from moetrain.observe.live import Plain
@@ -148,6 +150,57 @@ def test_it_says_what_is_wrong(full: Path) -> None:
     assert any("alert" in text for text in said)
     cards = {card["name"]: card for card in run["cards"]}
     assert (cards["Experts in use"]["value"], cards["Experts in use"]["unit"]) == ("15", "of 16")
+
+
+STARTS = (
+    {"step": 0, "time": "2026-01-01 10:00 +0000", "command": "moetrain train a", "hardware": "2 ranks", "seconds": 70},
+    {"step": 12, "time": "2026-01-01 11:00 +0000", "command": "moetrain train <b>", "versions": "torch 2"},
+    {
+        "step": 20,
+        "time": "2026-01-01 12:00 +0000",
+        "command": "moetrain train <b>",
+        "versions": "torch 2",
+        "seconds": 20,
+    },
+)
+
+
+def test_how_a_run_was_made_and_where_it_went_on(full: Path, tmp_path: Path, browser: Browser | None) -> None:
+    folder = shutil.copytree(full, tmp_path / "resumed")
+    (folder / "starts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in STARTS) + "torn")
+    path, page = write(folder)
+    said = dict(page["runs"][0]["circumstances"])
+    assert said.pop("Wall time") == "1.5 min, of 2 of 3 starts; the others recorded no end"
+    assert said.pop("Went on") == "after step 12, 20"
+    assert said == {"Started": STARTS[2]["time"], "Versions": "torch 2", "Command": "moetrain train <b>"}
+    (folder / "starts.jsonl").write_text('{"step": 3, "seconds": "x", "command": [1]}\n')
+    assert build.data([open_run(str(folder))])["runs"][0]["circumstances"] == []
+    assert build.data([open_run(str(full))])["runs"][0]["circumstances"] == []
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    assert "moetrain train <b>" in opened.evaluate("document.getElementById('circumstances').textContent")
+    titles = "[...document.querySelectorAll('[data-figure=NAME] .resumed title')].map(t => t.textContent)"
+    for name in ("loss", "gradient", "time"):
+        assert opened.evaluate(titles.replace("NAME", name)) == ["went on after step 12", "went on after step 20"]
+    assert opened.complaints() == []
+
+
+def test_a_start_is_kept_without_secrets(tmp_path: Path) -> None:
+    given = ["train", "data.tokenizer=bpe", "optim.lr=1e-3", "wandb_api_key=abc,d", "track={token: abc, mode: x}"]
+    given += ["data.path=s3://me:abc@host/x", "x.key='abc'", "MY_PASSWORD=abc", 'x={"client_secret": "abc"}']
+    shown = starts.command(given)
+    assert "abc" not in shown
+    assert "data.tokenizer=bpe optim.lr=1e-3 " in shown
+    mesh = SimpleNamespace(world=2, device=torch.device("cpu"))
+    starts.Start(tmp_path, 0, mesh)
+    again = starts.Start(tmp_path, 4, mesh)
+    again.end()
+    first, last = (json.loads(line) for line in (tmp_path / starts.NAME).read_text().splitlines())
+    assert (first["step"], last["step"], "seconds" in first) == (0, 4, False)
+    assert last["seconds"] >= 0
+    assert first["hardware"].startswith("2 ranks, ")
+    assert f"torch {torch.__version__}" in first["versions"]
 
 
 def test_a_collapsed_router_and_a_busy_device_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain import __version__, disk
-from moetrain.report.cards import about, cards
+from moetrain.report.cards import about, cards, circumstances
 from moetrain.report.compare import compare, flat
 from moetrain.report.figures import figures
 from moetrain.report.findings import findings
@@ -45,6 +45,8 @@ def _one(run: Run, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "about": about(run),
+        "circumstances": circumstances(run),
+        "resumed": run.resumed,
         "cards": cards(run),
         "findings": [finding._asdict() for finding in findings(run)],
         "alerts": run.alerts[-50:],

@@ -34,6 +34,30 @@ def about(run: Run) -> str:
     return " · ".join(parts) or "its configuration could not be read"
 
 
+def circumstances(run: Run) -> list[tuple[str, str]]:
+    """(what, text) of how the run was made, as its last start says; [] of a run that did not record it."""
+    if not run.starts:
+        return []
+    last, known = run.starts[-1], [row for row in run.starts if _is_seconds(row.get("seconds"))]
+    found = []
+    if known:
+        seconds = round(sum(row["seconds"] for row in known))
+        spent = f"{seconds // 3600} h {seconds // 60 % 60:02d} min" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+        spent = spent if seconds >= 60 else f"{seconds} s"
+        some = len(known) < len(run.starts)
+        found = [
+            ("Wall time", spent + f", of {len(known)} of {len(run.starts)} starts; the others recorded no end" * some)
+        ]
+    if resumed := run.resumed:
+        found.append(("Went on", "after step " + ", ".join(f"{step:,}" for step in resumed)))
+    labels = {"time": "Started", "hardware": "Hardware", "versions": "Versions", "command": "Command"}
+    return found + [(label, last[key]) for key, label in labels.items() if isinstance(last.get(key), str)]
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1e10
+
+
 def cards(run: Run) -> list[dict[str, Any]]:
     """`{name, value, unit, note}`; those that nothing was recorded for are left out. `number` is for comparing."""
     drawn = (_progress, _held_out, _loss, _speed, _imbalance, _saved, _moved, _experts, _congestion, _memory)

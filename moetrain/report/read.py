@@ -119,6 +119,7 @@ class Run:
             self.missing.append(f"metrics.jsonl: {self.metrics.torn} unreadable line(s) left out")
         self.config = self._mapping("config.yaml", "not there")
         self.summary = self._mapping("summary.json", "not there: the run has not ended")
+        self.starts = disk.rows(self.folder / "starts.jsonl")
         self.trace = self._trace()
         self.specialisation = self._specialisation()
         self.alerts = self._alerts()
@@ -128,6 +129,11 @@ class Run:
         """A field of the config, as `model.dim`."""
         found = _field(self.config, *path.split("."))
         return default if found is None else found
+
+    @property
+    def resumed(self) -> list[int]:
+        """The steps after which the run was started again and went on."""
+        return sorted({row["step"] for row in self.starts[1:]} - {0})
 
     def whole(self, path: str) -> int | None:
         """A field of the config that is a whole number; None where it is none."""

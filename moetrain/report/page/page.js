@@ -11,6 +11,7 @@ const view = {
   step: 0,
   layer: 0,
   hover: null,
+  get resumed() { return run().resumed; },
   go(step) { view.step = steps[nearest(steps, step)] ?? 0; view.hover = null; update(); },
   look(step) { if (view.hover !== step) { view.hover = step; update(); } },
   pick(layer) { view.layer = layer; find("layer").value = String(layer); update(); },
@@ -34,6 +35,7 @@ function figure(holder, data) {
   holder.hidden = data.kind === "absent";
   if (holder.hidden) return;
   const box = make("div", { class: "plot" });
+  if (holder.dataset.compare) box.dataset.compared = "";
   box.title_ = holder.querySelector("figcaption b").textContent;
   holder.querySelector("figcaption").after(box);
   box.update = DRAW[holder.dataset.figure === "history" ? "history" : data.kind](box, data, view);
@@ -67,9 +69,10 @@ function table(node, columns, rows) {
 }
 
 function head() {
-  const { name, about, cards, findings, missing, config, alerts } = run();
+  const { name, about, cards, findings, missing, config, alerts, circumstances } = run();
   find("name").textContent = name;
   find("about").textContent = about;
+  find("circumstances").replaceChildren(...circumstances.flatMap(([what, text]) => [make("dt", {}, what), make("dd", {}, text)]));
   find("version").textContent = `${page.version}, ${page.written}`;
   find("live").textContent = page.live ? `· live, read at ${page.written.slice(-5)}` : "";
   find("cards").replaceChildren(...cards.map((c) => make("div", { class: "card" }, make("h3", {}, c.name), make("strong", {}, `${c.value} `, make("small", {}, c.unit)), make("p", {}, c.note))));

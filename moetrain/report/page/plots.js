@@ -5,7 +5,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 
 function make(tag, attributes = {}, ...children) {
-  const drawn = ["svg", "g", "path", "line", "text", "rect", "circle", "clipPath"].includes(tag);
+  const drawn = ["svg", "g", "path", "line", "text", "rect", "circle", "clipPath", "title"].includes(tag);
   const node = drawn ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) if (value !== null) node.setAttribute(name, value);
   node.append(...children);
@@ -49,7 +49,7 @@ function colour(line, index, count, ordered) {
 }
 
 // The frame that curves and bars stand in: scales, rules, labels.
-function frame(box, { low, high, x, share, height = 230 }) {
+function frame(box, { low, high, x, share, height = 230, resumed = [] }) {
   const width = Math.max(box.clientWidth, 240);
   const marks = ticks(low, high, 4);
   const left = 10 + 6.4 * Math.max(...marks.map((m) => number(m, share).length));
@@ -68,6 +68,8 @@ function frame(box, { low, high, x, share, height = 230 }) {
     const anchor = at(mark) > area.right - 16 ? "end" : "middle";
     svg.append(Object.assign(make("text", { x: at(mark), y: height - 6, "text-anchor": anchor }), { textContent: number(mark) }));
   }
+  for (const step of resumed.filter((s) => s >= first && s < last))
+    svg.append(make("line", { class: "resumed", x1: at(step), x2: at(step), y1: area.top, y2: area.bottom }, make("title", {}, `went on after step ${number(step)}`)));
   return { svg, area, y, at, width, height };
 }
 
@@ -141,7 +143,7 @@ function lines(box, data, view) {
   const shown = data.series.filter((s) => !box.hidden_.has(s.name));
   const [low, high] = range(data, shown);
   const { cells, chosen } = legend(box, data.series, data, box.hidden_, redraw);
-  const { svg, area, y, at, width } = frame(box, { low, high, x: data.x, share: data.share, height: data.height });
+  const { svg, area, y, at, width } = frame(box, { low, high, x: data.x, share: data.share, height: data.height, resumed: "compared" in box.dataset ? [] : view.resumed });
   const clip = `clip${(lines.count = (lines.count ?? 0) + 1)}`;
   svg.append(make("clipPath", { id: clip }, make("rect", { x: area.left, y: area.top - 4, width: area.right - area.left + 6, height: area.bottom - area.top + 5 })));
   const plot = svg.appendChild(make("g", { "clip-path": `url(#${clip})` }));
@@ -205,7 +207,7 @@ function area(box, data, view) {
     list.append(make("button", { type: "button", tabindex: "-1", disabled: "" }, make("i", { style: `background:${paint(i)};height:10px` }), s.name, value));
     return value;
   });
-  const { svg, area: place, y, at, width } = frame(box, { low: 0, high, x: data.x, height: data.height });
+  const { svg, area: place, y, at, width } = frame(box, { low: 0, high, x: data.x, height: data.height, resumed: view.resumed });
   const clip = `clip${(lines.count = (lines.count ?? 0) + 1)}`;
   svg.append(make("clipPath", { id: clip }, make("rect", { x: place.left, y: place.top, width: place.right - place.left, height: place.bottom - place.top })));
   const plot = svg.appendChild(make("g", { "clip-path": `url(#${clip})` }));
