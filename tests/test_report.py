@@ -610,6 +610,9 @@ def test_the_live_page_follows_its_run(
         thread.start()
         address = f"http://127.0.0.1:{serving.server_address[1]}"
         opened = browser.open(address + "/") if browser else None
+        held = "document.querySelector('[data-figure=loss] .legend button[aria-pressed=false]')"
+        if opened:
+            opened.evaluate("document.querySelectorAll('[data-figure=loss] .legend button')[1].click()")
         row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]) | {"step": 41}
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n" + '{"step": 42, "half')
@@ -617,6 +620,7 @@ def test_the_live_page_follows_its_run(
         assert fresh["runs"][0]["figures"]["loss"]["x"][-1] == 41
         if opened:
             opened.wait("document.getElementById('at').textContent === '41 of 41'")
+            assert opened.evaluate(f"{held}?.textContent.startsWith('cpp') && {held} === document.activeElement")
             assert re.search(r"read at \d\d:\d\d$", opened.evaluate("document.getElementById('live').textContent"))
             assert opened.complaints() == []
         for wrong in (urllib.request.Request(address, headers={"Host": "elsewhere.example"}), address + "/etc/passwd"):

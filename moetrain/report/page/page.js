@@ -30,15 +30,20 @@ function update() {
   for (const box of boxes()) box.update?.();
 }
 
+const focusable = (box) => [...box.querySelectorAll("button, [tabindex]")];
+
 function figure(holder, data) {
-  holder.querySelector(".plot")?.remove();
+  const before = holder.querySelector(".plot"), at = before ? focusable(before).indexOf(document.activeElement) : -1;
+  before?.remove();
   holder.hidden = data.kind === "absent";
   if (holder.hidden) return;
   const box = make("div", { class: "plot" });
   if (holder.dataset.compare) box.dataset.compared = "";
+  if (before?.hidden_) box.hidden_ = before.hidden_; // lines stay hidden, and the focus where it was, when data grow
   box.title_ = holder.querySelector("figcaption b").textContent;
   holder.querySelector("figcaption").after(box);
   box.update = DRAW[holder.dataset.figure === "history" ? "history" : data.kind](box, data, view);
+  if (at >= 0) focusable(box)[at]?.focus({ preventScroll: true });
 }
 
 // Under each section, what its run did not record, in place of empty frames.
@@ -191,7 +196,10 @@ if (page.live) setInterval(async () => {
     const fresh = await answer.json();
     const grown = JSON.stringify(fresh.runs) !== JSON.stringify(page.runs);
     page = fresh;
+    const held = [find("findings"), find("runs")].find((list) => list.contains(document.activeElement)); // drawn anew
+    const at = held ? [...held.querySelectorAll("a, button")].indexOf(document.activeElement) : -1;
     if (grown && !playing) show(); else head();
+    held?.querySelectorAll("a, button")[at]?.focus({ preventScroll: true });
   } catch {
     find("live").textContent = "· the server has stopped";
   }
