@@ -1,6 +1,7 @@
 """Fixtures: the pool of ranks, a small corpus, small configs."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Grid(config), "grid")
+    for number in (
+        signal.SIGHUP,
+        signal.SIGINT,
+    ):  # ignored under nohup, in the background: so would be what starts here
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several gloo ranks: a machine with a GPU tests the same
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels run on the CPU

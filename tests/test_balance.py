@@ -317,7 +317,8 @@ def test_bias_and_held_frequencies_resume_bit_exactly(pool, tiny) -> None:
 
 def test_a_checkpoint_without_them_is_refused(tmp_path: Path) -> None:
     plain = config.load(["model=tiny"])
-    manifest.write(tmp_path, {"files": {}, "config": plain.model_dump(mode="json")})
+    body = {"step": 1, "samples": 1, "layout": {"engine": "native", "ranks": 1}, "files": {}}
+    manifest.write(tmp_path, {**body, "config": plain.model_dump(mode="json")})
     checkpoint.check_fits(plain, tmp_path, same_run=False)
     for option, says in (("bias=sign", "has none"), ("accumulate=hold", "holds no frequencies; take buffer or exact")):
         with pytest.raises(config.ConfigError, match=f"balance.{option}: the checkpoint {tmp_path} {says}"):
