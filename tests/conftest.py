@@ -66,6 +66,14 @@ def bf16_is_fast() -> bool:
     return precision.speed_of_bf16(torch.device("cpu")) > 0.5
 
 
+@pytest.fixture(autouse=True)
+def _heard() -> None:
+    """A command line with --json, run in this process, leaves the terminal quiet."""
+    from moetrain.observe.console import console
+
+    console.quiet = False
+
+
 def write_text(root: Path) -> None:
     """Small documents in two domains: counting, and letters."""
     for domain, words in (
