@@ -11,7 +11,7 @@ import io
 import threading
 from contextlib import suppress
 
-from moetrain.cli import main
+from moetrain.cli.parser import main
 
 
 def run() -> None:

@@ -25,19 +25,23 @@ import numpy as np
 import torch
 from torch.autograd import DeviceType
 
-from moetrain import config, mesh, train
+from moetrain import config
 from moetrain.bench import cases, tables, virtual
+from moetrain.bench import cell as layer_cell
 from moetrain.bench.cases import BALANCED, Shape
-from moetrain.bench.cell import Cell, Inputs, build, now
+from moetrain.bench.cell import Cell, Inputs, now
 from moetrain.bench.options import Grid
+from moetrain.common.console import console
 from moetrain.data.loader import Sequences
+from moetrain.distributed import mesh
 from moetrain.engine import build_engine
-from moetrain.model.cross_entropy import linear_cross_entropy
-from moetrain.moe import kernels
-from moetrain.moe.cost import default_costs
-from moetrain.moe.plan import Plan
-from moetrain.observe.console import console
+from moetrain.models.cross_entropy import linear_cross_entropy
+from moetrain.moe.clock import Clock
+from moetrain.moe.kernels import api as kernels
+from moetrain.moe.planning.cost import default_costs
+from moetrain.moe.planning.plan import Plan
 from moetrain.observe.estimate import GIB, estimate, matmul_rate
+from moetrain.training.step import build, optimizer_step
 
 RANKS, TOKENS = 8, 8192  # of the cluster that one GPU stands for; of each rank
 NEAR = {"fp32": 1e-4, "bf16": 1e-2}  # of a loss, relative to the CPU's in fp32
@@ -274,7 +278,7 @@ def first_cell(shape: Shape, scenario: str, device: torch.device) -> tuple[Cell,
     """Virtual rank 0's layer, and its plan, with the announcements of all ranks in the mail."""
     torch.manual_seed(0)
     grid = Grid([shape], [scenario], ["makespan"], repeats=1, warmup=1, seed=0)
-    weights = build(shape, virtual._place(0, RANKS, virtual.Post(device)), device)
+    weights = layer_cell.build(shape, virtual._place(0, RANKS, virtual.Post(device)), device)
     runner = virtual.Runner(shape, RANKS, grid, Inputs.of(shape, device), weights, default_costs())
     post = virtual.Post(device)
     cells = [runner._rank(rank, scenario, "makespan", post) for rank in range(RANKS)]
@@ -314,7 +318,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Table:
         mesh.start(settings.layout(1), rank=0, world=1, init_method=f"file://{name}/rendezvous") as joined,
     ):
         began = now(device)
-        engine = build_engine(train.build(settings), joined, settings)
+        engine = build_engine(build(settings), joined, settings)
         made, size = now(device) - began, estimate(settings, 1)
         peak_rate = matmul_rate(device, engine.dtype)
         generator = np.random.default_rng(0)
@@ -329,9 +333,9 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Table:
             torch.cuda.reset_peak_memory_stats()
         times, losses = [], []
         for _ in range(5 if tiny else 12):
-            share, clock = batch_of_tokens(), train.Clock(device)
+            share, clock = batch_of_tokens(), Clock(device)
             began = now(device)
-            done = train.optimizer_step(engine, settings, [share], 1e-4, clock)
+            done = optimizer_step(engine, settings, [share], 1e-4, clock)
             times.append(now(device) - began)
             losses.append(float(done.parts[0].nats.mean()))
         best = sorted(times[2:])[len(times[2:]) // 2]
@@ -344,7 +348,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Table:
         rows += [["parameters", f"{size.total / 1e9:.2f}B, made in {made:.1f} s"], ["tokens a step", f"{tokens:,}"]]
         least = f"first {1e3 * times[0]:.0f}, least {1e3 * min(times):.1f}"
         rows.append(["step, median after two", f"{1e3 * best:.1f} ms ({least})"])
-        again = seconds(lambda: train.optimizer_step(engine, settings, [share], 0.0), device, 3)
+        again = seconds(lambda: optimizer_step(engine, settings, [share], 0.0), device, 3)
         rows.append(["the last batch again: the sizes of its products are known", f"{1e3 * again:.1f} ms"])
         rows.append(["tokens a second", f"{tokens / best:,.0f}"])
         mfu = size.flops_per_token * tokens / best / peak_rate
@@ -354,7 +358,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Table:
         rows += [[f"of the last step: {name}", f"{1e3 * took:.1f} ms"] for name, took in phases.items()]
         if device.type == "cuda":
             with torch.profiler.profile() as profile:
-                train.optimizer_step(engine, settings, [batch_of_tokens()], 1e-4)
+                optimizer_step(engine, settings, [batch_of_tokens()], 1e-4)
                 now(device)
             profile.export_chrome_trace(str(out / "trace-step.json.gz"))
             events = sorted(on_gpu(profile.key_averages()), key=lambda e: -e.self_device_time_total)

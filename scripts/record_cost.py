@@ -15,15 +15,20 @@ from collections.abc import Sequence
 
 import torch
 
-from moetrain import config, launcher, mesh, precision, profile, runs, train
-from moetrain.comm import barrier
+from moetrain import config, runs
 from moetrain.config import Config
-from moetrain.engine import build_engine
-from moetrain.mesh import Mesh
+from moetrain.data.loader import open_data, with_vocabulary
+from moetrain.distributed import mesh
+from moetrain.distributed.comm import barrier
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import build_engine, calibrate, precision
+from moetrain.launch import local
 from moetrain.moe.clock import Clock
 from moetrain.moe.layer import LayerStats
 from moetrain.observe.health import RouterSums
 from moetrain.observe.recorder import Recorder
+from moetrain.training import step as step_module
+from moetrain.training.step import build, micro_batches, optimizer_step
 
 PAIRS = int(os.environ.get("PAIRS", "30"))
 WARMUP = 8  # steps
@@ -44,24 +49,24 @@ class Switch:
 
 def measure(settings: Config, joined: Mesh) -> dict[str, list[float]]:
     """Ratios of neighbouring steps, with over without."""
-    corpus, loader = train.open_data(settings)
-    settings = train.with_vocabulary(settings, corpus)
+    corpus, loader = open_data(settings)
+    settings = with_vocabulary(settings, corpus)
     folder, switch = runs.folder_of(settings), Switch()
-    train.RouterSums = switch  # type: ignore[assignment, misc]
+    step_module.RouterSums = switch  # type: ignore[assignment, misc]
     if joined.is_main:
         runs.create(settings)
     barrier()
-    engine = build_engine(train.build(settings), joined, settings)
-    engine.plan_with(profile.obtain(joined, profile.Layer.of(settings), folder))
+    engine = build_engine(build(settings), joined, settings)
+    engine.plan_with(calibrate.obtain(joined, calibrate.Layer.of(settings), folder))
     times: dict[str, dict[bool, list[float]]] = {way: {True: [], False: []} for way in ("cpu", "clock")}
     batch = settings.train.global_batch
     with Recorder(settings, joined, folder, 0, corpus.domains, engine.model) as recorder:
         for step in range(1, WARMUP + 2 * PAIRS + 1):
             switch.on = step <= WARMUP or step % 4 in (1, 2)
-            shares = list(train.micro_batches(settings, joined, loader, (step - 1) * batch))
+            shares = list(micro_batches(settings, joined, loader, (step - 1) * batch))
             barrier()
             cpu, clock = time.process_time(), time.perf_counter()
-            done = train.optimizer_step(engine, settings, shares, 1e-4, Clock(joined.device))
+            done = optimizer_step(engine, settings, shares, 1e-4, Clock(joined.device))
             if switch.on:
                 metrics = recorder.read(step, done, always=True)
                 metrics |= {"train/grad_norm": done.norm, "perf/step_seconds": 1.0, "perf/tokens_per_second": 1.0}
@@ -76,7 +81,7 @@ def measure(settings: Config, joined: Mesh) -> dict[str, list[float]]:
 
 def main() -> None:
     settings = config.load(sys.argv[1:])
-    place = launcher.from_env()
+    place = local.from_env()
     if place is None:
         raise SystemExit("error: start it with torchrun")
     rank, world, local_rank = place

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from moetrain.checkpoint import manifest
+from moetrain.launch.exits import REQUEUE
 from moetrain.recovery import memory
-from moetrain.recovery.exits import REQUEUE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
 from faults import Job, last_step, steps, wait

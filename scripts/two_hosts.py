@@ -10,7 +10,7 @@ import sys
 
 from moetrain.bench.namespaces import Hosts
 from moetrain.config import ConfigError
-from moetrain.worker import say_bad_input
+from moetrain.launch.worker import say_bad_input
 
 PER_HOST = 2
 

@@ -11,7 +11,8 @@ import torch
 from grid import Grid, add_options
 from pool import Pool
 
-from moetrain import config, precision
+from moetrain import config
+from moetrain.engine import precision
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
@@ -69,7 +70,7 @@ def bf16_is_fast() -> bool:
 @pytest.fixture(autouse=True)
 def _heard() -> None:
     """A command line with --json, run in this process, leaves the terminal quiet."""
-    from moetrain.observe.console import console
+    from moetrain.common.console import console
 
     console.quiet = False
 

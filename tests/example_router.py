@@ -5,8 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.moe.routers.base import Place
-from moetrain.moe.routers.topk import TopK
+from moetrain.moe.routing.base import Place
+from moetrain.moe.routing.topk import TopK
 
 TEMPERATURE = 0.1
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moetrain.moe.routers.base import Routing
+from moetrain.moe.routing.base import Routing
 
 
 def moe(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:

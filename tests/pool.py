@@ -24,8 +24,8 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
 
     import torch
 
-    from moetrain import mesh
-    from moetrain.moe import kernels
+    from moetrain.distributed import mesh
+    from moetrain.moe.kernels import api as kernels
     from moetrain.observe import picture
 
     warnings.simplefilter("error")
@@ -55,7 +55,7 @@ def _next(jobs: Any) -> Any:
 class Pool:
     def __init__(self) -> None:
         self._context = mp.get_context("forkserver")  # which imports once what every rank needs
-        self._context.set_forkserver_preload(["torch", "moetrain.train"])
+        self._context.set_forkserver_preload(["torch", "moetrain.training.loop"])
         self._numbers = itertools.count()
         self._ranks: list[Any] = []
         self._folder = tempfile.mkdtemp(prefix="moetrain-pool-")

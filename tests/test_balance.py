@@ -12,15 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrain import checkpoint, config, train
+from moetrain import checkpoint, config
 from moetrain.checkpoint import manifest
+from moetrain.data.loader import open_data, with_vocabulary
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
-from moetrain.mesh import Mesh
-from moetrain.moe import balance
-from moetrain.moe.balance import Balance
 from moetrain.moe.layer import LayerStats
-from moetrain.moe.planners import PLANNERS, default_home
-from moetrain.moe.routers import ROUTERS, Choice, Router, Scores
+from moetrain.moe.planning import PLANNERS, default_home
+from moetrain.moe.routing import ROUTERS, Choice, Router, Scores, balance
+from moetrain.moe.routing.balance import Balance
+from moetrain.training.loop import train
+from moetrain.training.step import build, micro_batches, optimizer_step
 
 OPTIONS = config.load([]).balance
 
@@ -275,13 +277,13 @@ def test_the_bias_chooses_and_does_not_weigh() -> None:
 def stepped(mesh: Mesh, overrides: list[str]) -> list[Any]:
     """Two optimizer steps of two micro-steps: what the bias became, and what follows from the counts."""
     settings = config.load(overrides)
-    corpus, loader = train.open_data(settings)
-    settings = train.with_vocabulary(settings, corpus)
-    engine = NativeEngine(train.build(settings), mesh, settings)
+    corpus, loader = open_data(settings)
+    settings = with_vocabulary(settings, corpus)
+    engine = NativeEngine(build(settings), mesh, settings)
     expected = torch.zeros(len(engine.model.routers), settings.model.num_experts)
     for position in (0, 8):
-        shares = list(train.micro_batches(settings, mesh, loader, position))
-        counts_LE = torch.stack(train.optimizer_step(engine, settings, shares, lr=1e-3).counts)
+        shares = list(micro_batches(settings, mesh, loader, position))
+        counts_LE = torch.stack(optimizer_step(engine, settings, shares, lr=1e-3).counts)
         expected += 0.01 * (counts_LE.float().mean(1, keepdim=True) - counts_LE).sign()
     return [torch.stack([r.bias for r in engine.model.routers if r.bias is not None]), expected]
 
@@ -294,7 +296,7 @@ def test_the_bias_moves_once_a_step_with_the_counts_of_all(pool, tiny) -> None:
 
 
 def run(mesh: Mesh, overrides: list[str]) -> str:
-    return str(train.train(config.load(overrides), mesh))
+    return str(train(config.load(overrides), mesh))
 
 
 def test_bias_and_held_frequencies_resume_bit_exactly(pool, tiny) -> None:

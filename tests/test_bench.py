@@ -14,8 +14,8 @@ from moetrain.bench import cases, layer, layer_report, virtual
 from moetrain.bench.cases import Shape
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import Grid
-from moetrain.mesh import Mesh
-from moetrain.moe.planners import default_home
+from moetrain.distributed.mesh import Mesh
+from moetrain.moe.planning import default_home
 
 MIB = 1 << 20
 SHAPE = Shape(tokens=2048, dim=64, hidden=64, experts=8, top_k=1, dtype="fp32")

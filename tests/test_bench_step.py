@@ -11,14 +11,16 @@ import pytest
 import torch
 from pool import Pool
 
-from moetrain import cli, config, train
+from moetrain import cli, config
 from moetrain.bench import gpu, step
 from moetrain.bench.step_options import Options
 from moetrain.bench.step_peer import Peer
-from moetrain.data.loader import Corpus
+from moetrain.data.loader import Corpus, with_vocabulary
 from moetrain.data.prepare import ensure
-from moetrain.mesh import Mesh
+from moetrain.distributed.mesh import Mesh
 from moetrain.observe.estimate import estimate
+from moetrain.training.loop import train
+from moetrain.training.step import micro_batches
 
 FIELDS = {"ranks", "threads", "device", "dtype", "model", "tokens_per_step", "repeats", "warmup", "by_domain"}
 FIELDS |= {"step_ms", "percent_of_ideal", "quartiles", "start", "experts_ms"}
@@ -31,7 +33,7 @@ def measured(mesh: Mesh, overrides: list[str], options: Options) -> tuple[list[d
     before = {name: weight.detach().clone() for name, weight in bench.engine.model.state_dict().items()}
     found = step.records(bench, options)
     after = bench.engine.model.state_dict()
-    shares = train.micro_batches(bench.config, mesh, bench.loader, bench.position)
+    shares = micro_batches(bench.config, mesh, bench.loader, bench.position)
     domains = set(itertools.chain.from_iterable(share.domain.flatten().tolist() for share in shares))
     return found, all(torch.equal(_local(before[name]), _local(after[name])) for name in before), domains
 
@@ -91,7 +93,7 @@ def test_a_peer_of_the_same_shape_takes_its_turns(pool: Pool, tiny: list[str]) -
     (found, size, loss), _ = pool.run(beside, 2, overrides)
     settings = config.load(overrides)
     corpus = Corpus(ensure(settings.data))
-    assert size == estimate(train.with_vocabulary(settings, corpus), 2).total
+    assert size == estimate(with_vocabulary(settings, corpus), 2).total
     assert loss == pytest.approx(math.log(corpus.vocab_size), rel=0.1)
     ideal, home, peer = found
     assert (ideal["peer"], home["peer"], peer["planner"]) == (None, None, None)
@@ -111,7 +113,7 @@ def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def _trained(mesh: Mesh, overrides: list[str]) -> str:
-    return str(train.train(config.load(overrides), mesh))
+    return str(train(config.load(overrides), mesh))
 
 
 def test_domains_that_fill_no_sequence_are_left_out(data: list[str]) -> None:

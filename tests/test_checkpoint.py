@@ -18,10 +18,10 @@ from torch import nn
 
 from moetrain import checkpoint, config
 from moetrain.checkpoint import agreeing, loading, manifest
-from moetrain.checkpoint.entries import Entries, Held
 from moetrain.checkpoint.saving import share_out
 from moetrain.config import ConfigError
-from moetrain.mesh import Mesh
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine.entries import Entries, Held
 
 
 class Toy:

@@ -177,7 +177,7 @@ def test_eval_with_fewer_ranks_adapts_the_layout_as_train_does(
     trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     started = []
-    monkeypatch.setattr("moetrain.launcher.launch", lambda arguments, workers, again: started.append(workers) or 0)
+    monkeypatch.setattr("moetrain.launch.local.launch", lambda arguments, workers, again: started.append(workers) or 0)
     assert cli.main(["eval", str(trained[0]), "parallel.nproc=1", "parallel.ep=2"]) == 0, capfd.readouterr().err
     assert started == [1]
 

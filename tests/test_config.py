@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moetrain import checks, cli, config, unused
-from moetrain.config import ConfigError
-from moetrain.moe.routers import ROUTERS
+from moetrain import cli, config
+from moetrain.config import ConfigError, rules, unused
+from moetrain.moe.routing import ROUTERS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -298,4 +298,4 @@ if __name__ == "__main__":
 
 
 def test_the_default_routers_options_are_those_of_its_class() -> None:
-    assert ROUTERS["topk"].takes == checks.TOPK_OPTIONS
+    assert ROUTERS["topk"].takes == rules.TOPK_OPTIONS

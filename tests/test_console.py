@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from moetrain.observe import console, summary
-from moetrain.observe.console import Terminal, Voice, styled
+from moetrain.common import console
+from moetrain.common.console import Terminal, Voice, styled
+from moetrain.observe import summary
 
 HOSTILE = ["x[/red]y", "ends in \\\\\\", "[bold]", ":smile:", "[link=file:///]", "\\[dim]"]
 

@@ -27,10 +27,10 @@ from moetrain.data import corpus, prepare, sources, tokenizer
 from moetrain.data.bigram import Bigram
 from moetrain.data.files import LeftOut
 from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed, open_data, samples_of
-from moetrain.evaluate import Score, held_out_windows
-from moetrain.mesh import Mesh
+from moetrain.distributed.mesh import Mesh
 from moetrain.observe.summary import bigram_scores
-from moetrain.train import check_same_corpus
+from moetrain.training.evaluate import Score, held_out_windows
+from moetrain.training.step import check_same_corpus
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,15 @@ import torch.distributed as dist
 from test_routers import FAMILIES
 from torch import Tensor
 
-from moetrain import config, train
+from moetrain import config
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Loader
+from moetrain.data.loader import Corpus, Loader, with_vocabulary
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine, build_engine
 from moetrain.engine.deepspeed_config import ds_config
-from moetrain.mesh import Mesh
-from moetrain.moe.cost import default_costs
+from moetrain.moe.planning.cost import default_costs
+from moetrain.training.step import build, micro_batches, optimizer_step
 
 STEPS = 4
 MOVING = ["planner=llep", "planner.min_rows=1", "router.skew=0.5", "optim.warmup=2", "optim.clip=0.5"]
@@ -29,8 +30,8 @@ def engine_of(mesh: Mesh, overrides: list[str]) -> tuple[Engine, Config, Loader]
     settings = config.load(overrides)
     settings.layout(mesh.world)
     corpus = Corpus(prepare.ensure(settings.data))
-    settings = train.with_vocabulary(settings, corpus)
-    engine = build_engine(train.build(settings), mesh, settings)
+    settings = with_vocabulary(settings, corpus)
+    engine = build_engine(build(settings), mesh, settings)
     engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))  # lending is nothing against rows
     return engine, settings, Loader(corpus, settings.train.seq_len, 0)
 
@@ -40,8 +41,8 @@ def steps(engine: Engine, settings: Config, loader: Loader, begin: int, end: int
     out = []
     size, tokens = settings.train.global_batch, settings.train.global_batch * settings.train.seq_len
     for number in range(begin, end):
-        shares = list(train.micro_batches(settings, engine.mesh, loader, number * size))
-        step = train.optimizer_step(engine, settings, shares, 0.005 * (number + 1))
+        shares = list(micro_batches(settings, engine.mesh, loader, number * size))
+        step = optimizer_step(engine, settings, shares, 0.005 * (number + 1))
         loss = torch.stack([part.nats.sum() for part in step.parts]).sum() / tokens
         dist.all_reduce(loss)
         out.append((loss.item(), step.norm, sum(s.num_lent for part in step.parts for s in part.stats)))
@@ -228,12 +229,14 @@ def test_extra_comes_on_top() -> None:
 
 
 def test_without_deepspeed_it_says_how_to_install(monkeypatch) -> None:
-    monkeypatch.setattr("moetrain.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("moetrain.config.rules.find_spec", lambda name: None)
     settings = config.load(["engine=deepspeed"])
     with pytest.raises(ConfigError, match=r"engine=deepspeed: needs DeepSpeed.*pip install 'moetrain\[deepspeed\]'"):
         settings.layout(2)
 
 
 def test_other_runs_never_import_it() -> None:
-    code = "import sys, moetrain.cli, moetrain.train, moetrain.engine.native; sys.exit('deepspeed' in sys.modules)"
+    code = (
+        "import sys, moetrain.cli, moetrain.training.loop, moetrain.engine.native; sys.exit('deepspeed' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=240, check=False).returncode == 0

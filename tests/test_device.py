@@ -9,13 +9,15 @@ from on_device import OnGpu, backward, device, to_gpu
 from pool import Pool
 from test_routers import FAMILIES
 
-from moetrain import comm, config, train
-from moetrain.mesh import Mesh
-from moetrain.model.initialise import initialise
-from moetrain.moe import kernels
-from moetrain.moe.balance import Balance
+from moetrain import config
+from moetrain.distributed import comm
+from moetrain.distributed.mesh import Mesh
+from moetrain.models.initialise import initialise
+from moetrain.moe.kernels import api as kernels
 from moetrain.moe.layer import MoE
+from moetrain.moe.routing.balance import Balance
 from moetrain.observe.health import RouterSums
+from moetrain.training.step import build
 
 LOSSES = ["balance.micro_fraction=0.5", "balance.sequence_coefficient=0.1", "balance.device_coefficient=0.1"]
 LOSSES += ["balance.entropy_coefficient=0.1", "balance.bias=sign"]
@@ -39,7 +41,7 @@ BUDGET = {  # of one MoE layer on one of two ranks, with plain torch's sums and 
 def one_step(mesh: Mesh, overrides: list[str]) -> int:
     """Forward, all losses and backward of a whole model. Returns how many experts were lent."""
     settings = config.load(["model=tiny", "model.vocab_size=50", "train.seq_len=16", "train.dtype=fp32", *overrides])
-    model = train.build(settings).to_empty(device="cpu")
+    model = build(settings).to_empty(device="cpu")
     for module in model.modules():
         if isinstance(module, MoE):
             module.experts.shard(mesh.ep, 1, settings.engine.max_rows, settings.train.recompute != "selective")

@@ -18,16 +18,19 @@ from test_checkpoint import Toy
 from test_profile import obtain
 from test_train import run as trained
 
-from moetrain import config, disk, profile, runs
+from moetrain import config, runs
 from moetrain.checkpoint import Start, files
+from moetrain.common import disk
 from moetrain.config import ConfigError
 from moetrain.data import prepare
-from moetrain.mesh import Mesh
-from moetrain.moe.cost import Costs, default_costs
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import calibrate
+from moetrain.launch import heartbeat
+from moetrain.launch.exits import Ended
+from moetrain.moe.planning.cost import Costs, default_costs
 from moetrain.observe import picture, summary
 from moetrain.observe.tracker import JsonLines
-from moetrain.recovery import heartbeat, memory, watch
-from moetrain.recovery.exits import Ended
+from moetrain.recovery import memory, watch
 from moetrain.recovery.guard import Guard
 from moetrain.recovery.snapshots import Snapshots
 from moetrain.report import build
@@ -89,7 +92,7 @@ def test_a_disk_without_room_is_one_line(tmp_path: Path) -> None:
 
 FULL = """
 import errno, os, sys
-from moetrain import worker
+from moetrain.launch import worker
 def body():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/config.yaml")
 sys.exit(worker.work(body))
@@ -138,7 +141,7 @@ def test_a_pipe_is_not_waited_for_and_a_giant_is_not_read(tmp_path: Path) -> Non
 def impossible() -> Iterator[bytes]:
     """Costs with one figure that cannot be."""
     sound = {"ranks": "1 on cpu, ep 1", **json.loads(json.dumps(vars(default_costs()), default=vars))}
-    assert profile.of_tree(sound) is not None
+    assert calibrate.of_tree(sound) is not None
     for name, value in (
         ("row_forward", 0), ("row_forward", -1.0), ("row_backward", float("nan")), ("overlap", 2.0),
         ("weight_bytes", float("inf")), ("weight_bytes", "x"), ("row_bytes", None), ("nodes", ["x"]), ("nodes", 3),
@@ -157,10 +160,10 @@ def obtained(mesh: Mesh, cache: str, run: str, saved: str, texts: list[bytes]) -
         for path in (kept, Path(run, "costs.json"), Path(saved, "costs.json")):
             path.write_bytes(text)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(profile, "measure", lambda *_: default_costs())
+            patch.setattr(calibrate, "measure", lambda *_: default_costs())
             found += obtain(mesh, cache, run, saved)
-        assert profile.of_checkpoint(Path(run)) == default_costs()
-        assert profile.of_tree(disk.read_json(kept)) is not None
+        assert calibrate.of_checkpoint(Path(run)) == default_costs()
+        assert calibrate.of_tree(disk.read_json(kept)) is not None
     return found
 
 
@@ -179,7 +182,7 @@ def test_torn_costs_are_measured_again(pool, tmp_path: Path) -> None:
 def test_of_a_damaged_checkpoint_costs_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "costs.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^checkpoint=.*: costs.json is damaged$"):
-        profile.of_checkpoint(tmp_path)
+        calibrate.of_checkpoint(tmp_path)
 
 
 def test_small_state_files_that_are_damaged_count_as_missing(pool, tmp_path: Path, data: list[str]) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from test_hosts import allowed
 
-from moetrain import cli, config, precision
+from moetrain import cli, config
 from moetrain.bench.namespaces import Hosts
 from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
 from moetrain.doctor.host import examine
 from moetrain.doctor.hosts import meet
+from moetrain.engine import precision
 
 
 def test_it_says_what_this_host_has(data: list[str], tmp_path: Path, capsys: Any) -> None:

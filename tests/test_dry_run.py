@@ -5,9 +5,11 @@ import re
 
 import pytest
 
-from moetrain import config, dry_run, precision
+from moetrain import config
+from moetrain.engine import precision
 from moetrain.engine.base import guest_bytes
 from moetrain.observe.estimate import estimate
+from moetrain.training import dry_run
 
 BATCH = ["train.seq_len=4096", "train.micro_batch=1", "train.recompute=selective"]
 

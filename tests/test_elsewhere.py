@@ -19,11 +19,16 @@ import torch
 from grid import on_grid
 from test_train import losses
 
-from moetrain import cache, comm, config, launcher, optim, train
-from moetrain.mesh import Mesh
-from moetrain.moe import gemm_cpu
+from moetrain import config
+from moetrain.common import cache
+from moetrain.distributed import comm
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import optim
+from moetrain.launch import heartbeat, local
+from moetrain.moe.kernels import cpu_gemm
 from moetrain.observe import meter
-from moetrain.recovery import heartbeat, memory
+from moetrain.recovery import memory
+from moetrain.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +65,7 @@ def run(mesh: Mesh, overrides: list[str], lacks: list[str]) -> tuple[str, str, i
     for group in groups:
         comm._lanes.pop(group).close()
     with without(*lacks), comm.shared_memory(groups, 60.0):
-        folder = train.train(config.load(overrides), mesh)
+        folder = train(config.load(overrides), mesh)
         return str(folder), (folder / "log.txt").read_text(), len(comm._lanes)
 
 
@@ -90,7 +95,7 @@ def test_macos_counts_memory_in_bytes_and_names_its_loopback(monkeypatch: pytest
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the handlers here stay
     for platform, interface, unit in (("linux", "lo", 1), ("darwin", "lo0", 1024)):
         monkeypatch.setattr(sys, "platform", platform)
-        assert launcher.launch(["train"], 1) == 0
+        assert local.launch(["train"], 1) == 0
         assert (tmp_path / "interface").read_text().strip() == interface
         assert meter.peak_memory(torch.device("cpu")) == pytest.approx(here / unit, rel=0.2)
 
@@ -145,8 +150,8 @@ def test_a_processor_that_llvm_does_not_know_has_no_kernels_of_its_own(monkeypat
     def unknown() -> None:
         raise RuntimeError("failed to get host cpu features.")
 
-    monkeypatch.setattr(gemm_cpu.llvm, "get_host_cpu_features", unknown)
-    assert not gemm_cpu.able.__wrapped__()
+    monkeypatch.setattr(cpu_gemm.llvm, "get_host_cpu_features", unknown)
+    assert not cpu_gemm.able.__wrapped__()
 
 
 @pytest.mark.grid  # every kernel is compiled again

@@ -9,14 +9,15 @@ from grid import sample
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moetrain import config, train
-from moetrain.comm import all_gather, all_reduce_sum
+from moetrain import config
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Loader
+from moetrain.data.loader import Corpus, Loader, with_vocabulary
+from moetrain.distributed.comm import all_gather, all_reduce_sum
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
-from moetrain.mesh import Mesh
-from moetrain.moe.balance import Balance
-from moetrain.moe.cost import default_costs
+from moetrain.moe.planning.cost import default_costs
+from moetrain.moe.routing.balance import Balance
+from moetrain.training.step import Batch, build, micro_batches, optimizer_step
 
 NEAR = 3e-5  # of the largest element
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]  # ranks, ranks of an expert group
@@ -29,10 +30,10 @@ STEP += ["optim.eps=0.01"]  # an update that is smooth in the gradient: without 
 def started(mesh: Mesh, overrides: list[str]) -> tuple[NativeEngine, config.Config, list[Any]]:
     settings = config.load(overrides)
     corpus = Corpus(prepare.ensure(settings.data))
-    settings = train.with_vocabulary(settings, corpus)
-    engine = NativeEngine(train.build(settings), mesh, settings)
+    settings = with_vocabulary(settings, corpus)
+    engine = NativeEngine(build(settings), mesh, settings)
     engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))  # lending is nothing against rows
-    return engine, settings, list(train.micro_batches(settings, mesh, Loader(corpus, settings.train.seq_len, 0), 0))
+    return engine, settings, list(micro_batches(settings, mesh, Loader(corpus, settings.train.seq_len, 0), 0))
 
 
 def whole(mesh: Mesh, name: str, tensor: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def steps(mesh: Mesh, base: list[str], variants: list[list[str]]) -> list[tuple[
                 found[f"gradient of {name}"] = whole(mesh, name, parameter.grad)
 
         engine.optimizer.register_step_pre_hook(keep)
-        step = train.optimizer_step(engine, settings, shares, lr=0.05)
+        step = optimizer_step(engine, settings, shares, lr=0.05)
         tokens = settings.train.global_batch * settings.train.seq_len
         loss = torch.stack([part.nats.sum() / tokens + part.losses.weighted for part in step.parts]).sum()
         found["loss"] = all_reduce_sum(loss)
@@ -110,7 +111,7 @@ def of_balance_alone(mesh: Mesh, overrides: list[str]) -> Tensor:
     """The routers' gradients of the balance loss and nothing else."""
     engine, settings, shares = started(mesh, overrides)
     balance = Balance(settings.balance, engine.model.routers, 16 * 16, 16)
-    batches = [train.Batch.of(share, settings, mesh.device) for share in shares]
+    batches = [Batch.of(share, settings, mesh.device) for share in shares]
     ahead = [balance.foresee(engine.model.count(b.tokens, *b.about)) for b in batches[1:]]
     for number, (batch, choices) in enumerate(zip(batches, [None, *ahead], strict=True)):
         _, stats = engine.model(batch.tokens, batch.targets, *batch.about, choices)
@@ -139,7 +140,7 @@ def times_chosen(mesh: Mesh, overrides: list[str]) -> list[int]:
             return original(*args)
 
         router.choose = choose  # type: ignore[method-assign]
-    counts = train.optimizer_step(engine, settings, shares, lr=0.05).counts
+    counts = optimizer_step(engine, settings, shares, lr=0.05).counts
     assert [int(counts_E.sum()) for counts_E in counts] == [16 * 16 * settings.router.top_k] * len(calls)
     return calls
 

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from grid import sample
 
-from moetrain import config, train
-from moetrain.mesh import Mesh
+from moetrain import config
+from moetrain.data.loader import open_data
+from moetrain.distributed.mesh import Mesh
+from moetrain.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 
 
 def curve(mesh: Mesh, overrides: list[str]) -> list[float]:
-    folder = train.train(config.load(overrides), mesh)
+    folder = train(config.load(overrides), mesh)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row]
 
@@ -89,7 +91,7 @@ def test_every_micro_batch_of_the_scope_experiments_has_one_domain(runs: tuple[P
     """Two ranks in two micro-steps of a block each: the tokens of a step are a multiple of a block's."""
     folder, _ = runs
     settings = config.load_resolved(folder / "scope_micro-s0" / "config.yaml")
-    _, loader = train.open_data(settings)
+    _, loader = open_data(settings)
     for begin in range(0, 64, 4):
         assert len(np.unique(loader.samples(begin, begin + 4).domain)) == 1
 

@@ -18,8 +18,8 @@ from test_train import losses, run
 from torch import Tensor
 
 from moetrain import config
-from moetrain.mesh import Mesh
-from moetrain.moe import kernels
+from moetrain.distributed.mesh import Mesh
+from moetrain.moe.kernels import api as kernels
 from moetrain.moe.layer import MoE
 
 

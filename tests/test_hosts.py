@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from moetrain import cli, mesh
+from moetrain import cli
 from moetrain.bench.hosts import WAYS
 from moetrain.bench.namespaces import Hosts
 from moetrain.config import ConfigError
-from moetrain.precision import DTYPES
+from moetrain.distributed import mesh
+from moetrain.engine.precision import DTYPES
 
 BURST, TOKENS = 256_000, 512
 

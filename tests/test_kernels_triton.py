@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.moe import kernels
+from moetrain.moe.kernels import api as kernels
 
 triton = pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
 interpreted = pytest.mark.skipif(  # with numpy 2.4
@@ -104,7 +104,7 @@ COMPILED = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moetrain.moe import kernels_triton as ours
+from moetrain.moe.kernels import triton_fused as ours
 
 sums, gated = (ours.SUM_BLOCK, ours.SUM_WARPS), (ours.SWIGLU_BLOCK, ours.SWIGLU_WARPS)
 logits = ours.LOGITS_BLOCK, ours.LOGITS_WARPS

@@ -14,10 +14,13 @@ from grid import on_grid
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moetrain import comm, config, train
-from moetrain.mesh import Mesh
-from moetrain.moe import dispatch
-from moetrain.moe import guests as guests_module
+from moetrain import config
+from moetrain.data.loader import with_vocabulary
+from moetrain.distributed import comm
+from moetrain.distributed.mesh import Mesh
+from moetrain.moe.exchange import dispatch
+from moetrain.moe.exchange import guests as guests_module
+from moetrain.training.step import build, micro_batches, optimizer_step
 
 STEPS = 3
 GRADIENT, WEIGHT = 2e-5, 1e-4  # fp32 rounding; AdamW divides tiny gradients by their own size, so weights differ more
@@ -65,7 +68,7 @@ class Found(NamedTuple):
 
 def whole(mesh: Mesh, engine: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Global values of tensors like the model's parameters, experts in their order; on every rank."""
-    from moetrain.comm import all_gather
+    from moetrain.distributed.comm import all_gather
     from moetrain.moe.experts import Experts
 
     experts = {name: module for name, module in engine.model.named_modules() if isinstance(module, Experts)}
@@ -91,8 +94,8 @@ def steps(mesh: Mesh, overrides: list[str]) -> Found:
 
     settings = config.load(overrides)
     corpus = Corpus(prepare.ensure(settings.data))
-    settings = train.with_vocabulary(settings, corpus)
-    engine = NativeEngine(train.build(settings), mesh, settings)
+    settings = with_vocabulary(settings, corpus)
+    engine = NativeEngine(build(settings), mesh, settings)
     parameters = dict(engine.model.named_parameters())
     start = whole(mesh, engine, parameters)
     gradients: dict[str, Tensor] = {}
@@ -117,8 +120,8 @@ def steps(mesh: Mesh, overrides: list[str]) -> Found:
             patch.setattr(module, "start_all_to_all", counted)
         for step in range(STEPS):
             first = step * settings.train.global_batch
-            shares = list(train.micro_batches(settings, mesh, loader, first))
-            done = train.optimizer_step(engine, settings, shares, settings.optim.lr)
+            shares = list(micro_batches(settings, mesh, loader, first))
+            done = optimizer_step(engine, settings, shares, settings.optim.lr)
             guests += sum(len(s.plan.guests()) for part in done.parts for s in part.stats)
     return Found(gradients, start, whole(mesh, engine, parameters), guests, transfers)
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, milp
 from test_plan import paper_loads
 
-from moetrain.moe.cost import Costs, Limits, Link, State, default_costs, layer_time
-from moetrain.moe.plan import Ints, Plan, imbalance
-from moetrain.moe.planners import PLANNERS, default_home
-from moetrain.moe.planners.makespan import NO_LIMIT, _judge, _problem
+from moetrain.moe.planning import PLANNERS, default_home
+from moetrain.moe.planning.cost import Costs, Limits, Link, State, default_costs, layer_time
+from moetrain.moe.planning.makespan import NO_LIMIT, _judge, _problem
+from moetrain.moe.planning.plan import Ints, Plan, imbalance
 
 makespan = PLANNERS["makespan"]
 SIMPLE = Costs(

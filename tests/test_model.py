@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from moetrain import config
-from moetrain.mesh import Mesh
-from moetrain.model import cross_entropy, linear
-from moetrain.model.initialise import initialise
-from moetrain.model.transformer import Transformer, attend
-from moetrain.moe import gemm_cpu, kernels_cpu
+from moetrain.distributed.mesh import Mesh
+from moetrain.models import cross_entropy, linear
+from moetrain.models.initialise import initialise
+from moetrain.models.transformer import Transformer, attend
+from moetrain.moe.kernels import cpu_fused, cpu_gemm
 from moetrain.observe.estimate import estimate
-from moetrain.train import build
+from moetrain.training.step import build
 
 HF_NAMES = [  # ours -> theirs; docs/model.md shows the same table
     (r"^embed\.", "model.embed_tokens."),
@@ -143,7 +143,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 def test_dense_products_equal_those_of_torch(monkeypatch, dtype: torch.dtype, own: bool) -> None:
     """Against fp64, to the rounding of the dtype: output and both gradients, one product or with an upstream view."""
     if not own:
-        monkeypatch.setattr(gemm_cpu, "able", lambda *_: False)
+        monkeypatch.setattr(cpu_gemm, "able", lambda *_: False)
     generator = torch.Generator().manual_seed(0)
     layer = linear.Linear(64, 96).to(dtype)
     x, upstream = (torch.randn(2, 5, n, generator=generator).to(dtype) for n in (64, 192))
@@ -167,7 +167,7 @@ def test_chunked_cross_entropy_equals_the_whole(
     monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 3)
     monkeypatch.setattr(cross_entropy, "KEPT_BYTES", kept)
     if not kernels:
-        monkeypatch.setattr(kernels_cpu, "fits", lambda *_: False)
+        monkeypatch.setattr(cpu_fused, "fits", lambda *_: False)
     generator = torch.Generator().manual_seed(0)
     x, weight, upstream = (torch.randn(n, 16, generator=generator) for n in (rows, vocabulary, rows))
     target = torch.randint(0, vocabulary, (rows,), generator=generator)

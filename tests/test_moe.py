@@ -13,14 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain import comm
-from moetrain.mesh import Mesh
-from moetrain.moe import dispatch, gemm_cpu, guests, kernels, kernels_cpu
+from moetrain.distributed import comm
+from moetrain.distributed.mesh import Mesh
 from moetrain.moe.clock import Clock
+from moetrain.moe.exchange import dispatch, guests
 from moetrain.moe.experts import Experts
-from moetrain.moe.plan import Plan
-from moetrain.moe.planners import PLANNERS, default_home
-from moetrain.moe.routers.base import Routing
+from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels import cpu_fused, cpu_gemm
+from moetrain.moe.planning import PLANNERS, default_home
+from moetrain.moe.planning.plan import Plan
+from moetrain.moe.routing.base import Routing
 
 D, H, E = 16, 24, 8
 RAGGED = "ragged"
@@ -296,7 +298,7 @@ def test_the_whole_layer_equals_the_loop(pool, options: list[str]) -> None:
 def test_round_robin_is_even_and_trains_the_router(top_k: int, normalise: str) -> None:
     """Exactly even counts, K different experts a token, TopK's weights of them."""
     from moetrain import config
-    from moetrain.moe.routers import ROUTERS
+    from moetrain.moe.routing import ROUTERS
 
     overrides = ["router.name=round_robin", f"router.top_k={top_k}", "router.skew=3", f"router.normalise={normalise}"]
     options = config.load(["model=tiny", *overrides]).router
@@ -375,7 +377,7 @@ def test_cpu_kernels_equal_the_plain_ones(monkeypatch, dtype: torch.dtype) -> No
         return [hidden, *changed, of_weight, summed, kernels.add_rows(wide(own), wide(rows), bags)]
 
     fast = run(lambda t: t)
-    monkeypatch.setattr(kernels_cpu, "fits", lambda *_: False)
+    monkeypatch.setattr(cpu_fused, "fits", lambda *_: False)
     for ours, theirs in zip(fast, run(lambda t: t.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), **near)
 
@@ -396,7 +398,7 @@ def test_grouped_products_equal_the_loop_over_segments(monkeypatch, dtype: torch
     torch.manual_seed(0)
     near = {"rtol": 8e-3, "atol": 2e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
     if by != "own":
-        monkeypatch.setattr(gemm_cpu, "able", lambda *_: False)
+        monkeypatch.setattr(cpu_gemm, "able", lambda *_: False)
     if by == "grouped_mm":  # as GPUs have it
         monkeypatch.setattr(kernels, "_grouped", lambda *_: True)
     sizes, width, hidden = [0, 1, 7, 1025, 40, 2052], 96, 160
@@ -441,8 +443,8 @@ def test_a_gpu_groups_products_where_it_can(monkeypatch, dtype: torch.dtype, hop
 def test_a_part_left_to_torch_is_torchs_alone(monkeypatch, part: str) -> None:
     """Kernels of our own compute the others, and nothing changes but the rounding."""
     calls: list[str] = []
-    own = {"sums": (kernels_cpu, "sum_rows"), "swiglu": (kernels_cpu, "swiglu"), "products": (gemm_cpu, "segment_mm")}
-    monkeypatch.setattr(gemm_cpu, "fits", lambda *_: True)
+    own = {"sums": (cpu_fused, "sum_rows"), "swiglu": (cpu_fused, "swiglu"), "products": (cpu_gemm, "segment_mm")}
+    monkeypatch.setattr(cpu_gemm, "fits", lambda *_: True)
     for name, (module, function) in own.items():
         before = getattr(module, function) if name != "products" else _loop
         monkeypatch.setattr(module, function, lambda *a, n=name, b=before: (calls.append(n), b(*a))[1])
@@ -491,8 +493,8 @@ def test_bf16_products_are_ours_only_where_the_cpu_has_the_instructions(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(gemm_cpu.llvm, "get_host_cpu_features", lambda: features)
-    assert gemm_cpu.able.__wrapped__() is able
+    monkeypatch.setattr(cpu_gemm.llvm, "get_host_cpu_features", lambda: features)
+    assert cpu_gemm.able.__wrapped__() is able
 
 
 def test_cpu_kernels_round_as_torch_does() -> None:

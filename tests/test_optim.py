@@ -10,12 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moetrain import config, train
+from moetrain import config
 from moetrain.config import Optim
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine import base
 from moetrain.engine.base import EXACT_ELEMENTS, fp32_squares, sum_of_squares
-from moetrain.mesh import Mesh
-from moetrain.optim import AdamW, mapped, rounded_at_random
+from moetrain.engine.optim import AdamW, mapped, rounded_at_random
+from moetrain.training.loop import train
 
 
 def test_rounding_at_random_is_right_on_average() -> None:
@@ -138,7 +139,7 @@ def test_bf16_moments_follow_fp32_ones(beta2: float) -> None:
 
 
 def losses(mesh: Mesh, overrides: list[str]) -> list[float]:
-    folder = train.train(config.load(overrides), mesh)
+    folder = train(config.load(overrides), mesh)
     rows: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row]
 

@@ -16,9 +16,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from moetrain import config, train, versions
+from moetrain import config
+from moetrain.common import versions
+from moetrain.distributed.mesh import Mesh
 from moetrain.doctor.host import LEAST_TORCH
-from moetrain.mesh import Mesh
+from moetrain.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,7 +155,7 @@ def started(mesh: Mesh, overrides: list[str], packages: str) -> str:
     """The log of a run, with this folder of packages before all others."""
     sys.path.insert(0, packages)
     try:
-        folder = train.train(config.load(overrides), mesh)
+        folder = train(config.load(overrides), mesh)
     finally:
         sys.path.remove(packages)
     return (folder / "log.txt").read_text()

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from moetrain import cli
 from moetrain.bench import plan as bench
-from moetrain.checks import PLANNER_OPTIONS
-from moetrain.moe.cost import Limits, State
-from moetrain.moe.plan import imbalance
-from moetrain.moe.planners import PLANNERS, default_home
-from moetrain.moe.planners.eplb import place
+from moetrain.config.rules import PLANNER_OPTIONS
+from moetrain.moe.planning import PLANNERS, default_home
+from moetrain.moe.planning.cost import Limits, State
+from moetrain.moe.planning.eplb import place
+from moetrain.moe.planning.plan import imbalance
 
 OPTIONS = {"llep": {"min_rows": 4, "threshold": 1.0}}
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 import yaml
 
-from moetrain import checkpoint, config, precision, train
-from moetrain.mesh import Mesh
+from moetrain import checkpoint, config
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import precision
+from moetrain.training.loop import train
 
 CPU = torch.device("cpu")
 
@@ -70,7 +72,7 @@ def trained(mesh: Mesh, speed: float, overrides: list[str]) -> tuple[str, str, s
     """(what the run computes in, what its checkpoint says, what it wrote to its log) on such a device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "speed_of_bf16", lambda _: speed)
-        folder = train.train(config.load(overrides), mesh)
+        folder = train(config.load(overrides), mesh)
     saved = checkpoint.newest(folder)
     assert saved is not None
     manifest = json.loads((saved / "manifest.json").read_text())

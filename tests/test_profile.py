@@ -10,38 +10,41 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moetrain import config, profile, train
+from moetrain import config
 from moetrain.bench import virtual
 from moetrain.bench.cases import Shape
-from moetrain.mesh import Mesh
-from moetrain.moe import gemm_cpu, kernels
-from moetrain.moe.cost import Costs, Measured, default_costs
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import calibrate
+from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels import cpu_gemm
+from moetrain.moe.planning.cost import Costs, Measured, default_costs
+from moetrain.training.loop import train
 
-LAYER = profile.Layer(32, 48, 8, 2, torch.float32)
+LAYER = calibrate.Layer(32, 48, 8, 2, torch.float32)
 PUBLISHED = {  # width, hidden, experts, top-k
-    "gpt-oss-120b": profile.Layer(2880, 2880, 128, 4, torch.bfloat16),
-    "deepseek-v3": profile.Layer(7168, 2048, 256, 8, torch.bfloat16),
+    "gpt-oss-120b": calibrate.Layer(2880, 2880, 128, 4, torch.bfloat16),
+    "deepseek-v3": calibrate.Layer(7168, 2048, 256, 8, torch.bfloat16),
 }
 GIB = 1 << 30
 
 
 @pytest.mark.parametrize("layer", PUBLISHED.values(), ids=PUBLISHED.keys())
-def test_a_gpu_is_measured_at_the_sizes_of_training(layer: profile.Layer) -> None:
-    sizes = profile.Sizes.of(layer, 8, "cuda", 70 * GIB)
+def test_a_gpu_is_measured_at_the_sizes_of_training(layer: calibrate.Layer) -> None:
+    sizes = calibrate.Sizes.of(layer, 8, "cuda", 70 * GIB)
     assert sizes.segments == layer.experts // 8
     assert sizes.rows == (512, 4096)
     assert sizes.message_bytes == (1 << 10, 1 << 26)
-    narrow, none = (profile.Sizes.of(layer, 8, "cuda", free) for free in (8 * GIB, 0))
+    narrow, none = (calibrate.Sizes.of(layer, 8, "cuda", free) for free in (8 * GIB, 0))
     assert none.segments == 1 <= narrow.segments < sizes.segments
     assert narrow.segments * 2 * layer.dtype.itemsize * layer.weights < 4 * GIB  # weights and gradients alone
-    wide = profile.Sizes.of(layer, 128, "cuda", 70 * GIB)
+    wide = calibrate.Sizes.of(layer, 128, "cuda", 70 * GIB)
     assert 127 * wide.message_bytes[1] <= GIB  # to all peers together
     assert wide.segments == layer.experts // 128
 
 
 def test_a_cpu_is_measured_at_what_it_does_in_milliseconds() -> None:
     for layer in (LAYER, *PUBLISHED.values()):
-        sizes = profile.Sizes.of(layer, 8, "cpu", math.inf)
+        sizes = calibrate.Sizes.of(layer, 8, "cpu", math.inf)
         few, many = sizes.rows
         assert (sizes.segments, sizes.message_bytes, many) == (4, (1 << 10, 1 << 21), 8 * few)
         assert many == 64 or 6 * layer.weights * 4 * many <= 1e10
@@ -55,18 +58,18 @@ def of_a_made_machine(mesh: Mesh, device: str) -> list[Costs]:
             work()
         return 1.0 + counter.get_total_flops()
 
-    chosen = profile.Sizes.of(LAYER, 2, device, GIB)
+    chosen = calibrate.Sizes.of(LAYER, 2, device, GIB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile, "_time", seconds)
-        patch.setattr(gemm_cpu, "able", lambda *_: False)  # only torch's products are counted
-        patch.setattr(profile.Sizes, "of", lambda *_: chosen._replace(message_bytes=(1 << 10, 1 << 12)))
-        return [profile.measure(mesh, LAYER)]
+        patch.setattr(calibrate, "_time", seconds)
+        patch.setattr(cpu_gemm, "able", lambda *_: False)  # only torch's products are counted
+        patch.setattr(calibrate.Sizes, "of", lambda *_: chosen._replace(message_bytes=(1 << 10, 1 << 12)))
+        return [calibrate.measure(mesh, LAYER)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_a_row_and_an_expert_cost_is_found_from_two_sizes(pool, device: str) -> None:
     ((costs,),) = pool.run(of_a_made_machine, 1, device)
-    segments = profile.Sizes.of(LAYER, 2, device, GIB).segments
+    segments = calibrate.Sizes.of(LAYER, 2, device, GIB).segments
     assert costs.row_forward == pytest.approx(2 * LAYER.weights)
     assert costs.row_backward == pytest.approx(4 * LAYER.weights)
     assert costs.segment_forward == pytest.approx(1 / segments)
@@ -90,21 +93,21 @@ def test_virtual_ranks_are_planned_with_the_links_of_as_many(pool) -> None:
 
 
 def through_json(mesh: Mesh, costs: Costs) -> str:
-    return profile.to_json(costs, mesh)
+    return calibrate.to_json(costs, mesh)
 
 
 def test_costs_survive_json(pool) -> None:
     costs = dataclasses.replace(default_costs(), nodes=(0, 0, 1), kernels=(Measured("sums", 2e-3, 1e-3),))
     assert costs.by_torch == ["sums"]
     (text,) = pool.run(through_json, 1, costs)
-    assert profile.from_json(text) == costs
+    assert calibrate.from_json(text) == costs
 
 
 def obtain(mesh: Mesh, cache: str, run: str, saved: str | None) -> list[Costs]:
     """Twice, with the machine's folder for profiles in `cache`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", cache)
-        return [profile.obtain(mesh, LAYER, Path(run), saved and Path(saved)) for _ in range(2)]
+        return [calibrate.obtain(mesh, LAYER, Path(run), saved and Path(saved)) for _ in range(2)]
 
 
 def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
         assert getattr(a, name) > 0
     assert a.inside.bandwidth > 0
     assert 0 <= a.overlap <= 1
-    assert profile.of_checkpoint(first) == a
+    assert calibrate.of_checkpoint(first) == a
 
     assert pool.run(obtain, 2, str(cache), str(second), None)[0][0] == a  # the machine's
     (kept,) = (cache / "moetrain" / "profiles").iterdir()
@@ -130,12 +133,12 @@ def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
     third = tmp_path / "third"
     third.mkdir()
     assert pool.run(obtain, 2, str(cache), str(third), str(first))[0][0] == a  # and the checkpoint's before all
-    assert profile.of_checkpoint(third) == a
+    assert calibrate.of_checkpoint(third) == a
     assert pool.run(obtain, 2, str(cache), str(third), str(first), ep=1)[0][0].row_bytes == 64  # another layout: anew
 
 
 def seconds_by(torch_seconds: dict[str, float]) -> Callable[..., float]:
-    """In place of `profile._time`: a part of the layer takes a second with our kernels, and so many with torch's."""
+    """In place of `calibrate._time`: a part of the layer takes a second with our kernels, and so many with torch's."""
 
     def seconds(mesh: Mesh, work: Callable[[], object], clock: object = None) -> float:
         work()
@@ -144,11 +147,11 @@ def seconds_by(torch_seconds: dict[str, float]) -> Callable[..., float]:
     return seconds
 
 
-def compared(mesh: Mesh, layer: profile.Layer, torch_seconds: list[dict[str, float]]) -> tuple[list[str], list[str]]:
+def compared(mesh: Mesh, layer: calibrate.Layer, torch_seconds: list[dict[str, float]]) -> tuple[list[str], list[str]]:
     """(the parts compared, those that torch computes from now on) where ranks are as fast as that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile, "_time", seconds_by(torch_seconds[mesh.rank]))
-        found = profile._compare(mesh, profile.Work.of(layer, 2, 4, mesh.device))
+        patch.setattr(calibrate, "_time", seconds_by(torch_seconds[mesh.rank]))
+        found = calibrate._compare(mesh, calibrate.Work.of(layer, 2, 4, mesh.device))
     return [each.part for each in found], sorted(kernels._by_torch)
 
 
@@ -156,8 +159,8 @@ def test_the_faster_kernels_are_used_and_all_ranks_use_the_same(pool) -> None:
     """Ours near a tie; products where this CPU has kernels for them."""
     slow, fast = {"sums": 0.9, "swiglu": 3.0, "products": 2.0}, {"sums": 0.5, "swiglu": 3.0, "products": 2.0}
     for dtype in (torch.float32, torch.bfloat16):
-        layer = profile.Layer(32, 64, 8, 2, dtype)
-        parts = ["sums", "swiglu", "products"][: 3 if gemm_cpu.able(dtype) else 2]
+        layer = calibrate.Layer(32, 64, 8, 2, dtype)
+        parts = ["sums", "swiglu", "products"][: 3 if cpu_gemm.able(dtype) else 2]
         assert pool.run(compared, 1, layer, [slow])[0] == (parts, [])
         assert pool.run(compared, 2, layer, [fast, slow]) == [(parts, ["sums"])] * 2  # as rank 0 has it
 
@@ -167,8 +170,8 @@ def losses_with(mesh: Mesh, cache: str, parts: list[str], overrides: list[str]) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", cache)
         faster = dict.fromkeys(kernels.PARTS, 2.0) | dict.fromkeys(parts, 0.5)
-        patch.setattr(profile, "_time", seconds_by(faster))
-        folder = train.train(config.load(overrides), mesh)
+        patch.setattr(calibrate, "_time", seconds_by(faster))
+        folder = train(config.load(overrides), mesh)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row], sorted(kernels._by_torch)
 

@@ -15,19 +15,21 @@ import torch
 from conftest import TINY
 from rich.console import Console
 
-from moetrain import cli, config, profile, train
-from moetrain.mesh import Mesh
+from moetrain import cli, config
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import calibrate
 from moetrain.moe.clock import Clock
-from moetrain.moe.cost import Limits, compute_seconds, default_costs
 from moetrain.moe.layer import LayerStats
-from moetrain.moe.plan import Plan, imbalance
-from moetrain.moe.planners import default_home
-from moetrain.moe.routers import Choice, Scores
+from moetrain.moe.planning import default_home
+from moetrain.moe.planning.cost import Limits, compute_seconds, default_costs
+from moetrain.moe.planning.plan import Plan, imbalance
+from moetrain.moe.routing import Choice, Scores
 from moetrain.observe import congestion, health, meter, recorder, specialisation, trace
 from moetrain.observe.alerts import Alert, Alerts
 from moetrain.observe.live import View
 from moetrain.observe.tracker import JsonLines, Tracker
 from moetrain.observe.wandb_sink import MOST_BINS, _bins, heat_map
+from moetrain.training.loop import train
 
 
 def equilibrium(quality_E: np.ndarray, gamma: float) -> np.ndarray:
@@ -296,7 +298,7 @@ def test_the_live_view_cuts_nothing_at_80_columns() -> None:
 
 
 def run(mesh: Mesh, overrides: list[str]) -> str:
-    return str(train.train(config.load(overrides), mesh))
+    return str(train(config.load(overrides), mesh))
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +346,7 @@ def test_the_trace_agrees_with_the_metrics(recorded: Path) -> None:
     assert row["balance/guests"] == ((s["placed"] > 0) & away).sum() > 0
     assert row["balance/rows_moved"] == (s["placed"] * away).sum()
     assert row["balance/device_load_planned"] == s["planned"].sum(0).tolist()
-    costs = profile.from_json((recorded / "costs.json").read_text())
+    costs = calibrate.from_json((recorded / "costs.json").read_text())
     saved = 0.0
     for layer in range(2):
         segments = (s["counts"][layer].sum(0) > 0).reshape(2, 4).sum(1)
@@ -411,7 +413,7 @@ def test_the_profiler_window_is_a_chrome_trace(recorded: Path) -> None:
 
 
 def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moetrain.observe.tensorboard_sink.is_installed", lambda: False)
+    monkeypatch.setattr("moetrain.config.rules.find_spec", lambda _: None)
     with pytest.raises(config.ConfigError) as caught:
         config.load(["track.tensorboard=true"])
     assert str(caught.value) == "track.tensorboard=True: needs `pip install moetrain[tensorboard]`"

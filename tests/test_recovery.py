@@ -21,22 +21,22 @@ from test_checkpoint import Toy, flip
 from test_train import losses, rows_of, run
 
 from moetrain import checkpoint, config
+from moetrain.config.resize import fitting
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
-from moetrain.mesh import Mesh
+from moetrain.launch.exits import GAVE_UP, REQUEUE, Ended
+from moetrain.launch.heartbeat import Beat, Heart, furthest, read, report
+from moetrain.launch.worker import ERROR_FILE
 from moetrain.recovery import memory, restore
-from moetrain.recovery.exits import GAVE_UP, REQUEUE, Ended
 from moetrain.recovery.guard import Guard
-from moetrain.recovery.heartbeat import Beat, Heart, furthest, read, report
-from moetrain.recovery.shrink import fitting
 from moetrain.recovery.snapshots import Snapshots, keepers
-from moetrain.worker import ERROR_FILE
 
 # Requests to end
 
 
 LISTENER = """
 import ctypes, time
-from moetrain.recovery import signals
+from moetrain.launch import signals
 signals.leave_when_asked()
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 lock(mutex)
@@ -216,7 +216,7 @@ RAISES = """
 import sys, time
 import torch.distributed as dist
 dist.destroy_process_group = lambda *_: time.sleep(600)  # as NCCL's, with a peer inside a collective
-from moetrain import tasks
+from moetrain.training import tasks
 from moetrain.__main__ import run
 tasks.profile_run = lambda *_: 1 / 0
 sys.argv = ["moetrain", "profile", "model=tiny"]

@@ -18,16 +18,17 @@ import pytest
 import torch
 from browser import Browser, find
 
-from moetrain import cli, starts
+from moetrain import cli
 from moetrain.config import ConfigError
-from moetrain.observe import picture
+from moetrain.observe import picture, reduce
 from moetrain.observe.live import Plain
-from moetrain.report import build, curves, reduce
+from moetrain.report import build, curves
 from moetrain.report.cards import cards
 from moetrain.report.figures import FIGURES
 from moetrain.report.live import server
 from moetrain.report.pictures import PICTURES
 from moetrain.report.read import open_run
+from moetrain.runs import starts
 
 
 @pytest.fixture(scope="module")

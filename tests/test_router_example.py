@@ -9,8 +9,8 @@ from test_routers import against_the_loop, trained
 
 from moetrain import config
 from moetrain.config import ConfigError
-from moetrain.mesh import Mesh
-from moetrain.moe.routers import ROUTERS
+from moetrain.distributed.mesh import Mesh
+from moetrain.moe.routing import ROUTERS
 
 HERE = Path(__file__).parent
 

@@ -8,14 +8,14 @@ import torch
 from test_routers import FAMILIES
 from torch import Tensor
 
-from moetrain import config, train
-from moetrain.mesh import Mesh
-from moetrain.model.initialise import initialise
-from moetrain.model.transformer import Transformer, rope_table
-from moetrain.moe import capacity
-from moetrain.moe.routers import ROUTERS, Choice, Place, Scores
-from moetrain.moe.routers.noise import normal
+from moetrain import config
+from moetrain.distributed.mesh import Mesh
+from moetrain.models.initialise import initialise
+from moetrain.models.transformer import Transformer, rope_table
+from moetrain.moe.routing import ROUTERS, Choice, Place, Scores, capacity
+from moetrain.moe.routing.noise import normal
 from moetrain.observe.estimate import estimate
+from moetrain.training.step import build
 
 
 def scores_of(probs: Tensor) -> Scores:
@@ -154,7 +154,7 @@ def test_parameters_and_flops() -> None:
 
     def of(*overrides: str) -> tuple[int, int, int]:
         settings = config.load(["model=tiny", "model.vocab_size=64", "train.dtype=bf16", *overrides])
-        found, model = estimate(settings, 1), train.build(settings)
+        found, model = estimate(settings, 1), build(settings)
         assert found.total == sum(p.numel() for p in model.parameters()), overrides
         routers = sum(p.numel() for r in model.routers for p in r.parameters())
         return found.total - routers, found.active - routers, routers

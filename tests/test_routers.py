@@ -12,16 +12,18 @@ from grid import on_grid
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moetrain import config, train
-from moetrain.comm import all_gather
+from moetrain import config
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Loader
+from moetrain.data.loader import Corpus, Loader, with_vocabulary
+from moetrain.distributed.comm import all_gather
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
-from moetrain.mesh import Mesh
-from moetrain.moe.cost import default_costs
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoE
-from moetrain.moe.routers import ROUTERS, Place
+from moetrain.moe.planning.cost import default_costs
+from moetrain.moe.routing import ROUTERS, Place
+from moetrain.training.loop import train
+from moetrain.training.step import build, micro_batches, optimizer_step
 
 ZERO_COMPUTE = ["model.zero_experts=1", "model.copy_experts=2", "model.constant_experts=2"]
 FAMILIES = {
@@ -68,14 +70,14 @@ def two_steps(mesh: Mesh, overrides: list[str]) -> tuple[list[float], dict[str, 
     """Loss of two optimizer steps summed over ranks, gradients of the first, and how many guests there were."""
     settings = config.load(overrides)
     corpus = Corpus(prepare.ensure(settings.data))
-    settings = train.with_vocabulary(settings, corpus)
-    engine = Watched(train.build(settings), mesh, settings)
+    settings = with_vocabulary(settings, corpus)
+    engine = Watched(build(settings), mesh, settings)
     engine.plan_with(dataclasses.replace(default_costs(), row_forward=1e-3, row_backward=2e-3))  # moving rows pays
     loader, losses, guests, seen = Loader(corpus, settings.train.seq_len, 0), [], 0, {}
     for step in range(2):
         engine.model.at_step(step, settings.train)
-        shares = list(train.micro_batches(settings, mesh, loader, 8 * step))
-        parts = train.optimizer_step(engine, settings, shares, lr=1e-2).parts
+        shares = list(micro_batches(settings, mesh, loader, 8 * step))
+        parts = optimizer_step(engine, settings, shares, lr=1e-2).parts
         seen = seen or engine.seen
         losses.append(float(sum(part.nats.sum() for part in parts)))
         guests += sum(len(s.plan.guests()) for part in parts for s in part.stats)
@@ -196,7 +198,7 @@ def test_what_finds_no_room_is_dropped(pool: Any, family: str) -> None:
 
 
 def trained(mesh: Mesh, overrides: list[str]) -> str:
-    return str(train.train(config.load(overrides), mesh))
+    return str(train(config.load(overrides), mesh))
 
 
 @pytest.mark.parametrize("family", ["frozen", "recurrent", "zero-compute", "chain", "schedule", "top-p"])

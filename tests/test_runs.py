@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from moetrain import cli, config, lock, runs
+from moetrain import cli, config, runs
 from moetrain.config import ConfigError
+from moetrain.runs import lock
 
 HOLDING = """
 import sys, time
-from moetrain import cli, launcher
+from moetrain.launch import local
+from moetrain import cli
 
 def launch(*given):
     print("launched", flush=True)
@@ -52,7 +54,7 @@ def test_a_second_job_of_the_same_name_is_refused(
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "launched\n"
-        monkeypatch.setattr("moetrain.launcher.launch", lambda *given: 0)
+        monkeypatch.setattr("moetrain.launch.local.launch", lambda *given: 0)
         capfd.readouterr()
         assert cli.main([*arguments, "optim.lr=1e-3"]) == 2
         who = f"process {first.pid} on {socket.gethostname()}"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetrain.model.schedule import SHAPES, spread
+from moetrain.config.schedules import SHAPES, spread
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.integers(1, 30), st.integers(1, 12), st.integers(1, 8))

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain import comm
-from moetrain.mesh import Mesh
-from moetrain.shared_memory import FAMILY, SMALLEST, Lane, connect, watchers
+from moetrain.distributed import comm
+from moetrain.distributed.mesh import Mesh
+from moetrain.distributed.shared_memory import FAMILY, SMALLEST, Lane, connect, watchers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int32)
 

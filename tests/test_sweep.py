@@ -11,7 +11,7 @@ import pytest
 from test_train import rows_of
 
 from moetrain import cli
-from moetrain.recovery.exits import REQUEUE
+from moetrain.launch.exits import REQUEUE
 
 
 def test_runs_at_once_are_named_kept_and_compared(tiny: list[str], tmp_path: Path) -> None:

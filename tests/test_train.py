@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from moetrain import config, train
-from moetrain.mesh import Mesh
+from moetrain import config
+from moetrain.distributed.mesh import Mesh
+from moetrain.training.loop import train
 
 
 def run(mesh: Mesh, overrides: list[str]) -> str:
-    return str(train.train(config.load(overrides), mesh))
+    return str(train(config.load(overrides), mesh))
 
 
 def losses(folder: str | Path) -> list[float]:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moetrain.mistakes import ConfigError
+from moetrain.common.errors import ConfigError
 
 if TYPE_CHECKING:  # compiled code comes with it: not for every command line
-    from moetrain.moe.plan import Floats, Ints
+    from moetrain.moe.planning.plan import Floats, Ints
 
 PERCENT = (30, 50, 80, 95)
 ZIPF = 1.1  # exponent

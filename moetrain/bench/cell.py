@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain import profile
 from moetrain.bench import cases
 from moetrain.bench.cases import Shape
-from moetrain.comm import all_gather
-from moetrain.mesh import Expert, Mesh
+from moetrain.distributed.comm import all_gather
+from moetrain.distributed.mesh import Expert, Mesh
+from moetrain.engine import calibrate
+from moetrain.engine.precision import DTYPES
 from moetrain.moe.clock import Clock
-from moetrain.moe.cost import Costs, State
-from moetrain.moe.dispatch import Route
+from moetrain.moe.exchange.dispatch import Route
 from moetrain.moe.experts import Experts
-from moetrain.moe.plan import Ints, Plan
-from moetrain.moe.planners import PLANNERS
-from moetrain.moe.routers.base import Routing
-from moetrain.precision import DTYPES
+from moetrain.moe.planning import PLANNERS
+from moetrain.moe.planning.cost import Costs, State
+from moetrain.moe.planning.plan import Ints, Plan
+from moetrain.moe.routing.base import Routing
 
 GUEST_SLOTS = 8  # guests that stay between forward and backward
 NOTE_BYTES = 8  # an announced selection: which copy, and its weight
@@ -42,9 +42,9 @@ def draw(*shape: int, like: Shape, device: torch.device, scale: float = 1.0) -> 
     return torch.randn(shape, device=device).mul_(scale).to(DTYPES[like.dtype])
 
 
-def layer_of(shape: Shape, experts: int | None = None) -> profile.Layer:
+def layer_of(shape: Shape, experts: int | None = None) -> calibrate.Layer:
     """What is measured of a layer of this shape, or of one with other `experts`."""
-    return profile.Layer(shape.dim, shape.hidden, experts or shape.experts, shape.top_k, DTYPES[shape.dtype])
+    return calibrate.Layer(shape.dim, shape.hidden, experts or shape.experts, shape.top_k, DTYPES[shape.dtype])
 
 
 def build(shape: Shape, ep: Expert, device: torch.device) -> Experts:
@@ -198,7 +198,7 @@ class Setup:
     @classmethod
     def of(cls, mesh: Mesh, shape: Shape, seed: int) -> "Setup":
         torch.manual_seed(seed + mesh.rank)
-        costs = profile.measure(mesh, layer_of(shape))
+        costs = calibrate.measure(mesh, layer_of(shape))
         experts, inputs = build(shape, mesh.ep, mesh.device), Inputs.of(shape, mesh.device)
         gemms = Gemms(shape, mesh.ep.size, mesh.device)
         reference = Cell.of(cases.BALANCED, "home", shape, experts, inputs, costs, seed)

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moetrain import launcher, precision, worker
 from moetrain.bench import hosts_options, tables
 from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Cell, Setup, interleave
 from moetrain.bench.namespaces import Hosts, sent_bytes
-from moetrain.comm import all_gather, waiting_at_once
+from moetrain.common.console import console
 from moetrain.config import Parallel
-from moetrain.mesh import Mesh, start
-from moetrain.moe.plan import ANYWHERE, Plan
-from moetrain.observe.console import console
+from moetrain.distributed.comm import all_gather, waiting_at_once
+from moetrain.distributed.mesh import Mesh, start
+from moetrain.engine import precision
+from moetrain.launch import local, worker
+from moetrain.moe.planning.plan import ANYWHERE, Plan
 
 Records = list[dict[str, Any]]
 DIM, HIDDEN, TOP_K = 512, 1024, 2
@@ -57,12 +58,12 @@ LEGEND = (
 
 def run(options: argparse.Namespace) -> int:
     """Be a worker on a host; else make the hosts and start the workers on them."""
-    place = launcher.from_env()
+    place = local.from_env()
     if place is not None:
         return worker.work(lambda: _work(options, place))
     found: Records = []
     with tempfile.TemporaryDirectory() as folder, Hosts() as hosts:
-        os.environ.setdefault("GLIBC_TUNABLES", launcher.MALLOC)
+        os.environ.setdefault("GLIBC_TUNABLES", local.MALLOC)
         for rate in options.rate:
             hosts.limit(rate)
             path = Path(folder, f"{rate}.json")

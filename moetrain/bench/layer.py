@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moetrain import launcher, precision, worker
 from moetrain.bench import cases, layer_report, peers, virtual
 from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Setup, interleave
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import KERNELS, Grid
-from moetrain.comm import all_gather
+from moetrain.common.console import errors
 from moetrain.config import ConfigError, Parallel
-from moetrain.mesh import Mesh, start
-from moetrain.moe import kernels
-from moetrain.observe.console import errors
+from moetrain.distributed.comm import all_gather
+from moetrain.distributed.mesh import Mesh, start
+from moetrain.engine import precision
+from moetrain.launch import local, worker
+from moetrain.moe.kernels import api as kernels
 
 Records = list[dict[str, Any]]
 SETTLE = 2  # runs of a cell before it is timed
@@ -34,8 +35,8 @@ SETTLE = 2  # runs of a cell before it is timed
 
 def run(options: argparse.Namespace) -> int:
     """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
-    place = launcher.from_env()
-    workers = place[1] if place else 1 if options.virtual_ranks else options.nproc or launcher.auto_nproc()
+    place = local.from_env()
+    workers = place[1] if place else 1 if options.virtual_ranks else options.nproc or local.auto_nproc()
     grid = Grid.of(options, options.virtual_ranks or workers)
     if "triton" in grid.kernels and not torch.cuda.is_available():
         raise ConfigError("--kernels triton: needs a GPU")
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         except OSError as error:
             raise ConfigError(f"--out {options.out}: {error.strerror}") from None
     if place is None:
-        return launcher.launch(options.given, workers)
+        return local.launch(options.given, workers)
     return worker.work(lambda: _work(options, grid, place))
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moetrain.bench.cases import BALANCED
 from moetrain.bench.options import KERNELS
-from moetrain.observe.console import console
+from moetrain.common.console import console
 
 Records = list[dict[str, Any]]
 COLORS = {"home": "tab:red", "llep": "tab:orange", "makespan": "tab:green", "eplb": "tab:purple"}

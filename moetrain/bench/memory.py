@@ -10,7 +10,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moetrain import shared_memory
+from moetrain.distributed import shared_memory
 
 
 def peak_bytes(call: Callable[[], Iterable[Tensor]], device: torch.device) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from moetrain.bench.cases import PRESETS, QUICK, Shape, chosen
-from moetrain.config import Dtype
-from moetrain.mistakes import ConfigError
+from moetrain.common.errors import ConfigError
+from moetrain.config.schema import Dtype
 
 DTYPES = get_args(Dtype)
 PLANNERS = ["home", "llep", "makespan"]
@@ -74,11 +74,11 @@ class Grid:
 
     @classmethod
     def of(cls, options: argparse.Namespace, num_ranks: int) -> "Grid":
-        from moetrain.moe import planners  # compiled code: not for every command line
+        from moetrain.moe import planning  # compiled code: not for every command line
 
         for name in options.planner:
-            if name not in planners.PLANNERS:
-                raise ConfigError(f"--planner {name}: must be one of {', '.join(planners.PLANNERS)}")
+            if name not in planning.PLANNERS:
+                raise ConfigError(f"--planner {name}: must be one of {', '.join(planning.PLANNERS)}")
         dim, hidden, experts, top_k = PRESETS.get(options.shape, (512, 1024, None, 2))
         shapes = [
             Shape(options.tokens, options.dim or dim, options.hidden or hidden, number, options.top_k or top_k, dtype)

@@ -23,9 +23,9 @@ from moetrain.bench import cases
 from moetrain.bench.cases import BALANCED, Shape
 from moetrain.bench.cell import Setup, interleave, now
 from moetrain.bench.options import Grid
-from moetrain.mesh import Mesh
-from moetrain.observe.console import console, errors
-from moetrain.precision import DTYPES
+from moetrain.common.console import console, errors
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine.precision import DTYPES
 
 Records = list[dict[str, Any]]
 HOT = "95 % into 1"

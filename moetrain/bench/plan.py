@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from moetrain.moe.cost import State, default_costs, layer_time
-from moetrain.moe.plan import Floats, Plan, imbalance
-from moetrain.moe.planners import PLANNERS, default_home
-from moetrain.observe.console import console
+from moetrain.common.console import console
+from moetrain.moe.planning import PLANNERS, default_home
+from moetrain.moe.planning.cost import State, default_costs, layer_time
+from moetrain.moe.planning.plan import Floats, Plan, imbalance
 
 SIZES = ((4, 16), (8, 128), (64, 512))  # R, E
 ROWS = 32768 * 4  # per rank: the LLEP paper's tokens and top-k

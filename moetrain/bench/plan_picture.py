@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from moetrain.bench.plan import ROWS, shares
-from moetrain.moe.cost import default_costs, layer_time
-from moetrain.moe.planners import PLANNERS, default_home
+from moetrain.moe.planning import PLANNERS, default_home
+from moetrain.moe.planning.cost import default_costs, layer_time
 
 SIZE = (8, 128)  # R, E
 SCENARIOS = ("80 % into 1", "50 % into 4", "zipf", "domain skew")

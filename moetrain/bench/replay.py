@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from moetrain import config, disk, profile
+from moetrain import config
 from moetrain.bench.plan import timed
+from moetrain.common import disk
+from moetrain.common.console import console
 from moetrain.config import ConfigError
-from moetrain.moe.cost import Costs, Limits, State, layer_time
-from moetrain.moe.plan import Floats, Ints, imbalance
-from moetrain.moe.planners import PLANNERS
-from moetrain.moe.planners.eplb import remember
+from moetrain.engine import calibrate
+from moetrain.moe.planning import PLANNERS
+from moetrain.moe.planning.cost import Costs, Limits, State, layer_time
+from moetrain.moe.planning.eplb import remember
+from moetrain.moe.planning.plan import Floats, Ints, imbalance
 from moetrain.observe import trace
-from moetrain.observe.console import console
 
 RECORDED = "as recorded"
 TIMED = 20  # layers that a planner's time is taken from
@@ -55,9 +57,9 @@ def records(run: Path) -> list[dict[str, Any]]:
     parts = list(trace.read_parts(run))
     if not parts:
         raise ConfigError(f"--trace {run}: has no load trace that can be read (track.trace_every=0 keeps none)")
-    costs = profile.of_tree(disk.read_json(run / profile.COSTS))
+    costs = calibrate.of_tree(disk.read_json(run / calibrate.COSTS))
     if costs is None:
-        raise ConfigError(f"--trace {run}: has no sound {profile.COSTS}")
+        raise ConfigError(f"--trace {run}: has no sound {calibrate.COSTS}")
     own = config.load_resolved(run / "config.yaml").planner
     found = [_recorded(parts)]
     for name in PLANNERS:

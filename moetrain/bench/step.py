@@ -17,24 +17,25 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moetrain import checkpoint, config, precision, profile, train
+from moetrain import checkpoint, config
 from moetrain.bench import tables
 from moetrain.bench.cell import now
 from moetrain.bench.step_options import Options
 from moetrain.bench.step_peer import Peer
 from moetrain.bench.sync import sync_ms
-from moetrain.comm import all_reduce_sum, barrier
 from moetrain.config import Config
-from moetrain.data.loader import Corpus, Loader, Samples, Sequences
-from moetrain.engine import Engine, build_engine
-from moetrain.mesh import Mesh
+from moetrain.data.loader import Corpus, Loader, Samples, Sequences, open_data, with_vocabulary
+from moetrain.distributed.comm import all_reduce_sum, barrier
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import Engine, build_engine, calibrate, precision
+from moetrain.engine.optim import learning_rate
 from moetrain.moe.clock import PHASES
 from moetrain.moe.layer import MoE
-from moetrain.moe.plan import imbalance
-from moetrain.moe.planners import PLANNERS
-from moetrain.moe.routers import ROUTERS
+from moetrain.moe.planning import PLANNERS
+from moetrain.moe.planning.plan import imbalance
+from moetrain.moe.routing import ROUTERS
 from moetrain.observe.meter import Part
-from moetrain.optim import learning_rate
+from moetrain.training.step import build, micro_batches, optimizer_step
 
 Records = list[dict[str, Any]]
 IDEAL = "round_robin"
@@ -66,19 +67,19 @@ class Bench:
     @classmethod
     def of(cls, settings: Config, mesh: Mesh, options: Options) -> "Bench":
         """After the warm-up: ordinary steps from scratch; from a checkpoint, steps that change nothing."""
-        corpus, loader = train.open_data(settings)
-        settings = train.with_vocabulary(settings, corpus)
+        corpus, loader = open_data(settings)
+        settings = with_vocabulary(settings, corpus)
         saved = checkpoint.given(settings)
         settings = precision.settled(settings, mesh, checkpoint.dtype_of(None, saved))
-        engine = build_engine(train.build(settings), mesh, settings)
+        engine = build_engine(build(settings), mesh, settings)
         if saved is not None:
             checkpoint.load(saved, engine)
         with tempfile.TemporaryDirectory() as folder:
-            engine.plan_with(profile.obtain(mesh, profile.Layer.of(settings), Path(folder), saved))
+            engine.plan_with(calibrate.obtain(mesh, calibrate.Layer.of(settings), Path(folder), saved))
         _, position = checkpoint.progress(saved)
         for step in range(options.warmup):
             lr = learning_rate(settings.optim, step, settings.train.steps) if saved is None else 0.0
-            train.optimizer_step(engine, settings, list(train.micro_batches(settings, mesh, loader, position)), lr)
+            optimizer_step(engine, settings, list(micro_batches(settings, mesh, loader, position)), lr)
             position += settings.train.global_batch
         if options.by_domain:
             domain = own_domain(corpus, settings.train.seq_len, mesh.rank)
@@ -89,7 +90,7 @@ class Bench:
     def shares(self, turn: int) -> list[Sequences]:
         """This rank's micro-batches of a step to come."""
         first = self.position + turn * self.config.train.global_batch
-        return list(train.micro_batches(self.config, self.mesh, self.loader, first))
+        return list(micro_batches(self.config, self.mesh, self.loader, first))
 
     def measure(
         self, variants: list[Variant], repeats: int, peer: Peer | None = None
@@ -111,7 +112,7 @@ class Bench:
                 barrier()
                 began = now(device)
                 if own:
-                    parts = train.optimizer_step(self.engine, self.config, shares, lr=0.0).parts
+                    parts = optimizer_step(self.engine, self.config, shares, lr=0.0).parts
                 elif peer is not None:
                     peer.step(shares, lr=0.0)
                 ended = now(device)

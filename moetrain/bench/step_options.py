@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetrain.mistakes import ConfigError
+from moetrain.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from moetrain.config import Config
@@ -49,7 +49,7 @@ class Options:
     @classmethod
     def of(cls, given: argparse.Namespace) -> "Options":
         """Raises `ConfigError`."""
-        from moetrain.moe.planners import PLANNERS
+        from moetrain.moe.planning import PLANNERS
 
         planners = given.planners.split(",")
         for name in planners:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moetrain.bench.cell import now
-from moetrain.comm import all_gather, barrier
 from moetrain.config import Config
 from moetrain.data.loader import Sequences
-from moetrain.mesh import Mesh
-from moetrain.train import Batch
+from moetrain.distributed.comm import all_gather, barrier
+from moetrain.distributed.mesh import Mesh
+from moetrain.training.step import Batch
 
 EXPERTS = ("grouped_mm", "eager")  # `batched_mm` copies an expert's weights for every row: gigabytes a layer
 TRIES = 2  # steps of each, the second of which is timed

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from moetrain.bench.cell import now
-from moetrain.comm import all_reduce_sum, barrier
 from moetrain.config import Balance as Options
-from moetrain.mesh import Mesh
-from moetrain.moe.balance import Balance
-from moetrain.moe.routers import Router
+from moetrain.distributed.comm import all_reduce_sum, barrier
+from moetrain.distributed.mesh import Mesh
+from moetrain.moe.routing import Router
+from moetrain.moe.routing.balance import Balance
 from moetrain.observe.meter import Part
 
 REPEATS = 101

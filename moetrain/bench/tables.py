@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moetrain.observe.console import console
+from moetrain.common.console import console
 
 Rows = Sequence[Sequence[str]]
 

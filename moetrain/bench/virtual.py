@@ -19,19 +19,19 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from moetrain import profile
 from moetrain.bench import cases, layer_report
 from moetrain.bench.cases import BALANCED, Shape
 from moetrain.bench.cell import Cell, Gemms, Inputs, build, layer_of, now
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import Grid
-from moetrain.mesh import Expert, Mesh
-from moetrain.moe.cost import Costs, default_costs, layer_time
-from moetrain.moe.dispatch import Route
+from moetrain.common.console import console, errors
+from moetrain.distributed.mesh import Expert, Mesh
+from moetrain.engine import calibrate
+from moetrain.engine.precision import DTYPES
+from moetrain.moe.exchange.dispatch import Route
 from moetrain.moe.experts import Experts
-from moetrain.moe.plan import Plan
-from moetrain.observe.console import console, errors
-from moetrain.precision import DTYPES
+from moetrain.moe.planning.cost import Costs, default_costs, layer_time
+from moetrain.moe.planning.plan import Plan
 
 Records = list[dict[str, Any]]
 Mail = dict[tuple[int, int], Tensor]  # (source, destination) -> announcements
@@ -131,7 +131,7 @@ def costs_of(mesh: Mesh, shape: Shape, num_ranks: int) -> Costs:
     links = default_costs()
     layer = layer_of(shape, -(-shape.experts // num_ranks))
     return dataclasses.replace(
-        profile.measure(mesh, layer),
+        calibrate.measure(mesh, layer),
         row_bytes=layer.row_bytes(num_ranks),
         inside=links.inside,
         between=links.between,

@@ -11,9 +11,9 @@ from moetrain.checkpoint import manifest
 from moetrain.checkpoint.loading import check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
 from moetrain.checkpoint.resume import check_data, check_fits, goes_on, to_resume
-from moetrain.comm import broadcast_text, gather_texts
 from moetrain.config import Config, ConfigError
-from moetrain.mesh import Mesh
+from moetrain.distributed.comm import broadcast_text, gather_texts
+from moetrain.distributed.mesh import Mesh
 
 
 class Start(NamedTuple):

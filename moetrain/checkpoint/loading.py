@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moetrain.checkpoint import manifest
-from moetrain.checkpoint.entries import DTYPES, MODEL, MOMENTS, Engine, Entries, expected
 from moetrain.checkpoint.manifest import Entry
 from moetrain.config import ConfigError
+from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Engine, Entries, expected
 
 _DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 

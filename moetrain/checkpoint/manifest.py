@@ -16,11 +16,12 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, Strict, StringConstraints, ValidationError
 
-from moetrain import disk
 from moetrain.checkpoint import files
 from moetrain.checkpoint.files import WIDTH, Stamp
+from moetrain.common import disk
+from moetrain.common.errors import short
 from moetrain.config import ConfigError
-from moetrain.mistakes import plain, short
+from moetrain.config.messages import plain
 
 FORMAT = 2
 MANIFEST, ENTRIES = "manifest.json", "entries.json"

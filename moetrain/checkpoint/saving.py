@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 import moetrain
-from moetrain import disk
 from moetrain.checkpoint import files, manifest
-from moetrain.checkpoint.entries import DTYPES, Engine, Entries
 from moetrain.checkpoint.files import WIDTH, Block
 from moetrain.checkpoint.manifest import Entry
-from moetrain.comm import gather_texts
+from moetrain.common import disk
 from moetrain.config import Config
-from moetrain.mesh import Mesh
-from moetrain.profile import COSTS
+from moetrain.distributed.comm import gather_texts
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine.calibrate import COSTS
+from moetrain.engine.entries import DTYPES, Engine, Entries
 
 PATIENCE_SECONDS = 10.0  # for a save under way, when the run ends with an error
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from moetrain.common.console import console
 from moetrain.config import ConfigError, Data
-from moetrain.observe.console import console
 
 WHOLE = 32_000  # characters: a longer file is cut
 PART = 8_000  # characters at least of each part

@@ -23,12 +23,12 @@ import numpy as np
 from rich.progress import Progress, TimeElapsedColumn
 from tokenizers import Tokenizer
 
-from moetrain import disk
+from moetrain.common import disk
+from moetrain.common.console import console
 from moetrain.config import ConfigError, Data
 from moetrain.data import debian, sources, tokenizer
 from moetrain.data.corpus import MIN_CHARACTERS, Document, cut, documents, held_out
 from moetrain.data.files import LeftOut
-from moetrain.observe.console import console
 
 VERSION = 3  # of this format
 SPLITS = ("train", "held_out")

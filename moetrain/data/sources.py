@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from moetrain import disk
+from moetrain.common import disk
 from moetrain.config import Data
 from moetrain.data import debian, files
 from moetrain.data.files import LeftOut

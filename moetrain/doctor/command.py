@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moetrain.common.console import console, styled
 from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
-from moetrain.observe.console import console, styled
 
 if TYPE_CHECKING:
     from moetrain.config import Config

@@ -12,10 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetrain import launcher, runs, versions
+from moetrain import runs
+from moetrain.common import versions
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
 from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
+from moetrain.launch import local
 from moetrain.recovery import memory
 
 OPTIONAL = {
@@ -46,7 +48,7 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def parameters(config: Config) -> int:
-    from moetrain import precision
+    from moetrain.engine import precision
     from moetrain.observe.estimate import estimate
 
     config = precision.taken(config, "bf16")
@@ -86,7 +88,7 @@ def _devices() -> Iterator[Finding]:
                 "gpu", BAD, f"{found[0]} is there, torch sees no GPU", "a CUDA build of torch for this driver"
             )
         else:
-            yield Finding("gpu", GOOD, f"none: {launcher.auto_nproc()} workers on the CPU, over gloo")
+            yield Finding("gpu", GOOD, f"none: {local.auto_nproc()} workers on the CPU, over gloo")
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
@@ -99,7 +101,7 @@ def _devices() -> Iterator[Finding]:
 def _dtype(config: Config) -> Finding:
     import torch
 
-    from moetrain import precision
+    from moetrain.engine import precision
 
     asked = config.train.dtype
     speed = precision.speed_of_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -3,9 +3,9 @@
 from importlib import import_module
 
 from moetrain.config import Config
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine.base import Engine
-from moetrain.mesh import Mesh
-from moetrain.model.transformer import Transformer
+from moetrain.models.transformer import Transformer
 
 ENGINES = {"native": "NativeEngine", "deepspeed": "DeepSpeedEngine"}  # of the module that has the engine's name
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetrain import precision
-from moetrain.checkpoint.entries import MOMENTS, Entries
-from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
-from moetrain.mesh import Mesh
-from moetrain.model.transformer import Transformer
-from moetrain.moe import kernels
-from moetrain.moe.cost import Costs
+from moetrain.distributed.comm import all_reduce_sum
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import precision
+from moetrain.engine.entries import MOMENTS, Entries
+from moetrain.models.transformer import Transformer
 from moetrain.moe.experts import Experts
+from moetrain.moe.kernels import api as kernels
 from moetrain.moe.layer import LayerStats, MoE
-from moetrain.moe.routers.base import Replicated
+from moetrain.moe.planning.cost import Costs
+from moetrain.moe.routing.base import Replicated
 
 FP32_SQUARES = (1e-30, 1e36)  # sums of squares that fp32 has room for
 EXACT_ELEMENTS = 1 << 18  # squared in fp64 at a time

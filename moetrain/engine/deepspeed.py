@@ -26,13 +26,13 @@ with warnings.catch_warnings():
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups as parallel
 
-from moetrain.checkpoint.entries import MODEL, MOMENTS, Entries, Held, held, of_model
 from moetrain.config import Config, DeepSpeed
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine.base import Engine, adam_state, groups, guest_slots, moes, replicated
 from moetrain.engine.deepspeed_config import ds_config
-from moetrain.mesh import Mesh
-from moetrain.model.initialise import drawn, initialise
-from moetrain.model.transformer import Transformer
+from moetrain.engine.entries import MODEL, MOMENTS, Entries, Held, held, of_model
+from moetrain.models.initialise import drawn, initialise
+from moetrain.models.transformer import Transformer
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import LayerStats
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moetrain import precision
 from moetrain.config import Config, ConfigError, DeepSpeed
+from moetrain.engine import precision
 
 Tree = dict[str, Any]
 

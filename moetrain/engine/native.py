@@ -27,15 +27,15 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from moetrain import precision
-from moetrain.checkpoint.entries import MODEL, MOMENTS, Entries, Held, held, of_model
 from moetrain.config import Config, Native
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import precision
 from moetrain.engine.base import Engine, groups, guest_slots, replicated
-from moetrain.mesh import Mesh
-from moetrain.model.initialise import initialise
-from moetrain.model.transformer import Block, Transformer
-from moetrain.moe.routers.base import Replicated
-from moetrain.optim import AdamW, local
+from moetrain.engine.entries import MODEL, MOMENTS, Entries, Held, held, of_model
+from moetrain.engine.optim import AdamW, local
+from moetrain.models.initialise import initialise
+from moetrain.models.transformer import Block, Transformer
+from moetrain.moe.routing.base import Replicated
 
 
 class NativeEngine(Engine):

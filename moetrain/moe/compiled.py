@@ -16,7 +16,7 @@ from typing import Any
 import numba
 from numba.core.caching import FunctionCache
 
-from moetrain import cache
+from moetrain.common import cache
 
 _SOURCES = sorted(Path(__file__).parent.rglob("*.py"))
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]

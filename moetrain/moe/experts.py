@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moetrain.comm import Pending
-from moetrain.mesh import Expert
-from moetrain.moe import guests, kernels
+from moetrain.distributed.comm import Pending
+from moetrain.distributed.mesh import Expert
 from moetrain.moe.clock import Clock
-from moetrain.moe.cost import RELAY_FROM, Limits
-from moetrain.moe.dispatch import Route
-from moetrain.moe.guests import Lending, Packed, Returning, Store
-from moetrain.moe.kernels import Matrices
-from moetrain.moe.plan import Ints, Plan
-from moetrain.moe.planners import default_home
-from moetrain.moe.routers.base import Routing
+from moetrain.moe.exchange import guests
+from moetrain.moe.exchange.dispatch import Route
+from moetrain.moe.exchange.guests import Lending, Packed, Returning, Store
+from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels.api import Matrices
+from moetrain.moe.planning import default_home
+from moetrain.moe.planning.cost import RELAY_FROM, Limits
+from moetrain.moe.planning.plan import Ints, Plan
+from moetrain.moe.routing.base import Routing
 
 Weights = tuple[Matrices, Matrices]  # gate_up and down of some slots
 GRADIENT_BYTES = 8 << 20  # of guests' gradients that are computed, and sent home, together

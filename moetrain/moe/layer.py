@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from moetrain import config
-from moetrain.comm import all_gather
-from moetrain.moe import capacity
+from moetrain.distributed.comm import all_gather
 from moetrain.moe.clock import Clock, Mark, unmarked
-from moetrain.moe.cost import Costs, State
 from moetrain.moe.experts import Experts
-from moetrain.moe.kernels import positions
-from moetrain.moe.plan import Floats, Ints, Plan
-from moetrain.moe.planners import PLANNERS
-from moetrain.moe.planners.eplb import remember
-from moetrain.moe.routers import ROUTERS, Choice, Place, Router, Scores
-from moetrain.moe.zero_compute import ZeroCompute
+from moetrain.moe.kernels.api import positions
+from moetrain.moe.planning import PLANNERS
+from moetrain.moe.planning.cost import Costs, State
+from moetrain.moe.planning.eplb import remember
+from moetrain.moe.planning.plan import Floats, Ints, Plan
+from moetrain.moe.routing import ROUTERS, Choice, Place, Router, Scores, capacity
+from moetrain.moe.routing.zero_compute import ZeroCompute
 
 Planner = Callable[..., Plan]
 

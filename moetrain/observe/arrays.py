@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrain import disk
+from moetrain.common import disk
 
 Array = NDArray[Any]
 MOST_BYTES = 1 << 31  # of the arrays of a file

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain import precision
 from moetrain.config import Config, Native
-from moetrain.model.transformer import Transformer
-from moetrain.moe.routers import Replicated
+from moetrain.engine import precision
+from moetrain.models.transformer import Transformer
+from moetrain.moe.routing import Replicated
 
 GIB = 2**30
 

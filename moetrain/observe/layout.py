@@ -4,11 +4,11 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain import __version__
+from moetrain.common.console import Voice
 from moetrain.config import Config
 from moetrain.data.loader import Corpus
-from moetrain.mesh import Mesh
-from moetrain.moe.routers import ROUTERS
-from moetrain.observe.console import Voice
+from moetrain.distributed.mesh import Mesh
+from moetrain.moe.routing import ROUTERS
 from moetrain.observe.estimate import GIB, Estimate, short
 
 

@@ -10,8 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from moetrain.common.console import console
 from moetrain.observe.alerts import Alert
-from moetrain.observe.console import console
 from moetrain.observe.tracker import Metrics
 
 LINES = 20  # that a run has where the output is no terminal, about

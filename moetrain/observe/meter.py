@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain import precision
-from moetrain.comm import all_reduce_sum
 from moetrain.config import Config
-from moetrain.mesh import Mesh
-from moetrain.moe.balance import Losses
+from moetrain.distributed.comm import all_reduce_sum
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import precision
 from moetrain.moe.clock import BACKWARD_PHASES, PHASES, WAITS, Clock
-from moetrain.moe.cost import Costs, compute_seconds
 from moetrain.moe.layer import LayerStats
-from moetrain.moe.plan import Plan
-from moetrain.moe.routers import Router
+from moetrain.moe.planning.cost import Costs, compute_seconds
+from moetrain.moe.planning.plan import Plan
+from moetrain.moe.routing import Router
+from moetrain.moe.routing.balance import Losses
 from moetrain.observe import health
 from moetrain.observe.arrays import Array, stack
 

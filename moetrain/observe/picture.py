@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from moetrain import disk
+from moetrain.common import disk
 from moetrain.observe import trace
-from moetrain.report.reduce import smooth
+from moetrain.observe.reduce import smooth
 
 
 def draw(folder: Path) -> Path:

@@ -10,16 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from moetrain.common.console import console
 from moetrain.config import Config
-from moetrain.evaluate import HeldOut
-from moetrain.mesh import Mesh
-from moetrain.model.transformer import Transformer
-from moetrain.moe.cost import default_costs
+from moetrain.distributed.mesh import Mesh
+from moetrain.models.transformer import Transformer
 from moetrain.moe.layer import MoE
+from moetrain.moe.planning.cost import default_costs
 from moetrain.observe import specialisation
 from moetrain.observe.alerts import Alerts
 from moetrain.observe.congestion import Phase
-from moetrain.observe.console import console
 from moetrain.observe.live import Plain, View
 from moetrain.observe.meter import Meter, Step
 from moetrain.observe.profiler import Profiler
@@ -27,6 +26,7 @@ from moetrain.observe.tensorboard_sink import TensorBoard
 from moetrain.observe.trace import LoadTrace
 from moetrain.observe.tracker import JsonLines, Sink, Tolerant, Tracker
 from moetrain.observe.wandb_sink import Wandb
+from moetrain.training.evaluate import HeldOut
 
 
 class Recorder:

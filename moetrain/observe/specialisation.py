@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain import disk
-from moetrain.comm import all_reduce_sum
+from moetrain.common import disk
 from moetrain.data.loader import Corpus
-from moetrain.mesh import Mesh
+from moetrain.distributed.comm import all_reduce_sum
+from moetrain.distributed.mesh import Mesh
 from moetrain.moe.layer import LayerStats
 from moetrain.observe.arrays import Array
 

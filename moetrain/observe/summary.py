@@ -11,13 +11,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from moetrain import disk
+from moetrain.common import disk
+from moetrain.common.console import Voice, styled
 from moetrain.config import Config
 from moetrain.data.bigram import Bigram
 from moetrain.data.loader import Corpus, Samples
-from moetrain.evaluate import Score, held_out_windows
-from moetrain.observe.console import Voice, styled
 from moetrain.observe.estimate import Estimate, short
+from moetrain.training.evaluate import Score, held_out_windows
 
 COLUMNS = (  # of metrics.jsonl, that the summary is made of
     "train/tokens", "train/lm_loss", "perf/tokens_per_second", "balance/imbalance_home", "balance/imbalance_planned",

@@ -1,15 +1,10 @@
 """TensorBoard: event files in the run's `tensorboard/`; `pip install moetrain[tensorboard]`."""
 
-import importlib.util
 import math
 from pathlib import Path
 
 from moetrain.observe.alerts import Alert
 from moetrain.observe.tracker import Metrics
-
-
-def is_installed() -> bool:
-    return importlib.util.find_spec("tensorboard") is not None
 
 
 class TensorBoard:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moetrain import disk
-from moetrain.moe.cost import Limits
+from moetrain.common import disk
 from moetrain.moe.layer import LayerStats
+from moetrain.moe.planning.cost import Limits
 from moetrain.observe.arrays import BROKEN, Array, read_arrays, stack
 from moetrain.observe.meter import ALL_PHASES, Reading, waited
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from moetrain import disk
+from moetrain.common import disk
+from moetrain.common.console import console
 from moetrain.observe.alerts import Alert
-from moetrain.observe.console import console
 
 Metrics = Mapping[str, Any]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from moetrain import disk
+from moetrain.common import disk
+from moetrain.common.console import console
 from moetrain.config import Config
 from moetrain.observe.alerts import Alert
 from moetrain.observe.arrays import Array
-from moetrain.observe.console import console
 from moetrain.observe.tracker import Metrics, one_line
 
 MOST_BINS = 512  # that a histogram may have

@@ -5,8 +5,8 @@ import importlib.util
 import json
 from typing import Any, NamedTuple
 
-from moetrain.mistakes import ConfigError
-from moetrain.observe.console import console
+from moetrain.common.console import console
+from moetrain.common.errors import ConfigError
 
 WORKSPACE = """Save a ready workspace with moetrain's charts in a wandb project.
 

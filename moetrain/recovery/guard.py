@@ -7,10 +7,10 @@ trouble. It goes back once: where the same comes again before the run has got be
 import math
 from pathlib import Path
 
-from moetrain import disk
-from moetrain.comm import broadcast_text
-from moetrain.mesh import Mesh
-from moetrain.recovery.exits import GAVE_UP, Diverged
+from moetrain.common import disk
+from moetrain.distributed.comm import broadcast_text
+from moetrain.distributed.mesh import Mesh
+from moetrain.launch.exits import GAVE_UP, Diverged
 
 
 class Guard:

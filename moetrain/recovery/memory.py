@@ -23,8 +23,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from moetrain import disk
 from moetrain.checkpoint import files
+from moetrain.common import disk
 
 ROOT = Path("/dev/shm")
 SLOTS = ("a", "b")

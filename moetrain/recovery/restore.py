@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moetrain import disk
 from moetrain.checkpoint import files, manifest
 from moetrain.checkpoint.manifest import Entry
 from moetrain.checkpoint.saving import share_out
-from moetrain.comm import barrier, gather_texts
-from moetrain.mesh import Mesh
-from moetrain.profile import COSTS
+from moetrain.common import disk
+from moetrain.distributed.comm import barrier, gather_texts
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine.calibrate import COSTS
 from moetrain.recovery import memory, transfer
 from moetrain.recovery.memory import Stamp
 

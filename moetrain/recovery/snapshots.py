@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint import files
-from moetrain.checkpoint.entries import DTYPES, Engine, Entries
 from moetrain.checkpoint.files import Block
 from moetrain.checkpoint.saving import Behind, holding_of
-from moetrain.comm import all_reduce_sum
-from moetrain.mesh import Mesh
+from moetrain.distributed.comm import all_reduce_sum
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine.entries import DTYPES, Engine, Entries
 from moetrain.recovery import memory, transfer
 from moetrain.recovery.memory import SLOTS, Stamp
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.comm import receive, start_sending
-from moetrain.mesh import Mesh
+from moetrain.distributed.comm import receive, start_sending
+from moetrain.distributed.mesh import Mesh
 from moetrain.recovery.memory import Stamp
 
 CHUNK = 1 << 26  # bytes of a message

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from moetrain import checkpoint, disk, runs
+from moetrain import checkpoint, runs
 from moetrain.checkpoint import Start, manifest
 from moetrain.checkpoint.saving import layout_of
-from moetrain.comm import all_reduce_sum, broadcast_text, gather_texts
+from moetrain.common import disk
+from moetrain.common.console import Voice
 from moetrain.config import Config
+from moetrain.distributed.comm import all_reduce_sum, broadcast_text, gather_texts
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine
-from moetrain.mesh import Mesh
-from moetrain.observe.console import Voice
-from moetrain.profile import COSTS
-from moetrain.recovery import memory, restore, signals
+from moetrain.engine.calibrate import COSTS
+from moetrain.launch import signals
+from moetrain.launch.heartbeat import Heart
+from moetrain.recovery import memory, restore
 from moetrain.recovery.guard import Guard
-from moetrain.recovery.heartbeat import Heart
 from moetrain.recovery.snapshots import Snapshots
 
 

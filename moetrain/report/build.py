@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moetrain import __version__, disk
+from moetrain import __version__
+from moetrain.common import disk
 from moetrain.report.cards import about, cards, circumstances
 from moetrain.report.compare import compare, flat
 from moetrain.report.figures import figures

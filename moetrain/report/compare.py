@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from moetrain.report import reduce
+from moetrain.observe import reduce
+from moetrain.observe.reduce import plain
 from moetrain.report.cards import cards
 from moetrain.report.curves import Figure, Grid, absent, layers
 from moetrain.report.read import Run
-from moetrain.report.reduce import plain
 
 CURVES = {
     "loss": ("train/lm_loss", {}),

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.observe import reduce
 from moetrain.observe.meter import PHASES
-from moetrain.report import reduce
+from moetrain.observe.reduce import plain
 from moetrain.report.read import Run
-from moetrain.report.reduce import plain
 
 Figure = dict[str, Any]
 LAYER = r"layer_\d+(?:_\d+)?"

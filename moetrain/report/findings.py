@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from moetrain.observe import reduce
 from moetrain.observe.meter import PHASES
 from moetrain.observe.summary import beaten
-from moetrain.report import reduce
 from moetrain.report.curves import layers
 from moetrain.report.read import Run
 

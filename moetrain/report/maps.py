@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moetrain.report import reduce
+from moetrain.observe import reduce
 from moetrain.report.curves import Figure, absent, layers
 from moetrain.report.read import Run
 

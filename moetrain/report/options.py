@@ -5,8 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from moetrain.mistakes import ConfigError
-from moetrain.observe.console import console, styled
+from moetrain.common.console import console, styled
+from moetrain.common.errors import ConfigError
 
 REPORT = """One self-contained HTML page that explains a run, or several side by side.
 

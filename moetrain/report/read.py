@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrain import disk
+from moetrain.common import disk
 from moetrain.config import ConfigError
 from moetrain.observe.arrays import BROKEN, read_arrays
 

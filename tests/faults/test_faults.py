@@ -19,8 +19,8 @@ from test_hosts import allowed
 from test_train import losses, run
 
 from moetrain.bench.namespaces import Hosts
+from moetrain.launch.exits import REQUEUE
 from moetrain.recovery import memory
-from moetrain.recovery.exits import REQUEUE
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 60, 5

@@ -1,0 +1,5 @@
+"""`moetrain VERB`."""
+
+from moetrain.cli.parser import main
+
+__all__ = ["main"]

@@ -1,0 +1,145 @@
+"""From YAML and overrides to a checked `Config`. Every mistake becomes a `ConfigError`: one line that names the field,
+the value and the rule. Nobody else sees a `DictConfig`.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from moetrain.common import disk
+from moetrain.common.errors import ConfigError, short
+from moetrain.config import messages, rules, unused
+from moetrain.config.overrides import fields_of, leaves
+from moetrain.config.schema import Config
+
+
+def config_dir() -> Path:
+    """The shipped YAML: inside an installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+@contextmanager
+def composing(extra_dir: str | None) -> Iterator[Any]:
+    """Hydra at work on the shipped configs; what the user's folder `extra_dir` has by the same name wins.
+
+    The context gives its config loader.
+    """
+    from hydra import initialize_config_dir  # not for those who read a resolved configuration
+    from hydra.core.global_hydra import GlobalHydra
+
+    if extra_dir is not None and not Path(extra_dir).is_dir():
+        raise ConfigError(f"--config-dir={extra_dir}: there is no such folder")
+    logging.getLogger("hydra").setLevel(logging.ERROR)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        if extra_dir is not None:
+            path = loader.get_search_path()
+            path.prepend("user", f"file://{Path(extra_dir).resolve()}", anchor="main")
+            loader.repository.initialize_sources(path)  # type: ignore[attr-defined]
+        yield loader
+
+
+def load(overrides: Sequence[str] = (), extra_dir: str | None = None) -> Config:
+    """Compose the shipped configs, the user's folder `extra_dir` before them, and `overrides`; check; freeze.
+
+    Raises `ConfigError` for everything that a user can get wrong here.
+    """
+    from hydra import compose
+    from hydra.errors import HydraException
+
+    try:
+        with composing(extra_dir):
+            tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(messages.of_composition(error, Config)) from None
+    config = from_tree(tree, [*fields_of(overrides), *_changed(tree, extra_dir)])
+    if config.data.path is not None and config.data.on_change != "keep" and not Path(config.data.path).exists():
+        raise ConfigError(f"data.path={config.data.path}: there is no such file or folder")
+    return config
+
+
+def _changed(tree: Any, extra_dir: str | None) -> list[str]:
+    """The fields that differ from config.yaml, the user's or the shipped one: set by experiments or overrides."""
+    own = Path(extra_dir or "", "config.yaml")
+    defaults = yaml.safe_load((own if extra_dir and own.is_file() else config_dir() / "config.yaml").read_text())
+    defaults.pop("defaults", None)
+    return [field for field in leaves(defaults) if _at(tree, field) != _at(defaults, field)]
+
+
+def _at(tree: Any, field: str) -> Any:
+    for part in field.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A run's `config.yaml`, with `field=value` overrides on top."""
+    if not path.is_file():
+        raise ConfigError(f"run={path.parent}: there is no run here (no {path.name})")
+    if disk.read_yaml(path) is None:
+        raise ConfigError(f"run={path.parent}: {path.name} is damaged")
+    try:
+        tree = OmegaConf.load(path)
+        OmegaConf.set_struct(tree, True)
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise ConfigError(f"{override}: an override reads field=value")
+            if OmegaConf.is_config(OmegaConf.select(tree, key)):
+                raise ConfigError(f"{override}: a run's groups are fixed; override a single field, {key}.FIELD=VALUE")
+            parsed = value if _takes_text(key) and value != "null" else yaml.safe_load(value)
+            OmegaConf.update(tree, key, parsed, merge=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(messages.of_composition(error, Config)) from None
+    return from_tree(OmegaConf.to_container(tree), [*fields_of(overrides)])
+
+
+def from_tree(tree: Any, given: Sequence[str] = ()) -> Config:
+    """Validate a plain tree of dicts: fields, what holds between them, and that all those `given` have an effect."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"]]
+        if place[0] == "engine":
+            del place[1:2]  # which of the engines
+        field = ".".join(place)
+        if first["type"] == "union_tag_invalid":
+            raise ConfigError(
+                f"{field}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
+            ) from None
+        rule = messages.plain(first["msg"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"{field}={short(first['input'])}: no such field{messages.nearest(field, Config)}"
+            ) from None
+        raise ConfigError(f"{field}={short(first['input'])}: {rule}") from None
+    rules.check(config)
+    unused.check(config, given)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, as it is kept in the run's folder."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _takes_text(field: str) -> bool:
+    """Whether `field` holds text, so that what a user writes is meant literally."""
+    section: Any = Config
+    *path, last = field.split(".")
+    for part in path:
+        section = getattr(section, "model_fields", {}).get(part)
+        section = section.annotation if section else None
+    found = getattr(section, "model_fields", {}).get(last)
+    return found is not None and found.annotation in (str, str | None)

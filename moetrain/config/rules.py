@@ -1,0 +1,158 @@
+"""What must hold between the fields of a configuration, and between it and the number of ranks.
+
+A mistake is told at once: neither torch nor compiled code is loaded for a run with the default router.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moetrain.common.errors import ConfigError, short
+from moetrain.config.schema import Config, DeepSpeed
+
+PLANNER_OPTIONS: dict[str, set[str]] = {  # as moe/planners has them, whose code is compiled when it loads
+    "home": set(),
+    "llep": {"alpha", "min_rows", "threshold"},
+    "makespan": set(),
+    "eplb": {"replicas"},
+}
+TOPK_OPTIONS = frozenset({"noise", "groups", "top_groups"})  # of the default router, as its class has them
+
+
+def options_of_router(name: str) -> frozenset[str]:
+    """The options that a router has besides everybody's."""
+    if name == "topk":
+        return TOPK_OPTIONS
+    from moetrain.moe.routing import ROUTERS  # which imports torch
+
+    return ROUTERS[name].takes
+
+
+def check(c: Config) -> None:
+    """Raises `ConfigError` for the first rule between fields that does not hold."""
+
+    def rule(holds: bool, field: str, text: str) -> None:
+        if not holds:
+            value: Any = c
+            for part in field.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{field}={short(value)}: {text}")
+
+    if c.run.name is not None:
+        place = Path(c.run.name)
+        inside = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
+        rule(inside, "run.name", "must be the name of a folder below run.dir, without .. and not absolute")
+        rule(c.run.name.isprintable(), "run.name", "must have no control characters")
+        rule(max(len(os.fsencode(part)) for part in place.parts) <= 200, "run.name", "must have at most 200 bytes")
+    m, k = c.model, c.router.top_k
+    rule(c.planner.name in PLANNER_OPTIONS, "planner.name", f"known planners are {', '.join(PLANNER_OPTIONS)}")
+    for option in c.planner.options:
+        known = option in PLANNER_OPTIONS[c.planner.name]
+        rule(known, f"planner.{option}", f"the planner {c.planner.name} has no such option")
+    rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
+    groups = c.balance.device_groups
+    rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")
+    if m.expert_schedule != "uniform":
+        rule(
+            m.min_experts is not None,
+            "model.min_experts",
+            f"must be given for model.expert_schedule={m.expert_schedule}",
+        )
+    if m.min_experts is not None:
+        rule(m.num_experts % m.min_experts == 0, "model.min_experts", f"must divide model.num_experts={m.num_experts}")
+    for experts, top_k in zip(m.experts_of_layers, c.top_k_of_layers, strict=True):
+        most = f"a layer has top-{top_k} of {experts} experts"
+        rule(top_k <= experts, "router.k_schedule" if k <= experts else "model.min_experts", most)
+    if c.router.name != "topk" or c.router.own_options:
+        for field, text in _of_router(c):
+            rule(False, field, text)
+    rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
+    rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")
+    rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")
+    rule(
+        m.expert_hidden % 8 == 0,
+        "model.expert_hidden",
+        "must be a multiple of 8 (grouped GEMM: 16-byte rows)",
+    )
+    rule(
+        m.num_dense_layers < m.num_layers,
+        "model.num_dense_layers",
+        f"must be below model.num_layers={m.num_layers}, so that one layer has experts",
+    )
+    rule(c.optim.min_lr <= c.optim.lr, "optim.min_lr", f"must be at most optim.lr={c.optim.lr}")
+    if c.track.tensorboard:
+        rule(find_spec("tensorboard") is not None, "track.tensorboard", "needs `pip install moetrain[tensorboard]`")
+    if c.data.source == "folder":
+        rule(c.data.path is not None, "data.path", "data.source=folder needs a folder or a file")
+    if c.data.tokenizer is not None:
+        rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "there is no such file")
+
+
+def _of_router(c: Config) -> Iterator[tuple[str, str]]:
+    """(field, rule) that a router's own options break."""
+    from moetrain.moe.routing import ROUTERS  # which imports torch
+
+    if c.router.name not in ROUTERS:
+        yield "router.name", f"known routers are {', '.join(ROUTERS)}"
+    kind = ROUTERS[c.router.name]
+    for option in c.router.own_options:
+        if option not in kind.takes:
+            yield f"router.{option}", f"the router {c.router.name} has no such option"
+    if not kind.biased and c.balance.bias != "none":
+        yield "balance.bias", f"means nothing to the router {c.router.name}"
+    for experts in c.model.experts_of_layers:
+        yield from kind.problems(experts + c.model.num_zero_compute, c.model, c.router)
+
+
+def check_world(c: Config, world: int) -> None:
+    """What must hold between the config and the number of ranks. Raises `ConfigError`."""
+    p, t = c.parallel, c.train
+    if world % p.dp_replicate:
+        raise ConfigError(f"parallel.dp_replicate={p.dp_replicate}: must divide the number of ranks, {world}")
+    shard = world // p.dp_replicate
+    if p.dp_shard is not None and p.dp_shard != shard:
+        rule = f"dp_replicate={p.dp_replicate} × dp_shard must be the number of ranks, {world}"
+        raise ConfigError(f"parallel.dp_shard={p.dp_shard}: {rule}")
+    ep = p.ep or math.gcd(shard, *c.model.experts_of_layers)
+    if shard % ep:
+        raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
+    fewest = min(c.model.experts_of_layers)
+    if fewest < ep:
+        which = "model.num_experts" if c.model.expert_schedule == "uniform" else "of one layer"
+        raise ConfigError(f"parallel.ep={ep}: needs at least as many experts, {which}={fewest}")
+    if isinstance(c.engine, DeepSpeed):
+        _check_deepspeed(c, c.engine, world, ep)
+    if p.uneven and t.global_batch < world:
+        raise ConfigError(f"train.global_batch={t.global_batch}: must be at least the number of ranks, {world}")
+    if not p.uneven and t.global_batch % (world * (t.micro_batch or 1)):
+        per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
+        raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")
+
+
+def _check_deepspeed(c: Config, options: DeepSpeed, world: int, ep: int) -> None:
+    """What the deepspeed engine can do on `world` ranks."""
+    from moetrain.engine import precision  # which imports torch
+    from moetrain.engine.deepspeed_config import ds_config
+
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine=deepspeed: needs DeepSpeed, which is not installed: pip install 'moetrain[deepspeed]'"
+        )
+    if options.zero_stage == 3:
+        raise ConfigError("engine.zero_stage=3: must be 0, 1 or 2; DeepSpeed's MoE layers do not work under ZeRO-3")
+    if options.offload == "nvme":
+        rule = "DeepSpeed offloads to NVMe under ZeRO-3 alone, which its MoE layers refuse; cpu works at stages 1 and 2"
+        raise ConfigError(f"engine.offload=nvme: {rule}")
+    if options.offload != "none" and options.zero_stage == 0:
+        raise ConfigError(f"engine.offload={options.offload}: needs engine.zero_stage=1 or 2")
+    if any(experts % ep for experts in c.model.experts_of_layers):
+        raise ConfigError(f"parallel.ep={ep}: must divide the number of experts of every layer under engine=deepspeed")
+    if c.optim.state_dtype != "fp32":
+        raise ConfigError(f"optim.state_dtype={c.optim.state_dtype}: must be fp32 under engine=deepspeed")
+    if c.parallel.dp_replicate > 1:
+        rule = "must be 1 under engine=deepspeed, which shards over all ranks"
+        raise ConfigError(f"parallel.dp_replicate={c.parallel.dp_replicate}: {rule}")
+    ds_config(precision.taken(c, "bf16"), world)  # refuses what engine.extra may not say

@@ -1,0 +1,89 @@
+"""Options that a user set and that cannot have an effect: they are refused, never ignored.
+
+A default never is: only what is set, on the command line or in a file of the user's own, is looked at.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from moetrain.common.errors import ConfigError, short
+from moetrain.config.overrides import fields_of
+from moetrain.config.rules import options_of_router
+from moetrain.config.schema import Config, Native, Router
+
+RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
+OF_A_RUN: tuple[str, ...] = ("run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
+OF_A_RUN = (*OF_A_RUN, "train.steps", "train.log_every", "train.recompute")
+SAVES = ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
+NOT_USED: dict[str, tuple[str, ...]] = {  # by verbs: sections and fields; what is not named may have an effect
+    "eval": (*OF_A_RUN, "generate"),
+    "generate": (*OF_A_RUN, "eval"),
+    "data": tuple(name for name in Config.model_fields if name != "data"),
+    "profile": (*OF_A_RUN, "eval", "generate", "data"),
+    "bench": ("run", "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
+}
+
+
+def check_verb(verb: str, overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for an override of what `moetrain VERB` does not use."""
+    for field in fields_of(overrides):
+        if any(field == name or field.startswith(f"{name}.") for name in NOT_USED.get(verb, ())):
+            raise ConfigError(f"{field}: `moetrain {verb}` does not use it")
+
+
+def check(c: Config, fields: Iterable[str]) -> None:
+    """Raises `ConfigError` for the first of `fields` that cannot have an effect beside the rest of `c`."""
+    known = set(fields)
+    for field, reason in _without_effect(c):
+        if field in known:
+            value: Any = c
+            for part in field.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{field}={short(value)}: {reason}")
+
+
+def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
+    """(field, why it has no effect) of all fields that have none."""
+    m, b, takes = c.model, c.balance, options_of_router(c.router.name)
+    for option in Router.model_fields:
+        if not Router.model_fields[option].is_required() and option not in takes:
+            yield f"router.{option}", f"the router {c.router.name} has no such option"
+    if c.router.name == "top_p":
+        yield "router.k_schedule", "the router top_p takes as many experts as a token needs"
+    if not m.num_zero_compute:
+        yield "router.zero_compute_tau", "goes with model.zero_experts, copy_experts or constant_experts above 0"
+    if c.data.source == "local":
+        yield "data.path", "goes with data=folder; the corpus chosen, data=local, is text of this installation"
+    if c.data.source != "folder":
+        yield "data.on_bad", f"goes with data=folder, not data={c.data.source}"
+    if c.data.path is None:
+        yield "data.on_change", f"goes with data.path; data={c.data.source} is not watched"
+    if c.data.tokenizer is not None:
+        yield "data.vocab_size", "data.tokenizer has a vocabulary of its own"
+    if c.optim.schedule != "wsd":
+        yield "optim.decay_fraction", f"goes with optim.schedule=wsd, not {c.optim.schedule}"
+    if not b.coefficient:
+        yield "balance.micro_fraction", "goes with balance.coefficient above 0, of which it is a fraction"
+    if not b.device_coefficient:
+        yield "balance.device_groups", "goes with balance.device_coefficient above 0"
+        if not b.coefficient:
+            yield "balance.scope", "goes with balance.coefficient or balance.device_coefficient above 0"
+    if b.scope != "global" or not (b.coefficient or b.device_coefficient):
+        yield "balance.accumulate", "goes with balance.scope=global and a coefficient above 0"
+    if b.bias == "none":
+        yield "balance.bias_rate", "goes with balance.bias=sign or proportional"
+    if not c.generate.temperature:
+        yield "generate.seed", "goes with generate.temperature above 0; at 0 nothing is drawn"
+    if not c.track.wandb:
+        for option in ("project", "entity", "group", "tags", "job_type", "notes"):
+            yield f"track.{option}", "goes with track.wandb=true"
+    if c.track.profile_from is None:
+        yield "track.profile_steps", "goes with track.profile_from=STEP"
+    if not m.num_dense_layers:
+        yield "model.dense_hidden", "goes with model.num_dense_layers above 0"
+    if m.expert_schedule == "uniform":
+        yield "model.min_experts", "goes with a model.expert_schedule that is not uniform"
+    if isinstance(c.engine, Native) and c.engine.offload != "disk":
+        yield "engine.offload_dir", f"goes with engine.offload=disk, not {c.engine.offload}"
+    if c.planner.name == "home":
+        yield "engine.guest_memory_mib", "goes with a planner that lends experts; planner=home moves nothing"

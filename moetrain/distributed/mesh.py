@@ -1,0 +1,165 @@
+"""The ranks and their groups: the only place where process groups are made.
+
+World = dp_replicate × dp_shard; `ep` borrows the ranks of dp_shard, neighbours first: shard = expert_data × ep.
+Every rank reads its own share of the data; a rank is in one data group and one expert group.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moetrain.config import ConfigError, Parallel
+from moetrain.distributed.comm import shared_memory
+from moetrain.launch.worker import STORE_SOCKET
+
+SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The ranks among which one set of experts is shared."""
+
+    rank: int
+    size: int
+    rows: dist.ProcessGroup  # counts, dispatch and combine
+    lend: dist.ProcessGroup  # the same ranks, a communicator of its own: weights travel while rows do
+
+
+@dataclass(frozen=True)
+class Mesh:
+    rank: int
+    world: int
+    device: torch.device
+    device_bytes: int  # memory of the smallest GPU of all ranks; 0: CPUs
+    ep: Expert
+    dense: DeviceMesh  # dense parameters: (dp_shard) or (dp_replicate, dp_shard)
+    expert_data: DeviceMesh  # a rank's expert shard: (expert_data) or (dp_replicate, expert_data)
+    dp_replicate: int
+    saving: dist.ProcessGroup  # all ranks, over the hosts' network: for the thread that writes checkpoints
+    peers: dist.ProcessGroup  # the same: for the thread that sends snapshots to another host
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def start(
+    parallel: Parallel,
+    *,
+    rank: int,
+    world: int,
+    local_rank: int = 0,
+    init_method: str = "env://",
+    timeout: float = 600.0,
+) -> Iterator[Mesh]:
+    """Join `world` ranks: NCCL where there are GPUs, else gloo. What was joined is torn down at the end of the context,
+    but not where the context raises: peers may be inside a collective then, NCCL would wait for them, and the error
+    would never be told. The process has to end after that."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world:  # one host: what its name resolves to does not matter
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    device = device_of(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    patience, store = timedelta(seconds=timeout), None
+    if init_method == "env://" and STORE_SOCKET in os.environ:
+        store = _store_at_launchers_socket(rank, world, patience)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=None if store else init_method,
+        rank=rank,
+        world_size=world,
+        store=store,
+        timeout=patience,
+        device_id=device if device.type == "cuda" else None,
+    )
+    mesh = _axes(parallel, rank, world, device)
+    with shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
+        yield mesh
+        dist.barrier()  # a rank that leaves early can make a slower one abort
+    dist.destroy_process_group()
+
+
+def device_of(local_rank: int) -> torch.device:
+    """A worker's device: the GPU of its number on this host. Where only one can be seen, its launcher has chosen
+    (Slurm's --gpus-per-task). Raises `ConfigError` where there are several, but too few."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1 and local_rank >= count:
+        raise ConfigError(f"LOCAL_RANK={local_rank}: must be below the number of GPUs that this process sees, {count}")
+    return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
+
+
+def _store_at_launchers_socket(rank: int, world: int, patience: timedelta) -> dist.Store:
+    """Rank 0 keeps it. Nobody else can have taken the port: the launcher has opened the socket."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = int(os.environ[STORE_SOCKET]) if rank == 0 else None
+    return dist.TCPStore(host, port, world, rank == 0, patience, wait_for_workers=False, master_listen_fd=listening)
+
+
+@contextmanager
+def pretended(parallel: Parallel, *, rank: int, world: int) -> Iterator[Mesh]:
+    """The mesh of one rank of a world that is not there: to build what is never run."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield _axes(parallel, rank, world, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Mesh:
+    replicate = parallel.dp_replicate
+    shard = world // replicate
+    ep = parallel.ep or shard
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        grid = init_device_mesh(
+            device.type,
+            (replicate, shard // ep, ep),
+            mesh_dim_names=("dp_replicate", "expert_data", "ep"),
+        )
+        dense = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    lend = None
+    for ranks in grid.mesh.reshape(-1, ep).tolist():
+        group = dist.new_group(ranks)
+        lend = group if rank in ranks else lend
+    assert lend is not None
+    saving, peers = (
+        dist.new_group(timeout=SLOWEST_SAVE, backend="gloo" if device.type == "cuda" else None) for _ in range(2)
+    )
+    expert = Expert(rank % ep, ep, grid.get_group("ep"), lend)
+    return Mesh(
+        rank=rank,
+        world=world,
+        device=device,
+        device_bytes=_least(memory_of(device), device),
+        ep=expert,
+        dense=dense if replicate > 1 else dense["dp_shard"],
+        expert_data=grid["dp_replicate", "expert_data"] if replicate > 1 else grid["expert_data"],
+        dp_replicate=replicate,
+        saving=saving,
+        peers=peers,
+    )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU; 0: a CPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _least(number: int, device: torch.device) -> int:
+    """Of the numbers of all ranks."""
+    least = torch.tensor(number, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)

@@ -1,0 +1,1 @@
+"""Starting workers, their lives, signals and ends."""

@@ -1,0 +1,181 @@
+"""A heartbeat per rank: where it is, once a second, in a small file of the run's folder, which all hosts share.
+
+A rank that stands still for longer than the time-out reads everybody's, says which rank is missing and where it was
+last seen, and ends its process; so does every other rank that waits. Time in which a process was itself stopped does
+not count: a job that is suspended as a whole goes on where it was.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from moetrain.common import disk
+from moetrain.launch.worker import end_now
+
+if TYPE_CHECKING:  # a launcher reads heartbeats, without torch
+    from torch import nn
+
+BEAT_SECONDS = 1.0
+SILENT_BEATS = 5  # so many missed ones: the process is stopped or gone, or its host is
+FIRST_STEP_SECONDS = 120.0  # at least: it compiles
+LONG = ("save", "evaluate")  # phases that may take longer than the time-out
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank is, and when it said so."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int  # the one under way, counted from one; 0: none yet
+    marks: int  # phases begun in it
+    layer: int | None
+    phase: str
+    since: float  # when it began, of the wall clock
+    now: float
+
+    def place(self) -> str:
+        layer = "" if self.layer is None else f"layer {self.layer}, "
+        return f"step {self.step}, {layer}{self.phase}"
+
+
+class Heart:
+    """Of one rank. `mark` is cheap: a tuple, a thread writes. The context holds the thread."""
+
+    def __init__(self, folder: Path, rank: int, world: int, timeout: float) -> None:
+        self._folder, self._rank, self._world, self._timeout = folder, rank, world, timeout
+        self._host = socket.gethostname()
+        self._beat = min(BEAT_SECONDS, timeout / 10)
+        self._place: tuple[int, int, int | None, str, float] = (0, 0, None, "start", time.time())
+        self._begun = 0  # steps
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Heart":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+        self._write()
+
+    def watch(self, model: "nn.Module") -> None:
+        """Have every MoE layer of `model` say in which phase it is."""
+        from moetrain.moe.layer import MoE
+
+        for number, layer in enumerate(model.get_submodule("layers").children()):
+            for moe in (m for m in layer.modules() if isinstance(m, MoE)):
+                moe.mark = partial(self.mark, number)
+
+    def begin(self, step: int) -> None:
+        self._begun += 1
+        self._place = (step, 0, None, "data", time.time())
+
+    def mark(self, layer: int | None, phase: str) -> None:
+        step, marks, *_ = self._place
+        self._place = (step, marks + 1, layer, phase, time.time())
+
+    def _run(self) -> None:
+        seen, waited, woke = self._place, 0.0, time.monotonic()
+        while not self._over.wait(self._beat):
+            self._write()
+            now = time.monotonic()
+            waited += min(now - woke, 2 * self._beat)  # a process that was stopped did not wait
+            woke = now
+            if self._place is not seen:
+                seen, waited = self._place, 0.0
+            limit = max(self._timeout, FIRST_STEP_SECONDS if self._begun == 1 else 0)
+            if waited > limit and seen[3] not in LONG and self._begun:
+                self._write()
+                time.sleep(2 * self._beat)  # so that those that stand still too have said where
+                end_now(report(read(self._folder, self._world), self._rank, waited, SILENT_BEATS * self._beat))
+
+    def _write(self) -> None:
+        step, marks, layer, phase, since = self._place
+        beat = Beat(self._rank, self._host, os.getpid(), step, marks, layer, phase, since, time.time())
+        with suppress(OSError):  # a full disk takes what stands there already in other words
+            handle = os.open(_path(self._folder, self._rank), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            try:
+                os.pwrite(handle, json.dumps(asdict(beat)).ljust(400).encode(), 0)
+            finally:
+                os.close(handle)
+
+
+def read(folder: Path, world: int | None = None) -> list[Beat]:
+    """The last of every rank below `world` that has one, or of all there are."""
+    paths = sorted(folder.glob("rank_*")) if world is None else [_path(folder, rank) for rank in range(world)]
+    out = []
+    for path in paths:
+        with suppress(OSError, ValueError):
+            out.append(TypeAdapter(Beat).validate_json(disk.read(path)))
+    return out
+
+
+def furthest(folder: Path) -> int:
+    """The step that a rank of the run has reached; 0: none."""
+    return max((beat.step for beat in read(folder)), default=0)
+
+
+def report(beats: Sequence[Beat], own: int, waited: float, silence: float) -> str:
+    """One line: which rank is missing and where it was last seen, and where the others wait.
+
+    Missing are those that say nothing any more (for longer than `silence`); else those that are behind the others.
+    """
+    newest = max(beat.now for beat in beats)
+    missing = [beat for beat in beats if newest - beat.now > silence]
+    alive = [beat for beat in beats if beat not in missing]
+    how = "says nothing any more"
+    if not missing and len({(b.step, b.marks) for b in alive}) > 1:
+        first = min((b.step, b.marks) for b in alive)
+        missing, how = [b for b in alive if (b.step, b.marks) == first], "is behind"
+        alive = [b for b in alive if b not in missing]
+    lines = [f"rank {own}: no progress for {waited:.0f} s"]
+    here = next((b.host for b in beats if b.rank == own), "")
+    for beat in missing:
+        state = _state(beat) if how != "is behind" and beat.host == here else ""
+        ago = newest - (beat.since if how == "is behind" else beat.now)
+        lines.append(f"rank {beat.rank} on {beat.host} {state or how}, last seen {ago:.0f} s ago in {beat.place()}")
+    if not missing:
+        lines.append("every rank is alive and as far as the others: the network between them may be cut")
+    waiting: dict[str, list[str]] = {}
+    for beat in alive:
+        waiting.setdefault(beat.place(), []).append(str(beat.rank))
+    for place, ranks in waiting.items():
+        lines.append(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} wait{'s' * (len(ranks) == 1)} in {place}")
+    return "; ".join(lines)
+
+
+def _state(beat: Beat) -> str:
+    """What the kernel says of a process on this host; nothing where it runs."""
+    try:
+        state = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # or there is no /proc
+        return "" if _exists(beat.pid) else "is gone"
+    return {"T": "is stopped", "Z": "is gone", "X": "is gone", "D": "waits for a device"}.get(state, "")
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}"

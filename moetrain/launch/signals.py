@@ -1,0 +1,72 @@
+"""Requests to end: SIGTERM, SIGUSR1 (which Slurm sends some minutes before it takes a node back), Ctrl-C, and
+SIGHUP: the terminal is gone, as after a dropped SSH session; under `nohup` it is ignored.
+
+Python runs its handlers between two of its own instructions, and so not at all while a collective waits for a peer that
+is gone. What has to happen at once is done by a thread, which the C-level handler wakes through a pipe.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moetrain.common.console import forget_terminal
+from moetrain.launch.exits import REQUEUE
+
+INTERRUPTED = 130  # exit code
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+ONE_PRESS_SECONDS = 0.5  # a launcher passes on what the terminal has sent already
+
+_asked = threading.Event()
+
+
+def asked() -> bool:
+    """Whether this process was asked to end."""
+    return _asked.is_set()
+
+
+def leave_when_asked() -> None:
+    """Until a training loop begins, and after it, there is nothing to save: end at once."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(REQUEUE))
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Inside, the first request is noted (`asked`), to be agreed upon at a step's end; a second Ctrl-C ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    listener = threading.Thread(target=_listen, args=(reading,), daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    heard = [number for number in REQUESTS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        listener.join()
+        os.close(reading)
+
+
+def _listen(reading: int) -> None:
+    pressed = None
+    while number := os.read(reading, 1):
+        if number[0] == signal.SIGINT:
+            now = time.monotonic()
+            if pressed is not None and now - pressed > ONE_PRESS_SECONDS:
+                os._exit(INTERRUPTED)
+            pressed = now
+        if number[0] == signal.SIGHUP:
+            forget_terminal()
+        if number[0] in REQUESTS:
+            _asked.set()

@@ -1,0 +1,264 @@
+"""A decoder-only Mixture-of-Experts transformer, built on one device; it knows no ranks.
+
+Cut so that its parameters map one to one onto Qwen3-MoE and OLMoE of Hugging Face (`docs/model.md` has the table).
+
+B sequences, L positions, T = B·L tokens, D model width, A heads, G key/value heads, C head width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moetrain import config
+from moetrain.config.schedules import spread
+from moetrain.models.cross_entropy import linear_cross_entropy
+from moetrain.models.linear import Linear
+from moetrain.moe.kernels import cpu_attention
+from moetrain.moe.layer import LayerStats, MoE
+from moetrain.moe.routing import ROUTERS, Choice, Place, Router
+
+Run = Callable[..., Any]  # run(function, *args) calls it, perhaps recomputing it in the backward
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+_again: Run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+class Recompute(NamedTuple):
+    """How the parts of a layer run."""
+
+    dense: Run  # attention and router; a whole dense layer
+    shared: Run  # shared experts, inside of `experts`
+    experts: Run  # dispatch, experts, combine
+
+
+RECOMPUTE = {
+    "none": Recompute(_call, _call, _call),
+    "selective": Recompute(_again, _again, _call),  # experts by themselves keep what they were sent, and no more
+    "full": Recompute(_again, _call, _again),
+}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU: leading dense layers and shared experts."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = Linear(dim, hidden)
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def rope_table(length: int, width: int, theta: float, device: torch.device) -> Tensor:
+    """[2, L, C] cosines and sines, fp32 (RoFormer, Eq. 15, halves as in Llama)."""
+    rate = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), rate)
+    return torch.stack([angle.cos(), angle.sin()]).repeat(1, 1, 2)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn [B, A, L, C] by position."""
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = rope.to(x.dtype)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √C) v where `mask` [B, 1, L, L] is true, None: causal. q [B, A, L, C]; k, v [B, G, L, C]; returns
+    [B, L, A, C]."""
+    if mask is None and cpu_attention.fits(q, k):
+        return cpu_attention.attention(q, k, v)
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional QK-norm."""
+
+    def __init__(self, m: config.Model) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = m.num_heads, m.num_kv_heads, m.head_dim
+        self.q = Linear(m.dim, m.num_heads * m.head_dim)
+        self.k = Linear(m.dim, m.num_kv_heads * m.head_dim)
+        self.v = Linear(m.dim, m.num_kv_heads * m.head_dim)
+        self.o = Linear(m.num_heads * m.head_dim, m.dim)
+        self.qk_norm = m.qk_norm
+        if m.qk_norm != "none":
+            full = m.qk_norm == "full"
+            self.q_norm = RMSNorm(m.head_dim * (m.num_heads if full else 1), m.norm_eps)
+            self.k_norm = RMSNorm(m.head_dim * (m.num_kv_heads if full else 1), m.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, L, D] -> [B, L, D]. `mask` [B, 1, L, L], true where a position may look; None: causal."""
+        batch, length, _ = x.shape
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.view(batch, length, y.shape[-1] // self.width, self.width) for y in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
+        return self.o(attend(q, k, v, mask).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, then experts or a dense MLP, each behind its norm and on the residual stream."""
+
+    def __init__(
+        self, m: config.Model, router: config.Router, planner: config.Planner, dense: bool, index: int = 0
+    ) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(m.dim, m.norm_eps)
+        self.attn = Attention(m)
+        self.ffn_norm = RMSNorm(m.dim, m.norm_eps)
+        self.mlp = MLP(m.dim, m.dense_hidden) if dense else None
+        shared = MLP(m.dim, m.num_shared_experts * m.expert_hidden) if m.num_shared_experts and not dense else None
+        self.moe = None if dense else MoE(m, router, planner, shared, index)
+
+    def forward(
+        self,
+        x: Tensor,
+        carry: Any,
+        place: Place,
+        rope: Tensor,
+        mask: Tensor | None,
+        run: Recompute,
+        replay: Iterator[Choice],
+    ) -> tuple[Tensor, list[LayerStats], Any]:
+        """[B, L, D] -> [B, L, D]; statistics of each pass through the experts.
+
+        `replay`: choices to take instead of making them, until there are none left.
+        """
+        if self.moe is None:
+            return run.dense(self._dense, x, rope, mask), [], carry
+        x, flat_TD, scores, carry = run.dense(self._attend_and_route, x, carry, place, rope, mask)
+        stats = []
+        for turn in range(len(self.moe.routers)):
+            if turn:
+                flat_TD, scores, carry = run.dense(self._route, x, carry, place, turn)
+            decision = self.moe.decide(scores, place, next(replay, None), turn)
+            x = x + run.experts(self.moe.compute, flat_TD, scores, decision, turn, run.shared).view_as(x)
+            stats.append(LayerStats.of(scores, decision))
+        return x, stats, carry
+
+    def _dense(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.mlp is not None
+        x = x + self.attn(self.attn_norm(x), rope, mask)
+        return x + self.mlp(self.ffn_norm(x))
+
+    def _attend_and_route(self, x: Tensor, carry: Any, place: Place, rope: Tensor, mask: Tensor | None) -> tuple:
+        x = x + self.attn(self.attn_norm(x), rope, mask)
+        return x, *self._route(x, carry, place, 0)
+
+    def _route(self, x: Tensor, carry: Any, place: Place, turn: int) -> tuple:
+        """([T, D] what the experts see, scores, carry). Every pass has the residual stream behind the layer's norm."""
+        assert self.moe is not None
+        flat_TD = self.ffn_norm(x).flatten(0, 1)
+        return flat_TD, *self.moe.route(flat_TD, carry, place, turn)
+
+
+class Transformer(nn.Module):
+    def __init__(self, m: config.Model, router: config.Router, planner: config.Planner, recompute: str = "none"):
+        super().__init__()
+        assert m.vocab_size is not None
+        self.options = m
+        self.embed = nn.Embedding(m.vocab_size, m.dim)
+        self.layers = nn.ModuleList(Block(m, router, planner, dense=True) for _ in range(m.num_dense_layers))
+        each = zip(m.experts_of_layers, spread(router.k_schedule, m.num_moe_layers, router.top_k, 1), strict=True)
+        for number, (experts, top_k) in enumerate(each):
+            own = m.model_copy(update={"num_experts": experts}), router.model_copy(update={"top_k": top_k})
+            self.layers.append(Block(*own, planner, dense=False, index=number * m.chain))
+        self.shared_router = ROUTERS[router.name].shared(router)
+        self.norm = RMSNorm(m.dim, m.norm_eps)
+        self.head = Linear(m.dim, m.vocab_size)
+        if m.tied_embeddings:
+            self.head.weight = self.embed.weight
+        self.run = RECOMPUTE[recompute]
+
+    def compile_dense(self) -> None:
+        """torch.compile for attention, norms and dense MLPs, at their first call; experts and head stay as they are."""
+        for module in self.modules():
+            if isinstance(module, Attention | MLP | RMSNorm):
+                module.compile()
+
+    @property
+    def routers(self) -> list[Router]:
+        """In the order of the statistics."""
+        return [router for moe in self.modules() if isinstance(moe, MoE) for router in moe.routers]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        document: Tensor | None = None,
+        domain: Tensor | None = None,
+        sample: Tensor | None = None,
+        choices: Sequence[Choice] | None = None,
+    ) -> tuple[Tensor, list[LayerStats]]:
+        """[B, L] int64 -> -log p of `targets` [B, L] fp32, or logits [B, L, V] without targets; and statistics.
+
+        `document` [B, L] int: positions attend within equal numbers only; None: causal over everything. `domain`
+        [B, L] and `sample` [B] int64: for routers that look at a token's domain or its sequence's global number.
+        `choices`: earlier ones, to be replayed. The statistics are those of every pass through every MoE layer, in
+        order.
+        """
+        x, stats = self._hidden(tokens, document, domain, sample, choices or ())
+        if targets is None:
+            return self.head(x), stats
+        return linear_cross_entropy(x, self.head.weight, targets), stats
+
+    @torch.no_grad()
+    def count(
+        self, tokens: Tensor, document: Tensor | None, domain: Tensor | None, sample: Tensor | None
+    ) -> list[LayerStats]:
+        """A forward for the sake of its statistics alone."""
+        return self._hidden(tokens, document, domain, sample, ())[1]
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        document: Tensor | None,
+        domain: Tensor | None,
+        sample: Tensor | None,
+        choices: Sequence[Choice],
+    ) -> tuple[Tensor, list[LayerStats]]:
+        rope = rope_table(tokens.shape[1], self.options.head_dim, self.options.rope_theta, tokens.device)
+        mask = None
+        if document is not None:
+            causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+            mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
+        place = Place(tokens.shape[1], sample, None if domain is None else domain.flatten())
+        x, stats = self.embed(tokens), []
+        carry = None if self.shared_router is None else self.shared_router()
+        run, replay = self.run if torch.is_grad_enabled() else RECOMPUTE["none"], iter(choices)
+        for layer in self.layers:
+            x, layer_stats, carry = layer(x, carry, place, rope, mask, run, replay)
+            stats += layer_stats
+        return self.norm(x), stats
+
+    def at_step(self, step: int, train: config.Train) -> None:
+        """Bring the routers' schedules to where `step` optimizer steps are done."""
+        for router in self.routers:
+            router.at_step(step, train)

@@ -1,0 +1,1 @@
+"""What travels between ranks: token rows and expert weights."""

@@ -1,0 +1,237 @@
+"""Dispatch and combine: tokens travel to the ranks that the plan names, partial sums come back.
+
+A token goes to a rank once, however many of its experts are computed there; what is computed where it lies does not
+travel at all. Every rank announces its selections (which of the copies it sends, and the weight), so that partial
+sums are formed where the experts are. The two directions are each other's transpose: `spread` brings a [T, D]
+tensor to the rows of the slots, `gather` sums rows back into [T, D]; the backward uses them the other way round.
+
+The dispatcher holds no parameters and never asks who made the plan. Sums run in fp32 and in a fixed order, without
+atomic adds, so that a repeat is equal bit for bit on any device.
+
+T tokens here, D width, N selections made here, C copies sent, P pool: T own tokens, then the copies that arrived,
+M rows computed here, A of them announced and the others padding of weight zero (`kernels.row_step`), S slots here, R
+ranks, E experts.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetrain.distributed.comm import Pending, outgoing, start_all_to_all
+from moetrain.distributed.mesh import Expert
+from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels.api import Bags
+from moetrain.moe.planning.plan import Ints, Plan
+from moetrain.moe.routing.base import Routing
+
+Runs = tuple[Ints, Ints]  # values, and how often each of them
+
+
+@dataclass(frozen=True)
+class Route:
+    """One rank's tables for one layer and micro-step."""
+
+    ep: Expert
+    selection_N: Tensor  # which selection is the n-th announced (by rank, then expert)
+    note_N: Tensor  # where its announcement stands
+    announced: list[int]  # [R] selections announced to each rank, and one header
+    heard: list[int]  # [R] what each rank announced here
+    arrived_A: Tensor  # where the announcement of each real row stands among those heard; rows slot by slot
+    row_A: Tensor  # and where the row stands among the M
+    token_C: Tensor  # tokens whose copies leave, by rank
+    copies_out: list[int]  # [R]
+    copies_in: list[int]  # [R]
+    pool_M: Tensor  # which entry of the pool each row reads
+    weight_M: Tensor  # fp32
+    slot_rows: list[int]  # [S]
+    bag_M: Tensor  # which entry of the pool each row is summed for; one that is not there for padding
+    num_tokens: int
+    most: int  # selections of a token
+
+    @classmethod
+    def of(cls, routing: Routing, plan: Plan, ep: Expert, num_tokens: int, most: int, dtype: torch.dtype) -> "Route":
+        """Announces the selections to the ranks that compute them. One host sync: how many copies come and go.
+
+        `most`: selections of a token, on any rank; `dtype`: of the rows.
+        """
+        me, device = ep.rank, routing.expert_N.device
+        sent_ER, received_RE, slots_S = plan.rows(me), plan.received(me), plan.slots(me)
+        to_rank, came_RS = sent_ER.sum(0), received_RE[:, slots_S]
+        announced, heard = to_rank + 1, received_RE.sum(1) + 1  # a header stands before every rank's
+        real_S, step = came_RS.sum(0), kernels.row_step(dtype, device)
+        rows_S = -(-real_S // step) * step
+        ranks, once = np.arange(ep.size), np.ones(ep.size, np.int64)
+
+        # Selections sorted by expert; then each expert's run is cut into what every rank gets.
+        (order_N, note_N, arrived_A, row_A), (header_R, heard_R, first_N, source_A) = _expand(
+            device,
+            rising=[
+                _regroup(sent_ER),
+                (ranks + 1, to_rank),
+                _regroup(received_RE, slots_S, np.cumsum(heard) - heard + 1),
+                (np.cumsum(rows_S - real_S) - (rows_S - real_S), real_S),
+            ],
+            level=[
+                (np.cumsum(announced) - announced, once),
+                (np.cumsum(heard) - heard, once),
+                (ranks * num_tokens, to_rank),
+                (np.tile(ranks, len(slots_S)), came_RS.T.ravel()),
+            ],
+        )
+        selection_N = kernels.stable_argsort(routing.expert_N).index_select(0, order_N)
+        token_N = routing.token_N.index_select(0, selection_N)
+        cell_N = first_N + token_N  # of [R, T]
+        goes_RT = torch.zeros(ep.size * num_tokens, dtype=torch.bool, device=device)
+        goes_RT.index_fill_(0, cell_N, True)  # an assignment would wait for the device, here and below
+        goes_RT = goes_RT.view(ep.size, num_tokens)
+        goes_RT[me].fill_(False)
+        place_RT = goes_RT.cumsum(1, dtype=torch.int32)  # from one
+        copies_R = place_RT[:, -1].clone() if num_tokens else place_RT.new_zeros(ep.size)
+        torch.arange(1, num_tokens + 1, out=place_RT[me])
+        place_N = place_RT.view(-1).index_select(0, cell_N)
+
+        notes = torch.empty(int(announced.sum()), 2, dtype=torch.int32, device=device)
+        notes[header_R, 0] = copies_R
+        notes[note_N] = torch.stack(
+            [place_N, routing.weight_N.detach().index_select(0, selection_N).view(torch.int32)], 1
+        )
+        notes = start_all_to_all(notes, announced.tolist(), heard.tolist(), ep.rows).wait()
+
+        came_R = notes[heard_R, 0]
+        came_R[me].fill_(0)
+        base_R = came_R.cumsum(0) - came_R + (num_tokens - 1)  # places count from one
+        base_R[me].fill_(-1)
+        note_A2 = notes.index_select(0, arrived_A)
+        pool_A = note_A2[:, 0] + base_R.index_select(0, source_A)
+        weight_A = note_A2[:, 1].contiguous().view(torch.float32)
+        copies_out, copies_in = torch.stack([copies_R, came_R]).tolist()  # the host sync
+        num_rows, num_pool = int(rows_S.sum()), num_tokens + sum(copies_in)
+        pool_M = bag_M = pool_A
+        weight_M = weight_A
+        if num_rows > len(pool_A):  # padding reads the first row of its slot
+            _, (reads_M,) = _expand(device, rising=[], level=[(np.cumsum(real_S) - real_S, rows_S)])
+            pool_M = pool_A.index_select(0, reads_M)
+            pool_M[row_A] = pool_A
+            bag_M = torch.full((num_rows,), num_pool, device=device)
+            bag_M[row_A] = pool_A
+            weight_M = torch.zeros(num_rows, device=device)
+            weight_M[row_A] = weight_A
+        token_C = kernels.positions(goes_RT.view(-1), sum(copies_out)) % max(num_tokens, 1)
+        return cls(
+            ep=ep,
+            selection_N=selection_N,
+            note_N=note_N,
+            announced=announced.tolist(),
+            heard=heard.tolist(),
+            arrived_A=arrived_A,
+            row_A=row_A,
+            token_C=token_C,
+            copies_out=copies_out,
+            copies_in=copies_in,
+            pool_M=pool_M,
+            weight_M=weight_M,
+            slot_rows=rows_S.tolist(),
+            bag_M=bag_M,
+            num_tokens=num_tokens,
+            most=most,
+        )
+
+    # Made when rows are first summed: the host has time then, for the device is at the experts.
+    @cached_property
+    def rows_of_pool(self) -> Bags:
+        """The rows that read each entry of the pool."""
+        return Bags.of(self.bag_M, self.num_tokens + sum(self.copies_in), self.most)
+
+    @cached_property
+    def copies_of_token(self) -> Bags:
+        return Bags.of(self.token_C, self.num_tokens, min(self.most, self.ep.size - 1))
+
+    def start_spread(self, x_TD: Tensor) -> tuple[Tensor, Pending]:
+        """Begin to fill the pool [P, D]: own tokens, and the copies under way."""
+        if self.ep.size == 1:
+            return x_TD, Pending(x_TD, None)
+        pool_PD = x_TD.new_empty(len(x_TD) + sum(self.copies_in), x_TD.shape[1])
+        leaving_CD = outgoing(x_TD, len(self.token_C), self.ep.rows)
+        torch.index_select(x_TD, 0, self.token_C, out=leaving_CD)
+        pending = start_all_to_all(leaving_CD, self.copies_out, self.copies_in, self.ep.rows, out=pool_PD[len(x_TD) :])
+        pool_PD[: len(x_TD)] = x_TD
+        return pool_PD, pending
+
+    def start_gather(self, rows_MD: Tensor, weight_M: Tensor | None) -> tuple[Tensor, Pending]:
+        """Sum the rows of every entry of the pool; send the sums of others' copies back. ([T, D], the rest pending)"""
+        sums_PD = kernels.sum_rows(rows_MD, weight_M, self.rows_of_pool, rows_MD.dtype)
+        if self.ep.size == 1:
+            return sums_PD, Pending(sums_PD, None)
+        num_tokens = len(sums_PD) - sum(self.copies_in)
+        back = start_all_to_all(sums_PD[num_tokens:], self.copies_in, self.copies_out, self.ep.rows)
+        return sums_PD[:num_tokens], back
+
+    def finish_gather(self, own_TD: Tensor, pending: Pending) -> Tensor:
+        """[T, D]: own sums, and those that came back."""
+        if self.ep.size == 1:
+            return own_TD
+        return kernels.add_rows(own_TD, pending.wait(), self.copies_of_token)
+
+    def start_return(self, value_M: Tensor) -> Pending:
+        """Send a number per row back to where its selection was made, headers and all."""
+        heard = value_M.new_zeros(sum(self.heard))
+        heard[self.arrived_A] = value_M.index_select(0, self.row_A)
+        return start_all_to_all(heard, self.heard, self.announced, self.ep.rows)
+
+    def finish_return(self, pending: Pending) -> Tensor:
+        """[N] the numbers, by selection."""
+        came = pending.wait()
+        out_N = came.new_empty(len(self.selection_N))
+        out_N[self.selection_N] = came.index_select(0, self.note_N)
+        return out_N
+
+
+def _regroup(sizes: Ints, second: list[int] | None = None, first_at: Ints | None = None) -> Runs:
+    """Rising runs: the index that turns an order by (first, second) into one by (second, first).
+
+    `sizes` [first, second] are run lengths; `second` the order of the second key, ascending if None; `first_at`
+    where each first key's runs begin, one after another if None.
+    """
+    ends = np.cumsum(sizes, 1)
+    if first_at is None:
+        first_at = np.cumsum(ends[:, -1]) - ends[:, -1]
+    columns = slice(None) if second is None else second
+    start = (ends - sizes + first_at[:, None])[:, columns].T.ravel()
+    moved = sizes[:, columns].T.ravel()
+    return start - (np.cumsum(moved) - moved), moved
+
+
+def _expand(device: torch.device, rising: list[Runs], level: list[Runs]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tables of each value so many times; of `rising` ones every element is the larger by its place in the table.
+
+    On a GPU all of them are one copy from the host and one expansion there.
+    """
+    totals = [int(times.sum()) for _, times in (*rising, *level)]
+    begins = np.cumsum([0, *totals])
+    values = [value - begin for (value, _), begin in zip(rising, begins, strict=False)]
+    packed = np.stack(
+        [
+            np.concatenate([*values, *(value for value, _ in level)]),
+            np.concatenate([times for _, times in (*rising, *level)]),
+        ]
+    )
+    if device.type == "cpu":
+        flat = torch.from_numpy(np.repeat(*packed))
+    else:
+        values_times = _to(device, packed)
+        flat = values_times[0].repeat_interleave(values_times[1], output_size=sum(totals))
+    num_rising = int(begins[len(rising)])
+    flat[:num_rising].add_(torch.arange(num_rising, device=device))
+    tables = list(flat.split(totals))
+    return tables[: len(rising)], tables[len(rising) :]
+
+
+def _to(device: torch.device, values: Ints) -> Tensor:
+    """A copy on the device that the host does not wait for."""
+    found = torch.from_numpy(values)
+    if device.type == "cuda" and torch.cuda.is_available():
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""Grouped GEMM, SwiGLU and sums."""

@@ -1,0 +1,54 @@
+"""Routers that remember. T tokens, D model width, E experts, P width of the state."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetrain import config
+from moetrain.moe.routing.base import Place, Replicated
+from moetrain.moe.routing.topk import TopK
+
+
+class Memory(NamedTuple):
+    """What a layer's router hands to the next one's."""
+
+    cell: "Cell"
+    state_TP: Tensor | None  # fp32; None before the first layer: zeros
+
+
+class Cell(Replicated):
+    """The gated recurrent unit that all layers share; without biases, as the paper's equations have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gru = nn.GRUCell(width, width, bias=False)
+        self.init_std = (3 * width) ** -0.5  # torch's own: uniform up to 1 / sqrt(width)
+
+    def forward(self) -> Memory:
+        """The carry of the first layer."""
+        return Memory(self, None)
+
+
+class Recurrent(TopK):
+    """The state of a recurrent unit over the layers chooses (RMoE, Qiu et al., ICLR 2025, Eq. 4 to 6):
+    h_i = GRU(x_i W_i, h_{i-1}), h_0 = 0, logits G_i h_i. W_i and G_i are the layer's own, the unit is shared by all.
+    """
+
+    takes = frozenset({"state_dim", "noise"})
+
+    def __init__(self, dim: int, num_experts: int, options: config.Router, index: int = 0) -> None:
+        super().__init__(options.state_dim, num_experts, options, index)
+        self.project = nn.Parameter(torch.empty(options.state_dim, dim))
+        self.init_std = options.state_dim**-0.5
+
+    @classmethod
+    def shared(cls, options: config.Router) -> Cell:
+        return Cell(options.state_dim)
+
+    def logits(self, x_TD: Tensor, carry: Any, place: Place | None) -> tuple[Tensor, Any]:
+        memory: Memory = carry
+        state_TP = memory.cell.gru(F.linear(x_TD.float(), self.project.float()), memory.state_TP)
+        logits_TE, _ = super().logits(state_TP, carry, place)
+        return logits_TE, Memory(memory.cell, state_TP)

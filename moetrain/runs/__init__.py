@@ -1,0 +1,29 @@
+"""The folder of a run: its name, its lock, its starts."""
+
+from moetrain.runs.folder import (
+    absolute,
+    check_writable,
+    config_of,
+    corpus_of,
+    create,
+    find,
+    folder_of,
+    heartbeats,
+    keep_corpus,
+    keep_submitted,
+    with_name,
+)
+
+__all__ = [
+    "absolute",
+    "check_writable",
+    "config_of",
+    "corpus_of",
+    "create",
+    "find",
+    "folder_of",
+    "heartbeats",
+    "keep_corpus",
+    "keep_submitted",
+    "with_name",
+]

@@ -1,0 +1,118 @@
+"""A run's folder, `runs/NAME/`: its config, metrics, load trace, checkpoints, wandb files and log."""
+
+import errno
+import json
+import os
+import tempfile
+from contextlib import suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from moetrain.common import disk
+from moetrain.config import Config, ConfigError, dump
+
+ROOM = 1 << 18  # bytes that must fit on the disk: what a run writes before its first step
+SECTIONS = ("run", "model", "router", "train", "data", "balance", "checkpoint")  # what of a run's config is looked into
+
+
+def with_name(config: Config, name: str | None = None) -> Config:
+    """With a `run.name`: the one it has, else `name`, else that of a new folder, made of the time and the planner.
+
+    The folder is made, so that no other run gets the name.
+    """
+    name, begun = config.run.name or name, f"{datetime.now():%Y%m%d-%H%M%S}-{config.planner.name}"
+    for number in count(1):
+        if name is not None:
+            break
+        with suppress(FileExistsError):
+            folder = Path(config.run.dir, begun if number == 1 else f"{begun}-{number}")
+            folder.mkdir(parents=True)
+            name = folder.name
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def check_writable(config: Config) -> None:
+    """Raises `ConfigError` where the run's folder could not be written, or has no room. Leaves nothing behind."""
+    folder = Path(config.run.dir) / (config.run.name or "")
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(ROOM))
+            file.flush()
+    except OSError as error:
+        field = f"run.name={config.run.name}" if config.run.name and folder == there else f"run.dir={config.run.dir}"
+        rule = "be a folder that can be written"
+        rule = "have room for a run" if error.errno in (errno.ENOSPC, errno.EDQUOT) else rule
+        raise ConfigError(f"{field}: must {rule} ({error.strerror})") from None
+
+
+def folder_of(config: Config) -> Path:
+    """The run's folder; `run.name` is set."""
+    return Path(config.run.dir, str(config.run.name))
+
+
+def heartbeats(folder: Path) -> Path:
+    """Where the ranks of the run in `folder` say how far they are."""
+    return folder / "recovery" / "heartbeat"
+
+
+def absolute(config: Config) -> Config:
+    """With the data's places in full, so that the run is found complete from any folder."""
+    places = {field: getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
+    places = {field: os.path.abspath(place) if place else place for field, place in places.items()}
+    return config.model_copy(update={"data": config.data.model_copy(update=places)})
+
+
+def create(config: Config) -> None:
+    """Make the folder with the user's umask and write the resolved config into it."""
+    _write(config, "config.yaml")
+
+
+def keep_submitted(config: Config) -> Path:
+    """The configuration of a run that begins later, in its folder, which is returned."""
+    inside = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
+    config = absolute(config.model_copy(update={"run": inside}))
+    return _write(config, "submitted.yaml")
+
+
+def _write(config: Config, name: str) -> Path:
+    folder = folder_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    disk.write(folder / name, dump(config))
+    return folder
+
+
+def keep_corpus(folder: Path, fingerprint: dict[str, str]) -> None:
+    """Remember in a run's folder which corpus it is trained on."""
+    disk.write(folder / "corpus.json", json.dumps(fingerprint) + "\n")
+
+
+def corpus_of(folder: Path) -> dict[str, str] | None:
+    """The fingerprint of the corpus that the run in `folder` is trained on; None where none is known."""
+    found = disk.read_json(folder / "corpus.json")
+    sound = isinstance(found, dict) and found and all(isinstance(digest, str) for digest in found.values())
+    return found if sound else None
+
+
+def config_of(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The sections of `config.yaml` in a run's folder; None where it is missing or damaged."""
+    found = disk.read_yaml(folder / "config.yaml")
+    sound = found is not None and all(isinstance(found.get(name), dict) for name in SECTIONS)
+    return found if sound else None
+
+
+def find(name: str | None, directory: str = "runs") -> Path:
+    """A run by its folder, its name, or the newest one if nothing is named. Raises `ConfigError`."""
+    if name is None:
+        runs = sorted(Path(directory).glob("*/config.yaml"), key=os.path.getmtime)
+        if not runs:
+            raise ConfigError(f"run: there is none in {directory}; `moetrain train` makes one")
+        return runs[-1].parent
+    for folder in (Path(name), Path(directory) / name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"run={name}: must be a run's folder, or the name of one in {directory}")

@@ -1,0 +1,96 @@
+"""`moetrain train --dry-run`: what a run would be on its ranks, found out in one process and in seconds.
+
+The engine's own code spreads the model, on the meta device, over a world of ranks that are not there: parameters are
+those that rank 0 would hold, which has the most of all. Nothing is allocated, no data is read. Where this host has no
+GPU, ranks are taken to have GPUs of ASSUMED_BYTES.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from moetrain.common.console import console
+from moetrain.config import Config, ConfigError, Native
+from moetrain.distributed import mesh
+from moetrain.engine import native, precision
+from moetrain.engine.base import guest_bytes, replicated
+from moetrain.engine.optim import local
+from moetrain.models.transformer import Transformer
+from moetrain.moe.experts import Experts
+from moetrain.observe.estimate import GIB, Estimate, estimate, short
+from moetrain.training.step import build
+
+ASSUMED_BYTES = 80 << 30
+
+
+def run(config: Config, world: int, as_json: bool) -> int:
+    """Print parameters and memory per rank of `config` on `world` ranks. Raises `ConfigError`."""
+    if not isinstance(config.engine, Native):
+        raise ConfigError(f"engine={config.engine.name}: --dry-run lays out the native engine only")
+    if config.model.vocab_size is None:  # that of the data, which need not be there yet
+        model = config.model.model_copy(update={"vocab_size": config.data.vocab_size})
+        config = config.model_copy(update={"model": model})
+    config, layout = precision.taken(config, "bf16"), config.layout(world)  # another machine, likely with GPUs
+    whole = build(config)
+    total = dict(_count(whole))
+    with mesh.pretended(layout, rank=0, world=world) as pretended:
+        native.shard(whole, pretended, config)
+        own = dict(_count(whole))
+    size = estimate(config, world)
+    if as_json:
+        print(json.dumps({"world": world, **layout.model_dump(), "parameters": total, "per_rank": own, **_bytes(size)}))
+        return 0
+    console.print(
+        f"{world} ranks = dp_replicate {layout.dp_replicate} × dp_shard {layout.dp_shard}; ep {layout.ep}. "
+        f"{short(sum(total.values()))} parameters, {short(size.active)} active a token"
+    )
+    console.print(_parameters(total, own))
+    console.print(_memory(size, config))
+    return 0
+
+
+def _count(model: Transformer) -> Iterator[tuple[str, int]]:
+    """Parameters of each kind, as far as this rank holds them."""
+    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    routers = set(replicated(model))
+    numbers = {"dense": 0, "experts": 0, "routers": 0}
+    for parameter in model.parameters():
+        kind = "experts" if parameter in experts else "routers" if parameter in routers else "dense"
+        numbers[kind] += local(parameter).numel()
+    yield from numbers.items()
+
+
+def _bytes(size: Estimate) -> dict[str, int]:
+    names = ("masters", "gradients", "moments", "gathered", "activations")
+    return {f"{name}_bytes": dataclasses.asdict(size)[name] for name in names}
+
+
+def _parameters(total: dict[str, int], own: dict[str, int]) -> Table:
+    table = Table("parameters", "model", "rank 0", box=None, padding=(0, 2, 0, 0))
+    for kind in total:
+        table.add_row(kind, short(total[kind]), short(own[kind]))
+    table.add_row("all", short(sum(total.values())), short(sum(own.values())))
+    return table
+
+
+def _memory(size: Estimate, config: Config) -> Table:
+    """GiB, and where they lie on a GPU machine."""
+    offload = config.engine.offload
+    host = "device" if offload == "none" else "host"
+    device_bytes = mesh.memory_of(mesh.device_of(0)) or ASSUMED_BYTES
+    guests = guest_bytes(config, device_bytes) if config.planner.name != "home" else 0
+    of = f", of a GPU's {device_bytes / GIB:.0f} GiB" if config.engine.guest_memory_mib is None and guests else ""
+    table = Table("memory of a rank", "GiB", "on", box=None, padding=(0, 2, 0, 0))
+    for name, amount, place in (
+        ("masters, fp32", size.masters, host),
+        ("gradients, fp32", size.gradients, host),
+        (f"AdamW's moments, {config.optim.state_dtype}", size.moments, "disk" if offload == "disk" else host),
+        (f"gathered parameters, {config.train.dtype}", size.gathered, "device"),
+        (f"activations, recompute {config.train.recompute}, ±30 %", size.activations, "device"),
+        (f"guests that stay, at most{of}", guests, "device"),
+    ):
+        table.add_row(name, f"{amount / GIB:.2f}", place)
+    table.add_row("all", f"{(size.bytes + guests) / GIB:.2f}", "")
+    return table

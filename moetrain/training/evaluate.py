@@ -1,0 +1,109 @@
+"""Held-out loss, for every domain and over all; what experts specialise in.
+
+E experts of a layer, N experts of all layers, C domains.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from moetrain.config import Config
+from moetrain.data.loader import Corpus, Packed, Sequences
+from moetrain.distributed.comm import all_reduce_sum
+from moetrain.distributed.mesh import Mesh
+from moetrain.models.transformer import Transformer
+from moetrain.observe import specialisation
+from moetrain.observe.health import max_vio
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one domain's held-out text; NaN where nothing of it was evaluated, never a perfect zero."""
+
+    nats: float
+    tokens: int
+    num_bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(50.0, self.loss)) if self.tokens else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+
+class HeldOut(NamedTuple):
+    scores: dict[str, Score]  # per domain, and `all`
+    metrics: dict[str, float]
+    specialisation: list[dict[str, Any]]  # of every layer
+
+
+def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
+    """The sequences that a domain is judged by, from all over its held-out text: the same at every time and layout.
+
+    [B, L + 1]; text that does not fill a sequence is one by itself, shorter than the others.
+    """
+    packed = Packed(corpus, "held_out", config.train.seq_len, seed=0, domain=domain)
+    if not packed.num_windows and packed.num_tokens > 1:
+        packed = Packed(corpus, "held_out", packed.num_tokens - 1, seed=0, domain=domain)
+    wanted = max(1, config.eval.tokens_per_domain // config.train.seq_len)
+    spread = np.linspace(0, packed.num_windows, min(wanted, packed.num_windows), endpoint=False).astype(int)
+    return packed.windows(spread.tolist())
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> HeldOut:
+    """All ranks call it, and call the model equally often."""
+    device, size = mesh.device, config.micro_batch(mesh.world)
+    sizes = [router.num_experts for router in model.routers]
+    counts_CN = torch.zeros(len(corpus.domains), sum(sizes), device=device)  # experts of all layers
+    sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
+    token_bytes = torch.from_numpy(corpus.token_bytes).to(device)
+    liked = specialisation.Tokens(len(sizes), len(corpus.domains), mesh)
+    for domain in range(len(corpus.domains)):
+        windows = held_out_windows(corpus, config, domain)
+        for begin in range(0, len(windows.tokens), size * mesh.world):
+            mine = slice(begin + mesh.rank * size, begin + (mesh.rank + 1) * size)
+            tokens = torch.from_numpy(windows.tokens[mine]).to(device)
+            within = None
+            if config.data.attend_within_documents:
+                within = torch.from_numpy(windows.document[mine, :-1]).to(device)
+            label = torch.from_numpy(windows.domain[mine, :-1]).to(device)
+            nats, stats = model(tokens[:, :-1], tokens[:, 1:], within, label)
+            sums[domain] += torch.stack(
+                [
+                    nats.sum().double(),
+                    torch.tensor(float(nats.numel()), device=device),
+                    token_bytes[tokens[:, 1:]].sum(),
+                ]
+            )
+            counts_CN[domain] += torch.cat([s.counts_E for s in stats])
+            liked.add(domain, tokens[:, :-1].flatten(), stats)
+    all_reduce_sum(sums)
+    all_reduce_sum(counts_CN)
+    scores = {
+        name: Score(float(nats), int(tokens), int(size_))
+        for name, (nats, tokens, size_) in zip(corpus.domains, sums.tolist(), strict=True)
+    }
+    scores["all"] = Score(*(float(x) for x in sums.sum(0).tolist()))  # type: ignore[arg-type]
+    metrics = {"eval/loss": scores["all"].loss, "eval/ppl": scores["all"].perplexity}
+    metrics["eval/bits_per_byte"] = scores["all"].bits_per_byte
+    for name in corpus.domains:
+        metrics[f"eval/{name}/ppl"] = scores[name].perplexity
+        metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
+    counts = [part.numpy() for part in counts_CN.double().cpu().split(sizes, dim=1)]
+    layers = specialisation.describe(config.model.pass_names, counts, liked, corpus)
+    for layer, counts_CE in zip(layers, counts, strict=True):
+        found = bool(counts_CE.sum())
+        metrics[f"specialise/{layer['name']}/domain_mi"] = layer["domain_mi"] if found else math.nan
+        metrics[f"eval/{layer['name']}/max_vio"] = max_vio(counts_CE.sum(0)) if found else math.nan
+    metrics["specialise/domain_mi"] = float(np.mean([metrics[f"specialise/{n['name']}/domain_mi"] for n in layers]))
+    return HeldOut(scores, metrics, layers)

@@ -1,0 +1,102 @@
+"""One optimizer step: this rank's micro-batches; forward, losses and backward of each; the update."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moetrain.config import Config, ConfigError
+from moetrain.data.loader import Corpus, Samples, Sequences
+from moetrain.distributed.comm import gather_texts
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import Engine
+from moetrain.models.transformer import Transformer
+from moetrain.moe.clock import Clock
+from moetrain.moe.routing import Choice
+from moetrain.moe.routing.balance import Balance, add_buffers
+from moetrain.observe.health import RouterSums
+from moetrain.observe.meter import Part, Step
+
+
+class Batch(NamedTuple):
+    """One micro-step's sequences on the device."""
+
+    tokens: Tensor  # [B, L] int64
+    targets: Tensor  # [B, L] int64
+    domain: Tensor  # [B, L] of the targets
+    about: tuple[Tensor | None, ...]  # what else the model takes: document, domain, sample of the tokens
+
+    @classmethod
+    def of(cls, share: Sequences, config: Config, device: torch.device) -> "Batch":
+        tokens, domain, document, sample = (torch.from_numpy(x).to(device) for x in vars(share).values())
+        within = document[:, :-1] if config.data.attend_within_documents else None
+        return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], (within, domain[:, :-1], sample))
+
+
+def optimizer_step(
+    engine: Engine, config: Config, shares: Sequence[Sequences], lr: float, clock: Clock | None = None
+) -> Step:
+    """Forward, losses and backward of every micro-step, then the update; `clock` sees where the time goes."""
+    clock = clock or Clock(engine.mesh.device)
+    tokens_in_batch = config.train.global_batch * config.train.seq_len
+    parts: list[Part] = []
+    model, groups = engine.model, engine.mesh.ep.size
+    balance = Balance(config.balance, model.routers, tokens_in_batch, config.train.seq_len, groups)
+    batches = [Batch.of(share, config, engine.mesh.device) for share in shares]
+    choices: list[list[Choice] | None] = [None] * len(batches)
+    if balance.looks_ahead:
+        with clock.phase("forward"):
+            choices[1:] = [balance.foresee(model.count(batch.tokens, *batch.about)) for batch in batches[1:]]
+    for number, batch in enumerate(batches):
+        with clock.phase("forward"):
+            nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number])
+            losses, router = balance.losses(stats), RouterSums.of(stats)
+        with clock.phase("backward"):
+            loss = nats.sum() / tokens_in_batch + losses.weighted
+            engine.backward(spoilt(loss), last=number == len(batches) - 1)
+        losses = losses._replace(weighted=losses.weighted.detach())
+        parts.append(Part(nats.detach(), batch.domain, losses, [s.light() for s in stats], router))
+        choices[number] = None  # they are large
+    with clock.phase("update"):
+        norm = engine.step(lr)
+        if math.isfinite(norm):
+            balance.finish()
+    return Step(parts, balance.counts, norm, clock)
+
+
+def spoilt(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite, one whose gradients are not either, so that all ranks see it in their norm."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def build(config: Config) -> Transformer:
+    """The model, without memory; the engine gives it some."""
+    with torch.device("meta"):
+        model = Transformer(config.model, config.router, config.planner, config.train.recompute)
+        add_buffers(model.routers, config.balance)
+    if config.train.compile:
+        model.compile_dense()
+    return model
+
+
+def check_same_corpus(corpus: Corpus, mesh: Mesh) -> None:
+    """Raises `ConfigError` on all ranks where one has another corpus: hosts prepare their own `data=local`."""
+    found = gather_texts(json.dumps([corpus.fingerprint, str(corpus.folder)]), mesh.saving)
+    ranks = {tuple(json.loads(text)[0].values()): rank for rank, text in reversed([*enumerate(found)])}
+    if len(ranks) > 1:
+        places = " and ".join(f"rank {rank} {json.loads(found[rank])[1]}" for rank in sorted(ranks.values())[:2])
+        raise ConfigError(f"data: ranks have different corpora, {places}; data.dir=FOLDER, one that all hosts share")
+
+
+def micro_batches(config: Config, mesh: Mesh, loader: Samples, position: int) -> Iterator[Sequences]:
+    """This rank's sequences of one optimizer step, micro-step by micro-step; `position`: its first global sample.
+
+    The batch is cut into equal parts, one a rank and micro-step, or parts that differ by one.
+    """
+    size, parts = config.train.global_batch, config.micro_steps(mesh.world) * mesh.world
+    for part in range(mesh.rank, parts, mesh.world):
+        first, end = (-(-size * n // parts) for n in (part, part + 1))
+        yield loader.samples(position + first, position + end)

@@ -1,0 +1,114 @@
+"""What the workers do for each verb, once they have joined."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from moetrain import checkpoint, runs
+from moetrain.checkpoint import manifest
+from moetrain.common import disk
+from moetrain.common.console import console, errors, styled
+from moetrain.config import Config, ConfigError
+from moetrain.data import prepare
+from moetrain.data.loader import Corpus, open_data, with_vocabulary
+from moetrain.distributed.comm import broadcast_text
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import build_engine, calibrate, precision
+from moetrain.models.transformer import Transformer
+from moetrain.observe.summary import NOT_EVALUATED
+from moetrain.training.evaluate import evaluate
+from moetrain.training.generate import generate, prompts_of
+from moetrain.training.loop import train
+from moetrain.training.step import build
+
+
+def train_run(config: Config, mesh: Mesh, as_json: bool) -> None:
+    if config.run.name is None:
+        name = str(runs.with_name(config).run.name) if mesh.is_main else ""
+        config = runs.with_name(config, broadcast_text(name, mesh.device))
+    folder = train(config, mesh)
+    if as_json and mesh.is_main:
+        print(json.dumps(disk.read_json(folder / "summary.json")))
+
+
+def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
+    """Measure the layer of the config's model on these ranks and keep it in place of what was known."""
+    config = precision.settled(config, mesh)
+    began, layer = time.perf_counter(), calibrate.Layer.of(config)
+    costs = calibrate.measure(mesh, layer)
+    path = calibrate.keep(mesh, layer, costs)
+    if not mesh.is_main:
+        return
+    if as_json:
+        print(calibrate.to_json(costs, mesh))
+        return
+    kept = "not kept: no folder of the cache can be written" if path is None else str(path)
+    console.print(styled((str(kept), "bold"), (f", measured in {time.perf_counter() - began:.1f} s", "")))
+    console.print(
+        f"layer      width {layer.dim}, hidden {layer.hidden}, top-{layer.top_k}, {config.train.dtype}, "
+        f"{mesh.ep.size} ranks"
+    )
+    console.print(f"row        {1e6 * costs.row_forward:.2f} µs forward, {1e6 * costs.row_backward:.2f} µs backward")
+    console.print(
+        f"expert     {1e6 * costs.segment_forward:.0f} µs forward, {1e6 * costs.segment_backward:.0f} µs backward, "
+        f"besides its rows; {costs.weight_bytes / 2**20:.2f} MiB to lend"
+    )
+    for name, link in (("inside", costs.inside), ("between", costs.between)):
+        where = "in a node" if name == "inside" else "between nodes"
+        console.print(f"link       {link.bandwidth / 1e9:.2f} GB/s and {1e6 * link.latency:.0f} µs a message {where}")
+    for each in costs.kernels:
+        ours, theirs = f"{1e3 * each.own:.2f} ms with our kernels", f"{1e3 * each.torch:.2f} with torch's"
+        console.print(f"{each.part:<10} {ours}, {theirs}: {'torch' if each.torch_is_faster else 'ours'} from now on")
+    console.print(f"overlap    {costs.overlap:.0%} of a transfer passes while rows are computed")
+
+
+def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
+    model, corpus, saved = _restore(config, mesh)
+    scores, metrics, _ = evaluate(model, corpus, config, mesh)
+    if not mesh.is_main:
+        return
+    if as_json:
+        known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+        print(json.dumps({"checkpoint": str(saved), **known}))
+        return
+    console.print(str(saved), style="bold")
+    for name, score in scores.items():
+        found = f"{score.bits_per_byte:.3f} bits a byte, {score.loss:.3f} nats a token"
+        console.print(f"{name:>12}  {found if score.num_bytes else NOT_EVALUATED}")
+
+
+def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
+    model, corpus, saved = _restore(config, mesh)
+    prompts = prompts_of(corpus, config)
+    texts = generate(model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
+    if not mesh.is_main:
+        return
+    found = [
+        {"title": t, "prompt": corpus.tokenizer.decode(p), "text": x} for (t, p), x in zip(prompts, texts, strict=True)
+    ]
+    if as_json:
+        print(json.dumps({"checkpoint": str(saved), "generated": found}))
+        return
+    for item in found:
+        console.print(item["title"], style="bold")
+        console.print(item["prompt"] + item["text"])
+
+
+def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
+    """The newest checkpoint of `config.run` that is whole, on these ranks."""
+    corpus, _ = open_data(config)
+    for line in prepare.outdated(corpus.folder, config.data) if mesh.is_main else []:
+        errors.print(line)
+    config = precision.settled(with_vocabulary(config, corpus), mesh)
+    saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
+    for path, said in passed if mesh.is_main else []:
+        errors.print(f"{path} is not whole and is passed over: {said}")
+    if saved is None:
+        raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
+    checkpoint.check_data(saved, corpus.fingerprint, same_run=False)
+    engine = build_engine(build(config), mesh, config)
+    checkpoint.load(saved, engine, optimizer=False)
+    engine.plan_with(calibrate.of_checkpoint(saved))
+    engine.model.at_step(checkpoint.progress(saved)[0], config.train)
+    return engine.model, corpus, saved
