@@ -26,7 +26,7 @@ def launch(*given):
     print("launched", flush=True)
     time.sleep(60)
 
-launcher.launch = launch
+local.launch = launch
 cli.main(sys.argv[1:])
 """
 
