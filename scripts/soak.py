@@ -24,8 +24,8 @@ from moetrain.checkpoint import manifest
 from moetrain.launch.exits import REQUEUE
 from moetrain.recovery import memory
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
-from faults import Job, last_step, steps, wait
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.system.faults.faults import Job, last_step, steps, wait
 
 JOB = [
     "model=tiny",

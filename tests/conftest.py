@@ -8,11 +8,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from grid import Grid, add_options
-from pool import Pool
 
 from moetrain import config
 from moetrain.engine import precision
+from tests.grid import Grid, add_options
+from tests.pool import Pool
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")

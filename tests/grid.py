@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-WHOLE_PROGRAMS = ("faults/test_faults.py", "test_cli.py", "test_experiments.py", "test_package.py")
+ROOT = Path(__file__).parents[1]
+WHOLE_PROGRAMS = ("test_faults.py", "test_cli.py", "test_experiments.py", "test_package.py")
 WHOLE_PROGRAMS += ("test_checkpoint.py", "test_sweep.py", "test_doctor.py", "test_hosts.py", "test_elsewhere.py")
 LONG = (*WHOLE_PROGRAMS, "test_layouts.py", "test_routers.py", "test_train.py", "test_deepspeed.py", "test_moe.py")
 SOURCES = ("moetrain", "configs", "tests", "scripts", "launch", "docs", ".")
@@ -72,7 +72,7 @@ class Grid:
             config.hook.pytest_deselected(items=left_out)
         items[:] = sorted((item for item in items if item not in left_out), key=_place)
         for item in items:
-            if _name(item) not in WHOLE_PROGRAMS or _shares_a_fixture(item):
+            if item.path.name not in WHOLE_PROGRAMS or _shares_a_fixture(item):
                 item.add_marker(pytest.mark.xdist_group(_name(item)))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -100,8 +100,7 @@ def _name(item: pytest.Item) -> str:
 
 
 def _place(item: pytest.Item) -> int:
-    name = _name(item)
-    return LONG.index(name) if name in LONG else len(LONG)
+    return LONG.index(item.path.name) if item.path.name in LONG else len(LONG)
 
 
 def _shares_a_fixture(item: pytest.Item) -> bool:

@@ -1,0 +1,213 @@
+"""On one GPU, NCCL with one rank (`pytest --gpu`): kernels and layer equal the CPU, whole runs follow its curve.
+
+The device is the mesh's own, so that nothing here is special to CUDA but the check that it is there.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain import config
+from moetrain.distributed.mesh import Mesh
+from moetrain.moe.kernels import api as kernels
+from moetrain.moe.layer import MoE
+from tests import oracle
+from tests.pool import Pool
+from tests.training.test_train import losses, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _there_is_one(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--rehearse"):
+        assert torch.cuda.is_available(), "--gpu needs a GPU that PyTorch can use"
+
+
+def on_device(mesh: Mesh, dtype: torch.dtype) -> None:
+    """Every kernel in `dtype` on the device against fp64 on the CPU; segments of no row and of odd sizes."""
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    sizes, wide, narrow = [0, 37, 1, 0, 90], 48, 32
+    rows, weights, other = draw(128, wide), draw(5, narrow, wide) * 0.1, draw(128, narrow)
+    bag, scale = torch.randint(0, 50, (128,), generator=generator), torch.rand(128, generator=generator)
+    most = int(torch.bincount(bag).max())
+
+    def found(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        new = lambda t: t.to(device, dtype, copy=True)  # noqa: E731
+        out, grads = new(torch.empty(128, narrow)), new(torch.zeros(5, narrow, wide))
+        kernels.segment_mm(new(rows), new(weights), sizes, out, transpose=True)
+        grads = kernels.segment_outer(new(other), new(rows), sizes, grads, add=False)
+        full = kernels.segment_outer(new(other), new(rows), [37, 1, 90], grads[:3].clone(), add=False)
+        twice = kernels.segment_outer(new(other), new(rows), sizes, grads.clone(), add=True)
+        bags = kernels.Bags.of(bag.to(device), 50, most)
+        weight = scale.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        gate_up, grad = new(rows), new(rows[:, : wide // 2])
+        hidden = kernels.swiglu(gate_up.clone())
+        of_weight = kernels.swiglu_backward(gate_up, grad, weight)
+        summed = kernels.sum_rows(new(rows), weight, bags, dtype)
+        more = kernels.add_rows(new(rows[:50]), new(rows), bags)
+        return [out, grads, full, twice, hidden, gate_up, grad, of_weight, summed, more]
+
+    near = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5}
+    rows, weights, other = (t.to(dtype).float() for t in (rows, weights, other))  # both sides start from the same
+    slow = found(torch.device("cpu"), torch.float64)
+    fast, again = found(mesh.device, dtype), found(mesh.device, dtype)
+    for ours, repeated, theirs in zip(fast, again, slow, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs.double(), **near)
+        assert torch.equal(ours, repeated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_equal_those_of_the_cpu(pool: Pool, dtype: torch.dtype) -> None:
+    """Products of segments one by one in fp32, grouped in bf16 where the device can."""
+    pool.run(on_device, 1, dtype)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_rows", "num_bags", "width", "gap"),
+    [
+        (BF16, 32768, 8192, 2880, 0),  # gpt-oss-120b
+        (BF16, 65536, 40000, 7168, 0),  # DeepSeek-V3
+        (FP32, 32768, 8192, 2880, 0),
+        (FP32, 4099, 511, 1029, 5),  # nothing is a multiple of anything; rows that do not touch
+        (BF16, 4099, 511, 1030, 6),
+        (BF16, 1, 3, 8, 0),
+        (BF16, 0, 3, 8, 0),
+    ],
+    ids=str,
+)
+def test_triton_kernels_equal_plain_torch(
+    dtype: torch.dtype, num_rows: int, num_bags: int, width: int, gap: int
+) -> None:
+    """Sums bit for bit, SwiGLU to a rounding of the dtype; twice the same bits."""
+    torch.manual_seed(0)
+    draw = lambda rows, wide: torch.randn(rows, wide + gap, device="cuda", dtype=dtype)[:, :wide]  # noqa: E731
+    rows, own, weight = draw(num_rows, width), draw(num_bags, width), torch.rand(num_rows, device="cuda")
+    bag = torch.randint(0, max(num_bags - 1, 1), (num_rows,), device="cuda")  # the last one is empty
+    bags = kernels.Bags.of(bag, num_bags, int(torch.bincount(bag, minlength=1).max()))
+
+    def sums(backend: str) -> list[Tensor]:
+        with kernels.using(backend):
+            summed = [kernels.sum_rows(rows, w, bags, dtype) for w in (weight, None)]
+            return [*summed, kernels.add_rows(own, rows, bags)]
+
+    half = width // 2
+    grad = draw(num_rows, half)
+
+    def gated(backend: str, wide: torch.dtype) -> list[Tensor]:
+        with kernels.using(backend):
+            changed = [t.to(wide, copy=True) for t in (rows[:, : 2 * half], grad)]
+            hidden = kernels.swiglu(changed[0])
+            return [hidden, *changed, kernels.swiglu_backward(*changed, weight)]
+
+    for ours, again, theirs in zip(sums("triton"), sums("triton"), sums("torch"), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, again)
+    for ours, again, theirs in zip(
+        gated("triton", dtype), gated("triton", dtype), gated("torch", torch.float32), strict=True
+    ):
+        near = {"rtol": 2e-5, "atol": 1e-3 if ours.dim() == 1 else 1e-5}  # a weight's gradient is a sum over a row
+        torch.testing.assert_close(ours.float(), theirs, **near if ours.dtype == FP32 else {"rtol": 8e-3, "atol": 1e-6})
+        assert torch.equal(ours, again)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(("num_rows", "width"), [(513, 201_088), (3, 129_281), (0, 8)], ids=str)
+def test_triton_cross_entropy_equals_plain_torch(dtype: torch.dtype, num_rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    logits, grad = torch.randn(num_rows, width, device="cuda").mul_(9).to(dtype), torch.rand(num_rows, device="cuda")
+    target = torch.randint(width, (num_rows,), device="cuda")
+
+    def found(backend: str) -> list[Tensor]:
+        with kernels.using(backend):
+            nats, lse = kernels.cross_entropy(logits, target)
+            return [nats, lse, kernels.cross_entropy_backward(logits.clone(), target, lse, grad)]
+
+    for ours, again, theirs in zip(found("triton"), found("triton"), found("torch"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=8e-3 if ours.dtype == BF16 else 2e-5, atol=2e-5)
+        assert torch.equal(ours, again)
+
+
+def test_triton_kernels_reach_rows_beyond_two_to_the_31_elements() -> None:
+    width, last = 7168, 8
+    rows = torch.zeros(300_000, width, device="cuda", dtype=BF16)
+    rows[-last:] = torch.randn(last, width, device="cuda")
+    grad, weight = torch.randn(len(rows), width // 2, device="cuda").bfloat16(), torch.rand(len(rows), device="cuda")
+    row = torch.arange(len(rows) - last, len(rows), device="cuda")
+    bags = kernels.Bags(row, torch.tensor([0, 3, last], device="cuda"), last)
+    few = [t[-last:].clone() for t in (rows, grad, weight)]
+    few_bags = kernels.Bags(row - row[0], bags.begin_B, last)
+    with kernels.using("triton"):
+        summed = kernels.sum_rows(rows, weight, bags, BF16), kernels.sum_rows(few[0], few[2], few_bags, BF16)
+        hidden = kernels.swiglu(rows)[-last:], kernels.swiglu(few[0])
+        of_weight = kernels.swiglu_backward(rows, grad, weight)[-last:], kernels.swiglu_backward(*few)
+    for far, near in (summed, hidden, of_weight, (rows[-last:], few[0]), (grad[-last:], few[1])):
+        assert near.any()
+        assert torch.equal(far, near)
+
+
+def test_triton_is_what_a_gpu_uses() -> None:
+    assert kernels._triton() is not None
+
+
+def whole_layer(mesh: Mesh, options: list[str]) -> None:
+    """Output and gradient of x in fp32: the layer on the device against the loop there; twice the same bits."""
+    settings = config.load(["model=tiny", *options])
+    layer = MoE(settings.model, settings.router, settings.planner, None)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    layer.to(mesh.device).experts.shard(mesh.ep)
+    generator = torch.Generator().manual_seed(1)
+    x, upstream = (torch.randn(20, settings.model.dim, generator=generator).to(mesh.device) for _ in range(2))
+    x.requires_grad_()
+
+    def both(y: Tensor) -> tuple[Tensor, Tensor]:
+        return y.detach(), torch.autograd.grad(y, x, upstream)[0]
+
+    routing, _ = layer.router(x)
+    loop = both(oracle.moe(x, routing, layer.experts.gate_up.detach(), layer.experts.down.detach()))
+    first, second = both(layer(x)[0]), both(layer(x)[0])
+    torch.testing.assert_close(first, loop, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("options", [[], ["router.scores=sigmoid"], ["router.name=round_robin"]], ids=str)
+def test_the_layer_equals_the_loop(pool: Pool, options: list[str]) -> None:
+    pool.run(whole_layer, 1, options)
+
+
+def test_a_run_follows_the_curve_of_the_cpu(pool: Pool, tiny: list[str], tmp_path: Path) -> None:
+    """fp32: the same losses as without the GPU; recompute and micro-steps change nothing; bf16 stays near."""
+    more = [*tiny, "train.steps=8", "balance.coefficient=0"]
+    command = [sys.executable, "-m", "moetrain", "train", *more, "parallel.nproc=1", "run.name=cpu"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = losses(tmp_path / "cpu")
+    cases: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "fp32": ([], {"rel": 1e-4}),
+        "recompute": (["train.recompute=full"], {"rel": 1e-4}),
+        "parts": (["train.micro_batch=2"], {"rel": 1e-4}),
+        "bf16": (["train.dtype=bf16"], {"rel": 1e-2}),
+    }
+    for name, (options, near) in cases.items():
+        folder = pool.run(run, 1, [*more, *options, f"run.name={name}"])[0]
+        assert losses(folder) == pytest.approx(expected, **near), name
+
+
+def test_a_run_goes_on_from_its_checkpoint(pool: Pool, tiny: list[str]) -> None:
+    more = [*tiny, "train.steps=10", "checkpoint.every=5"]
+    whole = Path(pool.run(run, 1, [*more, "run.name=whole"])[0])
+    saved = f"checkpoint.resume={whole}/checkpoints/step_5"
+    part = pool.run(run, 1, [*more, "run.name=part", saved])[0]
+    assert losses(part) == pytest.approx(losses(whole)[5:], rel=1e-5)
