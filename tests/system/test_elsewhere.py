@@ -139,7 +139,7 @@ NO_AVX |= {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
 
 def test_kernels_without_avx() -> None:
     """Those of test_moe.py, compiled for the oldest processor of this kind."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_moe.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests" / "moe" / "test_moe.py")]
     chosen = [*command, "-k", "test_cpu_kernels or test_grouped_products"]
     done = subprocess.run(chosen, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **NO_AVX})
     assert done.returncode == 0, done.stdout
