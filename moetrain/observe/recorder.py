@@ -22,11 +22,11 @@ from moetrain.observe.congestion import Phase
 from moetrain.observe.live import Plain, View
 from moetrain.observe.meter import Meter, Step
 from moetrain.observe.profiler import Profiler
+from moetrain.observe.scores import HeldOut
 from moetrain.observe.tensorboard_sink import TensorBoard
 from moetrain.observe.trace import LoadTrace
 from moetrain.observe.tracker import JsonLines, Sink, Tolerant, Tracker
 from moetrain.observe.wandb_sink import Wandb
-from moetrain.training.evaluate import HeldOut
 
 
 class Recorder:

@@ -15,9 +15,10 @@ from moetrain.common import disk
 from moetrain.common.console import Voice, styled
 from moetrain.config import Config
 from moetrain.data.bigram import Bigram
+from moetrain.data.held_out import held_out_windows
 from moetrain.data.loader import Corpus, Samples
 from moetrain.observe.estimate import Estimate, short
-from moetrain.training.evaluate import Score, held_out_windows
+from moetrain.observe.scores import Score
 
 COLUMNS = (  # of metrics.jsonl, that the summary is made of
     "train/tokens", "train/lm_loss", "perf/tokens_per_second", "balance/imbalance_home", "balance/imbalance_planned",

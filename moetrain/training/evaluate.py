@@ -4,59 +4,19 @@ E experts of a layer, N experts of all layers, C domains.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from moetrain.config import Config
-from moetrain.data.loader import Corpus, Packed, Sequences
+from moetrain.data.held_out import held_out_windows
+from moetrain.data.loader import Corpus
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.transformer import Transformer
 from moetrain.observe import specialisation
 from moetrain.observe.health import max_vio
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of one domain's held-out text; NaN where nothing of it was evaluated, never a perfect zero."""
-
-    nats: float
-    tokens: int
-    num_bytes: int
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens if self.tokens else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(50.0, self.loss)) if self.tokens else math.nan
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
-
-
-class HeldOut(NamedTuple):
-    scores: dict[str, Score]  # per domain, and `all`
-    metrics: dict[str, float]
-    specialisation: list[dict[str, Any]]  # of every layer
-
-
-def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
-    """The sequences that a domain is judged by, from all over its held-out text: the same at every time and layout.
-
-    [B, L + 1]; text that does not fill a sequence is one by itself, shorter than the others.
-    """
-    packed = Packed(corpus, "held_out", config.train.seq_len, seed=0, domain=domain)
-    if not packed.num_windows and packed.num_tokens > 1:
-        packed = Packed(corpus, "held_out", packed.num_tokens - 1, seed=0, domain=domain)
-    wanted = max(1, config.eval.tokens_per_domain // config.train.seq_len)
-    spread = np.linspace(0, packed.num_windows, min(wanted, packed.num_windows), endpoint=False).astype(int)
-    return packed.windows(spread.tolist())
+from moetrain.observe.scores import HeldOut, Score
 
 
 @torch.no_grad()

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from moetrain.config import Config, Generate
+from moetrain.data.held_out import held_out_windows
 from moetrain.data.loader import Corpus
 from moetrain.distributed.comm import broadcast
 from moetrain.distributed.mesh import Mesh
-from moetrain.training.evaluate import held_out_windows
 
 PROMPT_TOKENS = 16
 

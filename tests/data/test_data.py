@@ -25,10 +25,11 @@ from moetrain.config import ConfigError, Data
 from moetrain.data import corpus, prepare, sources, tokenizer
 from moetrain.data.bigram import Bigram
 from moetrain.data.files import LeftOut
+from moetrain.data.held_out import held_out_windows
 from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed, open_data, samples_of
 from moetrain.distributed.mesh import Mesh
+from moetrain.observe.scores import Score
 from moetrain.observe.summary import bigram_scores
-from moetrain.training.evaluate import Score, held_out_windows
 from moetrain.training.step import check_same_corpus
 from tests.pool import Pool
 
