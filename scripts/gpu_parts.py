@@ -315,7 +315,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Table:
     assert vocabulary is not None
     with (
         tempfile.TemporaryDirectory() as name,
-        mesh.start(settings.layout(1), rank=0, world=1, init_method=f"file://{name}/rendezvous") as joined,
+        mesh.start(rank=0, world=1, init_method=f"file://{name}/rendezvous") as joined,
     ):
         began = now(device)
         engine = build_engine(build(settings), joined, settings)

@@ -13,12 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
 from moetrain import config, runs
 from moetrain.config import Config
 from moetrain.data.loader import open_data, with_vocabulary
-from moetrain.distributed import mesh
 from moetrain.distributed.comm import barrier
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, calibrate, precision
@@ -28,6 +25,7 @@ from moetrain.moe.layer import LayerStats
 from moetrain.observe.health import RouterSums
 from moetrain.observe.recorder import Recorder
 from moetrain.training import step as step_module
+from moetrain.training.ranks import run_on_rank
 from moetrain.training.step import build, micro_batches, optimizer_step
 
 PAIRS = int(os.environ.get("PAIRS", "30"))
@@ -84,12 +82,15 @@ def main() -> None:
     place = local.from_env()
     if place is None:
         raise SystemExit("error: start it with torchrun")
-    rank, world, local_rank = place
-    torch.set_num_threads(settings.train.threads or 1)
-    with mesh.start(settings.layout(world), rank=rank, world=world, local_rank=local_rank) as joined:
-        for way, ratios in measure(precision.settled(settings, joined), joined).items():
+    layout = settings.layout(place.world)
+
+    def measure_and_print(mesh: Mesh) -> None:
+        for way, ratios in measure(precision.settled(settings, mesh), mesh).items():
             low, middle, high = statistics.quantiles(ratios, n=4)
-            print(f"rank {rank} {way:5} with/without {middle:.4f} ({low:.4f} to {high:.4f}), {len(ratios)} pairs")
+            print(f"rank {mesh.rank} {way:5} with/without {middle:.4f} ({low:.4f} to {high:.4f}), {len(ratios)} pairs")
+
+    threads = settings.train.threads or 1
+    sys.exit(run_on_rank(measure_and_print, place, ep=layout.ep, dp_replicate=layout.dp_replicate, threads=threads))
 
 
 if __name__ == "__main__":

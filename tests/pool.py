@@ -33,10 +33,10 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
     picture.draw = lambda folder: None  # a third of a small run; test_cli.py looks at it
     torch.set_num_threads(1)
     while (job := _next(jobs)) is not None:
-        number, function, world, path, parallel, args = job
+        number, function, world, path, axes, args = job
         kernels.leave_to_torch(())  # what an earlier test may have measured
         try:
-            with mesh.start(parallel, rank=rank, world=world, init_method=f"file://{path}", timeout=60) as joined:
+            with mesh.start(rank=rank, world=world, **axes, init_method=f"file://{path}", timeout=60) as joined:
                 result = function(joined, *args)
             results.put((number, rank, True, result))
         except BaseException:
@@ -78,15 +78,13 @@ class Pool:
         self, function: Callable[..., Any], ranks: int, *args: Any, ep: int | None = None, replicate: int = 1
     ) -> list:
         """[ranks] results. `function` is a module-level function of (mesh, *args)."""
-        from moetrain.config import Parallel
-
         if not self._ranks:
             self._start()
-        parallel = Parallel(nproc=ranks, ep=ep, dp_shard=None, dp_replicate=replicate)
+        axes = {"ep": ep, "dp_replicate": replicate}
         number = next(self._numbers)
         path = os.path.join(self._folder, f"rendezvous-{number}")
         for _, jobs in self._ranks[:ranks]:
-            jobs.put((number, function, ranks, path, parallel, args))
+            jobs.put((number, function, ranks, path, axes, args))
         found: dict[int, Any] = {}
         failures: list[str] = []
         while len(found) + len(failures) < ranks:

@@ -20,12 +20,12 @@ from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Cell, Setup, interleave
 from moetrain.bench.namespaces import Hosts, sent_bytes
 from moetrain.common.console import console
-from moetrain.config import Parallel
 from moetrain.distributed.comm import all_gather, waiting_at_once
-from moetrain.distributed.mesh import Mesh, start
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
-from moetrain.launch import local, worker
+from moetrain.launch import local
 from moetrain.moe.planning.plan import ANYWHERE, Plan
+from moetrain.training.ranks import run_on_rank
 
 Records = list[dict[str, Any]]
 DIM, HIDDEN, TOP_K = 512, 1024, 2
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     """Be a worker on a host; else make the hosts and start the workers on them."""
     place = local.from_env()
     if place is not None:
-        return worker.work(lambda: _work(options, place))
+        return run_on_rank(lambda mesh: _measure_and_write(options, mesh), place, threads=1)
     found: Records = []
     with tempfile.TemporaryDirectory() as folder, Hosts() as hosts:
         os.environ.setdefault("GLIBC_TUNABLES", local.MALLOC)
@@ -87,14 +87,10 @@ def _wait(workers: list) -> int:
     return 0
 
 
-def _work(options: argparse.Namespace, place: tuple[int, int, int]) -> None:
-    rank, world, local_rank = place
-    torch.set_num_threads(1)
-    parallel = Parallel(nproc=world, ep=None, dp_shard=None, dp_replicate=1)
-    with start(parallel, rank=rank, world=world, local_rank=local_rank) as mesh:
-        dtype = precision.agree(options.dtype, mesh)
-        shape = Shape(options.tokens, DIM, HIDDEN, hosts_options.EXPERTS, TOP_K, dtype)
-        found = records(mesh, shape, options.scenario, options.per_host, options.repeats)
+def _measure_and_write(options: argparse.Namespace, mesh: Mesh) -> None:
+    dtype = precision.agree(options.dtype, mesh)
+    shape = Shape(options.tokens, DIM, HIDDEN, hosts_options.EXPERTS, TOP_K, dtype)
+    found = records(mesh, shape, options.scenario, options.per_host, options.repeats)
     if mesh.is_main:
         options.records.write_text(json.dumps(found))
 

@@ -6,7 +6,6 @@ time counts. Percentages are medians of the ratios of such neighbours.
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +21,13 @@ from moetrain.bench.cell import Setup, interleave
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import KERNELS, Grid
 from moetrain.common.console import errors
-from moetrain.config import ConfigError, Parallel
+from moetrain.config import ConfigError
 from moetrain.distributed.comm import all_gather
-from moetrain.distributed.mesh import Mesh, start
+from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
-from moetrain.launch import local, worker
+from moetrain.launch import local
 from moetrain.moe.kernels import api as kernels
+from moetrain.training.ranks import run_on_rank
 
 Records = list[dict[str, Any]]
 SETTLE = 2  # runs of a cell before it is timed
@@ -47,23 +47,18 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError(f"--out {options.out}: {error.strerror}") from None
     if place is None:
         return local.launch(options.given, workers)
-    return worker.work(lambda: _work(options, grid, place))
-
-
-def _work(options: argparse.Namespace, grid: Grid, place: tuple[int, int, int]) -> None:
-    rank, world, local_rank = place
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     # One thread for a virtual rank: on a busy machine several wait for each other longer than they compute.
-    torch.set_num_threads(1 if options.virtual_ranks else max(1, (os.cpu_count() or 1) // here))
-    parallel = Parallel(nproc=world, ep=None, dp_shard=None, dp_replicate=1)
-    with start(parallel, rank=rank, world=world, local_rank=local_rank) as mesh:
-        dtypes = {asked: precision.agree(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
-        grid = replace(grid, shapes=[replace(s, dtype=dtypes[s.dtype]) for s in grid.shapes])
-        if options.virtual_ranks:
-            found = by_kernels(grid, lambda: virtual.records(mesh, grid, options.virtual_ranks))
-        else:
-            found = by_kernels(grid, lambda: records(mesh, grid))
-        others = peers.records(mesh, grid) if options.peers else []
+    return run_on_rank(lambda mesh: _measure_all(options, grid, mesh), place, threads=options.virtual_ranks and 1)
+
+
+def _measure_all(options: argparse.Namespace, grid: Grid, mesh: Mesh) -> None:
+    dtypes = {asked: precision.agree(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
+    grid = replace(grid, shapes=[replace(s, dtype=dtypes[s.dtype]) for s in grid.shapes])
+    if options.virtual_ranks:
+        found = by_kernels(grid, lambda: virtual.records(mesh, grid, options.virtual_ranks))
+    else:
+        found = by_kernels(grid, lambda: records(mesh, grid))
+    others = peers.records(mesh, grid) if options.peers else []
     if not mesh.is_main:
         return
     if options.json:

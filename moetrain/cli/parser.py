@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from moetrain.report import options as report_options
 
 if TYPE_CHECKING:
     from moetrain.config import Config
+    from moetrain.distributed.mesh import Mesh
 
 TRAIN = """Train a model.
 
@@ -286,6 +286,7 @@ def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) ->
     from moetrain.data.loader import open_data
     from moetrain.launch import local
     from moetrain.runs import lock
+    from moetrain.training.ranks import run_on_rank
 
     place = local.from_env()
     workers = place[1] if place else settings.parallel.nproc or local.auto_nproc()
@@ -298,7 +299,15 @@ def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) ->
         if place is not None:
             if verb == "train" and settings.run.name is not None and worker.answers_for_its_job():
                 held.enter_context(lock.held(runs.folder_of(settings)))
-            return worker.work(lambda: _work(options, settings, verb, place))
+            layout = settings.layout(workers)
+            return run_on_rank(
+                lambda mesh: _do(options, settings, verb, mesh),
+                place,
+                ep=layout.ep,
+                dp_replicate=layout.dp_replicate,
+                threads=settings.train.threads,
+                timeout=settings.recovery.timeout + 60,  # the heartbeat speaks first
+            )
         arguments, again = list(options.given), None
         if verb == "train":
             if settings.run.name is None:
@@ -310,31 +319,18 @@ def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) ->
         return local.launch(arguments, workers, again)
 
 
-def _work(options: argparse.Namespace, settings: "Config", verb: str, place: tuple[int, int, int]) -> None:
-    import torch
+def _do(options: argparse.Namespace, settings: "Config", verb: str, mesh: "Mesh") -> None:
+    from moetrain.training import tasks
 
-    from moetrain.moe import compiled
+    if verb == "bench":
+        from moetrain.bench import step
 
-    rank, world, local_rank = place
-    if rank == 0 and not compiled.is_cached():
-        console.print("compiling kernels for this machine, once", style="dim")
-    from moetrain.distributed import mesh  # the planners' are compiled now
-    from moetrain.training import tasks  # the planners' are compiled now
-
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    torch.set_num_threads(settings.train.threads or max(1, (os.cpu_count() or 1) // here))
-    patience = settings.recovery.timeout + 60  # the heartbeat speaks first
-    layout = settings.layout(world)
-    with mesh.start(layout, rank=rank, world=world, local_rank=local_rank, timeout=patience) as joined:
-        if verb == "bench":
-            from moetrain.bench import step
-
-            step.run(settings, joined, options)
-            return
-        work = {
-            "train": tasks.train_run,
-            "eval": tasks.evaluate_run,
-            "generate": tasks.generate_run,
-            "profile": tasks.profile_run,
-        }
-        work[verb](settings, joined, options.json)
+        step.run(settings, mesh, options)
+        return
+    work = {
+        "train": tasks.train_run,
+        "eval": tasks.evaluate_run,
+        "generate": tasks.generate_run,
+        "profile": tasks.profile_run,
+    }
+    work[verb](settings, mesh, options.json)

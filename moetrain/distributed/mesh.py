@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moetrain.config import ConfigError, Parallel
+from moetrain.common.errors import ConfigError
 from moetrain.distributed.comm import shared_memory
 from moetrain.launch.worker import STORE_SOCKET
 
@@ -44,7 +44,7 @@ class Mesh:
     expert_data: DeviceMesh  # a rank's expert shard: (expert_data) or (dp_replicate, expert_data)
     dp_replicate: int
     saving: dist.ProcessGroup  # all ranks, over the hosts' network: for the thread that writes checkpoints
-    peers: dist.ProcessGroup  # the same: for the thread that sends snapshots to another host
+    peers: dist.ProcessGroup  # the same: for the thread that sends in-memory checkpoints to another host
 
     @property
     def is_main(self) -> bool:
@@ -53,17 +53,23 @@ class Mesh:
 
 @contextmanager
 def start(
-    parallel: Parallel,
     *,
     rank: int,
     world: int,
     local_rank: int = 0,
+    ep: int | None = None,
+    dp_replicate: int = 1,
     init_method: str = "env://",
     timeout: float = 600.0,
 ) -> Iterator[Mesh]:
-    """Join `world` ranks: NCCL where there are GPUs, else gloo. What was joined is torn down at the end of the context,
-    but not where the context raises: peers may be inside a collective then, NCCL would wait for them, and the error
-    would never be told. The process has to end after that."""
+    """Join `world` ranks: NCCL where there are GPUs, else gloo.
+
+    `ep` ranks share one set of experts (None: all ranks of a replica), `dp_replicate` replicas hold all parameters;
+    `timeout`: seconds that a collective may take. Raises `ConfigError` where this host has too few GPUs.
+
+    The groups are destroyed at the end of the context, but not where it raises: peers may be inside a collective then,
+    NCCL would wait for them, and the error would never be shown. The process has to end after that.
+    """
     if int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world:  # one host: what its name resolves to does not matter
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     device = device_of(local_rank)
@@ -81,7 +87,7 @@ def start(
         timeout=patience,
         device_id=device if device.type == "cuda" else None,
     )
-    mesh = _axes(parallel, rank, world, device)
+    mesh = _build_axes(rank, world, ep, dp_replicate, device)
     with shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
         yield mesh
         dist.barrier()  # a rank that leaves early can make a slower one abort
@@ -89,8 +95,11 @@ def start(
 
 
 def device_of(local_rank: int) -> torch.device:
-    """A worker's device: the GPU of its number on this host. Where only one can be seen, its launcher has chosen
-    (Slurm's --gpus-per-task). Raises `ConfigError` where there are several, but too few."""
+    """Return a worker's device: the GPU of its number on this host.
+
+    Where only one GPU can be seen, its launcher has chosen it (Slurm's --gpus-per-task). Raises `ConfigError` where
+    there are several, but too few.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count > 1 and local_rank >= count:
         raise ConfigError(f"LOCAL_RANK={local_rank}: must be below the number of GPUs that this process sees, {count}")
@@ -98,28 +107,27 @@ def device_of(local_rank: int) -> torch.device:
 
 
 def _store_at_launchers_socket(rank: int, world: int, patience: timedelta) -> dist.Store:
-    """Rank 0 keeps it. Nobody else can have taken the port: the launcher has opened the socket."""
+    """Connect to the store that rank 0 keeps. Nobody else can have taken its port: our launcher opened the socket."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listening = int(os.environ[STORE_SOCKET]) if rank == 0 else None
     return dist.TCPStore(host, port, world, rank == 0, patience, wait_for_workers=False, master_listen_fd=listening)
 
 
 @contextmanager
-def pretended(parallel: Parallel, *, rank: int, world: int) -> Iterator[Mesh]:
-    """The mesh of one rank of a world that is not there: to build what is never run."""
+def pretend(*, rank: int, world: int, ep: int | None = None, dp_replicate: int = 1) -> Iterator[Mesh]:
+    """Give the mesh of one rank of a world that does not exist: to build what is never run."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        yield _axes(parallel, rank, world, torch.device("cpu"))
+        yield _build_axes(rank, world, ep, dp_replicate, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
 
-def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Mesh:
-    replicate = parallel.dp_replicate
+def _build_axes(rank: int, world: int, ep: int | None, replicate: int, device: torch.device) -> Mesh:
     shard = world // replicate
-    ep = parallel.ep or shard
+    ep = ep or shard
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         grid = init_device_mesh(
@@ -141,7 +149,7 @@ def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Me
         rank=rank,
         world=world,
         device=device,
-        device_bytes=_least(memory_of(device), device),
+        device_bytes=_min_over_ranks(memory_of(device), device),
         ep=expert,
         dense=dense if replicate > 1 else dense["dp_shard"],
         expert_data=grid["dp_replicate", "expert_data"] if replicate > 1 else grid["expert_data"],
@@ -152,14 +160,14 @@ def _axes(parallel: Parallel, rank: int, world: int, device: torch.device) -> Me
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU; 0: a CPU."""
+    """Return the bytes of a GPU's memory; 0 for a CPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def _least(number: int, device: torch.device) -> int:
-    """Of the numbers of all ranks."""
+def _min_over_ranks(number: int, device: torch.device) -> int:
+    """Return the least of all ranks' numbers."""
     least = torch.tensor(number, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return int(least)

@@ -36,16 +36,23 @@ LOOK_SECONDS = 0.05  # between two looks at the workers
 GOODBYE_SECONDS = 10.0  # for the last worker to close its files, after the first one has ended as all agreed
 
 
-def from_env() -> tuple[int, int, int] | None:
-    """(rank, world, local_rank) as torchrun and `launch` set them, or None outside of them. Raises `ConfigError`."""
+class Place(NamedTuple):
+    """Which of a job's ranks a process is."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def from_env() -> Place | None:
+    """The place that torchrun or `launch` gave this process; None outside of them. Raises `ConfigError`."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     place = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     for name, value in place.items():
         if not value.isdecimal():
             raise ConfigError(f"{name}={value}: must be a whole number, as torchrun sets it; unset it to start workers")
-    rank, world, local_rank = map(int, place.values())
-    return rank, world, local_rank
+    return Place(*map(int, place.values()))
 
 
 def auto_nproc() -> int:

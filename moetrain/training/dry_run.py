@@ -35,7 +35,7 @@ def run(config: Config, world: int, as_json: bool) -> int:
     config, layout = precision.taken(config, "bf16"), config.layout(world)  # another machine, likely with GPUs
     whole = build(config)
     total = dict(_count(whole))
-    with mesh.pretended(layout, rank=0, world=world) as pretended:
+    with mesh.pretend(rank=0, world=world, ep=layout.ep, dp_replicate=layout.dp_replicate) as pretended:
         native.shard(whole, pretended, config)
         own = dict(_count(whole))
     size = estimate(config, world)

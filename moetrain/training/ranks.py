@@ -1,0 +1,44 @@
+"""One rank of a job, from its start to its exit code: every verb and benchmark that needs ranks enters here."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moetrain.common.console import console
+from moetrain.launch import worker
+from moetrain.launch.local import Place
+
+if TYPE_CHECKING:  # torch is loaded when a rank begins, not for its command line
+    from moetrain.distributed.mesh import Mesh
+
+
+def run_on_rank(
+    task: Callable[["Mesh"], None],
+    place: Place,
+    *,
+    ep: int | None = None,
+    dp_replicate: int = 1,
+    threads: int | None = None,
+    timeout: float = 600.0,
+) -> int:
+    """Join the ranks of the job as `place` says, run `task` on their mesh, and return the exit code of this process.
+
+    `ep`, `dp_replicate` and `timeout` (seconds) as in `mesh.start`. `threads`: that torch computes with; None: an even
+    share of this host's cores. Never raises: what `task` raises is reported as `worker.work` does.
+    """
+
+    def join_and_run() -> None:
+        import torch
+
+        from moetrain.moe import compiled
+
+        if place.rank == 0 and not compiled.is_cached():
+            console.print("compiling kernels for this machine, once", style="dim")
+        from moetrain.distributed import mesh  # compiles the planners' kernels
+
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
+        with mesh.start(**place._asdict(), ep=ep, dp_replicate=dp_replicate, timeout=timeout) as joined:
+            task(joined)
+
+    return worker.work(join_and_run)
