@@ -26,7 +26,8 @@ from moetrain.moe.exchange.guests import Lending, Packed, Returning, Store
 from moetrain.moe.kernels import api as kernels
 from moetrain.moe.kernels.api import Matrices
 from moetrain.moe.planning import default_home
-from moetrain.moe.planning.cost import RELAY_FROM, Limits
+from moetrain.moe.planning.cost import Limits
+from moetrain.moe.planning.cost_model import RELAY_FROM
 from moetrain.moe.planning.plan import Ints, Plan
 from moetrain.moe.routing.base import Routing
 

@@ -2,7 +2,7 @@
 
 Lending runs on a communicator of its own, so that weights travel while rows do. An expert with many guests is not
 sent to each of them by its owner: every guest gets another slice from it, and passes that on to the others; gradients
-take the same ways back, every guest summing one slice on the way (`cost.RELAY_FROM`).
+take the same ways back, every guest summing one slice on the way (`cost_model.RELAY_FROM`).
 
 Weights do not change between the micro-steps of an optimizer step: within a limit a guest stays until the last
 backward of the step, its gradient adding up here in fp32. Beyond the limit its weights go after the forward and are
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moetrain.distributed.comm import outgoing, start_all_to_all
 from moetrain.distributed.mesh import Expert
-from moetrain.moe.planning.cost import RELAY_FROM
+from moetrain.moe.planning.cost_model import RELAY_FROM
 from moetrain.moe.planning.plan import Ints, Plan
 
 Copy = tuple[int, int, int]  # (expert, home rank, guest rank)

@@ -1,22 +1,36 @@
-"""Planners: pure functions from counted rows to a `Plan`, the same on every rank. No torch.
+"""Planners: pure functions from counted rows to a `Plan`, the same on every rank. Loads no torch.
 
-`PLANNERS[name](counts, home, costs, limits=None, state=None, **options) -> Plan`; `options` are the planner's own,
-as keyword-only arguments; `checks.PLANNER_OPTIONS` names them.
+`PLANNERS[name](counts, home, costs, limits=None, state=None, **options) -> Plan`: counts [R, E] are the rows that each
+source rank holds for each expert, home [E] the rank that owns each expert; `options` are the planner's own,
+as keyword-only arguments. `layer_time(plan, counts, home, costs)` predicts what a plan takes.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
+from moetrain.moe.planning.cost import Costs, Limits, Link, State, default_costs, layer_time
 from moetrain.moe.planning.eplb import eplb
 from moetrain.moe.planning.home import home
 from moetrain.moe.planning.llep import llep
 from moetrain.moe.planning.makespan import makespan
 from moetrain.moe.planning.plan import Ints, Plan
 
+__all__ = [
+    "PLANNERS",
+    "Costs",
+    "Limits",
+    "Link",
+    "Plan",
+    "State",
+    "default_costs",
+    "default_home",
+    "layer_time",
+]
+
 PLANNERS: dict[str, Callable[..., Plan]] = {"home": home, "llep": llep, "makespan": makespan, "eplb": eplb}
 
 
 def default_home(num_experts: int, num_ranks: int) -> Ints:
-    """[E] the rank that owns each expert: consecutive blocks, `e // ceil(E / R)`."""
+    """Returns [E] the rank that owns each expert: consecutive blocks, `e // ceil(E / R)`."""
     return np.arange(num_experts) // -(-num_experts // num_ranks)

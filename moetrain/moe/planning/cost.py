@@ -13,145 +13,12 @@ R ranks, E experts.
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from moetrain.moe.compiled import njit
+from moetrain.moe.planning.cost_model import CostFigures, add_loan, predict_from_vector
 from moetrain.moe.planning.plan import Floats, Ints, Plan
-
-RELAY_FROM = 3  # guests of one expert; for two, the second phase takes half of what the owner's link gains
-
-
-@njit()
-def count(copies, owner, guests, node):  # type: ignore[no-untyped-def]
-    """Add the loan of one expert from `owner` to the ranks `guests` [G] that do not have it yet. node [R].
-
-    copies [2 phases, 4, R], in experts: out and in, inside a node and between. Below `RELAY_FROM` guests, the owner
-    sends each of them the whole expert. From there on it sends each a slice of 1/G of its own, and then every guest
-    sends its slice to the G - 1 others: one expert out of the owner; 1/G and (G - 1)/G into each guest, (G - 1)/G out.
-    """
-    num_guests = len(guests)
-    in_node = np.zeros(len(node), np.int64)
-    for q in guests:
-        in_node[node[q]] += 1
-    relayed = num_guests >= RELAY_FROM
-    part = 1 / num_guests if relayed else 1.0
-    copies[0, 0, owner] += in_node[node[owner]] * part
-    copies[0, 2, owner] += (num_guests - in_node[node[owner]]) * part
-    for q in guests:
-        copies[0, 1 if node[q] == node[owner] else 3, q] += part
-        if relayed:
-            beside = in_node[node[q]] - 1
-            for way in range(2):
-                copies[1, way, q] += beside * part
-                copies[1, 2 + way, q] += (num_guests - 1 - beside) * part
-
-
-@njit()
-def cross(flow, node, source, rank, rows):  # type: ignore[no-untyped-def]
-    """Add rows from `source` to `rank` to flow [4, R]: out and in, inside a node and between."""
-    if source != rank:
-        far = 0 if node[source] == node[rank] else 2
-        flow[far, source] += rows
-        flow[far + 1, rank] += rows
-
-
-@njit()
-def travel(counts_ER, node, chunks_C3, local_first, flow):  # type: ignore[no-untyped-def]
-    """Add the rows of these chunks to flow [4, R], as `seconds` takes it.
-
-    counts_ER [E, R] rows at each source; chunks_C3 (expert, rank, rows), experts ascending. The same rows as
-    `plan.pair` gives, but only how many cross what: those left over inside a node go to other nodes, no matter which.
-    """
-    num_ranks = len(node)
-    supply, demand = np.empty(num_ranks, np.int64), np.empty(len(chunks_C3), np.int64)  # llep may visit a rank twice
-    given, wanted = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)  # in each node
-    at = 0
-    while at < len(chunks_C3):
-        e = chunks_C3[at, 0]
-        for s in range(num_ranks):
-            supply[s] = counts_ER[e, s]
-            given[node[s]] = wanted[node[s]] = 0
-        if not local_first:  # sources and chunks in their order
-            source: Any = np.int64(0)
-            while at < len(chunks_C3) and chunks_C3[at, 0] == e:
-                q, rest = chunks_C3[at, 1], chunks_C3[at, 2]
-                while rest > 0:
-                    part = min(supply[source], rest)
-                    cross(flow, node, source, q, part)
-                    supply[source] -= part
-                    rest -= part
-                    source += supply[source] == 0
-                at += 1
-            continue
-        first = at
-        while at < len(chunks_C3) and chunks_C3[at, 0] == e:
-            q = chunks_C3[at, 1]
-            own = min(supply[q], chunks_C3[at, 2])
-            supply[q] -= own
-            demand[at - first] = chunks_C3[at, 2] - own
-            wanted[node[q]] += demand[at - first]
-            at += 1
-        for s in range(num_ranks):
-            part = min(supply[s], wanted[node[s]])
-            wanted[node[s]] -= part
-            given[node[s]] += part
-            flow[0, s] += part
-            flow[2, s] += supply[s] - part
-        for c in range(at - first):
-            q = chunks_C3[first + c, 1]
-            part = min(demand[c], given[node[q]])
-            given[node[q]] -= part
-            flow[1, q] += part
-            flow[3, q] += demand[c] - part
-
-
-@njit()
-def seconds(loads, at_home, segments, flow, copies, costs):  # type: ignore[no-untyped-def]
-    """(dispatch, lend, compute, combine).
-
-    loads, at_home, segments [R]: rows, rows of own experts, experts with rows. flow [4, R]: rows out and in, inside
-    the node and between nodes. copies [2, 4, R] as `count` makes them. A phase takes as long as the fullest direction
-    of the slowest rank; the second starts after the first. Gradients come home the same ways, backwards.
-    """
-    row, row_back, segment, segment_back, row_bytes, weight, gradient = costs[:7]
-    near_wait, near_rate, far_wait, far_rate, overlap, lends, handling = costs[7:]
-    compute, idle = 0.0, np.inf  # idle: the least own work that a borrower can do while it waits
-    for r in range(len(loads)):
-        compute = max(compute, loads[r] * (row + row_back) + segments[r] * (segment + segment_back))
-        if copies[0, 1, r] or copies[0, 3, r]:
-            idle = min(idle, at_home[r] * (row + row_back))
-    wait, travel = _slowest(flow, near_wait, near_rate, far_wait, far_rate)
-    way = 2 * (wait + row_bytes * travel)  # there and back cost the same: out and in change places
-    exposed = 0.0
-    for phase in range(2):
-        wait, travel = _slowest(copies[phase], near_wait, near_rate, far_wait, far_rate)
-        exposed += (lends + 1) * wait + (lends * weight + gradient) * travel
-    if exposed > 0:
-        exposed -= min(overlap * exposed, idle)
-        most = 0.0
-        for r in range(len(loads)):
-            handled = 0.0
-            for side in range(4):  # .sum(0) would take seconds to compile
-                handled += copies[0, side, r] + copies[1, side, r]
-            most = max(most, handled)
-        exposed += handling * most
-    return np.array([way, exposed, compute, way])
-
-
-@njit()
-def _slowest(amounts, near_wait, near_rate, far_wait, far_rate):  # type: ignore[no-untyped-def]
-    """(latency, seconds for one byte of each unit) where amounts [4, R] go out and in, inside nodes and between."""
-    wait = travel = 0.0
-    for r in range(amounts.shape[1]):
-        inside, outside = max(amounts[0, r], amounts[1, r]), max(amounts[2, r], amounts[3, r])
-        if inside > 0:
-            wait = max(wait, near_wait)
-        if outside > 0:
-            wait = max(wait, far_wait)
-        travel = max(travel, inside / near_rate, outside / far_rate)
-    return wait, travel
 
 
 @dataclass(frozen=True)
@@ -163,7 +30,7 @@ class Link:
 
 
 class Measured(NamedTuple):
-    """Seconds of a part of the layer (`kernels.PARTS`) with our kernels and with torch's."""
+    """How many seconds a part of the layer (`kernels.api.PARTS`) takes with our kernels and with torch's."""
 
     part: str
     own: float
@@ -171,7 +38,7 @@ class Measured(NamedTuple):
 
     @property
     def torch_is_faster(self) -> bool:
-        """Clearly: near a tie every run is to decide alike."""
+        """Whether torch is faster by 15 % or more: near a tie every run is to decide alike."""
         return 1.15 * self.torch < self.own
 
 
@@ -206,25 +73,24 @@ class Costs:
         return np.arange(num_ranks, dtype=np.int64) // 8
 
     def vector(self) -> Floats:
-        """The numbers, in the order in which `seconds` unpacks them."""
-        return np.array(
-            [
-                self.row_forward,
-                self.row_backward,
-                self.segment_forward,
-                self.segment_backward,
-                self.row_bytes,
-                self.weight_bytes,
-                self.gradient_bytes,
-                self.inside.latency,
-                self.inside.bandwidth,
-                self.between.latency,
-                self.between.bandwidth,
-                self.overlap,
-                self.lends,
-                self.handling,
-            ]
+        """[14] the numbers for compiled code, in the order of `CostFigures`."""
+        figures = CostFigures(
+            row_forward=self.row_forward,
+            row_backward=self.row_backward,
+            segment_forward=self.segment_forward,
+            segment_backward=self.segment_backward,
+            row_bytes=self.row_bytes,
+            weight_bytes=self.weight_bytes,
+            gradient_bytes=self.gradient_bytes,
+            inside_latency=self.inside.latency,
+            inside_bandwidth=self.inside.bandwidth,
+            between_latency=self.between.latency,
+            between_bandwidth=self.between.bandwidth,
+            overlap=self.overlap,
+            lends=self.lends,
+            handling=self.handling,
         )
+        return np.array(figures, np.float64)
 
 
 @dataclass(frozen=True)
@@ -296,8 +162,9 @@ def layer_time(plan: Plan, counts: Ints, home: Ints, costs: Costs, resident: Int
     copies = np.zeros((2, 4, num_ranks))
     for expert, loans in groupby(plan.guests(), lambda guest: guest[0]):
         new = [guest for _, _, guest in loans if resident is None or not resident[guest, expert]]
-        count(copies, home[expert], np.array(new, np.int64), node)
-    return LayerTime(*seconds(plan.loads(), at_home, segments, flow, copies, costs.vector()).tolist())
+        add_loan(copies, home[expert], np.array(new, np.int64), node)
+    phases = predict_from_vector(plan.loads(), at_home, segments, flow, copies, costs.vector())
+    return LayerTime(*phases.tolist())
 
 
 def compute_seconds(rows: Ints, segments: Ints, costs: Costs, forwards: float = 1.0) -> Floats:

@@ -10,7 +10,9 @@ from scipy.optimize import LinearConstraint, milp
 
 from moetrain.moe.planning import PLANNERS, default_home
 from moetrain.moe.planning.cost import Costs, Limits, Link, State, default_costs, layer_time
-from moetrain.moe.planning.makespan import NO_LIMIT, _judge, _problem
+from moetrain.moe.planning.cost_model import name_figures
+from moetrain.moe.planning.makespan import NO_LIMIT, judge_chunks
+from moetrain.moe.planning.place_rows import make_problem
 from moetrain.moe.planning.plan import Ints, Plan, imbalance
 from tests.moe.planning.test_plan import paper_loads
 
@@ -149,14 +151,15 @@ def test_the_search_counts_as_layer_time_does(case) -> None:
     counts, home, costs, resident = case
     free = np.zeros_like(counts) if resident is None else resident
     nobody, workspace = np.zeros((0, 2), np.int64), np.empty(counts.T.shape, np.int64)
-    of = _problem(counts, home, costs.node(len(counts)), free, nobody, costs.vector(), NO_LIMIT, NO_LIMIT, workspace)
+    node = costs.node(len(counts))
+    problem = make_problem(counts, home, node, free, nobody, costs.vector(), NO_LIMIT, NO_LIMIT, workspace)
     for plan in (
         makespan(counts, home, costs, None, State(resident)),
         PLANNERS["llep"](counts, home, min_rows=3, threshold=1.0),
         PLANNERS["home"](counts, home),
     ):
         chunks = np.ascontiguousarray(np.stack([plan.expert, plan.rank, plan.num_rows], 1))
-        predicted, _over = _judge(of, chunks, 1 if plan.near else 0, np.inf, NO_LIMIT)
+        predicted, _over = judge_chunks(problem, chunks, 1 if plan.near else 0, np.inf, NO_LIMIT)
         assert predicted == layer_time(plan, counts, home, costs, resident).total
 
 
@@ -302,3 +305,13 @@ def test_close_to_the_optimum() -> None:
     assert min(ratios) >= 1 - 1e-6
     assert np.mean(ratios) <= 1.2
     assert max(ratios) <= 2.2
+
+
+def test_compiled_code_reads_every_cost_by_its_name() -> None:
+    costs = Costs(1, 2, 3, 4, 5, 6, 7, Link(8, 9), Link(10, 11), overlap=0.5, handling=13, lends=14)
+    named = name_figures(costs.vector())
+    for name in ("row_forward", "row_backward", "segment_forward", "segment_backward", "row_bytes", "weight_bytes"):
+        assert getattr(named, name) == getattr(costs, name)
+    assert (named.gradient_bytes, named.overlap, named.handling, named.lends) == (7, 0.5, 13, 14)
+    assert (named.inside_latency, named.inside_bandwidth) == (8, 9)
+    assert (named.between_latency, named.between_bandwidth) == (10, 11)
