@@ -22,7 +22,7 @@ from moetrain.engine import build_engine, calibrate, precision
 from moetrain.launch import local
 from moetrain.moe.clock import Clock
 from moetrain.moe.layer import LayerStats
-from moetrain.observe.health import RouterSums
+from moetrain.observe.collect.health import RouterSums
 from moetrain.observe.recorder import Recorder
 from moetrain.training import step as step_module
 from moetrain.training.ranks import run_on_rank

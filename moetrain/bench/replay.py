@@ -23,7 +23,7 @@ from moetrain.moe.planning import PLANNERS
 from moetrain.moe.planning.cost import Costs, Limits, State, layer_time
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, imbalance
-from moetrain.observe import trace
+from moetrain.observe.collect import trace
 
 RECORDED = "as recorded"
 TIMED = 20  # layers that a planner's time is taken from

@@ -34,7 +34,7 @@ from moetrain.moe.layer import MoE
 from moetrain.moe.planning import PLANNERS
 from moetrain.moe.planning.plan import imbalance
 from moetrain.moe.routing import ROUTERS
-from moetrain.observe.meter import Part
+from moetrain.observe.collect.meter import Part
 from moetrain.training.step import build, micro_batches, optimizer_step
 
 Records = list[dict[str, Any]]

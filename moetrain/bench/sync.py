@@ -10,7 +10,7 @@ from moetrain.distributed.comm import all_reduce_sum, barrier
 from moetrain.distributed.mesh import Mesh
 from moetrain.moe.routing import Router
 from moetrain.moe.routing.balance import Balance
-from moetrain.observe.meter import Part
+from moetrain.observe.collect.meter import Part
 
 REPEATS = 101
 

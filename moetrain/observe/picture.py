@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.common import disk
-from moetrain.observe import trace
+from moetrain.observe.collect import trace
 from moetrain.observe.reduce import smooth
 
 

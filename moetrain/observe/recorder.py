@@ -16,17 +16,18 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.models.transformer import Transformer
 from moetrain.moe.layer import MoE
 from moetrain.moe.planning.cost import default_costs
-from moetrain.observe import specialisation
-from moetrain.observe.alerts import Alerts
-from moetrain.observe.congestion import Phase
-from moetrain.observe.live import Plain, View
-from moetrain.observe.meter import Meter, Step
-from moetrain.observe.profiler import Profiler
+from moetrain.observe.collect import specialization
+from moetrain.observe.collect.alerts import Alerts
+from moetrain.observe.collect.congestion import Phase
+from moetrain.observe.collect.meter import Meter, Step
+from moetrain.observe.collect.profiler import Profiler
+from moetrain.observe.collect.trace import LoadTrace
 from moetrain.observe.scores import HeldOut
-from moetrain.observe.tensorboard_sink import TensorBoard
-from moetrain.observe.trace import LoadTrace
-from moetrain.observe.tracker import JsonLines, Sink, Tolerant, Tracker
-from moetrain.observe.wandb_sink import Wandb
+from moetrain.observe.sinks.jsonl import JsonLines
+from moetrain.observe.sinks.tensorboard import TensorBoard
+from moetrain.observe.sinks.terminal import Plain, View
+from moetrain.observe.sinks.tracker import Sink, Tolerant, Tracker
+from moetrain.observe.sinks.wandb import Wandb
 
 
 class Recorder:
@@ -56,7 +57,7 @@ class Recorder:
         self._phase = Phase()
         self._spent = 0.0  # seconds on recording since the last row
         if mine is not None:
-            specialisation.forget(mine, first)
+            specialization.forget(mine, first)
 
     def begin(self, step: int) -> None:
         self._profiler.before(step)
@@ -93,7 +94,7 @@ class Recorder:
     def held_out(self, step: int, found: HeldOut) -> None:
         self._tracker.log(step, found.metrics)
         if self._folder is not None:
-            specialisation.write(self._folder, step, self._domains, found.specialisation)
+            specialization.write(self._folder, step, self._domains, found.specialisation)
 
     def flush(self) -> None:
         """What is not on disk yet."""

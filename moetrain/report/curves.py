@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.observe import reduce
-from moetrain.observe.meter import PHASES
+from moetrain.observe.collect.meter import PHASES
 from moetrain.observe.reduce import plain
 from moetrain.report.read import Run
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moetrain.observe import reduce
-from moetrain.observe.meter import PHASES
+from moetrain.observe.collect.meter import PHASES
 from moetrain.observe.summary import beaten
 from moetrain.report.curves import layers
 from moetrain.report.read import Run

@@ -15,7 +15,7 @@ import numpy as np
 
 from moetrain.common import disk
 from moetrain.config import ConfigError
-from moetrain.observe.arrays import BROKEN, read_arrays
+from moetrain.observe.collect.arrays import BROKEN, read_arrays
 
 Row = dict[str, Any]
 TRACE = ("step", "layers", "counts", "owner", "placed", "traffic", "home", "planned", "waited")  # what figures use

@@ -14,8 +14,8 @@ from moetrain.data.loader import Corpus
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.transformer import Transformer
-from moetrain.observe import specialisation
-from moetrain.observe.health import max_vio
+from moetrain.observe.collect import specialization
+from moetrain.observe.collect.health import max_vio
 from moetrain.observe.scores import HeldOut, Score
 
 
@@ -27,7 +27,7 @@ def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> 
     counts_CN = torch.zeros(len(corpus.domains), sum(sizes), device=device)  # experts of all layers
     sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
     token_bytes = torch.from_numpy(corpus.token_bytes).to(device)
-    liked = specialisation.Tokens(len(sizes), len(corpus.domains), mesh)
+    liked = specialization.Tokens(len(sizes), len(corpus.domains), mesh)
     for domain in range(len(corpus.domains)):
         windows = held_out_windows(corpus, config, domain)
         for begin in range(0, len(windows.tokens), size * mesh.world):
@@ -60,7 +60,7 @@ def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> 
         metrics[f"eval/{name}/ppl"] = scores[name].perplexity
         metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
     counts = [part.numpy() for part in counts_CN.double().cpu().split(sizes, dim=1)]
-    layers = specialisation.describe(config.model.pass_names, counts, liked, corpus)
+    layers = specialization.describe(config.model.pass_names, counts, liked, corpus)
     for layer, counts_CE in zip(layers, counts, strict=True):
         found = bool(counts_CE.sum())
         metrics[f"specialise/{layer['name']}/domain_mi"] = layer["domain_mi"] if found else math.nan

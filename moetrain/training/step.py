@@ -17,8 +17,8 @@ from moetrain.models.transformer import Transformer
 from moetrain.moe.clock import Clock
 from moetrain.moe.routing import Choice
 from moetrain.moe.routing.balance import Balance, add_buffers
-from moetrain.observe.health import RouterSums
-from moetrain.observe.meter import Part, Step
+from moetrain.observe.collect.health import RouterSums
+from moetrain.observe.collect.meter import Part, Step
 
 
 class Batch(NamedTuple):

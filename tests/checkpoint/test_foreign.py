@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from moetrain import config
 from moetrain.checkpoint import files, manifest
 from moetrain.config import ConfigError
-from moetrain.observe import trace
+from moetrain.observe.collect import trace
 from moetrain.report import build, read
 from tests import made_run
 from tests.checkpoint.test_checkpoint import agreed, saved

@@ -86,7 +86,7 @@ def test_the_runs_folder_has_what_the_design_says(trained: tuple[Path, str]) -> 
 
 
 def test_the_load_trace_is_what_was_routed(trained: tuple[Path, str]) -> None:
-    from moetrain.observe import trace
+    from moetrain.observe.collect import trace
 
     found = trace.read(trained[0])
     assert found["step"].tolist() == [1]

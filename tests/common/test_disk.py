@@ -25,7 +25,7 @@ from moetrain.launch import heartbeat
 from moetrain.launch.exits import Ended
 from moetrain.moe.planning.cost import Costs, default_costs
 from moetrain.observe import picture, summary
-from moetrain.observe.tracker import JsonLines
+from moetrain.observe.sinks.jsonl import JsonLines
 from moetrain.recovery import memory, watch
 from moetrain.recovery.guard import Guard
 from moetrain.recovery.snapshots import Snapshots

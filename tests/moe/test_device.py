@@ -13,7 +13,7 @@ from moetrain.models.initialise import initialise
 from moetrain.moe.kernels import api as kernels
 from moetrain.moe.layer import MoE
 from moetrain.moe.routing.balance import Balance
-from moetrain.observe.health import RouterSums
+from moetrain.observe.collect.health import RouterSums
 from moetrain.training.step import build
 from tests.moe.on_device import OnGpu, backward, device, to_gpu
 from tests.moe.routing.test_routers import FAMILIES

@@ -23,11 +23,13 @@ from moetrain.moe.planning import default_home
 from moetrain.moe.planning.cost import Limits, compute_seconds, default_costs
 from moetrain.moe.planning.plan import Plan, imbalance
 from moetrain.moe.routing import Choice, Scores
-from moetrain.observe import congestion, health, meter, recorder, specialisation, trace
-from moetrain.observe.alerts import Alert, Alerts
-from moetrain.observe.live import View
-from moetrain.observe.tracker import JsonLines, Tracker
-from moetrain.observe.wandb_sink import MOST_BINS, _bins, heat_map
+from moetrain.observe import recorder
+from moetrain.observe.collect import congestion, health, meter, specialization, trace
+from moetrain.observe.collect.alerts import Alert, Alerts
+from moetrain.observe.sinks.jsonl import JsonLines
+from moetrain.observe.sinks.terminal import View
+from moetrain.observe.sinks.tracker import Tracker
+from moetrain.observe.sinks.wandb import MOST_BINS, _bins, heat_map
 from moetrain.training.loop import train
 from tests.conftest import TINY
 
@@ -159,9 +161,9 @@ def test_information_of_experts_adds_up_to_that_of_the_layer() -> None:
         for e in range(4):
             if joint[c, e]:
                 slow += joint[c, e] * math.log2(joint[c, e] / joint[c].sum() / joint[:, e].sum())
-    assert specialisation.domain_information(counts_CE) == pytest.approx(slow)
-    assert specialisation.expert_information(np.eye(4)).tolist() == pytest.approx([2.0] * 4)
-    assert specialisation.domain_information(np.ones((4, 4))) == pytest.approx(0)
+    assert specialization.domain_information(counts_CE) == pytest.approx(slow)
+    assert specialization.expert_information(np.eye(4)).tolist() == pytest.approx([2.0] * 4)
+    assert specialization.domain_information(np.ones((4, 4))) == pytest.approx(0)
 
 
 def test_alerts_are_said_once_and_again_when_worse() -> None:
@@ -398,12 +400,12 @@ def test_specialisation_counts_held_out_text(recorded: Path) -> None:
     for layer in found["layers"]:
         assert [sum(row) for row in layer["counts"]] == [512, 512]  # 256 tokens, top-2
         assert layer["domain_mi"] == last[f"specialise/{layer['name']}/domain_mi"]
-        assert 0 < len(layer["experts"]) <= specialisation.EXPERTS
+        assert 0 < len(layer["experts"]) <= specialization.EXPERTS
         best = layer["experts"][0]
         column = np.array(layer["counts"])[:, best["expert"]]
         assert best["share"] == pytest.approx(column.max() / column.sum())
         assert best["domain"] == found["domains"][column.argmax()]
-        assert all(token["lift"] > 1 and token["count"] >= specialisation.SEEN for token in best["tokens"])
+        assert all(token["lift"] > 1 and token["count"] >= specialization.SEEN for token in best["tokens"])
 
 
 def test_the_profiler_window_is_a_chrome_trace(recorded: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from moetrain import config
 from moetrain.observe import recorder
-from moetrain.observe.alerts import Alert
-from moetrain.observe.tracker import Tracker
+from moetrain.observe.collect.alerts import Alert
+from moetrain.observe.sinks.tracker import Tracker
 from tests.observe.test_record import ROW
 
 CLOSED = "http://127.0.0.1:9"
@@ -80,7 +80,7 @@ def test_who_is_logged_in_is_asked_for_online(tmp_path: Path, monkeypatch: pytes
     """A key in the environment, or `wandb login`'s in netrc; an empty key is none."""
     import wandb
 
-    from moetrain.observe.wandb_sink import _mode
+    from moetrain.observe.sinks.wandb import _mode
 
     def mode(**variables: str) -> str:
         with monkeypatch.context() as patch:

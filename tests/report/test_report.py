@@ -19,7 +19,7 @@ import torch
 from moetrain import cli
 from moetrain.config import ConfigError
 from moetrain.observe import picture, reduce
-from moetrain.observe.live import Plain
+from moetrain.observe.sinks.terminal import Plain
 from moetrain.report import build, curves
 from moetrain.report.cards import cards
 from moetrain.report.figures import FIGURES

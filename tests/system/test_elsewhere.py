@@ -24,7 +24,7 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.engine import optim
 from moetrain.launch import heartbeat, local
 from moetrain.moe.kernels import cpu_gemm
-from moetrain.observe import meter
+from moetrain.observe.collect import meter
 from moetrain.recovery import memory
 from moetrain.training.loop import train
 from tests.grid import on_grid

@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from moetrain.observe.alerts import Alert
-from moetrain.observe.tracker import Metrics
+from moetrain.observe.collect.alerts import Alert
+from moetrain.observe.sinks.tracker import Metrics
 
 
 class TensorBoard:

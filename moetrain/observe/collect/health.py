@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.layer import LayerStats
-from moetrain.observe.arrays import Array
-from moetrain.observe.congestion import gamma_eff
+from moetrain.observe.collect.arrays import Array
+from moetrain.observe.collect.congestion import gamma_eff
 
 STARVING = 0.1  # of an even share
 

@@ -24,8 +24,8 @@ from moetrain.moe.planning.cost import Costs, compute_seconds
 from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing import Router
 from moetrain.moe.routing.balance import Losses
-from moetrain.observe import health
-from moetrain.observe.arrays import Array, stack
+from moetrain.observe.collect import health
+from moetrain.observe.collect.arrays import Array, stack
 
 TIMES = ("data", "forward", "backward", "update")
 ALL_PHASES = (*TIMES, *PHASES, *BACKWARD_PHASES)

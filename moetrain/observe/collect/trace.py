@@ -16,8 +16,8 @@ import numpy as np
 from moetrain.common import disk
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.planning.cost import Limits
-from moetrain.observe.arrays import BROKEN, Array, read_arrays, stack
-from moetrain.observe.meter import ALL_PHASES, Reading, waited
+from moetrain.observe.collect.arrays import BROKEN, Array, read_arrays, stack
+from moetrain.observe.collect.meter import ALL_PHASES, Reading, waited
 
 PART = 20  # samples
 SHAPES = {  # of one sample; the first few letters of an empty trace's axes are zero

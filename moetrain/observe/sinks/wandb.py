@@ -19,9 +19,9 @@ import numpy as np
 from moetrain.common import disk
 from moetrain.common.console import console
 from moetrain.config import Config
-from moetrain.observe.alerts import Alert
-from moetrain.observe.arrays import Array
-from moetrain.observe.tracker import Metrics, one_line
+from moetrain.observe.collect.alerts import Alert
+from moetrain.observe.collect.arrays import Array
+from moetrain.observe.sinks.tracker import Metrics, one_line
 
 MOST_BINS = 512  # that a histogram may have
 CELL = 12  # pixels of an expert in the heat map

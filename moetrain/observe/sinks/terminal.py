@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain.common.console import console
-from moetrain.observe.alerts import Alert
-from moetrain.observe.tracker import Metrics
+from moetrain.observe.collect.alerts import Alert
+from moetrain.observe.sinks.tracker import Metrics
 
 LINES = 20  # that a run has where the output is no terminal, about
 DEVICES, HOTTEST = 8, 3  # shown

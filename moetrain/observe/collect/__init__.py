@@ -1,0 +1,1 @@
+"""What is measured of a step, a layer, a router, an expert: gathered on every rank."""

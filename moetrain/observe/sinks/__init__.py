@@ -1,0 +1,1 @@
+"""Where metrics go: the terminal, JSONL, wandb, TensorBoard."""
