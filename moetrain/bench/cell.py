@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moetrain.bench import cases
 from moetrain.bench.cases import Shape
 from moetrain.distributed.comm import all_gather
-from moetrain.distributed.mesh import Expert, Mesh
+from moetrain.distributed.mesh import ExpertGroup, Mesh
 from moetrain.engine import calibrate
 from moetrain.engine.precision import DTYPES
 from moetrain.moe.clock import Clock
@@ -47,7 +47,7 @@ def layer_of(shape: Shape, experts: int | None = None) -> calibrate.Layer:
     return calibrate.Layer(shape.dim, shape.hidden, experts or shape.experts, shape.top_k, DTYPES[shape.dtype])
 
 
-def build(shape: Shape, ep: Expert, device: torch.device) -> Experts:
+def build(shape: Shape, ep: ExpertGroup, device: torch.device) -> Experts:
     """The experts of one rank, random; nobody ever holds all of them."""
     with torch.device("meta"):
         experts = Experts(shape.dim, shape.hidden, shape.experts)
@@ -211,7 +211,7 @@ class Setup:
 Timed = Callable[[], tuple[float, float]]
 
 
-def interleave(runs: list[Timed], repeats: int, ep: Expert, device: torch.device) -> np.ndarray:
+def interleave(runs: list[Timed], repeats: int, ep: ExpertGroup, device: torch.device) -> np.ndarray:
     """[repeats, runs, 2] seconds (forward, in all) of the slowest rank; one run after another, each after a barrier.
 
     Each turn begins with another run: what comes after the bare GEMMs finds other caches than what comes after a layer.
@@ -228,5 +228,5 @@ def interleave(runs: list[Timed], repeats: int, ep: Expert, device: torch.device
     return all_gather(local, ep.rows).amax(0).cpu().numpy()
 
 
-def barrier(ep: Expert, device: torch.device) -> None:
+def barrier(ep: ExpertGroup, device: torch.device) -> None:
     all_gather(torch.zeros(1, device=device), ep.rows).cpu()

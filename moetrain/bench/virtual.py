@@ -25,7 +25,7 @@ from moetrain.bench.cell import Cell, Gemms, Inputs, build, layer_of, now
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import Grid
 from moetrain.common.console import console, errors
-from moetrain.distributed.mesh import Expert, Mesh
+from moetrain.distributed.mesh import ExpertGroup, Mesh
 from moetrain.engine import calibrate
 from moetrain.engine.precision import DTYPES
 from moetrain.moe.exchange.dispatch import Route
@@ -222,9 +222,9 @@ class Runner:
         return {**found, "rows": len(route.row_A), "sent": cell.bytes_sent(plan), "peak": peak}
 
 
-def _place(rank: int, num_ranks: int, post: Post) -> Expert:
+def _place(rank: int, num_ranks: int, post: Post) -> ExpertGroup:
     links = cast(Any, Links(rank, num_ranks, post))
-    return Expert(rank, num_ranks, rows=links, lend=links)
+    return ExpertGroup(rank, num_ranks, rows=links, lend=links)
 
 
 LINKS = "links: nodes of 8 with NVLink at 300 GB/s, 33 GB/s between nodes (cost.layer_time)"

@@ -19,11 +19,27 @@ from moetrain.distributed import shared_memory as lanes
 
 Splits = Sequence[int]
 _at_once = False
-_lanes: dict[dist.ProcessGroup, lanes.Lane] = {}
+_lanes: "dict[Group, lanes.Lane]" = {}
 
 
-def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+class Alone:
+    """The group of one process: nothing is ever sent. Stands in where there is no process group."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+ALONE = Alone()
+Group = dist.ProcessGroup | Alone
+
+
+def all_gather(local: Tensor, group: Group) -> Tensor:
     """[...] of every rank, stacked: [R, ...]. No gradient."""
+    if isinstance(group, Alone):
+        return local[None]
     out = local.new_empty(group.size() * local.numel())
     with warnings.catch_warnings():  # newer versions of torch have a new name for it, older ones do not
         warnings.simplefilter("ignore", FutureWarning)
@@ -31,25 +47,37 @@ def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out.view(group.size(), *local.shape)
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Summed over all ranks, in place. No gradient."""
-    dist.all_reduce(tensor)
+def all_reduce_sum(tensor: Tensor, *groups: Group) -> Tensor:
+    """Summed over the ranks of each group in turn, in place; over all ranks where none is named. No gradient."""
+    for group in groups or (everyone(),):
+        if not isinstance(group, Alone):
+            dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def broadcast(tensor: Tensor) -> Tensor:
-    """Rank 0's values, in place."""
-    dist.broadcast(tensor, 0)
+def everyone() -> Group:
+    """All ranks; this process alone where no process group has been made."""
+    if not dist.is_initialized():
+        return ALONE
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def broadcast(tensor: Tensor, group: Group | None = None) -> Tensor:
+    """The values of the group's rank 0, in place. `group` None: all ranks."""
+    group = group or everyone()
+    if not isinstance(group, Alone):
+        dist.broadcast(tensor, group=group, group_src=0)
     return tensor
 
 
-def broadcast_text(text: str, device: torch.device) -> str:
-    """Rank 0's text."""
+def broadcast_text(text: str, device: torch.device, group: Group | None = None) -> str:
+    """The text of the group's rank 0. `group` None: all ranks."""
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    size = broadcast(torch.tensor(len(data), device=device))
+    size = broadcast(torch.tensor(len(data), device=device), group)
     if len(data) != int(size):
         data = torch.zeros(int(size), dtype=torch.uint8, device=device)
-    return bytes(broadcast(data).tolist()).decode()
+    return bytes(broadcast(data, group).tolist()).decode()
 
 
 def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
@@ -74,8 +102,11 @@ def receive(out: Tensor, source: int, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def barrier() -> None:
-    dist.barrier()
+def barrier(group: Group | None = None) -> None:
+    """Wait for the ranks of the group. `group` None: for all."""
+    group = group or everyone()
+    if not isinstance(group, Alone):
+        dist.barrier(group=group)
 
 
 class Pending:
@@ -92,17 +123,15 @@ class Pending:
         return self._out
 
 
-def outgoing(like: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
+def outgoing(like: Tensor, count: int, group: Group) -> Tensor:
     """[count, ...] to fill with rows for other ranks and to send as a whole: perhaps where these can read them."""
     lane = _lanes.get(group)
     return like.new_empty(count, *like.shape[1:]) if lane is None else lane.outgoing(like, count)
 
 
-def start_all_to_all(
-    rows: Tensor, send: Splits, receive: Splits, group: dist.ProcessGroup, out: Tensor | None = None
-) -> Pending:
+def start_all_to_all(rows: Tensor, send: Splits, receive: Splits, group: Group, out: Tensor | None = None) -> Pending:
     """Begin to send `rows` [sum(send), ...], `send[r]` of them to rank r. No gradient."""
-    if group.size() == 1:
+    if isinstance(group, Alone) or group.size() == 1:
         return Pending(rows, None)
     rows = rows.contiguous()
     lane = _lanes.get(group)
@@ -118,10 +147,12 @@ def start_all_to_all(
 
 
 @contextmanager
-def shared_memory(groups: Sequence[dist.ProcessGroup], timeout: float) -> Iterator[None]:
+def shared_memory(groups: Sequence[Group], timeout: float) -> Iterator[None]:
     """Where all ranks of a group are on this host, its all-to-alls leave out the network."""
     try:
         for group in groups:
+            if isinstance(group, Alone):
+                continue
             lane = lanes.connect(group.rank(), group.size(), partial(gather_texts, group=group), timeout)
             if lane is not None:
                 _lanes[group] = lane

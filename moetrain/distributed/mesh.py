@@ -17,20 +17,44 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.common.errors import ConfigError
-from moetrain.distributed.comm import shared_memory
+from moetrain.distributed.comm import ALONE, Group, everyone, shared_memory
 from moetrain.launch.worker import STORE_SOCKET
 
 SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
 
 
 @dataclass(frozen=True)
-class Expert:
+class ExpertGroup:
     """The ranks among which one set of experts is shared."""
 
     rank: int
     size: int
-    rows: dist.ProcessGroup  # counts, dispatch and combine
-    lend: dist.ProcessGroup  # the same ranks, a communicator of its own: weights travel while rows do
+    rows: Group  # counts, dispatch and combine
+    lend: Group  # the same ranks, a communicator of its own: weights travel while rows do
+
+    @classmethod
+    def alone(cls) -> "ExpertGroup":
+        """The group of one process that holds all experts; there need be no process group at all."""
+        return cls(0, 1, ALONE, ALONE)
+
+    @classmethod
+    def from_group(cls, group: dist.ProcessGroup | DeviceMesh) -> "ExpertGroup":
+        """The group of an existing process group, or of a device mesh with one axis. Never makes the default group.
+
+        All ranks of the group call it: it makes the second communicator, for lending, with
+        `torch.distributed.new_group`. Raises `ConfigError` where a device mesh has several axes, or this process is
+        not in the group.
+        """
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ConfigError(f"group: must be one axis of the device mesh, mesh[NAME]; it has {group.ndim} axes")
+            group = group.get_group()
+        if not isinstance(group, dist.ProcessGroup) or group.rank() < 0:
+            raise ConfigError("group: this process is not in it; every rank passes the group that it belongs to")
+        if group.size() == 1:
+            return cls.alone()
+        lend = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+        return cls(group.rank(), group.size(), group, lend)
 
 
 @dataclass(frozen=True)
@@ -39,7 +63,7 @@ class Mesh:
     world: int
     device: torch.device
     device_bytes: int  # memory of the smallest GPU of all ranks; 0: CPUs
-    ep: Expert
+    ep: ExpertGroup
     dense: DeviceMesh  # dense parameters: (dp_shard) or (dp_replicate, dp_shard)
     expert_data: DeviceMesh  # a rank's expert shard: (expert_data) or (dp_replicate, expert_data)
     dp_replicate: int
@@ -49,6 +73,11 @@ class Mesh:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def everyone(self) -> Group:
+        """All ranks of the world."""
+        return everyone()
 
 
 @contextmanager
@@ -144,7 +173,7 @@ def _build_axes(rank: int, world: int, ep: int | None, replicate: int, device: t
     saving, peers = (
         dist.new_group(timeout=SLOWEST_SAVE, backend="gloo" if device.type == "cuda" else None) for _ in range(2)
     )
-    expert = Expert(rank % ep, ep, grid.get_group("ep"), lend)
+    expert = ExpertGroup(rank % ep, ep, grid.get_group("ep"), lend)
     return Mesh(
         rank=rank,
         world=world,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.distributed.comm import Pending
-from moetrain.distributed.mesh import Expert
+from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.clock import Clock
 from moetrain.moe.exchange import guests
 from moetrain.moe.exchange.dispatch import Route
@@ -46,11 +46,14 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.ep: Expert | None = None
+        self.ep = ExpertGroup.alone()
+        self.store = Store.empty(0, 1, num_experts)
         self.max_rows: int | None = None
         self.keep_hidden = True
 
-    def shard(self, ep: Expert, guest_slots: int = 0, max_rows: int | None = None, keep_hidden: bool = True) -> None:
+    def shard(
+        self, ep: ExpertGroup, guest_slots: int = 0, max_rows: int | None = None, keep_hidden: bool = True
+    ) -> None:
         """Keep the experts whose home is `ep.rank`.
 
         `guest_slots`: guests that stay here until the last backward of an optimizer step; `max_rows`: rows computed at
@@ -65,7 +68,7 @@ class Experts(nn.Module):
     @property
     def home(self) -> Ints:
         """[E] the rank that owns each expert."""
-        return default_home(self.num_experts, self.ep.size if self.ep else 1)
+        return default_home(self.num_experts, self.ep.size)
 
     @property
     def limits(self) -> Limits:
@@ -74,7 +77,7 @@ class Experts(nn.Module):
 
     def own_experts(self) -> list[int]:
         """Global numbers of the experts kept here, in the order of their slots."""
-        return (self.home == (self.ep.rank if self.ep else 0)).nonzero()[0].tolist()
+        return (self.home == self.ep.rank).nonzero()[0].tolist()
 
     def forward(
         self,
@@ -89,7 +92,6 @@ class Experts(nn.Module):
 
         `most_per_token`: selections of any token on any rank. `meanwhile(x_TD)` is added; it runs while rows travel.
         """
-        assert self.ep is not None, "shard() comes first"
         trip = Trip(self, plan, clock)
         with clock.phase("lend"):
             trip.start_lending((self.gate_up, self.down))
@@ -111,7 +113,6 @@ class Trip:
     grad_weights: Pending
 
     def __init__(self, experts: Experts, plan: Plan, clock: Clock) -> None:
-        assert experts.ep is not None
         self.ep, self.store, self.home, self.max_rows = experts.ep, experts.store, experts.home, experts.max_rows
         self.keep_hidden = experts.keep_hidden
         self.plan, self.clock = plan, clock

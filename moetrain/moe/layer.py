@@ -141,7 +141,6 @@ class MoE(nn.Module):
                 is_row_N = expert_N < num_experts if kept_N is None else kept_N & (expert_N < num_experts)
             per_token = _count(token_N, max(num_tokens, 1), is_row_N).max()
             ep = self.experts.ep
-            assert ep is not None, "experts.shard() comes first"
             facts = torch.cat([kept_E[:num_experts], per_token[None]])
             with clock.phase("wait_counts"):
                 gathered = all_gather(facts, ep.rows).cpu().numpy()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moetrain.distributed.comm import Pending, outgoing, start_all_to_all
-from moetrain.distributed.mesh import Expert
+from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.kernels import api as kernels
 from moetrain.moe.kernels.api import Bags
 from moetrain.moe.planning.plan import Ints, Plan
@@ -34,7 +34,7 @@ Runs = tuple[Ints, Ints]  # values, and how often each of them
 class Route:
     """One rank's tables for one layer and micro-step."""
 
-    ep: Expert
+    ep: ExpertGroup
     selection_N: Tensor  # which selection is the n-th announced (by rank, then expert)
     note_N: Tensor  # where its announcement stands
     announced: list[int]  # [R] selections announced to each rank, and one header
@@ -52,7 +52,9 @@ class Route:
     most: int  # selections of a token
 
     @classmethod
-    def of(cls, routing: Routing, plan: Plan, ep: Expert, num_tokens: int, most: int, dtype: torch.dtype) -> "Route":
+    def of(
+        cls, routing: Routing, plan: Plan, ep: ExpertGroup, num_tokens: int, most: int, dtype: torch.dtype
+    ) -> "Route":
         """Announces the selections to the ranks that compute them. One host sync: how many copies come and go.
 
         `most`: selections of a token, on any rank; `dtype`: of the rows.

@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from moetrain.distributed.comm import outgoing, start_all_to_all
-from moetrain.distributed.mesh import Expert
+from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.planning.cost_model import RELAY_FROM
 from moetrain.moe.planning.plan import Ints, Plan
 
@@ -64,7 +64,7 @@ class Mail:
         parcels: list[Parcel],
         write: Callable[[Parcel, Tensor], None],
         like: Tensor,
-        ep: Expert,
+        ep: ExpertGroup,
         ready: Tensor | None = None,
     ) -> None:
         """`write(parcel, out)` fills in what leaves here; `like` gives dtype and device. `ready`: what leaves, filled
@@ -91,7 +91,7 @@ class Mail:
 class Lending:
     """Weights on their way to their guests: `start`, then `relay`, then `finish`."""
 
-    def __init__(self, weights: Sequence[Tensor], first: int, copies: Sequence[Copy], ep: Expert) -> None:
+    def __init__(self, weights: Sequence[Tensor], first: int, copies: Sequence[Copy], ep: ExpertGroup) -> None:
         """`first`: the expert in slot 0 of `weights`."""
         self._ep, self._like = ep, weights[0]
         self._size = size_of(weights)
@@ -132,7 +132,7 @@ class Returning:
         copies: Sequence[Copy],
         like: Tensor,
         size: int,
-        ep: Expert,
+        ep: ExpertGroup,
         ready: Tensor | None = None,
     ) -> None:
         """`grads`: [W] of each guest here that leaves. `like` gives the dtype they travel in; `ready`: all of them one
@@ -260,7 +260,7 @@ class Store:
 class Packed:
     """Guests' gradients: `packed_GW`, and views of its rows as matrices."""
 
-    def __init__(self, num_guests: int, like: Sequence[Tensor], ep: Expert) -> None:
+    def __init__(self, num_guests: int, like: Sequence[Tensor], ep: ExpertGroup) -> None:
         """`like`: [S, ...] each. They are made where they can be sent from."""
         self.packed_GW = outgoing(like[0].new_empty(0, size_of(like)), num_guests, ep.lend)
         split_ = [split(row, like) for row in self.packed_GW]
