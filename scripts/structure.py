@@ -1,12 +1,13 @@
-"""The structure of the package in numbers: layers, import cycles, imports against the layers, long functions, small files.
+"""The structure of the package in numbers: layers, import cycles, imports against the layers, long functions.
 
   python scripts/structure.py                          # this checkout
   python scripts/structure.py --commit 50e3f9b         # any commit of this repository, without checking it out
   python scripts/structure.py --root FOLDER --json     # any other checkout, for machines
   python scripts/structure.py --violations             # each import that goes against the layers, and each cycle
 
-Every import counts, wherever it stands: at the top of a file, inside a function, or under TYPE_CHECKING. Only the front door
-`moetrain/__init__.py` is left out: it offers names of all layers, and nothing inside the package imports them from it.
+Every import counts, wherever it stands: at the top of a file, inside a function, or under TYPE_CHECKING. Only the
+front door `moetrain/__init__.py` is left out: it offers names of all layers, and nothing inside the package imports
+them from it.
 tests/system/test_architecture.py holds the package to the rules with these functions.
 """
 

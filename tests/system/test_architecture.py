@@ -12,12 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Imports that go against the layers today, and files that import each other in a circle. These lists may only shrink:
-# a line that is no longer true fails the test, as a new violation does.
+# Imports that go against the layers today, and files that import each other in a circle even without those. These lists
+# may only shrink: a line that is no longer true fails the test, as a new violation does.
 AGAINST_THE_LAYERS = """
 moetrain.config.rules -> moetrain.engine.deepspeed_config
 moetrain.config.rules -> moetrain.engine.precision
-moetrain.distributed.mesh -> moetrain.config
 moetrain.launch.heartbeat -> moetrain.moe.layer
 moetrain.moe.layer -> moetrain.config
 moetrain.moe.routing.balance -> moetrain.config
@@ -28,31 +27,11 @@ moetrain.moe.routing.grouped -> moetrain.config
 moetrain.moe.routing.recurrent -> moetrain.config
 moetrain.moe.routing.topk -> moetrain.config
 moetrain.moe.routing.zero_compute -> moetrain.config
-moetrain.observe.recorder -> moetrain.training.evaluate
-moetrain.observe.summary -> moetrain.training.evaluate
 moetrain.training.loop -> moetrain.report.build
 """
 FILES_IN_CYCLES = """
 moetrain.bench.plan
 moetrain.bench.plan_picture
-moetrain.config
-moetrain.config.compose
-moetrain.config.rules
-moetrain.config.schema
-moetrain.config.unused
-moetrain.distributed.mesh
-moetrain.engine.deepspeed_config
-moetrain.engine.precision
-moetrain.moe.routing
-moetrain.moe.routing.base
-moetrain.moe.routing.expert_choice
-moetrain.moe.routing.frozen
-moetrain.moe.routing.gating_residual
-moetrain.moe.routing.grouped
-moetrain.moe.routing.recurrent
-moetrain.moe.routing.round_robin
-moetrain.moe.routing.top_p
-moetrain.moe.routing.topk
 """
 
 
@@ -103,7 +82,11 @@ def test_every_import_obeys_the_layers(structure: ModuleType) -> None:
 
 
 def test_no_files_import_each_other_in_a_circle(structure: ModuleType) -> None:
-    found = {module for cycle in structure.find_cycles(structure.read_graph(ROOT)) for module in cycle}
+    graph = structure.read_graph(ROOT)
+    for line in AGAINST_THE_LAYERS.split("\n")[1:-1]:
+        module, _, other = line.partition(" -> ")
+        graph[module].discard(other)
+    found = {module for cycle in structure.find_cycles(graph) for module in cycle}
     known = set(FILES_IN_CYCLES.split())
     assert not found - known, "new import cycles"
     assert not known - found, "these are mended: take them off the list"
