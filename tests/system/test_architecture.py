@@ -32,6 +32,8 @@ moetrain.training.loop -> moetrain.report.build
 FILES_IN_CYCLES = """
 moetrain.bench.plan
 moetrain.bench.plan_picture
+moetrain.config.rules
+moetrain.config.schema
 """
 
 
