@@ -10,7 +10,7 @@ import sys
 
 from moetrain.bench.namespaces import Hosts
 from moetrain.config import ConfigError
-from moetrain.launch.worker import say_bad_input
+from moetrain.launch.worker import report_bad_input
 
 PER_HOST = 2
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         with Hosts(rate) as hosts:
             codes = [worker.wait() for worker in hosts.start_ranks(["train", *overrides], PER_HOST)]
     except ConfigError as error:
-        return say_bad_input(error)
+        return report_bad_input(error)
     return max(codes, key=abs)
 
 

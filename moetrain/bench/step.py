@@ -69,8 +69,8 @@ class Bench:
         """After the warm-up: ordinary steps from scratch; from a checkpoint, steps that change nothing."""
         corpus, loader = open_data(settings)
         settings = with_vocabulary(settings, corpus)
-        saved = checkpoint.given(settings)
-        settings = precision.settled(settings, mesh, checkpoint.dtype_of(None, saved))
+        saved = checkpoint.find_named(settings)
+        settings = precision.settled(settings, mesh, checkpoint.known_dtype(None, saved))
         engine = build_engine(build(settings), mesh, settings)
         if saved is not None:
             checkpoint.load(saved, engine)
@@ -173,7 +173,7 @@ def records(bench: Bench, options: Options) -> Records:
             "tokens_per_step": tokens,
             "micro_steps": settings.micro_steps(mesh.world),
             "by_domain": options.by_domain,
-            "start": settings.checkpoint.resume if checkpoint.given(settings) else None,
+            "start": settings.checkpoint.resume if checkpoint.find_named(settings) else None,
             "seed": settings.train.seed,
             "warmup": options.warmup,
             "repeats": options.repeats,

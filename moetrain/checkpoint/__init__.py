@@ -9,29 +9,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moetrain.checkpoint.manifest import newest, progress
-from moetrain.checkpoint.resume import check_data, check_fits, dtype_of, given, goes_on, to_resume
+from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_named, find_to_resume, known_dtype
 
 if TYPE_CHECKING:
-    from moetrain.checkpoint.agreeing import Start, agree, first_whole
+    from moetrain.checkpoint.agreeing import Start, agree_on_start, first_whole
     from moetrain.checkpoint.loading import load
     from moetrain.checkpoint.saving import Saver
 
 __all__ = [
     "Saver",
     "Start",
-    "agree",
+    "agree_on_start",
     "check_data",
     "check_fits",
-    "dtype_of",
+    "continues_own",
+    "find_named",
+    "find_to_resume",
     "first_whole",
-    "given",
-    "goes_on",
+    "known_dtype",
     "load",
     "newest",
     "progress",
-    "to_resume",
 ]
-_PLACES = {"Saver": "saving", "load": "loading", "Start": "agreeing", "agree": "agreeing", "first_whole": "agreeing"}
+_PLACES = {
+    "Saver": "saving",
+    "load": "loading",
+    "Start": "agreeing",
+    "agree_on_start": "agreeing",
+    "first_whole": "agreeing",
+}
 
 
 def __getattr__(name: str) -> Any:

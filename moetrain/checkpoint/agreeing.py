@@ -10,7 +10,7 @@ from torch import nn
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.loading import check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
-from moetrain.checkpoint.resume import check_data, check_fits, goes_on, to_resume
+from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_to_resume
 from moetrain.config import Config, ConfigError
 from moetrain.distributed.comm import broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
@@ -21,16 +21,16 @@ class Start(NamedTuple):
     notes: list[str]  # what was passed over, and why
 
 
-def agree(config: Config, folder: Path, mesh: Mesh, model: nn.Module, data: Mapping[str, str]) -> Start:
+def agree_on_start(config: Config, folder: Path, mesh: Mesh, model: nn.Module, data: Mapping[str, str]) -> Start:
     """What the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of bytes.
 
     `model`: whole, on the meta device; `data`: the corpus's fingerprint. Raises `ConfigError` on all ranks where
-    `to_resume` does, where no checkpoint of the run is whole although there are some, and where the model has other
-    entries or the data another meaning.
+    `find_to_resume` does, where no checkpoint of the run is whole although there are some, and where the model has
+    other entries or the data another meaning.
     """
-    _first_rank_checks(mesh, lambda: to_resume(config, folder))
+    _first_rank_checks(mesh, lambda: find_to_resume(config, folder))
     choice = config.checkpoint.resume
-    again = goes_on(config, folder) and (choice == "auto" or newest(folder) is not None)
+    again = continues_own(config, folder) and (choice == "auto" or newest(folder) is not None)
     choice = broadcast_text("auto" if again else choice, mesh.device)
     candidates = manifest.folders(folder) if choice == "auto" else [] if choice == "none" else [Path(choice)]
     path, passed = first_whole(candidates, mesh)

@@ -12,7 +12,7 @@ from moetrain.config import Balance, Config, ConfigError
 FREE = {"skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change in a run
 
 
-def goes_on(config: Config, folder: Path) -> bool:
+def continues_own(config: Config, folder: Path) -> bool:
     """Whether `checkpoint.resume` lets a run in `folder` go on with what is its own.
 
     `auto` does. A path or `none` says how a run begins: the same command again goes on with it.
@@ -23,7 +23,7 @@ def goes_on(config: Config, folder: Path) -> bool:
     return (runs.config_of(folder) or {}).get("checkpoint", {}).get("resume") == choice
 
 
-def dtype_of(folder: Path | None, saved: Path | None) -> str:
+def known_dtype(folder: Path | None, saved: Path | None) -> str:
     """What the run in `folder` computes in, or else the run of the checkpoint `saved`; empty where there is neither."""
     known = runs.config_of(folder) if folder is not None else None
     if known is not None and "dtype" in known.get("train", {}):
@@ -31,19 +31,20 @@ def dtype_of(folder: Path | None, saved: Path | None) -> str:
     return str(manifest.read(saved)["config"]["train"].get("dtype", "")) if saved is not None else ""
 
 
-def to_resume(config: Config, folder: Path | None) -> Path | None:
+def find_to_resume(config: Config, folder: Path | None) -> Path | None:
     """The checkpoint that `checkpoint.resume` means for a run in `folder`, if any; the tensors' bytes are not read.
 
     Raises `ConfigError` where it is not there, damaged or foreign, or where going on from it would mix two runs in one
     folder.
     """
     present = newest(folder) if folder is not None else None
-    if config.checkpoint.resume == "auto" or (folder is not None and present is not None and goes_on(config, folder)):
+    own = folder is not None and present is not None and continues_own(config, folder)
+    if config.checkpoint.resume == "auto" or own:
         if present is not None:
             check_fits(config, present, same_run=True)
             _check_steps(config, present, progress(present)[0])
         return present
-    path = given(config)
+    path = find_named(config)
     if path is not None:
         _check_steps(config, path, progress(path)[0] + 1)
     if present is not None and (
@@ -64,7 +65,7 @@ def _check_steps(config: Config, path: Path, fewest: int) -> None:
         raise ConfigError(f"train.steps={steps}: {rule}")
 
 
-def given(config: Config) -> Path | None:
+def find_named(config: Config) -> Path | None:
     """The folder that `checkpoint.resume` names, if it names one.
 
     Raises `ConfigError` where it is not there, visibly damaged, or of another model.

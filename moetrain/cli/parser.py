@@ -68,7 +68,7 @@ VERBS |= {"config": CONFIG, "doctor": doctor.DOCTOR}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(worker.say_bad_input(ConfigError(f"{message}; `{self.prog} --help` says what there is")))
+        self.exit(worker.report_bad_input(ConfigError(f"{message}; `{self.prog} --help` says what there is")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     takes_overrides = options.verb not in ("bench", "report", "workspace") or getattr(options, "what", "") == "step"
     if unknown := [word for word in more if not takes_overrides or "=" not in word or word.startswith("-")]:
         if takes_overrides and unknown[0].startswith("--"):
-            return worker.say_bad_input(_no_option(unknown[0], given))
+            return worker.report_bad_input(_no_option(unknown[0], given))
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides += more
     options.given = given
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             unused.check_verb(options.verb, options.overrides)
         return functions[options.verb](options)
     except ConfigError as error:
-        return worker.say_bad_input(error)
+        return worker.report_bad_input(error)
 
 
 def _no_option(unknown: str, given: list[str]) -> ConfigError:
@@ -254,7 +254,7 @@ def _bench_step(options: argparse.Namespace) -> int:
     settings = config.load(options.overrides)
     if step_options.Options.of(options).peers:
         step_options.check_peer(settings)
-    checkpoint.given(settings)
+    checkpoint.find_named(settings)
     return _with_workers(options, settings, "bench")
 
 
@@ -276,7 +276,7 @@ def _check_run(settings: "Config") -> None:
     from moetrain import checkpoint, runs
 
     runs.check_writable(settings)
-    checkpoint.to_resume(settings, runs.folder_of(settings) if settings.run.name else None)
+    checkpoint.find_to_resume(settings, runs.folder_of(settings) if settings.run.name else None)
 
 
 def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) -> int:
@@ -297,8 +297,8 @@ def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) ->
         open_data(settings)
     with ExitStack() as held:
         if place is not None:
-            if verb == "train" and settings.run.name is not None and worker.answers_for_its_job():
-                held.enter_context(lock.held(runs.folder_of(settings)))
+            if verb == "train" and settings.run.name is not None and worker.is_first_of_external_job():
+                held.enter_context(lock.hold(runs.folder_of(settings)))
             layout = settings.layout(workers)
             return run_on_rank(
                 lambda mesh: _do(options, settings, verb, mesh),
@@ -314,8 +314,8 @@ def _with_workers(options: argparse.Namespace, settings: "Config", verb: str) ->
                 settings = runs.with_name(settings)
                 arguments.insert(1, f"run.name={settings.run.name}")
             folder = runs.folder_of(settings)
-            held.enter_context(lock.held(folder))
-            again = local.Again(settings.recovery.restarts, runs.heartbeats(folder))
+            held.enter_context(lock.hold(folder))
+            again = local.RestartPolicy(settings.recovery.restarts, runs.heartbeats(folder))
         return local.launch(arguments, workers, again)
 
 

@@ -70,8 +70,8 @@ console = Terminal(soft_wrap=True, width=None if Console().is_terminal else 110)
 errors = Terminal(soft_wrap=True, stderr=True)
 
 
-class Voice:
-    """Speaks on the terminal and into `log.txt`; `silent` ranks do neither."""
+class RunLogger:
+    """Prints to the terminal and to the run's `log.txt`; on `silent` ranks it does neither."""
 
     def __init__(self, log: Path | None, silent: bool = False) -> None:
         self._file = (
@@ -80,16 +80,16 @@ class Voice:
         self._copies = [Terminal(file=self._file, width=120)] if self._file else []
         self.silent = silent
 
-    def say(self, *what: Any, style: str | None = None) -> None:
+    def print(self, *what: Any, style: str | None = None) -> None:
         if not self.silent:
             console.print(*what, style=style)
             for copy in self._copies:
-                with suppress(OSError):  # a full disk: it is said on the terminal
+                with suppress(OSError):  # a full disk: the terminal has the line
                     copy.print(*what, style=style)
 
-    def say_all(self, lines: Iterable[str]) -> None:
+    def print_lines(self, lines: Iterable[str]) -> None:
         for line in lines:
-            self.say(line)
+            self.print(line)
 
     def close(self) -> None:
         if self._file:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from moetrain import runs
-from moetrain.checkpoint.resume import goes_on
+from moetrain.checkpoint.resume import continues_own
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
 
@@ -149,7 +149,7 @@ def open_data(config: Config) -> tuple[Corpus, Samples]:
     Raises `ConfigError`; needs no process group.
     """
     folder = runs.folder_of(config) if config.run.name else None
-    trained_on = runs.corpus_of(folder) if folder is not None and goes_on(config, folder) else None
+    trained_on = runs.corpus_of(folder) if folder is not None and continues_own(config, folder) else None
     corpus = Corpus(prepare.ensure(config.data, trained_on))
     corpus.hold()
     with_vocabulary(config, corpus)

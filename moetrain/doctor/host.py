@@ -154,7 +154,7 @@ def _disks(config: Config) -> Iterator[Finding]:
 def _shared_memory(config: Config) -> Finding:
     if not memory.ROOT.is_dir():
         return Finding("memory", NOTE, f"there is no {memory.ROOT}", "recovery.snapshot_every=0")
-    if said := memory.foreign(memory.root()):
+    if said := memory.distrust_reason(memory.root()):
         return Finding("memory", BAD, f"{said}: no snapshots", "have it removed, or recovery.snapshot_every=0")
     usage = shutil.disk_usage(memory.ROOT)
     needed = 2 * STATES * parameters(config)

@@ -13,18 +13,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
 from moetrain.common import disk
 from moetrain.launch.worker import end_now
-
-if TYPE_CHECKING:  # a launcher reads heartbeats, without torch
-    from torch import nn
 
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 5  # so many missed ones: the process is stopped or gone, or its host is
@@ -51,8 +46,11 @@ class Beat:
         return f"step {self.step}, {layer}{self.phase}"
 
 
-class Heart:
-    """Of one rank. `mark` is cheap: a tuple, a thread writes. The context holds the thread."""
+class Heartbeat:
+    """The heartbeat of one rank: a thread, alive inside the context, writes the last phase that `mark_phase` named.
+
+    `mark_phase` is cheap: it stores a tuple.
+    """
 
     def __init__(self, folder: Path, rank: int, world: int, timeout: float) -> None:
         self._folder, self._rank, self._world, self._timeout = folder, rank, world, timeout
@@ -63,7 +61,7 @@ class Heart:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Heart":
+    def __enter__(self) -> "Heartbeat":
         self._folder.mkdir(parents=True, exist_ok=True)
         self._write()
         self._thread.start()
@@ -74,19 +72,11 @@ class Heart:
         self._thread.join()
         self._write()
 
-    def watch(self, model: "nn.Module") -> None:
-        """Have every MoE layer of `model` say in which phase it is."""
-        from moetrain.moe.layer import MoE
-
-        for number, layer in enumerate(model.get_submodule("layers").children()):
-            for moe in (m for m in layer.modules() if isinstance(m, MoE)):
-                moe.mark = partial(self.mark, number)
-
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         self._begun += 1
         self._place = (step, 0, None, "data", time.time())
 
-    def mark(self, layer: int | None, phase: str) -> None:
+    def mark_phase(self, layer: int | None, phase: str) -> None:
         step, marks, *_ = self._place
         self._place = (step, marks + 1, layer, phase, time.time())
 
@@ -103,7 +93,8 @@ class Heart:
             if waited > limit and seen[3] not in LONG and self._begun:
                 self._write()
                 time.sleep(2 * self._beat)  # so that those that stand still too have said where
-                end_now(report(read(self._folder, self._world), self._rank, waited, SILENT_BEATS * self._beat))
+                beats = read_beats(self._folder, self._world)
+                end_now(describe_stall(beats, self._rank, waited, SILENT_BEATS * self._beat))
 
     def _write(self) -> None:
         step, marks, layer, phase, since = self._place
@@ -116,8 +107,8 @@ class Heart:
                 os.close(handle)
 
 
-def read(folder: Path, world: int | None = None) -> list[Beat]:
-    """The last of every rank below `world` that has one, or of all there are."""
+def read_beats(folder: Path, world: int | None = None) -> list[Beat]:
+    """Read the last beat of every rank below `world` that has one; None: of all ranks there are."""
     paths = sorted(folder.glob("rank_*")) if world is None else [_path(folder, rank) for rank in range(world)]
     out = []
     for path in paths:
@@ -126,13 +117,13 @@ def read(folder: Path, world: int | None = None) -> list[Beat]:
     return out
 
 
-def furthest(folder: Path) -> int:
-    """The step that a rank of the run has reached; 0: none."""
-    return max((beat.step for beat in read(folder)), default=0)
+def furthest_step(folder: Path) -> int:
+    """Return the furthest step that a rank of the run has reached; 0: none."""
+    return max((beat.step for beat in read_beats(folder)), default=0)
 
 
-def report(beats: Sequence[Beat], own: int, waited: float, silence: float) -> str:
-    """One line: which rank is missing and where it was last seen, and where the others wait.
+def describe_stall(beats: Sequence[Beat], own: int, waited: float, silence: float) -> str:
+    """Describe in one line which rank is missing and where it was last seen, and where the others wait.
 
     Missing are those that say nothing any more (for longer than `silence`); else those that are behind the others.
     """
@@ -148,7 +139,7 @@ def report(beats: Sequence[Beat], own: int, waited: float, silence: float) -> st
     here = next((b.host for b in beats if b.rank == own), "")
     for beat in missing:
         state = _state(beat) if how != "is behind" and beat.host == here else ""
-        ago = newest - (beat.since if how == "is behind" else beat.now)
+        ago = max(0.0, newest - (beat.since if how == "is behind" else beat.now))  # a clock may have been set back
         lines.append(f"rank {beat.rank} on {beat.host} {state or how}, last seen {ago:.0f} s ago in {beat.place()}")
     if not missing:
         lines.append("every rank is alive and as far as the others: the network between them may be cut")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -70,25 +70,28 @@ class Failure(NamedTuple):
     rank: int
     code: int  # below zero: killed by that signal
     message: str
+    pids: Collection[int] = ()  # of all workers of the attempt
 
 
-class Again(NamedTuple):
-    """When workers that died are started again: `times` in a row without getting further in the run."""
+class RestartPolicy(NamedTuple):
+    """Workers that died are started again up to `times` times in a row without getting further in the run."""
 
     times: int
     heartbeats: Path  # of the run, which say how far it got
 
 
-def launch(arguments: Sequence[str], workers: int, again: Again | None = None) -> int:
-    """Run `python -m moetrain ARGUMENTS` in `workers` processes on this host. Returns the exit code."""
+def launch(arguments: Sequence[str], workers: int, restarts: RestartPolicy | None = None) -> int:
+    """Run `python -m moetrain ARGUMENTS` in `workers` processes on this host and return the exit code.
+
+    `restarts`: when workers that died are started again; None: never.
+    """
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     console.print(f"starting {workers} worker{'s' * (workers > 1)}", style="dim")
     requests = _Requests()
-    in_vain, reached = 0, heartbeat.furthest(again.heartbeats) if again else 0
+    in_vain, reached = 0, heartbeat.furthest_step(restarts.heartbeats) if restarts else 0
     while True:
-        began = time.time()
-        failure = _run(arguments, workers, requests)
+        failure = _run_attempt(arguments, workers, requests)
         if failure is None:
             return 0
         if requests.interrupted:
@@ -98,20 +101,21 @@ def launch(arguments: Sequence[str], workers: int, again: Again | None = None) -
             return REQUEUE
         if failure.code == BAD_INPUT:  # a worker has said what was wrong already
             return BAD_INPUT
-        beats = [beat for beat in heartbeat.read(again.heartbeats) if beat.now > began] if again else []
+        beats = heartbeat.read_beats(restarts.heartbeats) if restarts else []
+        beats = [beat for beat in beats if beat.pid in failure.pids]  # of this attempt, whatever the clock says
         where = next((f" in {beat.place()}" for beat in beats if beat.rank == failure.rank and beat.step), "")
         errors.print(styled((f"rank {failure.rank} failed{where}:", "bold red"), (f"\n{failure.message}", "")))
-        if again is None or failure.code == GAVE_UP:
+        if restarts is None or failure.code == GAVE_UP:
             return 1
         here = max((beat.step for beat in beats), default=0)
         if failure.code > 0 and not here:  # it raised before its first step, and would again
             return 1
         in_vain = 1 if here > reached else in_vain + 1
         reached = max(reached, here)
-        if in_vain > again.times:
+        if in_vain > restarts.times:
             return 1
         errors.print(
-            f"the workers start again ({in_vain} of {again.times} times without getting beyond step {reached})"
+            f"the workers start again ({in_vain} of {restarts.times} times without getting beyond step {reached})"
         )
 
 
@@ -140,7 +144,7 @@ class _Requests:
             self.insists = True
 
 
-def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure | None:
+def _run_attempt(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure | None:
     """One attempt. All workers are gone when it returns."""
     with ExitStack() as stack:
         listening = stack.enter_context(socket.create_server((LOOPBACK, 0)))
@@ -175,7 +179,8 @@ def _run(arguments: Sequence[str], workers: int, requests: _Requests) -> Failure
                     if code == REQUEUE:
                         _wait(running, GOODBYE_SECONDS)
                     if code:
-                        return Failure(rank, code, _message(words[rank], code))
+                        pids = [worker.pid for worker in running]
+                        return Failure(rank, code, _message(words[rank], code), pids)
                 if all(code == 0 for code in codes):
                     return None
                 if requests.insists:

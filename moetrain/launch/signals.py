@@ -19,24 +19,24 @@ INTERRUPTED = 130  # exit code
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 ONE_PRESS_SECONDS = 0.5  # a launcher passes on what the terminal has sent already
 
-_asked = threading.Event()
+_requested = threading.Event()
 
 
-def asked() -> bool:
-    """Whether this process was asked to end."""
-    return _asked.is_set()
+def end_requested() -> bool:
+    """Tell whether this process was asked to end."""
+    return _requested.is_set()
 
 
-def leave_when_asked() -> None:
-    """Until a training loop begins, and after it, there is nothing to save: end at once."""
+def end_on_request() -> None:
+    """End this process at once when it is asked to: before a training loop, and after it, there is nothing to save."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(REQUEUE))
 
 
 @contextmanager
-def heeded() -> Iterator[None]:
-    """Inside, the first request is noted (`asked`), to be agreed upon at a step's end; a second Ctrl-C ends at once."""
+def note_requests() -> Iterator[None]:
+    """Inside, note the first request (`end_requested`), for the ranks to agree on; a second Ctrl-C ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -69,4 +69,4 @@ def _listen(reading: int) -> None:
         if number[0] == signal.SIGHUP:
             forget_terminal()
         if number[0] in REQUESTS:
-            _asked.set()
+            _requested.set()

@@ -1,4 +1,4 @@
-"""A worker's life around its task: it dies with its launcher, and leaves word of how it ended where that one looks."""
+"""A worker around its task: it dies with its launcher, and writes how it ended to the file that the launcher reads."""
 
 import ctypes
 import errno
@@ -41,13 +41,13 @@ def let_gpu_segments_grow() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def answers_for_its_job() -> bool:
-    """Whether this worker is the first of a job that torchrun or Slurm started. Our launcher speaks for its workers."""
+def is_first_of_external_job() -> bool:
+    """Tell whether this worker is rank 0 of a job of torchrun or Slurm. Our own launcher acts for its workers."""
     return os.environ.get("RANK") == "0" and STORE_SOCKET not in os.environ
 
 
-def say_bad_input(error: Exception) -> int:
-    """One line on each host, once, however many workers found the same mistake. Returns the exit code."""
+def report_bad_input(error: Exception) -> int:
+    """Print one line on each host, however many workers found the same mistake, and return the exit code."""
     number = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
     if number.isdecimal() and int(number) > 0:
         time.sleep(2)  # a launcher ends all workers when the first one exits: leave the first of the host time to speak
@@ -58,23 +58,23 @@ def say_bad_input(error: Exception) -> int:
 
 
 def _ask_torchrun_to_end() -> None:
-    """Where torchrun, our parent, would start its workers again: a mistake stays one. It exits with 1."""
+    """Stop torchrun, our parent, where it would start its workers again: they would make the same mistake."""
     restarts, most = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if restarts.isdecimal() and most.isdecimal() and int(restarts) < int(most):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(os.getppid(), signal.SIGTERM)
 
 
-def work(body: Callable[[], None]) -> int:
-    """Run a worker's part. Returns its exit code; never raises."""
-    signals.leave_when_asked()
+def run_worker(body: Callable[[], None]) -> int:
+    """Run `body` and return the exit code of this worker; what it raises is reported, never raised again."""
+    signals.end_on_request()
     try:
         body()
     except ConfigError as error:
-        return say_bad_input(error)
+        return report_bad_input(error)
     except Ended as end:
         if str(end):
-            _leave_word(str(end), str(end))
+            _write_error(str(end), str(end))
         return end.code
     except KeyboardInterrupt:
         return signals.INTERRUPTED
@@ -84,11 +84,11 @@ def work(body: Callable[[], None]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             line = f"{error.strerror}{f': {error.filename}' if error.filename else ''}; what was saved before stays"
-            _leave_word(line, line)
+            _write_error(line, line)
             return 1
-        if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)) and not signals.asked():
+        if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)) and not signals.end_requested():
             time.sleep(PATIENCE_SECONDS)
-        _leave_word(f"{type(error).__name__}: {error}", traceback.format_exc())
+        _write_error(f"{type(error).__name__}: {error}", traceback.format_exc())
         return 1
     return 0
 
@@ -96,15 +96,15 @@ def work(body: Callable[[], None]) -> int:
 def end_now(line: str) -> None:
     """End this process from any of its threads, whatever the others wait for; `line` says why."""
     errors.print(line)
-    _leave_word(line, line, spoken=True)
+    _write_error(line, line, printed=True)
     os._exit(1)
 
 
-def _leave_word(message: str, details: str, spoken: bool = False) -> None:
-    """For the launcher, as torch's own workers do; on the terminal where there is none."""
+def _write_error(message: str, details: str, printed: bool = False) -> None:
+    """Write an error to the launcher's file, as torch's own workers do; to the terminal where there is no launcher."""
     rank = int(os.environ.get("RANK", 0))
     if ERROR_FILE in os.environ:
         about = {"py_callstack": details, "timestamp": str(int(time.time()))}
         Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
-    elif not spoken and (details != message or rank == 0):
+    elif not printed and (details != message or rank == 0):
         errors.print(details if details == message else f"rank {rank} failed:\n{details}")

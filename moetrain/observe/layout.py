@@ -4,7 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain import __version__
-from moetrain.common.console import Voice
+from moetrain.common.console import RunLogger
 from moetrain.config import Config
 from moetrain.data.loader import Corpus
 from moetrain.distributed.mesh import Mesh
@@ -12,7 +12,7 @@ from moetrain.moe.routing import ROUTERS
 from moetrain.observe.estimate import GIB, Estimate, short
 
 
-def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: Voice) -> None:
+def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, logger: RunLogger) -> None:
     m, t = config.model, config.train
     shard = mesh.world // mesh.dp_replicate
     micro = config.micro_batch(mesh.world)
@@ -47,8 +47,8 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, voice: 
         ("run", f"{config.run.dir}/{config.run.name}"),
     ):
         table.add_row(Text(name, "dim"), text)
-    voice.say(f"moetrain {__version__}", style="bold")
-    voice.say(table)
+    logger.print(f"moetrain {__version__}", style="bold")
+    logger.print(table)
     if warning := ROUTERS[config.router.name].warning:
-        voice.say(warning, style="yellow")
-    voice.say()
+        logger.print(warning, style="yellow")
+    logger.print()

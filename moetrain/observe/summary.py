@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain.common import disk
-from moetrain.common.console import Voice, styled
+from moetrain.common.console import RunLogger, styled
 from moetrain.config import Config
 from moetrain.data.bigram import Bigram
 from moetrain.data.held_out import held_out_windows
@@ -120,7 +120,7 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def show(found: dict[str, Any], voice: Voice) -> None:
+def show(found: dict[str, Any], logger: RunLogger) -> None:
     table = Table(
         title="Held-out bits per byte (lower is better)", title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
@@ -157,17 +157,17 @@ def show(found: dict[str, Any], voice: Voice) -> None:
         ),
     ):
         facts.add_row(Text(name, "dim"), text)
-    voice.say()
-    voice.say(Panel(facts, title=Text("Run complete", "bold"), title_align="left", width=100))
+    logger.print()
+    logger.print(Panel(facts, title=Text("Run complete", "bold"), title_align="left", width=100))
     if (said := beaten(found["bits_per_byte"], found["bigram_bits_per_byte"])) is not None:
-        voice.say(said, style="yellow")
-    voice.say(table)
+        logger.print(said, style="yellow")
+    logger.print(table)
     if None in found["bits_per_byte"].values():
-        voice.say(f"–: {NOT_EVALUATED}")
+        logger.print(f"–: {NOT_EVALUATED}")
     if found["bigram_bits_per_byte"]:
-        voice.say("bigram: tuned on the held-out text, fitted on the very tokens the model saw", style="dim")
+        logger.print("bigram: tuned on the held-out text, fitted on the very tokens the model saw", style="dim")
     for item in found["generated"]:
-        voice.say(styled((f"\n{item['title']}", "bold"), (" prompt, then what the model wrote:", "dim")))
-        voice.say(styled((item["prompt"], ""), (item["text"], "green")))
+        logger.print(styled((f"\n{item['title']}", "bold"), (" prompt, then what the model wrote:", "dim")))
+        logger.print(styled((item["prompt"], ""), (item["text"], "green")))
     places = "report.html, run.png, metrics.jsonl, checkpoints/, load_trace/"
-    voice.say(styled(("\nEverything is in ", ""), (found["run"], "bold"), (f": {places}", "")))
+    logger.print(styled(("\nEverything is in ", ""), (found["run"], "bold"), (f": {places}", "")))

@@ -64,7 +64,7 @@ def root() -> Path:
     return ROOT / f"moetrain-{os.getuid()}"
 
 
-def home(run: str, host: str) -> Path:
+def host_folder(run: str, host: str) -> Path:
     """Of a run, by its identity, on a host."""
     return root() / run / host
 
@@ -79,11 +79,11 @@ def stamp_file(slot: Path, rank: int) -> Path:
 
 def stamps(place: Path) -> Iterator[tuple[Path, Stamp]]:
     """(slot, stamp) of the files below a host's folder that are there in their length; their bytes are not read."""
-    if foreign(place):
+    if distrust_reason(place):
         return
     for path in sorted(place.glob("*/rank_*.json")):
         with suppress(OSError, ValueError):
-            if foreign(path.parent) or not _is_ours(path):
+            if distrust_reason(path.parent) or not _is_ours(path):
                 continue
             stamp = TypeAdapter(Stamp).validate_json(disk.read(path))
             data = data_file(path.parent, stamp.rank)
@@ -126,9 +126,9 @@ def mapped(path: Path, size: int) -> Tensor:
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 
-def forget(place: Path) -> None:
+def remove(place: Path) -> None:
     """Take a run's snapshots off this host."""
-    if foreign(place):
+    if distrust_reason(place):
         return
     shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):
@@ -136,12 +136,12 @@ def forget(place: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """A folder below `root()`, every level of it this user's alone. Raises `OSError`, see `foreign`."""
+    """A folder below `root()`, every level of it this user's alone. Raises `OSError`, see `distrust_reason`."""
     for level in _levels(folder):
         disk.make_private(level)
 
 
-def foreign(folder: Path) -> str:
+def distrust_reason(folder: Path) -> str:
     """Why what is in a folder below `root()` may be somebody else's, in words; empty: it is not, or not there."""
     with suppress(FileNotFoundError):
         return next(filter(None, map(disk.not_private, _levels(folder))), "")
@@ -161,5 +161,5 @@ def _is_ours(path: Path) -> bool:
 
 def left_behind() -> list[tuple[Path, int]]:
     """(folder of a run, bytes) of all snapshots of this user on this host."""
-    runs = sorted(root().iterdir()) if root().is_dir() and not foreign(root()) else []
+    runs = sorted(root().iterdir()) if root().is_dir() and not distrust_reason(root()) else []
     return [(run, sum(p.stat().st_size for p in run.rglob("*") if p.is_file())) for run in runs]

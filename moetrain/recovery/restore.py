@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 def newest(run: str, mesh: Mesh, hosts: Sequence[str], after: int) -> Found | None:
     """The newest whole snapshot of more than `after` steps, the same on every rank. Reads every byte of it, once."""
-    place = memory.home(run, hosts[mesh.rank])
+    place = memory.host_folder(run, hosts[mesh.rank])
     here = {(slot.name, stamp.rank): stamp for slot, stamp in memory.stamps(place)}
     told = gather_texts(
         json.dumps([[slot, asdict(stamp) | {"holding": {}}] for (slot, _), stamp in here.items()]), mesh.saving
@@ -81,7 +81,7 @@ def assemble(found: Found, run: str, mesh: Mesh, hosts: Sequence[str], layout: d
     old = found.layout["ranks"]
     needs = {r: [r] if found.layout == layout else list(range(old)) for r in range(mesh.world)}
     host = hosts[mesh.rank]
-    place = memory.home(run, host)
+    place = memory.host_folder(run, host)
     for file, to, source in _moves(found, needs, hosts):
         if mesh.rank == source:
             slot = place / next(slot for name, slot in found.where[file] if name == host)

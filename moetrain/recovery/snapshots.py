@@ -46,7 +46,7 @@ class Snapshots(Behind):
         """`run`: its identity; `hosts`: of every rank; `layout`: as in a checkpoint's manifest."""
         super().__init__()
         self._mesh, self._engine, self._layout, self._hosts = mesh, engine, layout, hosts
-        self._place = memory.home(run, hosts[mesh.rank])
+        self._place = memory.host_folder(run, hosts[mesh.rank])
         keeper = keepers(hosts)
         self._to = keeper[mesh.rank]
         self._from = [rank for rank, to in enumerate(keeper) if to == mesh.rank]
@@ -95,7 +95,7 @@ class Snapshots(Behind):
         self._held.clear()
         all_reduce_sum(torch.zeros(1, device=self._mesh.device))
         if self._is_first_here:
-            memory.forget(self._place)
+            memory.remove(self._place)
 
     def _work(self, slot: str, stamp: Stamp) -> None:
         try:
@@ -137,7 +137,7 @@ class Snapshots(Behind):
         if not memory.ROOT.is_dir():
             return f"no snapshots in memory: there is no {memory.ROOT}"
         if code not in (errno.ENOSPC, errno.ENOMEM):
-            said = memory.foreign(self._place / slot) or f"{memory.root()} on some host: {os.strerror(code)}"
+            said = memory.distrust_reason(self._place / slot) or f"{memory.root()} on some host: {os.strerror(code)}"
             return f"no snapshots in memory: {said}"
         here = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]]
         most = 2 * len(here) * size * (1 if self._to is None else 2)
@@ -145,7 +145,7 @@ class Snapshots(Behind):
 
     def _clear_assembled(self) -> None:
         """What this start was loaded from, `restore.assemble`: all ranks have by now."""
-        if memory.foreign(self._place):
+        if memory.distrust_reason(self._place):
             return
         for path in self._place.glob(f"for_rank_{self._mesh.rank:05d}"):
             shutil.rmtree(path, ignore_errors=True)
@@ -159,7 +159,7 @@ class Snapshots(Behind):
 
     def _clear_others(self, slot: str) -> None:
         """Files of ranks that an earlier start with more of them had here; one rank a host does it."""
-        if not self._is_first_here or memory.foreign(self._place / slot):
+        if not self._is_first_here or memory.distrust_reason(self._place / slot):
             return
         here = {rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]}
         keep = here | {rank for rank, to in enumerate(keepers(self._hosts)) if to in here}

@@ -3,6 +3,7 @@
 import json
 import socket
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,29 +14,31 @@ from moetrain import checkpoint, runs
 from moetrain.checkpoint import Start, manifest
 from moetrain.checkpoint.saving import layout_of
 from moetrain.common import disk
-from moetrain.common.console import Voice
+from moetrain.common.console import RunLogger
 from moetrain.config import Config
 from moetrain.distributed.comm import all_reduce_sum, broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine
 from moetrain.engine.calibrate import COSTS
 from moetrain.launch import signals
-from moetrain.launch.heartbeat import Heart
+from moetrain.launch.heartbeat import Heartbeat
+from moetrain.models.transformer import Transformer
+from moetrain.moe.layer import MoE
 from moetrain.recovery import memory, restore
 from moetrain.recovery.guard import Guard
 from moetrain.recovery.snapshots import Snapshots
 
 
-def newer(start: Start, config: Config, folder: Path, mesh: Mesh) -> Start:
+def find_newer(start: Start, config: Config, folder: Path, mesh: Mesh) -> Start:
     """`start`, or the run's newest snapshot in memory where that is further. All ranks call it, and agree.
 
     Raises `ConfigError` where the snapshot is of another model or other data.
     """
-    if not checkpoint.goes_on(config, folder):
+    if not checkpoint.continues_own(config, folder):
         return start
     run = _identity(folder, mesh, make=False)
     hosts = _hosts(mesh)
-    mine = memory.foreign(memory.home(run, hosts[mesh.rank])) if run else ""
+    mine = memory.distrust_reason(memory.host_folder(run, hosts[mesh.rank])) if run else ""
     if said := next(filter(None, gather_texts(mine, mesh.saving)), ""):
         start = start._replace(notes=[*start.notes, f"a snapshot in memory would not be used: {said}"])
     found = restore.newest(run, mesh, hosts, checkpoint.progress(start.path)[0]) if run else None
@@ -63,44 +66,51 @@ class Watch:
     `begin` and `end` enclose a step; `end` enters one small collective.
     """
 
-    def __init__(self, config: Config, folder: Path, mesh: Mesh, engine: Engine, first: int, voice: Voice) -> None:
+    def __init__(self, config: Config, folder: Path, mesh: Mesh, engine: Engine, first: int, logger: RunLogger) -> None:
         """`first`: steps done when the loop begins."""
         options = config.recovery
-        self._mesh, self._voice, self._every = mesh, voice, options.snapshot_every
+        self._mesh, self._logger, self._every = mesh, logger, options.snapshot_every
         self._run = _identity(folder, mesh, make=True)
         self.guard = Guard(folder / "recovery", mesh, options.skips, saved=first > 0)
-        self._heart = Heart(runs.heartbeats(folder), mesh.rank, mesh.world, options.timeout)
-        self._heart.watch(engine.model)
+        self._heartbeat = Heartbeat(runs.heartbeats(folder), mesh.rank, mesh.world, options.timeout)
+        self._follow_layers(engine.model)
         self._snapshots = Snapshots(self._run, mesh, engine, layout_of(config, mesh), _hosts(mesh))
         self._last = first
         self._stack = ExitStack()
 
     def __enter__(self) -> "Watch":
-        self._stack.enter_context(signals.heeded())
-        self._stack.enter_context(self._heart)
+        self._stack.enter_context(signals.note_requests())
+        self._stack.enter_context(self._heartbeat)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
+    def _follow_layers(self, model: Transformer) -> None:
+        """Have every MoE layer tell the heartbeat in which phase it is."""
+        for number, layer in enumerate(model.layers):
+            for moe in (module for module in layer.modules() if isinstance(module, MoE)):
+                moe.mark = partial(self._heartbeat.mark_phase, number)
+
     def begin(self, step: int) -> None:
-        self._heart.begin(step)
+        self._heartbeat.begin_step(step)
 
     def mark(self, phase: str) -> None:
         """A part of the step that is not of a layer."""
-        self._heart.mark(None, phase)
+        self._heartbeat.mark_phase(None, phase)
 
     def end(self, step: int, samples: int, norm: float) -> bool:
         """Whether all ranks have agreed to end here. Raises `Diverged` after too many steps that were not finite."""
         self.mark("end of the step")
         if said := self.guard.judge(step, norm):
-            self._voice.say(said)
-        votes = torch.tensor([signals.asked(), self._snapshots.busy], dtype=torch.int64, device=self._mesh.device)
+            self._logger.print(said)
+        own = [signals.end_requested(), self._snapshots.busy]
+        votes = torch.tensor(own, dtype=torch.int64, device=self._mesh.device)
         asked, busy = all_reduce_sum(votes).tolist()
         due = self._every and step - self._last >= self._every
         if due and not busy and not self.guard.in_a_row:
             if said := self._snapshots.take(step, samples):
-                self._voice.say(said)
+                self._logger.print(said)
             self._last, self.guard.saved = step, True
         return asked > 0
 

@@ -23,8 +23,8 @@ SILENCE_SECONDS = 3.0  # in which a run that is alive has written a heartbeat
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The lock of the run in `folder`, which is made if it is not there; a dead holder's is taken over.
+def hold(folder: Path) -> Iterator[None]:
+    """Hold the lock of the run in `folder`, which is made if need be; the lock of a dead holder is taken over.
 
     Raises `ConfigError` where another job holds it.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moetrain import checkpoint, runs
 from moetrain.common import versions
-from moetrain.common.console import Voice
+from moetrain.common.console import RunLogger
 from moetrain.config import Config
 from moetrain.data import prepare
 from moetrain.data.loader import open_data, with_vocabulary
@@ -34,10 +34,10 @@ def train(config: Config, mesh: Mesh) -> Path:
     config = with_vocabulary(runs.absolute(config), corpus)
     folder = runs.folder_of(config)
     model = build(config)
-    start = checkpoint.agree(config, folder, mesh, model, corpus.fingerprint)
+    start = checkpoint.agree_on_start(config, folder, mesh, model, corpus.fingerprint)
     said: list[str] = []
-    config = precision.settled(config, mesh, checkpoint.dtype_of(folder, start.path), said.append)
-    saved, notes = recovery.newer(start, config, folder, mesh)
+    config = precision.settled(config, mesh, checkpoint.known_dtype(folder, start.path), said.append)
+    saved, notes = recovery.find_newer(start, config, folder, mesh)
     first, position = checkpoint.progress(saved)
     this_start: Start | None = None
     ended = summary.read(folder) if mesh.is_main and first >= config.train.steps else None
@@ -48,20 +48,20 @@ def train(config: Config, mesh: Mesh) -> Path:
         this_start = Start(folder, first, mesh)
         said += prepare.outdated(corpus.folder, config.data)
     barrier()
-    voice = Voice(folder / "log.txt", silent=not mesh.is_main)
-    voice.say_all([*versions.newer_than_tested(), *said, *notes])
+    logger = RunLogger(folder / "log.txt", silent=not mesh.is_main)
+    logger.print_lines([*versions.newer_than_tested(), *said, *notes])
     size = estimate(config, mesh.world)
-    describe(config, mesh, corpus, size, voice)
+    describe(config, mesh, corpus, size, logger)
 
     if finished:
-        voice.say(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
+        logger.print(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
         if ended is not None:
-            summary.show(ended, voice)
+            summary.show(ended, logger)
         return folder
     engine = build_engine(model, mesh, config)
     if saved is not None:
         checkpoint.load(saved, engine)
-        voice.say(f"resumed from {saved}, {first} steps done")
+        logger.print(f"resumed from {saved}, {first} steps done")
     engine.plan_with(calibrate.obtain(mesh, calibrate.Layer.of(config), folder, saved))
     peak = matmul_rate(mesh.device, engine.dtype)
 
@@ -70,7 +70,7 @@ def train(config: Config, mesh: Mesh) -> Path:
     with (
         checkpoint.Saver(folder, config, mesh, engine, corpus.fingerprint, first) as saver,
         Recorder(config, mesh, folder, first, corpus.domains, engine.model) as recorder,
-        recovery.Watch(config, folder, mesh, engine, first, voice) as watch,
+        recovery.Watch(config, folder, mesh, engine, first, logger) as watch,
     ):
         for step in range(first, config.train.steps):
             recorder.begin(step + 1)
@@ -93,7 +93,7 @@ def train(config: Config, mesh: Mesh) -> Path:
                 recorder.flush()
                 metrics["perf/checkpoint_stall_seconds"] = saver.save(step + 1, position)
                 watch.saved()
-            voice.say_all(saver.news())
+            logger.print_lines(saver.news())
             if metrics:
                 metrics |= {"train/lr": lr, "train/grad_norm": done.norm}
                 metrics |= {"train/tokens": position * config.train.seq_len, "train/skipped_steps": watch.skipped}
@@ -106,17 +106,17 @@ def train(config: Config, mesh: Mesh) -> Path:
                 saver.wait()
                 if this_start is not None:
                     this_start.end()
-                voice.say(f"asked to end: saved after step {step + 1}; the same command goes on from there")
+                logger.print(f"asked to end: saved after step {step + 1}; the same command goes on from there")
                 raise Preempted
 
-        voice.say("evaluating held-out text, generating some, drawing pictures", style="dim")
+        logger.print("evaluating held-out text, generating some, drawing pictures", style="dim")
         held_out = evaluate(engine.model, corpus, config, mesh)
         recorder.held_out(config.train.steps, held_out)
         prompts = prompts_of(corpus, config)
         texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
     if saver.saved == config.train.steps:
         watch.complete()
-    voice.say_all(saver.news())
+    logger.print_lines(saver.news())
     if this_start is not None:
         this_start.end()
     if mesh.is_main:
@@ -129,10 +129,10 @@ def train(config: Config, mesh: Mesh) -> Path:
             picture.draw(folder)
             found = summary.collect(folder, config, size, held_out.scores, bigram, written)
             report.write_of(folder)
-            summary.show(found, voice)
+            summary.show(found, logger)
         except OSError as error:
-            voice.say(f"the run's picture, summary and report could not be written: {error.strerror}")
-    voice.close()
+            logger.print(f"the run's picture, summary and report could not be written: {error.strerror}")
+    logger.close()
     if saver.saved != config.train.steps:
         raise Ended(f"the state after step {config.train.steps} is not saved; what was said above tells why")
     return folder

@@ -24,7 +24,7 @@ def run_on_rank(
     """Join the ranks of the job as `place` says, run `task` on their mesh, and return the exit code of this process.
 
     `ep`, `dp_replicate` and `timeout` (seconds) as in `mesh.start`. `threads`: that torch computes with; None: an even
-    share of this host's cores. Never raises: what `task` raises is reported as `worker.work` does.
+    share of this host's cores. Never raises: what `task` raises is reported as `worker.run_worker` does.
     """
 
     def join_and_run() -> None:
@@ -41,4 +41,4 @@ def run_on_rank(
         with mesh.start(**place._asdict(), ep=ep, dp_replicate=dp_replicate, timeout=timeout) as joined:
             task(joined)
 
-    return worker.work(join_and_run)
+    return worker.run_worker(join_and_run)

@@ -178,7 +178,7 @@ def agreed(mesh: Mesh, folder: str, resume: str, names: list[str]) -> list[tuple
         place = Path(folder) / name
         choice = "auto" if resume == "auto" else str(place / "checkpoints" / resume)
         try:
-            start = checkpoint.agree(settings(resume=choice), place, mesh, model, DATA)
+            start = checkpoint.agree_on_start(settings(resume=choice), place, mesh, model, DATA)
             out.append((start.path.name if start.path else "", start.notes))
         except ConfigError as error:
             out.append(("error", [str(error)]))

@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 from moetrain.common import console
-from moetrain.common.console import Terminal, Voice, styled
+from moetrain.common.console import RunLogger, Terminal, styled
 from moetrain.observe import summary
 
 HOSTILE = ["x[/red]y", "ends in \\\\\\", "[bold]", ":smile:", "[link=file:///]", "\\[dim]"]
@@ -28,20 +28,20 @@ def out(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def test_text_is_never_markup(text: str, out: io.StringIO, tmp_path: Path) -> None:
     table = Table(box=None, show_header=False, padding=0)
     table.add_row(text)
-    voice = Voice(tmp_path / "log.txt")
+    logger = RunLogger(tmp_path / "log.txt")
     for what in (text, styled((text, "bold"), (text, "green")), table):
-        voice.say(what)
-    voice.close()
+        logger.print(what)
+    logger.close()
     lines = [text, text + text, text]
     assert [line.rstrip() for line in out.getvalue().splitlines()] == lines
     assert [line.rstrip() for line in (tmp_path / "log.txt").read_text().splitlines()] == lines
 
 
 def test_control_characters_are_shown_not_sent(out: io.StringIO, tmp_path: Path) -> None:
-    voice = Voice(None)
+    logger = RunLogger(None)
     for text in ("\x1b]0;title\x07a\x1b[31mred", "\u202egnirts", "one\r\ntwo\tthree\rfour", "\udce9"):
-        voice.say(text)
-        voice.say(styled((text, "bold")))
+        logger.print(text)
+        logger.print(styled((text, "bold")))
     shown = ["\\x1b]0;title\\x07a\\x1b[31mred", "\\u202egnirts", "one", "two\tthree\\x0dfour", "\\udce9"]
     assert out.getvalue().replace("two     three", "two\tthree").splitlines() == [
         *2 * shown[:1], *2 * shown[1:2], *2 * shown[2:4], *2 * shown[4:],
@@ -64,7 +64,7 @@ def test_a_summary_of_hostile_names_and_texts(out: io.StringIO) -> None:
         "rows_moved_fraction": 0.0,
         "generated": [{"title": "[/t]", "prompt": "p\\\\\\", "text": "\x1b[2J[/green]"}],
     }
-    summary.show(found, Voice(None))
+    summary.show(found, RunLogger(None))
     for expected in ("runs/x[/red]y", "[/all]", "[/t]", "p\\\\\\\\x1b[2J[/green]"):
         assert expected in out.getvalue()
 

@@ -95,7 +95,7 @@ import errno, os, sys
 from moetrain.launch import worker
 def body():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/config.yaml")
-sys.exit(worker.work(body))
+sys.exit(worker.run_worker(body))
 """
 
 
@@ -194,8 +194,8 @@ def test_small_state_files_that_are_damaged_count_as_missing(pool, tmp_path: Pat
         assert summary.read(tmp_path) is None
         assert runs.corpus_of(tmp_path) is None or text == b'{"a": 1}'
         assert runs.config_of(tmp_path) is None
-        assert heartbeat.read(tmp_path) == []
-        assert heartbeat.furthest(tmp_path) == 0
+        assert heartbeat.read_beats(tmp_path) == []
+        assert heartbeat.furthest_step(tmp_path) == 0
         assert pool.run(went_back, 1, str(tmp_path)) == [0]
     corpus = prepare.prepared(config.load(data).data)[0]
     manifest = json.loads((corpus / "manifest.json").read_text())
@@ -222,7 +222,7 @@ def newer(mesh: Mesh, identity: str, folder: str, overrides: list[str]) -> tuple
     snapshots = Snapshots(identity, mesh, Toy(mesh, 0), layout, watch._hosts(mesh))
     snapshots.take(3, 30)
     snapshots.wait()
-    start = watch.newer(Start(None, []), settings, Path(folder), mesh)
+    start = watch.find_newer(Start(None, []), settings, Path(folder), mesh)
     return start.path.name if start.path else "", start.notes
 
 
@@ -242,7 +242,7 @@ def test_a_snapshot_without_a_config_is_passed_over(pool, tmp_path: Path, data: 
         ((path, notes),) = pool.run(newer, 1, identity, str(folder), overrides)
         assert path == "step_3"
     finally:
-        memory.forget(memory.root() / identity)
+        memory.remove(memory.root() / identity)
 
 
 # What others on the host, or in a copied folder, have put there
@@ -329,7 +329,7 @@ def prepared_by_another(mesh: Mesh, shm: str, identity: str, other: bool) -> str
             owner = os.getuid() + 1
             (Path(shm) / f"moetrain-{owner - 1}").rename(Path(shm) / f"moetrain-{owner}")
             patch.setattr(os, "getuid", lambda: owner)
-        place = memory.home(identity, socket.gethostname())
+        place = memory.host_folder(identity, socket.gethostname())
         assert [*memory.stamps(place)] == []
         toy = Toy(mesh, 0)
         snapshots = Snapshots(identity, mesh, toy, {"engine": "toy", "ranks": 1}, [socket.gethostname()])
@@ -343,7 +343,7 @@ def prepared_by_another(mesh: Mesh, shm: str, identity: str, other: bool) -> str
 def test_shared_memory_is_closed_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where an earlier version left its upper levels open to be read; a stamp or file of another's counts not."""
     monkeypatch.setattr(memory, "ROOT", tmp_path)
-    place = memory.home("x-0123456789ab", "host")
+    place = memory.host_folder("x-0123456789ab", "host")
     place.parent.mkdir(parents=True, mode=0o755)
     path = memory.data_file(place / "a", 0)
     memory.reserve(path, 3)
@@ -369,9 +369,9 @@ def not_saved(mesh: Mesh, overrides: list[str]) -> tuple[str, int]:
             return "", 0
         except Ended as end:
             folder = runs.folder_of(config.load(overrides))
-            place = memory.home((folder / "recovery" / "run").read_text(), socket.gethostname())
+            place = memory.host_folder((folder / "recovery" / "run").read_text(), socket.gethostname())
             newest = max(stamp.step for _, stamp in memory.stamps(place))
-            memory.forget(place)
+            memory.remove(place)
             return str(end), newest
 
 

@@ -23,7 +23,7 @@ from moetrain.config.resize import fitting
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
 from moetrain.launch.exits import GAVE_UP, REQUEUE, Ended
-from moetrain.launch.heartbeat import Beat, Heart, furthest, read, report
+from moetrain.launch.heartbeat import Beat, Heartbeat, describe_stall, furthest_step, read_beats
 from moetrain.launch.worker import ERROR_FILE
 from moetrain.recovery import memory, restore
 from moetrain.recovery.guard import Guard
@@ -37,12 +37,12 @@ from tests.training.test_train import losses, rows_of, run
 LISTENER = """
 import ctypes, time
 from moetrain.launch import signals
-signals.leave_when_asked()
+signals.end_on_request()
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 lock(mutex)
-with signals.heeded():
+with signals.note_requests():
     print("ready", flush=True)
-    while not signals.asked():
+    while not signals.end_requested():
         time.sleep(0.01)
     print("asked", flush=True)
     {then}
@@ -113,7 +113,7 @@ def beat(rank: int, marks: int, layer: int | None, phase: str, now: float, host:
 
 def test_a_report_names_the_rank_that_is_silent() -> None:
     beats = [beat(0, 4, 1, "combine", 100), beat(1, 3, 1, "dispatch", 60, "y"), beat(2, 4, 1, "combine", 100)]
-    assert report(beats, 0, 30, 5) == (
+    assert describe_stall(beats, 0, 30, 5) == (
         "rank 0: no progress for 30 s; rank 1 on y says nothing any more, last seen 40 s ago in step 7, layer 1, "
         "dispatch; ranks 0, 2 wait in step 7, layer 1, combine"
     )
@@ -121,24 +121,24 @@ def test_a_report_names_the_rank_that_is_silent() -> None:
 
 def test_a_report_names_the_rank_that_is_behind_or_the_network() -> None:
     behind = [beat(0, 4, 1, "combine", 100), beat(1, 3, 1, "experts", 100)]
-    assert "rank 1 on x is behind, last seen 3 s ago in step 7, layer 1, experts; rank 0 waits" in report(
+    assert "rank 1 on x is behind, last seen 3 s ago in step 7, layer 1, experts; rank 0 waits" in describe_stall(
         behind, 0, 9, 5
     )
     level = [beat(0, 4, None, "update", 100), beat(1, 4, None, "update", 100, "y")]
-    assert report(level, 1, 9, 5) == (
+    assert describe_stall(level, 1, 9, 5) == (
         "rank 1: no progress for 9 s; every rank is alive and as far as the others: the network between them may be "
         "cut; ranks 0, 1 wait in step 7, update"
     )
 
 
 def test_a_heart_says_where_its_rank_is(tmp_path: Path) -> None:
-    with Heart(tmp_path / "heartbeat", 0, 1, timeout=300) as heart:
-        heart.begin(12)
-        heart.mark(3, "dispatch")
-    (found,) = read(tmp_path / "heartbeat")
+    with Heartbeat(tmp_path / "heartbeat", 0, 1, timeout=300) as heartbeat:
+        heartbeat.begin_step(12)
+        heartbeat.mark_phase(3, "dispatch")
+    (found,) = read_beats(tmp_path / "heartbeat")
     assert (found.pid, found.place(), found.marks) == (os.getpid(), "step 12, layer 3, dispatch", 1)
-    assert furthest(tmp_path / "heartbeat") == 12
-    assert furthest(tmp_path / "nothing") == 0
+    assert furthest_step(tmp_path / "heartbeat") == 12
+    assert furthest_step(tmp_path / "nothing") == 0
 
 
 # Steps that are not finite
@@ -261,7 +261,7 @@ def taken(mesh: Mesh, run: str, hosts: list[str], steps: list[int]) -> list[str]
             part.values.fill_(-1)
         snapshots.wait()
         torch.distributed.barrier()
-    place = memory.home(run, hosts[mesh.rank])
+    place = memory.host_folder(run, hosts[mesh.rank])
     return sorted(f"{stamp.rank} of step {stamp.step} in {slot.name}" for slot, stamp in memory.stamps(place))
 
 
@@ -296,13 +296,13 @@ def test_a_lost_host_costs_nothing_but_its_ranks(pool, identity: str, tmp_path: 
     costs.write_text("{}")
     held = pool.run(taken, 4, identity, hosts, [1, 2, 3])
     assert held == [[f"{r} of step {s} in {slot}" for r in range(4) for s, slot in ((2, "b"), (3, "a"))]] * 4
-    shutil.rmtree(memory.home(identity, "y"))
+    shutil.rmtree(memory.host_folder(identity, "y"))
     assert all(pool.run(check_restored, 4, identity, ["new", "new", "x", "x"], str(costs), 3))
     assert all(pool.run(check_restored, 2, identity, ["x", "x"], str(costs), 3))
-    shutil.rmtree(memory.home(identity, "new"))
-    flip(memory.home(identity, "x") / "a" / "rank_00002.safetensors")
+    shutil.rmtree(memory.host_folder(identity, "new"))
+    flip(memory.host_folder(identity, "x") / "a" / "rank_00002.safetensors")
     assert all(pool.run(check_restored, 3, identity, ["x"] * 3, str(costs), 2))
-    memory.stamp_file(memory.home(identity, "x") / "b", 0).unlink()
+    memory.stamp_file(memory.host_folder(identity, "x") / "b", 0).unlink()
     assert all(pool.run(check_restored, 3, identity, ["x"] * 3, str(costs), 0))
 
 
@@ -328,7 +328,7 @@ def forgotten(mesh: Mesh, run: str) -> bool:
     finally:
         memory.put_stamp = put_stamp
     torch.distributed.barrier()
-    return memory.home(run, "x").exists()
+    return memory.host_folder(run, "x").exists()
 
 
 def test_a_run_that_ends_waits_for_every_rank_before_its_snapshots_go(pool, identity: str) -> None:

@@ -37,7 +37,7 @@ def refused(tmp_path: Path) -> object:
 
     def ask() -> str:
         try:
-            with lock.held(tmp_path):
+            with lock.hold(tmp_path):
                 return ""
         except ConfigError as error:
             return str(error)
@@ -76,7 +76,7 @@ def test_the_first_worker_of_torchrun_holds_the_lock(
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with lock.held(tmp_path / "x"):
+    with lock.hold(tmp_path / "x"):
         code = cli.main(["train", "model=tiny", *data, f"run.dir={tmp_path}", "run.name=x"])
     assert code == 2
     assert "error: run.name=x: is being trained by process" in capfd.readouterr().err

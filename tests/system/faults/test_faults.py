@@ -179,7 +179,7 @@ def test_a_cut_link_is_named_and_one_host_goes_on_alone(job, sound, tmp_path: Pa
         assert "no progress for" in said
         assert "in step" in said
         run_of = (folder / "recovery" / "run").read_text()
-        shutil.rmtree(memory.home(run_of, hosts.names[1]))
+        shutil.rmtree(memory.host_folder(run_of, hosts.names[1]))
         alone = hosts.start(0, command, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", **HERE}, out)
         assert alone.wait(120) == 0, log.read_text()
     assert "a snapshot in memory is newer than what is on the disk: step 20" in " ".join(log.read_text().split())
