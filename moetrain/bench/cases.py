@@ -23,6 +23,8 @@ PERCENT = (30, 50, 80, 95)
 ZIPF = 1.1  # exponent
 FAVOURED = 0.7  # of a rank's selections into its favourite experts, under domain skew
 BALANCED = "balanced"
+HOST_EXPERTS = 16  # of `bench hosts`
+HOST_SCENARIOS = [BALANCED, "50 % into 4", "80 % into 1", "domain skew"]
 QUICK = (BALANCED, "50 % into 4", "95 % into 1", "domain skew")
 
 

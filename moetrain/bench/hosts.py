@@ -1,4 +1,4 @@
-"""`moetrain bench hosts`: a layer over a real slow wire. `hosts_options.HOSTS` says what is compared."""
+"""`moetrain bench hosts`: a layer over a real slow wire. `cli.bench.HOSTS` says what is compared."""
 
 import argparse
 import json
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moetrain.bench import hosts_options, tables
-from moetrain.bench.cases import Shape
+from moetrain.bench import tables
+from moetrain.bench.cases import HOST_EXPERTS, Shape
 from moetrain.bench.cell import Cell, Setup, interleave
 from moetrain.bench.namespaces import Hosts, sent_bytes
 from moetrain.common.console import console
@@ -89,7 +89,7 @@ def _wait(workers: list) -> int:
 
 def _measure_and_write(options: argparse.Namespace, mesh: Mesh) -> None:
     dtype = precision.agree(options.dtype, mesh)
-    shape = Shape(options.tokens, DIM, HIDDEN, hosts_options.EXPERTS, TOP_K, dtype)
+    shape = Shape(options.tokens, DIM, HIDDEN, HOST_EXPERTS, TOP_K, dtype)
     found = records(mesh, shape, options.scenario, options.per_host, options.repeats)
     if mesh.is_main:
         options.records.write_text(json.dumps(found))

@@ -1,41 +1,14 @@
-"""The command line of `moetrain bench step`. No torch."""
+"""What `moetrain bench step` measures, from its command line. No torch."""
 
 import argparse
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetrain.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from moetrain.config import Config
-
-STEP = """Whole training steps of a model on its data, natural routing against perfect balance: percent of ideal.
-
-Each repetition runs the same optimizer step, on the same micro-batches, under round-robin routing (the ideal) and under
-the router's own choices with each planner, one after another in a turning order. The learning rate is zero by then:
-nothing drifts. Percentages are medians of the ratios within a repetition.
-
-examples:
-  moetrain bench step                                       the default job after 30 steps of training
-  moetrain bench step --by-domain                           every rank reads another domain
-  moetrain bench step router.skew=2 --planners home,makespan
-  moetrain bench step --peers                               in turns with transformers' model of that shape under DDP
-  moetrain bench step checkpoint.resume=runs/demo/checkpoints/step_260
-"""
-
-
-def add_to(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("overrides", nargs="*", metavar="field=value", help="overrides of the configuration")
-    add("--planners", default="home,llep,makespan", metavar="NAME,NAME", help="default: %(default)s")
-    add("--repeats", type=int, default=15, help="default: %(default)s")
-    add("--warmup", type=int, default=30, help="ordinary steps first; with a checkpoint at lr 0; default: %(default)s")
-    add("--by-domain", action="store_true", help="measure with another domain of the corpus on every rank")
-    add("--peers", action="store_true", help="also transformers' Qwen3-MoE of the same shape under DDP")
-    add("--out", type=Path, metavar="FOLDER", help="write step.json and step.md")
-    add("--json", action="store_true", help="one JSON list")
 
 
 @dataclass(frozen=True)

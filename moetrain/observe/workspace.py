@@ -1,19 +1,7 @@
 """A ready wandb workspace for moetrain's metrics: `moetrain workspace ENTITY` saves it as a view of the project."""
 
-import argparse
-import importlib.util
-import json
 from typing import Any, NamedTuple
 
-from moetrain.common.console import console
-from moetrain.common.errors import ConfigError
-
-WORKSPACE = """Save a ready workspace with moetrain's charts in a wandb project.
-
-examples:
-  moetrain workspace my-team                                a view of the project `moetrain`; needs an account
-  moetrain workspace my-team --project moe --json           only show its definition
-"""
 NAME = "moetrain"
 PHASES = ("route", "plan", "lend", "dispatch", "experts", "combine")
 
@@ -62,30 +50,8 @@ SECTIONS: dict[str, list[Panel]] = {
 }
 
 
-def add_to(verb: argparse.ArgumentParser) -> None:
-    verb.set_defaults(overrides=[])
-    verb.add_argument("entity", help="the user or team that owns the project")
-    verb.add_argument("--project", default="moetrain", help="default: %(default)s")
-    verb.add_argument("--json", action="store_true", help="only show the definition, without an account")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Raises `ConfigError` where the package or the account is missing."""
-    if importlib.util.find_spec("wandb_workspaces") is None:
-        raise ConfigError("workspace: needs `pip install moetrain[workspace]`")
-    if options.json:
-        spec = _build(options.entity, options.project)._to_model().spec
-        print(json.dumps(json.loads(spec.model_dump_json(by_alias=True))))
-        return 0
-    import wandb
-
-    if not wandb.login(prompt=False):
-        raise ConfigError("workspace: needs a wandb account: set WANDB_API_KEY, or run `wandb login`")
-    console.print(_build(options.entity, options.project).save().url)
-    return 0
-
-
-def _build(entity: str, project: str) -> Any:
+def build(entity: str, project: str) -> Any:
+    """The workspace, not yet saved, as wandb's package has it."""
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
 

@@ -65,7 +65,7 @@ def test_a_sweep_that_is_asked_to_end_saves_the_run_in_progress(tiny: list[str],
         (["optim.lr=interval(0,1)"], "--multirun: BasicSweeper does not support sweep type : INTERVAL_SWEEP"),
         (["experiment=glob(router_top*)", "train.steps=1,0"], "train.steps=0: must be greater than 0"),
         (["run.name=a,b"], "run.name=a,b: a sweep has one name, its runs are named by what differs"),
-        (["planner=home,llep", "--json"], "--multirun: goes with none of --resolved, --dry-run and --json"),
+        (["planner=home,llep", "--json"], "--multirun: cannot be combined with --resolved, --dry-run or --json"),
     ],
 )
 def test_mistakes_come_before_any_run(

@@ -584,9 +584,9 @@ def test_the_command_line(full: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     for wrong, line in (
         ([str(tmp_path / "none")], "run="),
-        ([str(full), "--out", str(tmp_path / "no" / "page.html")], "out="),
+        ([str(full), "--out", str(tmp_path / "no" / "page.html")], "--out "),
         ([str(full), "--live", "--port", "99999"], "port=99999: must be a free port"),
-        ([str(full), "--live", "--png", "--json"], "live=true: must stand without --png, --json"),
+        ([str(full), "--live", "--png", "--json"], "--live: cannot be combined with --png, --json"),
     ):
         assert cli.main(["report", *wrong]) == 2
         assert capsys.readouterr().err.startswith(f"error: {line}")

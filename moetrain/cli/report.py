@@ -1,37 +1,36 @@
-"""The options of `moetrain report`, and what it does with them."""
+"""`moetrain report`."""
 
 import argparse
 import json
 import os
 from pathlib import Path
 
+from moetrain.cli import arguments
 from moetrain.common.console import console, styled
 from moetrain.common.errors import ConfigError
 
-REPORT = """One self-contained HTML page that explains a run, or several side by side.
+HELP = """Write one self-contained HTML page that explains a run, or several side by side.
 
 examples:
-  moetrain report                                           the newest run: writes RUN/report.html
-  moetrain report runs/demo --png                           and its main figures as RUN/figures/*.png
+  moetrain report                                           for the newest run; writes RUN/report.html
+  moetrain report runs/demo --png                           also its main figures, as RUN/figures/*.png
   moetrain report runs/a runs/b --out a-and-b.html          two runs compared
-  moetrain report --live runs/demo                          the same page of a run in progress, on 127.0.0.1
+  moetrain report --live runs/demo                          the same page for a run in progress, served on 127.0.0.1
 """
 
 
-def add_to(verb: argparse.ArgumentParser) -> None:
-    verb.set_defaults(overrides=[])
-    verb.add_argument("run", nargs="*", help="runs' folders or names; the newest run if left out")
+def add_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", nargs="*", help="folders or names of runs; default: the newest run")
     verb.add_argument(
         "--out", metavar="FILE", help="the page; default: report.html in the run's folder, or in the runs' common one"
     )
-    verb.add_argument("--png", action="store_true", help="write the main figures as figures/*.png beside the page")
+    verb.add_argument("--png", action="store_true", help="write the main figures to figures/*.png beside the page")
     verb.add_argument("--live", action="store_true", help="serve the page on 127.0.0.1 and keep it up to date")
-    verb.add_argument("--port", type=int, default=8765, help="of --live; 0: any that is free")
-    verb.add_argument("--json", action="store_true", help="print what was found as JSON")
+    verb.add_argument("--port", type=int, default=8765, help="port for --live; 0: any free one; default: %(default)s")
+    arguments.add_json(verb, "print the findings as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Raises `ConfigError`."""
     from moetrain import runs
     from moetrain.report import build, pictures
     from moetrain.report.read import open_run
@@ -39,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     writing = {"--out": options.out, "--png": options.png, "--json": options.json}
     if options.live and any(writing.values()):
         names = ", ".join(name for name, value in writing.items() if value)
-        raise ConfigError(f"live=true: must stand without {names}: it serves the page and writes nothing")
+        raise ConfigError(f"--live: cannot be combined with {names}: it serves the page and writes nothing")
     found = [open_run(name) for name in options.run or [str(runs.find(None))]]
     if options.live:
         return _serve(found, options.port)
@@ -52,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             else []
         )
     except OSError as error:
-        raise ConfigError(f"out={path}: must be a file that can be written ({error.strerror})") from None
+        raise ConfigError(f"--out {path}: must be a file that can be written ({error.strerror})") from None
     if options.json:
         keep = ("name", "cards", "findings", "missing")
         told = [{name: each[name] for name in keep} for each in page["runs"]]

@@ -1,17 +1,18 @@
-"""`moetrain doctor`: a line each."""
+"""`moetrain doctor`."""
 
 import argparse
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moetrain.cli import arguments
 from moetrain.common.console import console, styled
 from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
 
 if TYPE_CHECKING:
     from moetrain.config import Config
 
-DOCTOR = """What a run needs: is it here? One line each, with what to do. Exit code 1 where something is missing.
+HELP = """Check that this host has what a run needs: one line per check, with what to do. Exit code 1 if one fails.
 
 examples:
   moetrain doctor                                           this host, for the default model
@@ -21,16 +22,22 @@ examples:
 SIGNS = {GOOD: ("good", "green"), NOTE: ("note", "yellow"), BAD: ("bad ", "bold red")}
 
 
-def add_to(verb: argparse.ArgumentParser) -> None:
+def add_options(verb: argparse.ArgumentParser) -> None:
+    arguments.add_overrides(verb)
+    arguments.add_json(verb)
     verb.add_argument("--meet", metavar="HOST:PORT", help="an address of the first host, as for torchrun's rendezvous")
-    verb.add_argument("--nodes", type=int, default=2, metavar="N", help="hosts that meet (2)")
-    verb.add_argument("--patience", type=float, default=30, metavar="SECONDS", help="for hosts to come (30)")
+    verb.add_argument("--nodes", type=int, default=2, metavar="N", help="number of hosts that meet; default: 2")
+    verb.add_argument(
+        "--patience", type=float, default=30, metavar="SECONDS", help="how long to wait for the others; default: 30"
+    )
+    arguments.add_config_dir(verb)
 
 
-def run(config: "Config", options: argparse.Namespace) -> int:
-    """Returns the exit code."""
-    found = []
-    for finding in _all(config, options):
+def run(options: argparse.Namespace) -> int:
+    from moetrain import config
+
+    settings, found = config.load(options.overrides, options.config_dir), []
+    for finding in _examine(settings, options):
         found.append(finding)
         if not options.json:
             advice = f"\n{'':17}{finding.advice}" if finding.advice else ""
@@ -40,9 +47,9 @@ def run(config: "Config", options: argparse.Namespace) -> int:
     return 1 if any(finding.state == BAD for finding in found) else 0
 
 
-def _all(config: "Config", options: argparse.Namespace) -> Iterator[Finding]:
+def _examine(settings: "Config", options: argparse.Namespace) -> Iterator[Finding]:
     from moetrain.doctor import host, hosts
 
-    yield from host.examine(config)
+    yield from host.examine(settings)
     if options.meet:
         yield from hosts.meet(options.meet, options.nodes, options.patience)

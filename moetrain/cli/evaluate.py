@@ -1,0 +1,24 @@
+"""`moetrain eval`."""
+
+import argparse
+
+from moetrain.cli import arguments
+
+HELP = """Compute the held-out loss of a run's newest checkpoint, per domain.
+
+example:
+  moetrain eval runs/demo
+"""
+
+
+def add_options(verb: argparse.ArgumentParser) -> None:
+    arguments.add_run(verb)
+    arguments.add_overrides(verb)
+    arguments.add_json(verb)
+
+
+def run(options: argparse.Namespace) -> int:
+    from moetrain.cli.saved_run import load_run
+    from moetrain.cli.workers import run_with_workers
+
+    return run_with_workers(options, load_run(options.run, options.overrides), "eval")

@@ -1,0 +1,55 @@
+"""`moetrain train`."""
+
+import argparse
+from pathlib import Path
+
+from moetrain.cli import arguments
+from moetrain.common.errors import ConfigError
+
+HELP = """Train a model.
+
+examples:
+  moetrain train                                            the default job: model=small on local text
+  moetrain train model=tiny planner=home train.steps=50     override any field of configs/config.yaml
+  moetrain train router.skew=4 run.name=skewed              make the load uneven on purpose
+  torchrun --nproc-per-node 2 -m moetrain train             workers started by torchrun
+  moetrain train --dry-run parallel.nproc=64 train.global_batch=64 model=olmoe_1b7b
+                                                            parameters and memory per rank, in this process alone
+  moetrain train -m planner=home,llep train.seed=0,1 run.name=sweep
+                                                            a sweep of four runs, in runs/sweep/ (docs/sweep.md)
+"""
+
+
+def add_options(verb: argparse.ArgumentParser) -> None:
+    arguments.add_overrides(verb)
+    arguments.add_json(verb)
+    verb.add_argument("--resolved", metavar="FILE", help="a resolved configuration to use in place of the shipped YAML")
+    verb.add_argument("--dry-run", action="store_true", help="only show parameters and memory per rank")
+    verb.add_argument(
+        "-m", "--multirun", action="store_true", help="a sweep: one run for each combination of values a,b,c"
+    )
+    arguments.add_config_dir(verb)
+
+
+def run(options: argparse.Namespace) -> int:
+    from moetrain import checkpoint, config, runs
+    from moetrain.cli.workers import run_with_workers
+
+    if options.multirun:
+        from moetrain.cli import sweep
+
+        if options.resolved or options.dry_run or options.json:
+            raise ConfigError("--multirun: cannot be combined with --resolved, --dry-run or --json")
+        return sweep.run(options.overrides, options.config_dir)
+    if options.resolved:
+        settings = config.load_resolved(Path(options.resolved), options.overrides)
+    else:
+        settings = config.load(options.overrides, options.config_dir)
+    if options.dry_run:
+        from moetrain.launch import local
+        from moetrain.training import dry_run
+
+        return dry_run.run(settings, settings.parallel.nproc or local.auto_nproc(), options.json)
+    runs.check_writable(settings)
+    checkpoint.find_to_resume(settings, runs.folder_of(settings) if settings.run.name else None)
+    return run_with_workers(options, settings, "train")

@@ -1,0 +1,72 @@
+"""The workers of a verb: started here, or this process is one of them."""
+
+import argparse
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from moetrain.launch import worker
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
+    from moetrain.distributed.mesh import Mesh
+
+
+def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str) -> int:
+    """Be a worker where a launcher started this process as one; else start the workers, with the same arguments.
+
+    Returns the exit code; raises `ConfigError` before any process group exists.
+    """
+    from moetrain import runs
+    from moetrain.config import resize
+    from moetrain.data.loader import open_data
+    from moetrain.launch import local
+    from moetrain.runs import lock
+    from moetrain.training.ranks import run_on_rank
+
+    place = local.from_env()
+    workers = place.world if place else settings.parallel.nproc or local.auto_nproc()
+    if verb in ("train", "eval", "generate") and settings.run.name is not None:
+        settings = resize.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
+    settings.layout(workers)
+    if verb != "profile":
+        open_data(settings)
+    with ExitStack() as held:
+        if place is not None:
+            if verb == "train" and settings.run.name is not None and worker.is_first_of_external_job():
+                held.enter_context(lock.hold(runs.folder_of(settings)))
+            layout = settings.layout(workers)
+            return run_on_rank(
+                lambda mesh: _do(options, settings, verb, mesh),
+                place,
+                ep=layout.ep,
+                dp_replicate=layout.dp_replicate,
+                threads=settings.train.threads,
+                timeout=settings.recovery.timeout + 60,  # the heartbeat speaks first
+            )
+        arguments, again = list(options.given), None
+        if verb == "train":
+            if settings.run.name is None:
+                settings = runs.with_name(settings)
+                arguments.insert(1, f"run.name={settings.run.name}")
+            folder = runs.folder_of(settings)
+            held.enter_context(lock.hold(folder))
+            again = local.RestartPolicy(settings.recovery.restarts, runs.heartbeats(folder))
+        return local.launch(arguments, workers, again)
+
+
+def _do(options: argparse.Namespace, settings: "Config", verb: str, mesh: "Mesh") -> None:
+    """What each worker does once all have joined."""
+    from moetrain.training import tasks
+
+    if verb == "bench":
+        from moetrain.bench import step
+
+        step.run(settings, mesh, options)
+        return
+    work = {
+        "train": tasks.train_run,
+        "eval": tasks.evaluate_run,
+        "generate": tasks.generate_run,
+        "profile": tasks.profile_run,
+    }
+    work[verb](settings, mesh, options.json)
