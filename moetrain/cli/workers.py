@@ -63,8 +63,12 @@ def _do(options: argparse.Namespace, settings: "Config", verb: str, mesh: "Mesh"
 
         step.run(settings, mesh, options)
         return
+    if verb == "train":
+        from moetrain.report.build import write_of
+
+        tasks.train_run(settings, mesh, options.json, [write_of])
+        return
     work = {
-        "train": tasks.train_run,
         "eval": tasks.evaluate_run,
         "generate": tasks.generate_run,
         "profile": tasks.profile_run,

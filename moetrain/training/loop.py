@@ -1,138 +1,118 @@
 """Training, from top to bottom: config -> mesh -> data -> model -> engine -> loop."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from moetrain import checkpoint, runs
-from moetrain.common import versions
-from moetrain.common.console import RunLogger
+from moetrain import checkpoint
 from moetrain.config import Config
-from moetrain.data import prepare
-from moetrain.data.loader import open_data, with_vocabulary
-from moetrain.distributed.comm import barrier, broadcast_text
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import build_engine, calibrate, precision
+from moetrain.engine import build_engine, calibrate
 from moetrain.engine.optim import learning_rate
 from moetrain.launch.exits import Ended, Preempted
 from moetrain.moe.clock import Clock
-from moetrain.observe import picture, summary
-from moetrain.observe.estimate import estimate, matmul_rate
-from moetrain.observe.layout import describe
+from moetrain.observe import summary
+from moetrain.observe.estimate import matmul_rate
 from moetrain.observe.recorder import Recorder
 from moetrain.recovery import watch as recovery
-from moetrain.report import build as report
-from moetrain.runs.starts import Start
+from moetrain.training.beginning import Beginning, begin
+from moetrain.training.ending import AtEnd, judge, write_artifacts
 from moetrain.training.evaluate import evaluate
-from moetrain.training.generate import generate, prompts_of
-from moetrain.training.step import build, check_same_corpus, micro_batches, optimizer_step
+from moetrain.training.step import micro_batches, optimizer_step
 
 
-def train(config: Config, mesh: Mesh) -> Path:
-    """Train on the ranks of `mesh`; all of them call it. Returns the run's folder. `config.run.name` is set."""
-    corpus, loader = open_data(config)
-    check_same_corpus(corpus, mesh)
-    config = with_vocabulary(runs.absolute(config), corpus)
-    folder = runs.folder_of(config)
-    model = build(config)
-    start = checkpoint.agree_on_start(config, folder, mesh, model, corpus.fingerprint)
-    said: list[str] = []
-    config = precision.settled(config, mesh, checkpoint.known_dtype(folder, start.path), said.append)
-    saved, notes = recovery.find_newer(start, config, folder, mesh)
-    first, position = checkpoint.progress(saved)
-    this_start: Start | None = None
-    ended = summary.read(folder) if mesh.is_main and first >= config.train.steps else None
-    finished = bool(broadcast_text("yes" * (ended is not None), mesh.device))
-    if not finished and mesh.is_main:
-        runs.create(config)
-        runs.keep_corpus(folder, corpus.fingerprint)
-        this_start = Start(folder, first, mesh)
-        said += prepare.outdated(corpus.folder, config.data)
-    barrier()
-    logger = RunLogger(folder / "log.txt", silent=not mesh.is_main)
-    logger.print_lines([*versions.newer_than_tested(), *said, *notes])
-    size = estimate(config, mesh.world)
-    describe(config, mesh, corpus, size, logger)
+def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
+    """Train on the ranks of `mesh` and return the run's folder. All ranks call it; `config.run.name` is set.
 
-    if finished:
-        logger.print(f"{folder} has its {first} steps already. Another run.name or more train.steps trains on.")
-        if ended is not None:
-            summary.show(ended, logger)
-        return folder
-    engine = build_engine(model, mesh, config)
-    if saved is not None:
-        checkpoint.load(saved, engine)
-        logger.print(f"resumed from {saved}, {first} steps done")
-    engine.plan_with(calibrate.obtain(mesh, calibrate.Layer.of(config), folder, saved))
-    peak = matmul_rate(mesh.device, engine.dtype)
+    `at_end`: called by rank 0 with the folder of a run that has ended, such as what writes its report. Raises
+    `ConfigError` for what does not fit, `Preempted` where all ranks were asked to end and have saved, `Diverged` after
+    too many steps that were not finite, and `Ended` where the last state could not be saved.
+    """
+    run = begin(config, mesh)
+    config, steps, batch = run.config, run.config.train.steps, run.config.train.global_batch
+    if run.is_complete:
+        return _show_again(run)
+    engine = build_engine(run.model, mesh, config)
+    if run.saved is not None:
+        checkpoint.load(run.saved, engine)
+        run.logger.print(f"resumed from {run.saved}, {run.first} steps done")
+    engine.plan_with(calibrate.obtain(mesh, calibrate.Layer.of(config), run.folder, run.saved))
+    peak_flops = matmul_rate(mesh.device, engine.dtype) * mesh.world
+    position = run.position
+    engine.model.at_step(run.first, config.train)
 
-    tokens_in_batch = config.train.global_batch * config.train.seq_len
-    engine.model.at_step(first, config.train)
     with (
-        checkpoint.Saver(folder, config, mesh, engine, corpus.fingerprint, first) as saver,
-        Recorder(config, mesh, folder, first, corpus.domains, engine.model) as recorder,
-        recovery.Watch(config, folder, mesh, engine, first, logger) as watch,
+        checkpoint.Saver(run.folder, config, mesh, engine, run.corpus.fingerprint, run.first) as saver,
+        Recorder(config, mesh, run.folder, run.first, run.corpus.domains, engine.model) as recorder,
+        recovery.Watch(config, run.folder, mesh, engine, run.first, run.logger) as watch,
     ):
-        for step in range(first, config.train.steps):
-            recorder.begin(step + 1)
-            watch.begin(step + 1)
+        for step in range(run.first + 1, steps + 1):
+            recorder.begin(step)
+            watch.begin(step)
             began, clock = time.perf_counter(), Clock(mesh.device, watch.mark)
             with clock.phase("data"):
-                shares = list(micro_batches(config, mesh, loader, position))
-            lr = learning_rate(config.optim, step, config.train.steps)
+                shares = list(micro_batches(config, mesh, run.loader, position))
+            lr = learning_rate(config.optim, step - 1, steps)
             done = optimizer_step(engine, config, shares, lr, clock)
-            position += config.train.global_batch
-            engine.model.at_step(step + 1, config.train)
+            position += batch
+            engine.model.at_step(step, config.train)
             seconds = time.perf_counter() - began
 
-            last, asked = step + 1 == config.train.steps, watch.end(step + 1, position, done.norm)
-            due = config.checkpoint.every and (step + 1) % config.checkpoint.every == 0
-            saves = last or asked or bool(due and watch.sound)
-            metrics = recorder.read(step + 1, done, always=saves)
+            is_last, end_requested = step == steps, watch.end(step, position, done.norm)
+            is_due = watch.sound and _is_every(config.checkpoint.every, step)
+            saves = is_last or end_requested or is_due
+            metrics = recorder.read(step, done, always=saves)
             if saves:
                 watch.mark("save")
                 recorder.flush()
-                metrics["perf/checkpoint_stall_seconds"] = saver.save(step + 1, position)
+                metrics["perf/checkpoint_stall_seconds"] = saver.save(step, position)
                 watch.saved()
-            logger.print_lines(saver.news())
+            run.logger.print_lines(saver.news())
             if metrics:
                 metrics |= {"train/lr": lr, "train/grad_norm": done.norm}
                 metrics |= {"train/tokens": position * config.train.seq_len, "train/skipped_steps": watch.skipped}
-                metrics |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens_in_batch / seconds}
-                metrics["perf/mfu"] = size.flops_per_token * tokens_in_batch / seconds / (peak * mesh.world)
-                recorder.log(step + 1, metrics)
-            if not last and config.eval.every and (step + 1) % config.eval.every == 0:
-                recorder.held_out(step + 1, evaluate(engine.model, corpus, config, mesh))
-            if asked and not last:
+                recorder.log(step, metrics | _speed(run, seconds, peak_flops))
+            if not is_last and _is_every(config.eval.every, step):
+                recorder.held_out(step, evaluate(engine.model, run.corpus, config, mesh))
+            if end_requested and not is_last:
                 saver.wait()
-                if this_start is not None:
-                    this_start.end()
-                logger.print(f"asked to end: saved after step {step + 1}; the same command goes on from there")
+                _end_record(run)
+                run.logger.print(f"ended on request: saved after step {step}; the same command continues from there")
                 raise Preempted
+        verdict = judge(run, engine.model, mesh, recorder)
 
-        logger.print("evaluating held-out text, generating some, drawing pictures", style="dim")
-        held_out = evaluate(engine.model, corpus, config, mesh)
-        recorder.held_out(config.train.steps, held_out)
-        prompts = prompts_of(corpus, config)
-        texts = generate(engine.model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
-    if saver.saved == config.train.steps:
+    if saver.saved == steps:
         watch.complete()
-    logger.print_lines(saver.news())
-    if this_start is not None:
-        this_start.end()
+    run.logger.print_lines(saver.news())
+    _end_record(run)
     if mesh.is_main:
-        written = [
-            {"title": title, "prompt": corpus.tokenizer.decode(prompt), "text": text}
-            for (title, prompt), text in zip(prompts, texts, strict=True)
-        ]
-        bigram = summary.bigram_scores(config, corpus, loader, position)
-        try:
-            picture.draw(folder)
-            found = summary.collect(folder, config, size, held_out.scores, bigram, written)
-            report.write_of(folder)
-            summary.show(found, logger)
-        except OSError as error:
-            logger.print(f"the run's picture, summary and report could not be written: {error.strerror}")
-    logger.close()
-    if saver.saved != config.train.steps:
-        raise Ended(f"the state after step {config.train.steps} is not saved; what was said above tells why")
-    return folder
+        write_artifacts(run, verdict, position, at_end)
+    run.logger.close()
+    if saver.saved != steps:
+        raise Ended(f"the state after step {steps} is not saved; the lines above say why")
+    return run.folder
+
+
+def _is_every(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _speed(run: Beginning, seconds: float, peak_flops: float) -> dict[str, float]:
+    """Return the metrics of a step that took `seconds`; `peak_flops`: a second, of all ranks."""
+    tokens = run.config.train.global_batch * run.config.train.seq_len
+    mfu = run.size.flops_per_token * tokens / seconds / peak_flops
+    return {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens / seconds, "perf/mfu": mfu}
+
+
+def _end_record(run: Beginning) -> None:
+    if run.start is not None:
+        run.start.end()
+
+
+def _show_again(run: Beginning) -> Path:
+    """Show the summary of a run that had ended before."""
+    done = f"{run.folder} has its {run.first} steps already"
+    run.logger.print(f"{done}. Take another run.name for a new run, or more train.steps to continue this one.")
+    if not run.logger.silent and (found := summary.read(run.folder)) is not None:
+        summary.show(found, run.logger)
+    return run.folder

@@ -378,5 +378,5 @@ def not_saved(mesh: Mesh, overrides: list[str]) -> tuple[str, int]:
 def test_where_the_last_state_is_not_saved_the_snapshot_stays(pool, tiny) -> None:
     overrides = [*tiny, "run.name=x", "train.steps=3", "recovery.snapshot_every=1"]
     ((said, newest),) = pool.run(not_saved, 1, overrides)
-    assert said == "the state after step 3 is not saved; what was said above tells why"
+    assert said == "the state after step 3 is not saved; the lines above say why"
     assert newest >= 2

@@ -56,7 +56,7 @@ def test_a_run_survives_a_kill_a_hang_and_a_request_to_end(job: list[str], sound
     assert "the process was killed by signal 9" in said
     assert "rank 0 on " in said
     assert "is stopped, last seen" in said
-    assert "asked to end: saved after step" in said
+    assert "ended on request: saved after step" in said
     assert said.count("a snapshot in memory is newer than what is on the disk") == 2
     assert not struck.ranks()
     with Job([*job, f"run.dir={tmp_path}", "run.name=struck"]) as again:

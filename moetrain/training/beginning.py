@@ -1,0 +1,73 @@
+"""What all ranks agree on before the first step: the data, the configuration, and what the run goes on from."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from moetrain import checkpoint, runs
+from moetrain.common import versions
+from moetrain.common.console import RunLogger
+from moetrain.config import Config
+from moetrain.data import prepare
+from moetrain.data.loader import Corpus, Samples, open_data, with_vocabulary
+from moetrain.distributed.comm import barrier, broadcast_text
+from moetrain.distributed.mesh import Mesh
+from moetrain.engine import precision
+from moetrain.models.transformer import Transformer
+from moetrain.observe import summary
+from moetrain.observe.estimate import Estimate, estimate
+from moetrain.observe.layout import describe
+from moetrain.recovery import watch as recovery
+from moetrain.runs.starts import Start
+from moetrain.training.step import build, check_same_corpus
+
+
+class Beginning(NamedTuple):
+    """A run before the first step of this start."""
+
+    config: Config  # complete: vocabulary and dtype are known
+    folder: Path
+    corpus: Corpus
+    loader: Samples
+    model: Transformer  # without memory
+    saved: Path | None  # the checkpoint to go on from, on the disk or in memory
+    first: int  # steps done
+    position: int  # global samples seen
+    size: Estimate
+    logger: RunLogger
+    start: Start | None  # the record of this start; None on ranks that do not write it
+    is_complete: bool  # all steps were done and summarised before
+
+
+def begin(config: Config, mesh: Mesh) -> Beginning:
+    """Open the data, find what to go on from, write the run's configuration and print its layout.
+
+    All ranks call it; rank 0 writes. `config.run.name` is set. Raises `ConfigError` on all ranks where the corpora of
+    hosts differ, or what was saved does not fit the configuration.
+    """
+    corpus, loader = open_data(config)
+    check_same_corpus(corpus, mesh)
+    config = with_vocabulary(runs.absolute(config), corpus)
+    folder, model, notes = runs.folder_of(config), build(config), versions.newer_than_tested()
+    start = checkpoint.agree_on_start(config, folder, mesh, model, corpus.fingerprint)
+    config = precision.settled(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
+    saved, more = recovery.find_newer(start, config, folder, mesh)
+    first, position = checkpoint.progress(saved)
+    is_complete = first >= config.train.steps and _has_summary(folder, mesh)
+    record: Start | None = None
+    if mesh.is_main and not is_complete:
+        runs.create(config)
+        runs.keep_corpus(folder, corpus.fingerprint)
+        record = Start(folder, first, mesh)
+        more = [*prepare.outdated(corpus.folder, config.data), *more]
+    barrier()
+    logger = RunLogger(folder / "log.txt", silent=not mesh.is_main)
+    logger.print_lines([*notes, *more])
+    size = estimate(config, mesh.world)
+    describe(config, mesh, corpus, size, logger)
+    return Beginning(config, folder, corpus, loader, model, saved, first, position, size, logger, record, is_complete)
+
+
+def _has_summary(folder: Path, mesh: Mesh) -> bool:
+    """Tell on all ranks whether rank 0 finds the summary of a run that ended."""
+    found = mesh.is_main and summary.read(folder) is not None
+    return bool(broadcast_text("yes" * found, mesh.device))
