@@ -8,6 +8,7 @@ import numpy as np
 
 from moetrain.common import disk
 from moetrain.observe.collect import trace
+from moetrain.observe.metrics import DOMAIN_LOSS, IMBALANCE_HOME, IMBALANCE_PLANNED, LM_LOSS, METRICS, for_domain
 from moetrain.observe.reduce import smooth
 
 
@@ -18,19 +19,19 @@ def draw(folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in disk.rows(folder / "metrics.jsonl") if "train/lm_loss" in row]
+    rows = [row for row in disk.rows(folder / "metrics.jsonl") if LM_LOSS in row]
     steps = [row["step"] for row in rows]
     figure, (loss, balance, device) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=[5, 4, 3])
 
-    per_domain = {key for row in rows for key in row if key.startswith("train/") and key.count("/") == 2}
-    for name in sorted(key.split("/")[1] for key in per_domain):
-        _curve(loss, steps, _values(rows, f"train/{name}/loss"), label=name, lw=1.5)
-    _curve(loss, steps, _values(rows, "train/lm_loss"), label="all", color="black", lw=2)
+    form = METRICS[DOMAIN_LOSS].form
+    for name in sorted({m["domain"] for row in rows for key in row if (m := form.fullmatch(key))}):
+        _curve(loss, steps, _values(rows, for_domain(DOMAIN_LOSS, name)), label=name, lw=1.5)
+    _curve(loss, steps, _values(rows, LM_LOSS), label="all", color="black", lw=2)
     loss.set(title="Training loss per domain (nats a token; smoothed, thin: steps)", xlabel="step")
     loss.legend(frameon=False)
 
-    for key, label, color in (("home", "at home", "tab:red"), ("planned", "planned", "tab:green")):
-        balance.plot(steps, _values(rows, f"balance/imbalance_{key}"), label=label, color=color, lw=1.2)
+    for metric, label, color in ((IMBALANCE_HOME, "at home", "tab:red"), (IMBALANCE_PLANNED, "planned", "tab:green")):
+        balance.plot(steps, _values(rows, metric), label=label, color=color, lw=1.2)
     balance.axhline(1, color="gray", lw=0.8, ls=":")
     balance.set(title="Device imbalance (max / mean load)", xlabel="step")
     balance.legend(frameon=False)

@@ -22,6 +22,7 @@ from moetrain.observe.collect.congestion import Phase
 from moetrain.observe.collect.meter import Meter, Step
 from moetrain.observe.collect.profiler import Profiler
 from moetrain.observe.collect.trace import LoadTrace
+from moetrain.observe.metrics import GAMMA_EFF, GAMMA_PHASE, RECORD_SECONDS
 from moetrain.observe.scores import HeldOut
 from moetrain.observe.sinks.jsonl import JsonLines
 from moetrain.observe.sinks.tensorboard import TensorBoard
@@ -84,8 +85,8 @@ class Recorder:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """A row."""
         began, spent, self._spent = time.perf_counter(), self._spent, 0.0
-        phase = self._phase.update(metrics["balance/gamma_eff"])
-        metrics |= {"balance/gamma_phase": float("nan") if phase is None else phase, "perf/time/record": spent}
+        phase = self._phase.update(metrics[GAMMA_EFF])
+        metrics |= {GAMMA_PHASE: float("nan") if phase is None else phase, RECORD_SECONDS: spent}
         self._tracker.log(step, metrics)
         for alert in self._alerts.check(step, metrics):
             self._tracker.alert(step, alert)

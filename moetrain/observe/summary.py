@@ -18,11 +18,22 @@ from moetrain.data.bigram import Bigram
 from moetrain.data.held_out import held_out_windows
 from moetrain.data.loader import Corpus, Samples
 from moetrain.observe.estimate import Estimate, short
+from moetrain.observe.metrics import (
+    GUESTS,
+    IMBALANCE_HOME,
+    IMBALANCE_PLANNED,
+    LM_LOSS,
+    LOSS,
+    ROWS_MOVED,
+    ROWS_MOVED_FRACTION,
+    TOKENS,
+    TOKENS_PER_SECOND,
+)
 from moetrain.observe.scores import Score
 
 COLUMNS = (  # of metrics.jsonl, that the summary is made of
-    "train/tokens", "train/lm_loss", "perf/tokens_per_second", "balance/imbalance_home", "balance/imbalance_planned",
-    "balance/guests", "balance/rows_moved", "balance/rows_moved_fraction",
+    TOKENS, LM_LOSS, TOKENS_PER_SECOND, IMBALANCE_HOME, IMBALANCE_PLANNED,
+    GUESTS, ROWS_MOVED, ROWS_MOVED_FRACTION,
 )  # fmt: skip
 NOT_EVALUATED = "not evaluated, since no byte of its text is held out"
 BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
@@ -56,26 +67,26 @@ def collect(
     texts: Any,
 ) -> dict[str, Any]:
     """Everything the summary shows, from the run's own records; written to `summary.json`."""
-    rows = [row for row in disk.rows(folder / "metrics.jsonl") if "train/loss" in row]
+    rows = [row for row in disk.rows(folder / "metrics.jsonl") if LOSS in row]
     column = {name: [row[name] for row in rows if _is_number(row.get(name))] or [math.nan] for name in COLUMNS}
     mean = lambda name: float(np.mean(column[name]))  # noqa: E731
     total = lambda name: round(np.nan_to_num(mean(name)) * config.train.steps)  # noqa: E731
     found = {
         "run": str(folder),
         "steps": config.train.steps,
-        "tokens": column["train/tokens"][-1],
+        "tokens": column[TOKENS][-1],
         "parameters": {"total": size.total, "active": size.active},
         "loss": {
-            "first": _or_none(column["train/lm_loss"][0]),
-            "last": _or_none(column["train/lm_loss"][-1]),
+            "first": _or_none(column[LM_LOSS][0]),
+            "last": _or_none(column[LM_LOSS][-1]),
         },
         "bits_per_byte": {name: score.bits_per_byte if score.num_bytes else None for name, score in scores.items()},
         "bigram_bits_per_byte": bigram,
-        "tokens_per_second": float(np.median(column["perf/tokens_per_second"])),
-        "imbalance": {"home": mean("balance/imbalance_home"), "planned": mean("balance/imbalance_planned")},
-        "guests": total("balance/guests"),
-        "rows_moved": total("balance/rows_moved"),
-        "rows_moved_fraction": mean("balance/rows_moved_fraction"),
+        "tokens_per_second": float(np.median(column[TOKENS_PER_SECOND])),
+        "imbalance": {"home": mean(IMBALANCE_HOME), "planned": mean(IMBALANCE_PLANNED)},
+        "guests": total(GUESTS),
+        "rows_moved": total(ROWS_MOVED),
+        "rows_moved_fraction": mean(ROWS_MOVED_FRACTION),
         "generated": texts,
     }
     disk.write(folder / "summary.json", json.dumps(found, indent=2) + "\n")

@@ -5,6 +5,25 @@ from typing import Any
 import numpy as np
 
 from moetrain.observe.estimate import short
+from moetrain.observe.metrics import (
+    BITS_PER_BYTE,
+    DEVICE_LOAD_HOME,
+    GAMMA_EFF,
+    GAMMA_PHASE,
+    GUESTS,
+    IMBALANCE_HOME,
+    IMBALANCE_PLANNED,
+    LAYER_LOAD,
+    LM_LOSS,
+    MEMORY_GIB,
+    MFU,
+    PEAK_MEMORY_GIB,
+    ROWS_MOVED_FRACTION,
+    SAVED_SECONDS,
+    STEP_SECONDS,
+    TOKENS,
+    TOKENS_PER_SECOND,
+)
 from moetrain.report.curves import layers
 from moetrain.report.findings import recent, recent_list, spent_lending, window
 from moetrain.report.read import Run
@@ -15,7 +34,7 @@ PHASES = {1: "surge", 2: "stabilisation", 3: "relaxation"}
 def about(run: Run) -> str:
     """One line, of what the config tells."""
     option, parts = run.option, []
-    if ranks := run.metrics.lists("balance/device_load_home")[1].shape[1]:
+    if ranks := run.metrics.lists(DEVICE_LOAD_HOME)[1].shape[1]:
         parts.append(f"{ranks} ranks")
     total, active = run.ended("parameters", "total"), run.ended("parameters", "active")
     if np.isfinite(total + active):
@@ -73,15 +92,15 @@ def _progress(run: Run) -> dict[str, Any] | None:
     if not run.metrics.rows:
         return None
     step, wanted = max(row["step"] for row in run.metrics.rows), run.whole("train.steps")
-    tokens = run.metrics.last("train/tokens")
+    tokens = run.metrics.last(TOKENS)
     note = f"{short(tokens)} tokens" if np.isfinite(tokens) else ""
     return _card("Steps", f"{step:,}", f"of {wanted:,}" if wanted else "", note, step)
 
 
 def _held_out(run: Run) -> dict[str, Any] | None:
-    value = run.metrics.last("eval/bits_per_byte")
+    value = run.metrics.last(BITS_PER_BYTE)
     if np.isnan(value):
-        asked = any("eval/bits_per_byte" in row for row in run.metrics.rows)
+        asked = any(BITS_PER_BYTE in row for row in run.metrics.rows)
         return _card("Held-out", "–", "", "nothing was evaluated", float("nan"), -1) if asked else None
     bigram = run.ended("bigram_bits_per_byte", "all")
     note = f"a bigram model: {bigram:.3f}" if np.isfinite(bigram) else "at the last evaluation"
@@ -89,7 +108,7 @@ def _held_out(run: Run) -> dict[str, Any] | None:
 
 
 def _loss(run: Run) -> dict[str, Any] | None:
-    values = run.metrics.numbers("train/lm_loss")
+    values = run.metrics.numbers(LM_LOSS)
     values = values[np.isfinite(values)].tolist()
     if not values:
         return None
@@ -98,23 +117,23 @@ def _loss(run: Run) -> dict[str, Any] | None:
 
 
 def _speed(run: Run) -> dict[str, Any] | None:
-    values = run.metrics.numbers("perf/tokens_per_second")
+    values = run.metrics.numbers(TOKENS_PER_SECOND)
     if not np.isfinite(values).any():
         return None
-    value, used = float(np.nanmedian(values)), recent(run, "perf/mfu")
+    value, used = float(np.nanmedian(values)), recent(run, MFU)
     note = f"{used:.1%} of the matrix rate" if np.isfinite(used) else "median"
     return _card("Speed", f"{value:,.0f}", "tokens/s", note, value, 1)
 
 
 def _imbalance(run: Run) -> dict[str, Any] | None:
-    home, planned = (recent(run, f"balance/imbalance_{x}") for x in ("home", "planned"))
+    home, planned = (recent(run, name) for name in (IMBALANCE_HOME, IMBALANCE_PLANNED))
     if np.isnan(planned):
         return None
     return _card("Device imbalance", f"{home:.2f} → {planned:.2f}", "", "experts at home → as planned", planned, -1)
 
 
 def _saved(run: Run) -> dict[str, Any] | None:
-    value, step = recent(run, "balance/saved_seconds"), recent(run, "perf/step_seconds")
+    value, step = recent(run, SAVED_SECONDS), recent(run, STEP_SECONDS)
     if np.isnan(value):
         return None
     note = f"{value / step:.1%} of a step" if step > 0 else "of computing"
@@ -124,7 +143,7 @@ def _saved(run: Run) -> dict[str, Any] | None:
 
 
 def _moved(run: Run) -> dict[str, Any] | None:
-    value, guests = recent(run, "balance/rows_moved_fraction"), recent(run, "balance/guests")
+    value, guests = recent(run, ROWS_MOVED_FRACTION), recent(run, GUESTS)
     if np.isnan(value):
         return None
     return _card("Rows moved", f"{value:.1%}", "", f"{guests:,.3g} guests a step", value)
@@ -132,7 +151,7 @@ def _moved(run: Run) -> dict[str, Any] | None:
 
 def _experts(run: Run) -> dict[str, Any] | None:
     total = used = rows = 0
-    for metric in layers(run, "balance/LAYER/load").values():
+    for metric in layers(run, LAYER_LOAD).values():
         _, values = run.metrics.lists(metric)
         total += values.shape[1]
         rows = len(values[window(len(values))])
@@ -143,7 +162,7 @@ def _experts(run: Run) -> dict[str, Any] | None:
 
 
 def _congestion(run: Run) -> dict[str, Any] | None:
-    value, phase = recent(run, "balance/gamma_eff"), run.metrics.numbers("balance/gamma_phase")[-1:]
+    value, phase = recent(run, GAMMA_EFF), run.metrics.numbers(GAMMA_PHASE)[-1:]
     if np.isnan(value):
         return None
     known = PHASES.get(int(phase[0])) if np.isfinite(phase).any() else None  # of the last row, not of one long past
@@ -152,8 +171,8 @@ def _congestion(run: Run) -> dict[str, Any] | None:
 
 
 def _memory(run: Run) -> dict[str, Any] | None:
-    ranks = recent_list(run, "perf/memory_gib")
-    value = float(ranks.max()) if len(ranks) else run.metrics.last("perf/peak_memory_gib")
+    ranks = recent_list(run, MEMORY_GIB)
+    value = float(ranks.max()) if len(ranks) else run.metrics.last(PEAK_MEMORY_GIB)
     if np.isnan(value):
         return None
     return _card("Memory", f"{value:.2f}", "GiB", "on the fullest rank", value, -1)

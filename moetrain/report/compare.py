@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 
 from moetrain.observe import reduce
+from moetrain.observe.metrics import IMBALANCE_PLANNED, LAYER_DOMAIN_MI, LM_LOSS, TOKENS_PER_SECOND
 from moetrain.observe.reduce import plain
 from moetrain.report.cards import cards
-from moetrain.report.curves import Figure, Grid, absent, layers
+from moetrain.report.curves import Figure, Grid, absent, drawn_as, layers, not_recorded
 from moetrain.report.read import Run
 
 CURVES = {
-    "loss": ("train/lm_loss", {}),
-    "imbalance": ("balance/imbalance_planned", {"reference": 1}),
-    "speed": ("perf/tokens_per_second", {"floor": 0}),
+    "loss": (LM_LOSS, {}),
+    "imbalance": (IMBALANCE_PLANNED, {"reference": 1}),
+    "speed": (TOKENS_PER_SECOND, {"floor": 0}),
 }
 BESIDES = ("run.name", "run.dir")  # fields that always differ
 
@@ -62,16 +63,16 @@ def _overlay(runs: Sequence[Run], names: Sequence[str], metric: str, more: Figur
             series.append({**line, "x": grid.steps})
             steps += grid.steps
     if not series:
-        return absent(f"{metric} was not recorded")
+        return absent(not_recorded(metric))
     x = np.unique(steps)
     x = x[np.unique(np.linspace(0, len(x) - 1, min(len(x), reduce.MOST_POINTS)).round().astype(int))]
-    return {"kind": "lines", "x": x.tolist(), "series": series, **more}
+    return {"kind": "lines", "x": x.tolist(), "series": series, **drawn_as(metric), **more}
 
 
 def _information(runs: Sequence[Run], names: Sequence[str]) -> Figure:
     series, steps = [], []
     for name, run in zip(names, runs, strict=True):
-        metrics = [*layers(run, "specialise/LAYER/domain_mi").values()]
+        metrics = [*layers(run, LAYER_DOMAIN_MI).values()]
         rows = [row for row in run.metrics.rows if any(metric in row for metric in metrics)]
         if rows:
             x = [row["step"] for row in rows]
@@ -80,7 +81,7 @@ def _information(runs: Sequence[Run], names: Sequence[str]) -> Figure:
             steps += x
     if not series:
         return absent("no held-out evaluation (eval.every)")
-    return {"kind": "lines", "x": sorted({*steps}), "series": series, "floor": 0}
+    return {"kind": "lines", "x": sorted({*steps}), "series": series, "floor": 0, **drawn_as(LAYER_DOMAIN_MI)}
 
 
 def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:

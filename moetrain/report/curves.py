@@ -3,7 +3,6 @@
 What was not recorded is a figure of kind `absent` with the reason.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,22 +10,58 @@ import numpy as np
 
 from moetrain.observe import reduce
 from moetrain.observe.collect.meter import PHASES
+from moetrain.observe.metrics import (
+    BITS_PER_BYTE,
+    DOMAIN_BITS_PER_BYTE,
+    DOMAIN_LOSS,
+    LM_LOSS,
+    LR,
+    MEMORY_GIB,
+    METRICS,
+    PEAK_MEMORY_GIB,
+    PHASE,
+    SAVED_SECONDS,
+    STEP_SECONDS,
+    TIME,
+)
 from moetrain.observe.reduce import plain
 from moetrain.report.read import Run
 
 Figure = dict[str, Any]
-LAYER = r"layer_\d+(?:_\d+)?"
 
 
 def absent(reason: str) -> Figure:
     return {"kind": "absent", "text": reason}
 
 
-def layers(run: Run, pattern: str) -> dict[str, str]:
-    """{layer's name: metric's name} of the metrics that match `pattern`, in which LAYER stands for a layer."""
-    form = re.compile(pattern.replace("LAYER", f"(?P<layer>{LAYER})"))
-    found = {m["layer"]: name for name in run.metrics.names if (m := form.fullmatch(name))}
-    return dict(sorted(found.items()))
+def not_recorded(name: str) -> str:
+    """The reason of a figure that is absent because the metric `name` is."""
+    return f"{name} was not recorded"
+
+
+def drawn_as(name: str) -> Figure:
+    """What the registry says of how the metric `name` is drawn: the unit of its axis, and whether it is a share."""
+    unit = METRICS[name].unit
+    return {"unit": unit, "share": True} if unit == "share" else {"unit": unit}
+
+
+def layers(run: Run, name: str) -> dict[str, str]:
+    """{layer: recorded name} of the metric `name`, which has `layer_LL` in it."""
+    form = METRICS[name].form
+    return dict(sorted((m["layer"], found) for found in run.metrics.names if (m := form.fullmatch(found))))
+
+
+def by_domain(run: Run, name: str) -> dict[str, str]:
+    """{domain: recorded name} of the metric `name`, which has `DOMAIN` in it; `all` is none of them."""
+    form = METRICS[name].form
+    found = {m["domain"]: name for name in run.metrics.names if (m := form.fullmatch(name))}
+    return {domain: found[domain] for domain in sorted(found) if domain != "all"}
+
+
+def validation(run: Run) -> dict[str, str]:
+    """{`all` or a domain: recorded name} of the validation loss in bits/byte."""
+    whole = {"all": BITS_PER_BYTE} if BITS_PER_BYTE in run.metrics.names else {}
+    return whole | by_domain(run, DOMAIN_BITS_PER_BYTE)
 
 
 class Grid:
@@ -61,21 +96,17 @@ class Grid:
 
 def loss(run: Run) -> Figure:
     grid = Grid(run)
-    domains = sorted(
-        m[1] for name in run.metrics.names if (m := re.fullmatch(r"train/([^/]+)/loss", name)) and m[1] != "all"
-    )
-    whole = grid.series("all", "train/lm_loss", band=True, tone="main")
-    each = [grid.series(name, f"train/{name}/loss") for name in domains]
-    return grid.lines([whole, *each], "train/lm_loss was not recorded", unit="nats a token", height=300)
+    whole = grid.series("all", LM_LOSS, band=True, tone="main")
+    each = [grid.series(domain, name) for domain, name in by_domain(run, DOMAIN_LOSS).items()]
+    return grid.lines([whole, *each], not_recorded(LM_LOSS), height=300, **drawn_as(LM_LOSS))
 
 
 def held_out(run: Run) -> Figure:
     """The last evaluation, beside the bigram model where the run has ended."""
-    names = [m[1] for name in run.metrics.names if (m := re.fullmatch(r"eval/([^/]+)/bits_per_byte", name))]
-    values = {name: run.metrics.last(f"eval/{name}/bits_per_byte") for name in sorted(names)}
+    values = {domain: run.metrics.last(name) for domain, name in by_domain(run, DOMAIN_BITS_PER_BYTE).items()}
     if not values:
         return absent("no held-out evaluation yet (eval.every; one at the end of every run)")
-    values["all"] = run.metrics.last("eval/bits_per_byte")
+    values["all"] = run.metrics.last(BITS_PER_BYTE)
     bigram = {name: run.ended("bigram_bits_per_byte", name) for name in values}
     rows = [{"name": n, "value": v, "mark": bigram[n]} for n, v in values.items() if np.isfinite(v)]
     if not rows:
@@ -83,7 +114,7 @@ def held_out(run: Run) -> Figure:
     return {
         "kind": "bars",
         "rows": rows,
-        "unit": "bits a byte",
+        **drawn_as(BITS_PER_BYTE),
         "mark": "a bigram model" if np.isfinite([*bigram.values()]).any() else None,
         "digits": 3,
     }
@@ -91,60 +122,62 @@ def held_out(run: Run) -> Figure:
 
 def held_out_steps(run: Run) -> Figure:
     """The same over the run's evaluations."""
-    form = re.compile(r"eval/(?:([^/]+)/)?bits_per_byte")
-    found = {name: m[1] or "all" for name in run.metrics.names if (m := form.fullmatch(name))}
-    rows = [row for row in run.metrics.rows if any(name in row for name in found)]
+    found = validation(run)
+    rows = [row for row in run.metrics.rows if any(name in row for name in found.values())]
     if len(rows) < 2:
         return absent("fewer than two held-out evaluations (eval.every)")
     series: list[Figure] = [
-        {"name": found[name], "y": plain(run.metrics.numbers(name, rows))}
-        for name in sorted(found, key=lambda name: (name != "eval/bits_per_byte", name))
+        {"name": domain, "y": plain(run.metrics.numbers(name, rows))} for domain, name in found.items()
     ]
     series[0] |= {"tone": "main"} if series[0]["name"] == "all" else {}
-    return {"kind": "lines", "x": [row["step"] for row in rows], "series": series, "unit": "bits a byte"}
+    return {"kind": "lines", "x": [row["step"] for row in rows], "series": series, **drawn_as(BITS_PER_BYTE)}
 
 
-def per_layer(pattern: str, missing: str, smooth: bool = True, **more: Any) -> Callable[[Run], Figure]:
-    """A line a layer of the metric that `pattern` names."""
+def per_layer(name: str, smooth: bool = True, **more: Any) -> Callable[[Run], Figure]:
+    """A line for every layer of the metric `name`, which has `layer_LL` in it."""
 
     def draw(run: Run) -> Figure:
         grid = Grid(run)
-        found = layers(run, pattern)
-        series = [grid.series(name.removeprefix("layer_"), metric, smooth=smooth) for name, metric in found.items()]
-        return grid.lines(series, missing, ordered=True, prefix="layer", **more)
+        found = layers(run, name)
+        series = [grid.series(layer.removeprefix("layer_"), metric, smooth=smooth) for layer, metric in found.items()]
+        return grid.lines(series, not_recorded(name), ordered=True, prefix="layer", **drawn_as(name), **more)
 
     return draw
 
 
-def held_out_per_layer(pattern: str, missing: str, **more: Any) -> Callable[[Run], Figure]:
-    """The same of what evaluations find."""
+def held_out_per_layer(name: str, missing: str, **more: Any) -> Callable[[Run], Figure]:
+    """The same of what evaluations find; `missing`: the reason where there was none."""
 
     def draw(run: Run) -> Figure:
-        found = layers(run, pattern)
+        found = layers(run, name)
         rows = [row for row in run.metrics.rows if any(metric in row for metric in found.values())]
         if not rows:
             return absent(missing)
         if len(rows) == 1:
-            last = {name.replace("_", " "): run.metrics.last(metric) for name, metric in found.items()}
-            bars = [{"name": name, "value": value} for name, value in last.items() if np.isfinite(value)]
-            return {"kind": "bars", "rows": bars, "digits": 2}
+            last = {layer.replace("_", " "): run.metrics.last(metric) for layer, metric in found.items()}
+            bars = [{"name": layer, "value": value} for layer, value in last.items() if np.isfinite(value)]
+            return {"kind": "bars", "rows": bars, "digits": 2, **drawn_as(name)}
         series = [
-            {"name": name.removeprefix("layer_"), "y": plain(run.metrics.numbers(metric, rows))}
-            for name, metric in found.items()
+            {"name": layer.removeprefix("layer_"), "y": plain(run.metrics.numbers(metric, rows))}
+            for layer, metric in found.items()
         ]
         x = [row["step"] for row in rows]
-        return {"kind": "lines", "x": x, "series": series, "ordered": True, "prefix": "layer", **more}
+        return {"kind": "lines", "x": x, "series": series, "ordered": True, "prefix": "layer", **drawn_as(name), **more}
 
     return draw
 
 
-def lines(series: dict[str, tuple[str, str]], missing: str, **more: Any) -> Callable[[Run], Figure]:
-    """{metric: (label, tone)} with each bucket's extremes as a band."""
+def lines(series: dict[str, tuple[str, str]], **more: Any) -> Callable[[Run], Figure]:
+    """A line for every metric of {metric: (label, tone)}, with each bucket's extremes as a band.
+
+    The first one's unit is that of the axis.
+    """
+    first = next(iter(series))
 
     def draw(run: Run) -> Figure:
         grid = Grid(run)
         found = [grid.series(label, name, band=True, tone=tone) for name, (label, tone) in series.items()]
-        return grid.lines(found, missing, **more)
+        return grid.lines(found, not_recorded(first), **drawn_as(first), **more)
 
     return draw
 
@@ -152,53 +185,60 @@ def lines(series: dict[str, tuple[str, str]], missing: str, **more: Any) -> Call
 def rate(run: Run) -> Figure:
     """The learning rate of the steps themselves: a schedule has corners that a mean would round."""
     grid = Grid(run)
-    line = grid.series("learning rate", "train/lr", tone="main")
-    return grid.lines([line and line | {"y": line["raw"]}], "train/lr was not recorded", floor=0)
+    line = grid.series("learning rate", LR, tone="main")
+    return grid.lines([line and line | {"y": line["raw"]}], not_recorded(LR), floor=0, **drawn_as(LR))
 
 
 def time(run: Run) -> Figure:
     """Seconds of a step, stacked: what the MoE layers do, forward and backward, and everything else."""
     grid = Grid(run)
     found = lambda name: run.metrics.numbers(name, grid.rows)  # noqa: E731
-    phases = {name: found(f"perf/phase/{name}") for name in PHASES}
+    phases = {name: found(PHASE[name]) for name in PHASES}
     if not any(np.isfinite(values).any() for values in phases.values()):
-        return absent("perf/phase/* was not recorded")
-    back = {name: np.nan_to_num(found(f"perf/phase/backward_{name}")) for name in PHASES}
-    parts = {name: np.nan_to_num(values) + back[name] for name, values in phases.items()}
-    step = found("perf/step_seconds")
-    if np.isfinite(forward := found("perf/time/forward")).any():
+        return absent(not_recorded(PHASE["route"]))
+    back = {n: np.nan_to_num(found(PHASE[f"backward_{n}"])) for n in PHASES if f"backward_{n}" in PHASE}
+    parts = {name: np.nan_to_num(values) + back.get(name, 0) for name, values in phases.items()}
+    step = found(STEP_SECONDS)
+    if np.isfinite(forward := found(TIME["forward"])).any():
         inside = sum(np.nan_to_num(values) for values in phases.values())
         parts["other forward"] = np.clip(forward - inside, 0, None)
-        parts["other backward"] = np.clip(found("perf/time/backward") - sum(back.values()), 0, None)
-        parts["optimizer"] = found("perf/time/update")
-        parts["data"] = found("perf/time/data")
+        parts["other backward"] = np.clip(found(TIME["backward"]) - sum(back.values()), 0, None)
+        parts["optimizer"] = found(TIME["update"])
+        parts["data"] = found(TIME["data"])
     if np.isfinite(step).any():
         parts["the rest"] = np.clip(step - sum(np.nan_to_num(values) for values in parts.values()), 0, None)
     series = [{"name": name, "y": plain(reduce.means(values, grid.begin))} for name, values in parts.items()]
-    return {"kind": "area", "x": grid.steps, "series": series, "unit": "seconds a step", "height": 260}
+    return {"kind": "area", "x": grid.steps, "series": series, "unit": "s/step", "height": 260}
 
 
 def memory(run: Run) -> Figure:
-    """A line a rank where that was recorded, else rank 0's peak."""
-    steps, values = run.metrics.lists("perf/memory_gib")
-    more: Figure = {"floor": 0, "unit": "GiB"}
+    """A line for every rank where that was recorded, else the peak of the fullest one."""
+    steps, values = run.metrics.lists(MEMORY_GIB)
     if not len(steps):
-        return lines({"perf/peak_memory_gib": ("peak, rank 0", "main")}, "no memory was recorded", **more)(run)
+        return lines({PEAK_MEMORY_GIB: ("peak, fullest rank", "main")}, floor=0)(run)
     begin = reduce.edges(len(steps), reduce.MOST_POINTS)
     ends = [*begin[1:], len(steps)]
     mean = reduce.means(values, begin)
     series = [{"name": f"{rank}", "y": plain(mean[:, rank])} for rank in range(values.shape[1])]
     x = [int(steps[end - 1]) for end in ends]
-    return {"kind": "lines", "x": x, "series": series, "ordered": True, "label": "rank", **more}
+    return {
+        "kind": "lines",
+        "x": x,
+        "series": series,
+        "ordered": True,
+        "label": "rank",
+        "floor": 0,
+        **drawn_as(MEMORY_GIB),
+    }
 
 
 def saved(run: Run) -> Figure:
     """What the plan saved beside what lending took."""
     grid = Grid(run)
-    series = [grid.series("saved computing", "balance/saved_seconds", band=True, tone="planned")]
-    cost = [run.metrics.numbers(f"perf/phase/{name}", grid.rows) for name in ("lend", "backward_lend")]
+    series = [grid.series("saved computing", SAVED_SECONDS, band=True, tone="planned")]
+    cost = [run.metrics.numbers(PHASE[name], grid.rows) for name in ("lend", "backward_lend")]
     if series[0] is not None and np.isfinite(cost[0]).any():
         spent = np.nan_to_num(cost[0]) + np.nan_to_num(cost[1])
         line = {"y": plain(reduce.smooth_means(spent, grid.begin)), "raw": plain(spent[grid.ends - 1])}
         series.append({"name": "spent lending", **line, "tone": "home"})
-    return grid.lines(series, "balance/saved_seconds was not recorded", unit="seconds a step", reference=0)
+    return grid.lines(series, not_recorded(SAVED_SECONDS), reference=0, **drawn_as(SAVED_SECONDS))

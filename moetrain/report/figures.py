@@ -1,7 +1,29 @@
 """Every figure of the page. `page/page.html` says what each is and how to read it."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
+from moetrain.observe.metrics import (
+    BALANCE_LOSS,
+    CROSSING_BYTES,
+    GRAD_NORM,
+    GUESTS,
+    IMBALANCE_HOME,
+    IMBALANCE_PLANNED,
+    LAYER_DEAD_EXPERTS,
+    LAYER_DOMAIN_MI,
+    LAYER_ENTROPY,
+    LAYER_GAMMA_EFF,
+    LAYER_LOGIT_NORM,
+    LAYER_MAX_VIO,
+    LAYER_MAX_VIO_MICRO,
+    LEND_BYTES,
+    ROWS_CROSSING_FRACTION,
+    ROWS_MOVED_FRACTION,
+    TOKENS_PER_SECOND,
+    Z_LOSS,
+)
 from moetrain.report.curves import (
     Figure,
     absent,
@@ -23,55 +45,50 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
     "loss": loss,
     "held_out": held_out,
     "held_out_steps": held_out_steps,
-    "gradient": lines({"train/grad_norm": ("gradient norm", "main")}, "train/grad_norm was not recorded", floor=0),
+    "gradient": lines({GRAD_NORM: ("grad norm", "main")}, floor=0),
     "rate": rate,
-    "balance": lines({"train/balance_loss": ("balance loss", "main")}, "train/balance_loss was not recorded"),
-    "z_loss": lines({"train/z_loss": ("z-loss", "main")}, "train/z_loss was not recorded", floor=0),
+    "balance": lines({BALANCE_LOSS: ("balance loss", "main")}),
+    "z_loss": lines({Z_LOSS: ("z-loss", "main")}, floor=0),
     "load": load,
-    "max_vio": per_layer("balance/LAYER/max_vio", "balance/layer_LL/max_vio was not recorded", floor=0),
-    "dead": per_layer("balance/LAYER/dead_experts", "balance/layer_LL/dead_experts was not recorded", False, floor=0),
-    "entropy": per_layer("balance/LAYER/entropy", "balance/layer_LL/entropy was not recorded", floor=0, share=True),
-    "max_vio_micro": per_layer(
-        "balance/LAYER/max_vio_micro", "balance/layer_LL/max_vio_micro was not recorded", floor=0
-    ),
-    "logits": per_layer("balance/LAYER/logit_norm", "balance/layer_LL/logit_norm was not recorded", floor=0),
-    "gamma": per_layer("balance/LAYER/gamma_eff", "balance/layer_LL/gamma_eff was not recorded"),
+    "max_vio": per_layer(LAYER_MAX_VIO, floor=0),
+    "dead": per_layer(LAYER_DEAD_EXPERTS, smooth=False, floor=0),
+    "entropy": per_layer(LAYER_ENTROPY, floor=0),
+    "max_vio_micro": per_layer(LAYER_MAX_VIO_MICRO, floor=0),
+    "logits": per_layer(LAYER_LOGIT_NORM, floor=0),
+    "gamma": per_layer(LAYER_GAMMA_EFF),
     "devices": devices,
     "imbalance": lines(
-        {"balance/imbalance_home": ("at home", "home"), "balance/imbalance_planned": ("planned", "planned")},
-        "balance/imbalance_* was not recorded",
+        {IMBALANCE_HOME: ("at home", "home"), IMBALANCE_PLANNED: ("planned", "planned")},
         reference=1,
     ),
     "time": time,
-    "speed": lines(
-        {"perf/tokens_per_second": ("tokens/s", "main")}, "perf/tokens_per_second was not recorded", floor=0
-    ),
+    "speed": lines({TOKENS_PER_SECOND: ("tokens/s", "main")}, floor=0),
     "memory": memory,
     "waited": waited,
     "traffic": traffic,
     "moved": lines(
         {
-            "balance/rows_moved_fraction": ("computed away from home", "planned"),
-            "balance/rows_crossing_fraction": ("crossed a link", "home"),
+            ROWS_MOVED_FRACTION: ("computed away from home", "planned"),
+            ROWS_CROSSING_FRACTION: ("crossed a link", "home"),
         },
-        "balance/rows_moved_fraction was not recorded",
         floor=0,
-        share=True,
     ),
-    "guests": lines({"balance/guests": ("guests", "main")}, "balance/guests was not recorded", floor=0),
+    "guests": lines({GUESTS: ("guests", "main")}, floor=0),
     "crossing": lines(
-        {"balance/crossing_bytes": ("rows", "home"), "balance/lend_bytes": ("expert weights", "planned")},
-        "balance/crossing_bytes was not recorded",
+        {CROSSING_BYTES: ("rows", "home"), LEND_BYTES: ("expert weights", "planned")},
         floor=0,
-        unit="bytes a step",
     ),
     "saved": saved,
     "domains": domains,
     "specialists": specialists,
-    "information": held_out_per_layer(
-        "specialise/LAYER/domain_mi", "no held-out evaluation yet (eval.every)", floor=0, unit="bits"
-    ),
+    "information": held_out_per_layer(LAYER_DOMAIN_MI, "no held-out evaluation yet (eval.every)", floor=0),
 }
+
+
+def titles() -> dict[str, str]:
+    """{figure: its title on the page}."""
+    page = (Path(__file__).parent / "page" / "page.html").read_text()
+    return dict(re.findall(r'data-figure="(\w+)">\s*<figcaption><b>([^<]+)</b>', page))
 
 
 def figures(run: Run) -> dict[str, Figure]:

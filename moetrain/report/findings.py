@@ -3,15 +3,29 @@
 A finding is about the run's last tenth (at least ten rows), so that what has passed is not held against it.
 """
 
-import re
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from moetrain.observe import reduce
 from moetrain.observe.collect.meter import PHASES
+from moetrain.observe.metrics import (
+    DEVICE_LOAD_PLANNED,
+    GUESTS,
+    IMBALANCE_HOME,
+    IMBALANCE_PLANNED,
+    LAYER_LOAD,
+    LM_LOSS,
+    MEMORY_GIB,
+    PHASE,
+    SAVED_SECONDS,
+    STEP_SECONDS,
+    TOKENS_PER_SECOND,
+    WAITED,
+    WAITED_FOR,
+)
 from moetrain.observe.summary import beaten
-from moetrain.report.curves import layers
+from moetrain.report.curves import layers, validation
 from moetrain.report.read import Run
 
 DEAD, STARVING, HOT = 0.0, 0.1, 4.0  # of an expert's load, in mean loads
@@ -59,11 +73,9 @@ def recent_list(run: Run, name: str) -> np.ndarray:
 
 def _loss(run: Run) -> list[Finding]:
     rows = run.metrics.training
-    values = run.metrics.numbers("train/lm_loss")
+    values = run.metrics.numbers(LM_LOSS)
     out = []
-    form = re.compile(r"eval/(?:([^/]+)/)?bits_per_byte")
-    names = {m[1] or "all": name for name in run.metrics.names if (m := form.fullmatch(name))}
-    bits = {domain: run.metrics.last(name) for domain, name in names.items()}
+    bits = {domain: run.metrics.last(name) for domain, name in validation(run).items()}
     if (text := beaten(bits, {domain: run.ended("bigram_bits_per_byte", domain) for domain in bits})) is not None:
         out.append(Finding("trouble" if text.startswith("On") else "watch", text, "loss"))
     if len(lost := [row["step"] for row, x in zip(rows, values, strict=True) if not np.isfinite(x)]):
@@ -86,7 +98,7 @@ def _experts(run: Run) -> list[Finding]:
     out: list[Finding] = []
     dead, starving, hot = [], [], []
     top_k = run.whole("router.top_k") or 2
-    found = {name: run.metrics.lists(metric)[1] for name, metric in layers(run, "balance/LAYER/load").items()}
+    found = {name: run.metrics.lists(metric)[1] for name, metric in layers(run, LAYER_LOAD).items()}
     found = {name: values for name, values in found.items() if values.size}
     for name, values in found.items():
         values = values[window(len(values))]
@@ -119,7 +131,7 @@ def _experts(run: Run) -> list[Finding]:
 
 
 def _devices(run: Run) -> list[Finding]:
-    home, planned = (recent(run, f"balance/imbalance_{x}") for x in ("home", "planned"))
+    home, planned = (recent(run, name) for name in (IMBALANCE_HOME, IMBALANCE_PLANNED))
     if np.isnan(planned):
         return []
     text = f"Busiest device over the mean: {home:.2f} with experts at home, {planned:.2f} as planned"
@@ -127,7 +139,7 @@ def _devices(run: Run) -> list[Finding]:
     if planned > UNEVEN:
         level = "trouble" if planned > LOPSIDED else "watch"
         text += f": {LEFT.get(str(run.option('planner.name')), 'the plan leaves that')}"
-        load = recent_list(run, "balance/device_load_planned")
+        load = recent_list(run, DEVICE_LOAD_PLANNED)
         if len(load) and (most := load.max() / max(load.mean(), 1e-9)) > UNEVEN:
             text += f". It is mostly device {load.argmax()}: {most:.2f} mean loads over all layers"
     return [Finding(level, text + ".", "devices")]
@@ -135,13 +147,13 @@ def _devices(run: Run) -> list[Finding]:
 
 def spent_lending(run: Run) -> float:
     """Seconds of a step that lending takes, forward and backward; NaN where nothing was recorded."""
-    forward, backward = recent(run, "perf/phase/lend"), recent(run, "perf/phase/backward_lend")
+    forward, backward = recent(run, PHASE["lend"]), recent(run, PHASE["backward_lend"])
     return forward + np.nan_to_num(backward)
 
 
 def _plan(run: Run) -> list[Finding]:
-    saved, spent, step = recent(run, "balance/saved_seconds"), spent_lending(run), recent(run, "perf/step_seconds")
-    if not recent(run, "balance/guests") > 0 or not spent - saved > UNPROFITABLE * step:
+    saved, spent, step = recent(run, SAVED_SECONDS), spent_lending(run), recent(run, STEP_SECONDS)
+    if not recent(run, GUESTS) > 0 or not spent - saved > UNPROFITABLE * step:
         return []
     text = f"Lending experts takes {1e3 * spent:.3g} ms of a step and saves {1e3 * saved:.3g} ms of computing."
     return [Finding("watch", text, "plan")]
@@ -153,9 +165,9 @@ def exchanging(run: Run) -> float:
     Where waiting was recorded in some of the steps, it is about those alone: the two are never of different steps.
     """
     rows = run.metrics.training[window(len(run.metrics.training))]
-    names = [f"perf/phase/{side}{name}" for side in ("", "backward_") for name in ("lend", "dispatch", "combine")]
-    spent, step = [run.metrics.numbers(name, rows) for name in names], run.metrics.numbers("perf/step_seconds", rows)
-    at, values = run.metrics.lists("perf/waited")
+    names = [PHASE[f"{side}{name}"] for side in ("", "backward_") for name in ("lend", "dispatch", "combine")]
+    spent, step = [run.metrics.numbers(name, rows) for name in names], run.metrics.numbers(STEP_SECONDS, rows)
+    at, values = run.metrics.lists(WAITED)
     waits = dict(zip(at.tolist(), values.mean(1).tolist(), strict=True)) if len(at) else {}
     waited = np.array([waits.get(row["step"], np.nan) for row in rows])
     known = np.isfinite(step) & np.isfinite(spent).any(0)
@@ -168,11 +180,11 @@ def exchanging(run: Run) -> float:
 
 
 def _time(run: Run) -> list[Finding]:
-    step = recent(run, "perf/step_seconds")
+    step = recent(run, STEP_SECONDS)
     if np.isnan(step) or step <= 0:
         return []
     out = []
-    waited, waited_for = recent_list(run, "perf/waited"), recent_list(run, "perf/waited_for")
+    waited, waited_for = recent_list(run, WAITED), recent_list(run, WAITED_FOR)
     waiting = float(waited.mean()) if len(waited) else 0.0
     if waiting / step > WAITING:
         text = f"Ranks spend {waiting / step:.0%} of a step waiting for each other"
@@ -183,21 +195,21 @@ def _time(run: Run) -> list[Finding]:
     if moving > TRAVELLING:
         text = f"Exchanges take {moving:.0%} of a step, waiting left out: a slow link, or too little work a rank."
         out.append(Finding("trouble" if moving > CLOGGED else "watch", text, "time"))
-    speed = run.metrics.numbers("perf/tokens_per_second")
+    speed = run.metrics.numbers(TOKENS_PER_SECOND)
     quarter = len(speed) // 4
     if quarter >= 10:
         before, after = np.nanmedian(speed[quarter : 2 * quarter]), np.nanmedian(speed[-quarter:])
         if after < SLOWER * before:
             text = f"It has become slower: {before:,.0f} tokens/s in the second quarter, {after:,.0f} in the last."
             out.append(Finding("watch", text, "time"))
-    if not out and any(np.isfinite(recent(run, f"perf/phase/{name}")) for name in PHASES):
+    if not out and any(np.isfinite(recent(run, PHASE[name])) for name in PHASES):
         part = f", {moving:.0%} of it in exchanges" if np.isfinite(moving) else ""
         out.append(Finding("good", f"A step takes {step:.3g} s{part}.", "time"))
     return out
 
 
 def _memory(run: Run) -> list[Finding]:
-    _, values = run.metrics.lists("perf/memory_gib")
+    _, values = run.metrics.lists(MEMORY_GIB)
     if len(values) < 200:  # caches fill in the first steps
         return []
     before, after = (values[part].mean(0) for part in (slice(len(values) // 4, len(values) // 2), window(len(values))))

@@ -3,16 +3,17 @@
 import numpy as np
 
 from moetrain.observe import reduce
-from moetrain.report.curves import Figure, absent, layers
+from moetrain.observe.metrics import DEVICE_LOAD_HOME, DEVICE_LOAD_PLANNED, LAYER_LOAD, STEP_SECONDS
+from moetrain.report.curves import Figure, absent, layers, not_recorded
 from moetrain.report.read import Run
 
 
 def load(run: Run) -> Figure:
     """[frames, layers, experts] in mean loads, packed: every frame the mean of the rows it stands for."""
-    found = {name: run.metrics.lists(metric) for name, metric in layers(run, "balance/LAYER/load").items()}
+    found = {name: run.metrics.lists(metric) for name, metric in layers(run, LAYER_LOAD).items()}
     found = {name: pair for name, pair in found.items() if len(pair[0])}
     if not found:
-        return absent("balance/layer_LL/load was not recorded")
+        return absent(not_recorded(LAYER_LOAD))
     steps = min((pair[0] for pair in found.values()), key=len)
     experts = [pair[1].shape[1] for pair in found.values()]
     most = int(np.clip(reduce.MOST_CELLS // (len(experts) * max(experts)), 24, 160))
@@ -43,8 +44,8 @@ def devices(run: Run) -> Figure:
             ranks = np.arange(home.shape[-1])[:, None]
             guests = np.where(trace["owner"][:, :, None] == ranks, 0, trace["placed"]).sum(-1)
     else:
-        steps, home = (x[:, None] if x.ndim > 1 else x for x in run.metrics.lists("balance/device_load_home"))
-        planned = run.metrics.lists("balance/device_load_planned")[1][:, None]
+        steps, home = (x[:, None] if x.ndim > 1 else x for x in run.metrics.lists(DEVICE_LOAD_HOME))
+        planned = run.metrics.lists(DEVICE_LOAD_PLANNED)[1][:, None]
         if not len(steps) or home.shape != planned.shape:
             return absent("neither a load trace (track.trace_every) nor balance/device_load_* was recorded")
         names = []
@@ -94,7 +95,7 @@ def waited(run: Run) -> Figure:
         return absent("the load trace has no waiting times")
     steps, (seconds, block) = run.trace["step"], coarse(np.nan_to_num(found))
     kept = frames(len(steps), seconds[0].size)
-    step = run.metrics.numbers("perf/step_seconds")
+    step = run.metrics.numbers(STEP_SECONDS)
     step = step[np.isfinite(step)]
     quarter = block * step.mean() / 4 if len(step) else 0.0  # of a step, for each rank of a block: short waits are pale
     most = float(max(usual_most(seconds[kept]), quarter))
@@ -150,7 +151,7 @@ def trace_layers(run: Run) -> list[str]:
     if "layers" in run.trace:
         return run.trace["layers"].tolist()
     count = run.trace["home"].shape[1] if "home" in run.trace else 0
-    names = [*layers(run, "balance/LAYER/load")]
+    names = [*layers(run, LAYER_LOAD)]
     return names if len(names) == count else [f"layer_{index:02d}" for index in range(count)]
 
 

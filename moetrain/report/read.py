@@ -16,6 +16,7 @@ import numpy as np
 from moetrain.common import disk
 from moetrain.config import ConfigError
 from moetrain.observe.collect.arrays import BROKEN, read_arrays
+from moetrain.observe.metrics import LM_LOSS, LOSS
 
 Row = dict[str, Any]
 TRACE = ("step", "layers", "counts", "owner", "placed", "traffic", "home", "planned", "waited")  # what figures use
@@ -63,7 +64,7 @@ class Metrics:
 
     @property
     def training(self) -> list[Row]:
-        return self._once("training", lambda: [r for r in self.rows if "train/lm_loss" in r or "train/loss" in r])
+        return self._once("training", lambda: [r for r in self.rows if LM_LOSS in r or LOSS in r])
 
     @property
     def names(self) -> list[str]:

@@ -16,6 +16,18 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.models.transformer import Transformer
 from moetrain.observe.collect import specialization
 from moetrain.observe.collect.health import max_vio
+from moetrain.observe.metrics import (
+    BITS_PER_BYTE,
+    DOMAIN_BITS_PER_BYTE,
+    DOMAIN_MI,
+    DOMAIN_PPL,
+    EVAL_LOSS,
+    EVAL_MAX_VIO,
+    EVAL_PPL,
+    LAYER_DOMAIN_MI,
+    for_domain,
+    for_layer,
+)
 from moetrain.observe.scores import HeldOut, Score
 
 
@@ -54,16 +66,16 @@ def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> 
         for name, (nats, tokens, size_) in zip(corpus.domains, sums.tolist(), strict=True)
     }
     scores["all"] = Score(*(float(x) for x in sums.sum(0).tolist()))  # type: ignore[arg-type]
-    metrics = {"eval/loss": scores["all"].loss, "eval/ppl": scores["all"].perplexity}
-    metrics["eval/bits_per_byte"] = scores["all"].bits_per_byte
+    metrics = {EVAL_LOSS: scores["all"].loss, EVAL_PPL: scores["all"].perplexity}
+    metrics[BITS_PER_BYTE] = scores["all"].bits_per_byte
     for name in corpus.domains:
-        metrics[f"eval/{name}/ppl"] = scores[name].perplexity
-        metrics[f"eval/{name}/bits_per_byte"] = scores[name].bits_per_byte
+        metrics[for_domain(DOMAIN_PPL, name)] = scores[name].perplexity
+        metrics[for_domain(DOMAIN_BITS_PER_BYTE, name)] = scores[name].bits_per_byte
     counts = [part.numpy() for part in counts_CN.double().cpu().split(sizes, dim=1)]
     layers = specialization.describe(config.model.pass_names, counts, liked, corpus)
     for layer, counts_CE in zip(layers, counts, strict=True):
         found = bool(counts_CE.sum())
-        metrics[f"specialise/{layer['name']}/domain_mi"] = layer["domain_mi"] if found else math.nan
-        metrics[f"eval/{layer['name']}/max_vio"] = max_vio(counts_CE.sum(0)) if found else math.nan
-    metrics["specialise/domain_mi"] = float(np.mean([metrics[f"specialise/{n['name']}/domain_mi"] for n in layers]))
+        metrics[for_layer(LAYER_DOMAIN_MI, layer["name"])] = layer["domain_mi"] if found else math.nan
+        metrics[for_layer(EVAL_MAX_VIO, layer["name"])] = max_vio(counts_CE.sum(0)) if found else math.nan
+    metrics[DOMAIN_MI] = float(np.mean([metrics[for_layer(LAYER_DOMAIN_MI, n["name"])] for n in layers]))
     return HeldOut(scores, metrics, layers)

@@ -137,7 +137,8 @@ def test_wandbs_own_reader_shows_what_was_sent(trained: tuple[Path, str]) -> Non
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package that makes workspaces
 def test_the_workspace_draws_metrics_that_there_are(trained: tuple[Path, str], capsys: pytest.CaptureFixture) -> None:
-    from moetrain.observe.workspace import MEDIA, SECTIONS
+    from moetrain.observe.metrics import LOAD_IMAGE
+    from moetrain.observe.workspace import SECTIONS
 
     rows = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     written = {name for row in rows for name in row}
@@ -146,7 +147,7 @@ def test_the_workspace_draws_metrics_that_there_are(trained: tuple[Path, str], c
         assert panel.regex is None or any(re.search(panel.regex, name) for name in written), panel
     assert cli.main(["workspace", "somebody", "--json"]) == 0
     found = json.dumps(json.loads(capsys.readouterr().out))
-    assert MEDIA in found
+    assert LOAD_IMAGE in found
     for name, panels in SECTIONS.items():
         assert name in found
         assert all(panel.title in found for panel in panels)

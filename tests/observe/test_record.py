@@ -26,6 +26,7 @@ from moetrain.moe.routing import Choice, Scores
 from moetrain.observe import recorder
 from moetrain.observe.collect import congestion, health, meter, specialization, trace
 from moetrain.observe.collect.alerts import Alert, Alerts
+from moetrain.observe.metrics import find_metric
 from moetrain.observe.sinks.jsonl import JsonLines
 from moetrain.observe.sinks.terminal import View
 from moetrain.observe.sinks.tracker import Tracker
@@ -80,7 +81,8 @@ def test_the_window_holds_the_last_steps() -> None:
 
 def test_a_layers_health_by_hand() -> None:
     counts_E, window_E = np.array([60, 20, 20, 0]), np.array([80, 1, 19, 0])
-    found = health.layer_metrics(counts_E, window_E, np.array([1.0, 0.0, 0.0, -9.0]))
+    layer = health.layer_metrics(counts_E, window_E, np.array([1.0, 0.0, 0.0, -9.0]))
+    found = {name.removeprefix("balance/layer_LL/"): value for name, value in layer.items()}
     assert found["max_vio"] == pytest.approx(1.4)
     assert found["load_entropy"] == pytest.approx(-(0.6 * math.log(0.6) + 0.4 * math.log(0.2)) / math.log(4))
     assert (found["dead_experts"], found["dead_experts_window"], found["starving_experts"]) == (1, 1, 1)
@@ -326,6 +328,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_rows_and_samples_come_when_they_should(recorded: Path) -> None:
     rows = rows_of(recorded)
     assert [row["step"] for row in rows] == [2, 4, 6, 7, 7]
+    assert {name for row in rows for name in row if find_metric(name) is None} == {"step"}
     assert trace.read(recorded)["step"].tolist() == [1, 3, 6]
     assert ["perf/waited" in row for row in rows] == [False, False, True, False, False]
     assert len(rows[2]["perf/memory_gib"]) == 2

@@ -17,6 +17,15 @@ from torch import Tensor
 from moetrain.moe.layer import LayerStats
 from moetrain.observe.collect.arrays import Array
 from moetrain.observe.collect.congestion import gamma_eff
+from moetrain.observe.metrics import (
+    LAYER_DEAD_EXPERTS,
+    LAYER_DEAD_EXPERTS_WINDOW,
+    LAYER_GAMMA_EFF,
+    LAYER_LOAD,
+    LAYER_LOAD_ENTROPY,
+    LAYER_MAX_VIO,
+    LAYER_STARVING_EXPERTS,
+)
 
 STARVING = 0.1  # of an even share
 
@@ -71,14 +80,15 @@ def starving(counts_E: Array) -> int:
 
 
 def layer_metrics(counts_E: Array, window_E: Array, quality_E: Array) -> dict[str, Any]:
-    """What a layer's selections in one step, those in the window, and its mean logits say."""
+    """Metrics of one layer, by their names for any layer, from its selections in one step, those of the window, and its
+    mean logits."""
     total = max(counts_E.sum(), 1)
     return {
-        "max_vio": max_vio(counts_E),
-        "load_entropy": load_entropy(counts_E),
-        "dead_experts": int((counts_E == 0).sum()),
-        "dead_experts_window": int((window_E == 0).sum()),
-        "starving_experts": starving(window_E),
-        "gamma_eff": gamma_eff(counts_E, quality_E),
-        "load": [round(float(share), 7) for share in counts_E / total],
+        LAYER_MAX_VIO: max_vio(counts_E),
+        LAYER_LOAD_ENTROPY: load_entropy(counts_E),
+        LAYER_DEAD_EXPERTS: int((counts_E == 0).sum()),
+        LAYER_DEAD_EXPERTS_WINDOW: int((window_E == 0).sum()),
+        LAYER_STARVING_EXPERTS: starving(window_E),
+        LAYER_GAMMA_EFF: gamma_eff(counts_E, quality_E),
+        LAYER_LOAD: [round(float(share), 7) for share in counts_E / total],
     }

@@ -26,11 +26,45 @@ from moetrain.moe.routing import Router
 from moetrain.moe.routing.balance import Losses
 from moetrain.observe.collect import health
 from moetrain.observe.collect.arrays import Array, stack
+from moetrain.observe.metrics import (
+    CROSSING_BYTES,
+    DEAD_EXPERTS,
+    DEVICE_LOAD_HOME,
+    DEVICE_LOAD_PLANNED,
+    DOMAIN_LOSS,
+    DROPPED_FRACTION,
+    EXPERTS_PER_TOKEN,
+    GUESTS,
+    IMBALANCE_HOME,
+    IMBALANCE_PLANNED,
+    LAYER_BIAS_MAX,
+    LAYER_DEAD_EXPERTS_WINDOW,
+    LAYER_ENTROPY,
+    LAYER_LOGIT_NORM,
+    LAYER_MAX_VIO_MICRO,
+    LAYER_MEANS,
+    LAYER_STARVING_EXPERTS,
+    LAYER_Z,
+    LEND_BYTES,
+    LM_LOSS,
+    LOSS,
+    MEMORY_GIB,
+    PEAK_MEMORY_GIB,
+    PHASE,
+    ROUTER_LOSS,
+    ROWS_CROSSING_FRACTION,
+    ROWS_MOVED,
+    ROWS_MOVED_FRACTION,
+    SAVED_SECONDS,
+    STARVING_EXPERTS,
+    TIME,
+    for_domain,
+    for_layer,
+)
 
 TIMES = ("data", "forward", "backward", "update")
 ALL_PHASES = (*TIMES, *PHASES, *BACKWARD_PHASES)
 FORWARDS = {"selective": 5 / 3, "full": 2.0}  # times that experts compute their products of the forward; else once
-MEANS = ("max_vio", "max_vio_micro", "entropy", "load_entropy", "logit_norm", "gamma_eff")  # over layers
 PLAN_FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_moved", "saved_seconds")
 
 
@@ -94,23 +128,23 @@ class Meter:
         quality = [sums / tokens for sums in logits]
         metrics = self._losses(found, step.parts[0].losses) | self._plans(found, len(step.parts))
         metrics |= self._resources(found)
-        metrics["balance/experts_per_token"] = float(found["counts"].sum() / tokens / len(step.counts))
-        metrics["balance/dropped_fraction"] = float(1 - found["kept"].sum() / max(found["counts"].sum(), 1))
+        metrics[EXPERTS_PER_TOKEN] = float(found["counts"].sum() / tokens / len(step.counts))
+        metrics[DROPPED_FRACTION] = float(1 - found["kept"].sum() / max(found["counts"].sum(), 1))
         layers = [health.layer_metrics(*each) for each in zip(selected, window, quality, strict=True)]
         scale = [np.log(len(counts_E)) if len(counts_E) > 1 else np.inf for counts_E in selected]
         for index, layer in enumerate(layers):
-            layer["entropy"] = float(found["entropy"][index] / tokens / scale[index])
-            layer["max_vio_micro"] = float(found["micro_vio"][index] / len(step.parts) / self._mesh.world)
-            layer["logit_norm"] = float(found["norm"][index] / tokens)
-            layer["z"] = float(found["z"][index] / tokens)
+            layer[LAYER_ENTROPY] = float(found["entropy"][index] / tokens / scale[index])
+            layer[LAYER_MAX_VIO_MICRO] = float(found["micro_vio"][index] / len(step.parts) / self._mesh.world)
+            layer[LAYER_LOGIT_NORM] = float(found["norm"][index] / tokens)
+            layer[LAYER_Z] = float(found["z"][index] / tokens)
             if biased:
-                layer["bias_max"] = float(found["bias"][index])
+                layer[LAYER_BIAS_MAX] = float(found["bias"][index])
         for name, layer in zip(self._config.model.pass_names, layers, strict=True):
-            metrics |= {f"balance/{name}/{key}": value for key, value in layer.items()}
-        for key in MEANS:
-            metrics[f"balance/{key}"] = _mean([layer[key] for layer in layers])
-        metrics["balance/dead_experts"] = sum(layer["dead_experts_window"] for layer in layers)
-        metrics["balance/starving_experts"] = sum(layer["starving_experts"] for layer in layers)
+            metrics |= {for_layer(metric, name): value for metric, value in layer.items()}
+        for metric, mean in LAYER_MEANS.items():
+            metrics[mean] = _mean([layer[metric] for layer in layers])
+        metrics[DEAD_EXPERTS] = sum(layer[LAYER_DEAD_EXPERTS_WINDOW] for layer in layers)
+        metrics[STARVING_EXPERTS] = sum(layer[LAYER_STARVING_EXPERTS] for layer in layers)
         return Reading(metrics, selected, quality, found["seconds"], found["waits"], found["memory"])
 
     def _on_device(self, parts: Sequence[Part]) -> dict[str, Tensor]:
@@ -170,11 +204,11 @@ class Meter:
     def _losses(self, found: Mapping[str, Array], first: Losses) -> dict[str, Any]:
         nats, tokens, layers = found["nats"], found["tokens"], len(found["entropy"])
         lm_loss = float(nats.sum() / tokens.sum())
-        out = {"train/loss": lm_loss + float(found["weighted"][0]), "train/lm_loss": lm_loss}
-        out |= {f"train/{name}_loss": float(x) / layers for name, x in zip(first.shares, found["shares"], strict=True)}
+        out = {LOSS: lm_loss + float(found["weighted"][0]), LM_LOSS: lm_loss}
+        out |= {ROUTER_LOSS[name]: float(x) / layers for name, x in zip(first.shares, found["shares"], strict=True)}
         for name, spent, count in zip(self._domains, nats.tolist(), tokens.tolist(), strict=True):
             if count:
-                out[f"train/{name}/loss"] = spent / count
+                out[for_domain(DOMAIN_LOSS, name)] = spent / count
         return out
 
     def _plans(self, found: Mapping[str, Array], micro_steps: int) -> dict[str, Any]:
@@ -182,24 +216,24 @@ class Meter:
         ep, rows = self._mesh.ep.size, max(float(found["rows"][0]), 1.0)
         num_plans = micro_steps * len(found["entropy"]) * self._mesh.world
         return {
-            "balance/imbalance_home": facts["imbalance_home"] / num_plans,
-            "balance/imbalance_planned": facts["imbalance_planned"] / num_plans,
-            "balance/guests": facts["guests"] / ep,
-            "balance/rows_moved": facts["rows_moved"] / ep,
-            "balance/rows_moved_fraction": facts["rows_moved"] / rows,
-            "balance/rows_crossing_fraction": ep * float(found["crossing"][0]) / rows,
-            "balance/lend_bytes": float(found["lent"][0]) / ep,
-            "balance/crossing_bytes": float(found["sent"][0]),
-            "balance/saved_seconds": facts["saved_seconds"] / self._mesh.world,
-            "balance/device_load_home": found["loads"][0].tolist(),
-            "balance/device_load_planned": found["loads"][1].tolist(),
+            IMBALANCE_HOME: facts["imbalance_home"] / num_plans,
+            IMBALANCE_PLANNED: facts["imbalance_planned"] / num_plans,
+            GUESTS: facts["guests"] / ep,
+            ROWS_MOVED: facts["rows_moved"] / ep,
+            ROWS_MOVED_FRACTION: facts["rows_moved"] / rows,
+            ROWS_CROSSING_FRACTION: ep * float(found["crossing"][0]) / rows,
+            LEND_BYTES: float(found["lent"][0]) / ep,
+            CROSSING_BYTES: float(found["sent"][0]),
+            SAVED_SECONDS: facts["saved_seconds"] / self._mesh.world,
+            DEVICE_LOAD_HOME: found["loads"][0].tolist(),
+            DEVICE_LOAD_PLANNED: found["loads"][1].tolist(),
         }
 
     def _resources(self, found: Mapping[str, Array]) -> dict[str, Any]:
         self._peak = max(self._peak, float(found["peak"].max()))
-        out: dict[str, Any] = {"perf/peak_memory_gib": self._peak, "perf/memory_gib": found["memory"].tolist()}
+        out: dict[str, Any] = {PEAK_MEMORY_GIB: self._peak, MEMORY_GIB: found["memory"].tolist()}
         for name, value in zip(ALL_PHASES, found["seconds"].mean(0).tolist(), strict=True):
-            out[f"perf/{'time' if name in TIMES else 'phase'}/{name}"] = value
+            out[TIME[name] if name in TIMES else PHASE[name]] = value
         return out
 
 

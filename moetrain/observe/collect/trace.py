@@ -18,6 +18,7 @@ from moetrain.moe.layer import LayerStats
 from moetrain.moe.planning.cost import Limits
 from moetrain.observe.collect.arrays import BROKEN, Array, read_arrays, stack
 from moetrain.observe.collect.meter import ALL_PHASES, Reading, waited
+from moetrain.observe.metrics import WAITED, WAITED_FOR
 
 PART = 20  # samples
 SHAPES = {  # of one sample; the first few letters of an empty trace's axes are zero
@@ -99,7 +100,7 @@ class LoadTrace:
             self._samples.append({"step": step, **shrunk})
             if len(self._samples) >= PART:
                 self.flush()
-        return {"perf/waited": waited_WW.sum(1).tolist(), "perf/waited_for": waited_WW.sum(0).tolist()}
+        return {WAITED: waited_WW.sum(1).tolist(), WAITED_FOR: waited_WW.sum(0).tolist()}
 
     def flush(self) -> None:
         if self._folder is None or not self._samples:

@@ -12,6 +12,24 @@ from rich.text import Text
 
 from moetrain.common.console import console
 from moetrain.observe.collect.alerts import Alert
+from moetrain.observe.metrics import (
+    BALANCE_LOSS,
+    BITS_PER_BYTE,
+    DEAD_EXPERTS,
+    DEVICE_LOAD_HOME,
+    DEVICE_LOAD_PLANNED,
+    GRAD_NORM,
+    GUESTS,
+    IMBALANCE_HOME,
+    IMBALANCE_PLANNED,
+    LM_LOSS,
+    MEMORY_GIB,
+    ROWS_MOVED_FRACTION,
+    STARVING_EXPERTS,
+    STEP_SECONDS,
+    TOKENS_PER_SECOND,
+    Z_LOSS,
+)
 from moetrain.observe.sinks.tracker import Metrics
 
 LINES = 20  # that a run has where the output is no terminal, about
@@ -28,7 +46,7 @@ class Plain:
         self._every, self._steps, self._console = max(1, steps // LINES), steps, out
 
     def log(self, step: int, metrics: Metrics) -> None:
-        if "train/lm_loss" in metrics and (step % self._every == 0 or step in (1, self._steps)):
+        if LM_LOSS in metrics and (step % self._every == 0 or step in (1, self._steps)):
             self._console.print(f"step {step:>5}/{self._steps} · {_line(metrics)}")
 
     def alert(self, step: int, alert: Alert) -> None:
@@ -52,11 +70,11 @@ class View:
         self._live.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        if "eval/bits_per_byte" in metrics:
-            bits = metrics["eval/bits_per_byte"]
+        if BITS_PER_BYTE in metrics:
+            bits = metrics[BITS_PER_BYTE]
             known = bits is not None and math.isfinite(bits)
             self._held_out = f"[bold]{bits:.3f}[/bold] bits a byte at step {step}" if known else "nothing is held out"
-        if "train/lm_loss" not in metrics:
+        if LM_LOSS not in metrics:
             return
         if step > self._step:
             now = time.monotonic()
@@ -88,28 +106,28 @@ class View:
 
 
 def _facts(row: Metrics, held_out: str) -> RenderableType:
-    dead, starving = row["balance/dead_experts"], row["balance/starving_experts"]
+    dead, starving = row[DEAD_EXPERTS], row[STARVING_EXPERTS]
     lines = {
         "loss": [
-            f"[bold]{row['train/lm_loss']:.3f}[/bold] nats a token",
-            f"balance {row['train/balance_loss']:.2f}",
-            f"z {row['train/z_loss']:.2f}",
-            f"gradient {row['train/grad_norm']:.2f}",
+            f"[bold]{row[LM_LOSS]:.3f}[/bold] nats a token",
+            f"balance {row[BALANCE_LOSS]:.2f}",
+            f"z {row[Z_LOSS]:.2f}",
+            f"gradient {row[GRAD_NORM]:.2f}",
         ],
         "held out": [held_out],
         "speed": [
-            f"[bold]{row['perf/tokens_per_second']:,.0f}[/bold] tokens/s",
-            f"{row['perf/step_seconds']:.2f} s a step",
-            f"memory {max(row['perf/memory_gib']):.2f} GiB",
+            f"[bold]{row[TOKENS_PER_SECOND]:,.0f}[/bold] tokens/s",
+            f"{row[STEP_SECONDS]:.2f} s a step",
+            f"memory {max(row[MEMORY_GIB]):.2f} GiB",
         ],
         "experts": [
             f"[red]{dead} dead[/red]" if dead else "none dead",
             f"{starving} starving",
-            f"{row['balance/guests']:.0f} guests",
-            f"{row['balance/rows_moved_fraction']:.1%} of rows moved",
+            f"{row[GUESTS]:.0f} guests",
+            f"{row[ROWS_MOVED_FRACTION]:.1%} of rows moved",
         ],
         "imbalance": [
-            f"{row['balance/imbalance_home']:.2f} at home → {row['balance/imbalance_planned']:.2f} as planned, "
+            f"{row[IMBALANCE_HOME]:.2f} at home → {row[IMBALANCE_PLANNED]:.2f} as planned, "
             "busiest device over the mean, mean of the layers"
         ],
     }
@@ -128,7 +146,7 @@ def _said(name: str, words: list[str]) -> RenderableType:
 def devices(row: Metrics) -> RenderableType:
     """A bar for every device, before planning and after: its rows of all layers, in mean loads, so that what one layer
     has too many and another too few of is level here. The fullest devices first if they are many."""
-    home, planned = row["balance/device_load_home"], row["balance/device_load_planned"]
+    home, planned = row[DEVICE_LOAD_HOME], row[DEVICE_LOAD_PLANNED]
     mean = sum(home) / max(len(home), 1) or 1.0
     order, title = list(range(len(home))), "device"
     if len(home) > DEVICES:
@@ -162,8 +180,8 @@ def hottest(row: Metrics) -> RenderableType:
 
 def _line(row: Metrics) -> str:
     return (
-        f"loss {row['train/lm_loss']:.3f} · {row['perf/tokens_per_second']:,.0f} tokens/s · imbalance "
-        f"{row['balance/imbalance_home']:.2f} → {row['balance/imbalance_planned']:.2f}"
+        f"loss {row[LM_LOSS]:.3f} · {row[TOKENS_PER_SECOND]:,.0f} tokens/s · imbalance "
+        f"{row[IMBALANCE_HOME]:.2f} → {row[IMBALANCE_PLANNED]:.2f}"
     )
 
 

@@ -21,6 +21,7 @@ from moetrain.common.console import console
 from moetrain.config import Config
 from moetrain.observe.collect.alerts import Alert
 from moetrain.observe.collect.arrays import Array
+from moetrain.observe.metrics import LAYER_LOAD, LOAD_IMAGE, WAITED, for_layer, layer_prefixes
 from moetrain.observe.sinks.tracker import Metrics, one_line
 
 MOST_BINS = 512  # that a histogram may have
@@ -58,7 +59,7 @@ class Wandb:
                 console.print(f"wandb: {self._run.url}")
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
-        for prefix in ("balance/layer_", "eval/layer_", "specialise/layer_"):
+        for prefix in layer_prefixes():
             self._run.define_metric(f"{prefix}*", step_metric="step", hidden=True)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -70,9 +71,9 @@ class Wandb:
                 counts = _bins(np.array(value, dtype=float))
                 value = wandb.Histogram(np_histogram=(counts, np.linspace(0, len(value), len(counts) + 1)))
             shown[name] = value
-        if "perf/waited" in metrics:  # the step is a sample of the load trace
-            loads = [np.array(metrics[f"balance/{layer}/load"]) for layer in self._layers]
-            shown["experts/load"] = wandb.Image(
+        if WAITED in metrics:  # the step is a sample of the load trace
+            loads = [np.array(metrics[for_layer(LAYER_LOAD, layer)]) for layer in self._layers]
+            shown[LOAD_IMAGE] = wandb.Image(
                 heat_map(loads),
                 caption="rows: layers from above; columns: experts. White: an even share; red: twice it",
             )
