@@ -26,11 +26,12 @@ import torch
 from torch.autograd import DeviceType
 
 from moetrain import config
-from moetrain.bench import cases, tables, virtual
+from moetrain.bench import cases, virtual
 from moetrain.bench import cell as layer_cell
 from moetrain.bench.cases import BALANCED, Shape
 from moetrain.bench.cell import Cell, Inputs, now
 from moetrain.bench.options import Grid
+from moetrain.bench.tables import Results, Tabulated
 from moetrain.common.console import console
 from moetrain.data.loader import Sequences
 from moetrain.distributed import mesh
@@ -49,10 +50,10 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "alpha", "beta",
 FASTEST = "fastest"  # what a run takes here
 BACKENDS = ("torch", FASTEST)
 VOCABULARY = {"gpt-oss-120b": 201_088, "deepseek-v3": 129_280}
-Table = tuple[str, Sequence[str], list[list[str]], str]  # title, columns, rows, legend
+Part = tuple[str, Sequence[str], list[list[str]], str]  # title, columns, rows, legend
 
 
-def device_facts(device: torch.device, tiny: bool) -> Table:
+def device_facts(device: torch.device, tiny: bool) -> Part:
     """What the machine is, and the rates that everything else is a share of."""
     rows = [["Python, CPU cores", f"{platform.python_version()}, {os.cpu_count()}"]]
     for name in ("torch", "triton", "numpy", "numba", "transformers", "hydra", "pydantic", "wandb"):
@@ -110,7 +111,7 @@ def copy_rate(device: torch.device, tiny: bool) -> float:
     return 2 * len(source) / seconds(lambda: target.copy_(source), device)
 
 
-def same_curve(device: torch.device, tiny: bool) -> Table:
+def same_curve(device: torch.device, tiny: bool) -> Part:
     """Whole runs of `moetrain train`: fp32 and bf16 here, and the CPU's with the same seed."""
     runs = {"cpu fp32": ("fp32", ""), "fp32": ("fp32", None), "bf16": ("bf16", None)}
     with tempfile.TemporaryDirectory() as name:
@@ -155,7 +156,7 @@ def same_curve(device: torch.device, tiny: bool) -> Table:
 FAILED: list[str] = []  # what is to be said at the end, with exit code 1
 
 
-def memory_bound(device: torch.device, tiny: bool) -> Table:
+def memory_bound(device: torch.device, tiny: bool) -> Part:
     """Sums over rows, SwiGLU and gathers at published shapes, as shares of the rate of a copy; the cross entropy."""
     peak, flops = copy_rate(device, tiny), matmul_rate(device, torch.bfloat16)
     rows = [
@@ -221,7 +222,7 @@ def head_of(name: str, device: torch.device, tiny: bool, flops: float) -> list[s
     ]
 
 
-def layer_trace(device: torch.device, tiny: bool, out: Path) -> Table:
+def layer_trace(device: torch.device, tiny: bool, out: Path) -> Part:
     """One layer, forward and backward, on virtual rank 0 of 8: kernels by time, launches, copies, host syncs."""
     rows, text = [], ["# Kernels of one layer\n"]
     for name in VOCABULARY:
@@ -304,7 +305,7 @@ def counted_syncs(call: Callable[[], object], device: torch.device) -> dict[str,
     return dict(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)))
 
 
-def whole_step(device: torch.device, tiny: bool, out: Path) -> Table:
+def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
     """Steps of training at a real vocabulary: tokens a second, share of the matrix rate, memory, where time goes."""
     rows = []
     layers, length, batch = (2, 64, 2) if tiny else (4, 4096, 2)
@@ -368,7 +369,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Table:
     return title, ("", "found"), rows, "Tokens drawn at random, so that the losses only show that it learns."
 
 
-PARTS: dict[str, Callable[..., Table]] = {
+PARTS: dict[str, Callable[..., Part]] = {
     "device": device_facts,
     "train": same_curve,
     "kernels": memory_bound,
@@ -388,11 +389,12 @@ def main() -> int:
     began = time.perf_counter()
     more = (options.folder,) if options.part in ("trace", "step") else ()
     title, columns, rows, legend = PARTS[options.part](device, options.rehearse, *more)
-    console.print(tables.table(title, columns, rows, num_left=1))
     legend += f" {time.perf_counter() - began:.0f} s."
+    table = Tabulated(title, columns, rows)
+    results = Results(options.part, options.part.capitalize(), [], [table], [legend])
+    console.print(table.render())
     console.print(legend)
-    text = tables.markdown(options.part.capitalize(), title, columns, rows, legend)
-    (options.folder / f"{options.part}.md").write_text(text)
+    (options.folder / f"{options.part}.md").write_text(results.markdown())
     for failure in FAILED:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if FAILED else 0

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
-from moetrain.bench import tables
 from moetrain.bench.cases import PRESETS, Shape
 from moetrain.bench.cell import Gemms, now
+from moetrain.bench.tables import Records, Results, Tabulated
 
-Records = list[dict[str, Any]]
 RANKS, TOKENS = 8, 8192  # of the cluster that the device stands for; of each rank
 LARGE = {"cuda": 8192, "cpu": 1024}  # side of the square product that is the measure
 PRODUCTS = 4  # of them between two looks at the clock
@@ -29,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     found = [measure(name, shape_of(name, scale), device, options.repeats) for name in options.shape]
     if options.json:
         print(json.dumps(found))
-    tables.publish("gpu", found, table(found), LEGEND, markdown(found), options.out)
+    tabulate(found).publish(options.out)
     return 0
 
 
@@ -81,16 +79,14 @@ COLUMNS = ("model", "D × H", "experts", "rows", "large", "forward", "backward",
 LEGEND = "D × H: width × hidden width. experts, rows: of this device. large: TFLOP/s of the large product."
 
 
-def title(found: Records) -> str:
-    r = found[0]
-    return (
-        f"bf16 grouped GEMMs of one of {RANKS} ranks on {r['device']}, torch {r['torch']}, {r['repeats']} repeats: "
-        f"% of the rate of {r['large_side']}³ products"
+def tabulate(found: Records) -> Results:
+    """Return the results as a table; shares of a rate in per cent, times in milliseconds."""
+    first = found[0]
+    title = (
+        f"bf16 grouped GEMMs of one of {RANKS} ranks on {first['device']}, torch {first['torch']}, "
+        f"{first['repeats']} repeats: % of the rate of {first['large_side']}³ products"
     )
-
-
-def rows(found: Records) -> list[list[str]]:
-    return [
+    rows = [
         [
             r["model"],
             f"{r['dim']} × {r['hidden']}",
@@ -101,11 +97,4 @@ def rows(found: Records) -> list[list[str]]:
         ]
         for r in found
     ]
-
-
-def table(found: Records) -> Table:
-    return tables.table(title(found), COLUMNS, rows(found), num_left=1)
-
-
-def markdown(found: Records) -> str:
-    return tables.markdown("Grouped GEMMs", title(found), COLUMNS, rows(found), LEGEND)
+    return Results("gpu", "Grouped GEMMs", found, [Tabulated(title, COLUMNS, rows)], [LEGEND])

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.table import Table
 
-from moetrain.bench import tables
 from moetrain.bench.cases import HOST_EXPERTS, Shape
 from moetrain.bench.cell import Cell, Setup, interleave
 from moetrain.bench.namespaces import Hosts, sent_bytes
+from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.common.console import console
 from moetrain.distributed.comm import all_gather, waiting_at_once
 from moetrain.distributed.mesh import Mesh
@@ -27,7 +26,6 @@ from moetrain.launch import local
 from moetrain.moe.planning.plan import ANYWHERE, Plan
 from moetrain.training.ranks import run_on_rank
 
-Records = list[dict[str, Any]]
 DIM, HIDDEN, TOP_K = 512, 1024, 2
 SETTLE = 2  # runs before anything is timed
 
@@ -74,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
             found += [{"rate": rate, **record} for record in json.loads(path.read_text())]
     if options.json:
         print(json.dumps(found))
-    tables.publish("hosts", found, table(found), LEGEND, markdown(found), options.out)
+    tabulate(found).publish(options.out)
     return 0
 
 
@@ -158,8 +156,12 @@ def _on_the_wire(once: Callable[[], Any], mesh: Mesh) -> int:
     return sent_R[0] + sent_R[-1]
 
 
-def rows(found: Records) -> list[list[str]]:
-    return [
+def tabulate(found: Records) -> Results:
+    """Return the results as a table; times in milliseconds and as percentages of makespan's."""
+    first = found[0]
+    shape = Shape(**{name: first[name] for name in Shape.__annotations__})
+    title = f"Two hosts, {first['per_host']} workers each; {shape}; forward and backward, {first['repeats']} turns"
+    rows = [
         [
             r["rate"],
             r["scenario"],
@@ -172,17 +174,4 @@ def rows(found: Records) -> list[list[str]]:
         ]
         for r in found
     ]
-
-
-def title(found: Records) -> str:
-    first = found[0]
-    shape = Shape(**{name: first[name] for name in Shape.__annotations__})
-    return f"Two hosts, {first['per_host']} workers each; {shape}; forward and backward, {first['repeats']} turns"
-
-
-def table(found: Records) -> Table:
-    return tables.table(title(found), COLUMNS, rows(found), num_left=3)
-
-
-def markdown(found: Records) -> str:
-    return tables.markdown("A layer over a slow link", title(found), COLUMNS, rows(found), LEGEND)
+    return Results("hosts", "A layer over a slow link", found, [Tabulated(title, COLUMNS, rows, 3)], [LEGEND])

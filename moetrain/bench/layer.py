@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from moetrain.bench.cases import Shape
 from moetrain.bench.cell import Setup, interleave
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import KERNELS, Grid
+from moetrain.bench.tables import Records
 from moetrain.common.console import errors
 from moetrain.config import ConfigError
 from moetrain.distributed.comm import all_gather
@@ -29,7 +29,6 @@ from moetrain.launch import local
 from moetrain.moe.kernels import api as kernels
 from moetrain.training.ranks import run_on_rank
 
-Records = list[dict[str, Any]]
 SETTLE = 2  # runs of a cell before it is timed
 
 
@@ -63,10 +62,10 @@ def _measure_all(options: argparse.Namespace, grid: Grid, mesh: Mesh) -> None:
         return
     if options.json:
         print(json.dumps(found + others))
-    report = virtual.report if options.virtual_ranks else layer_report.report
+    publish = virtual.publish if options.virtual_ranks else layer_report.publish
     for name in grid.kernels:
-        report([r for r in found if r["kernels"] == name], folder(options.out, name, grid))
-    peers.show(others, options.out)
+        publish([r for r in found if r["kernels"] == name], folder(options.out, name, grid))
+    peers.publish(others, options.out)
 
 
 def by_kernels(grid: Grid, measure: Callable[[], Records]) -> Records:

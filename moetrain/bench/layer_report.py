@@ -1,50 +1,38 @@
 """What `moetrain bench layer` found, for people: tables, a summary, Markdown, a picture."""
 
-import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from moetrain.bench.cases import BALANCED
 from moetrain.bench.options import KERNELS
-from moetrain.common.console import console
+from moetrain.bench.tables import Records, Results, Tabulated
 
-Records = list[dict[str, Any]]
 COLORS = {"home": "tab:red", "llep": "tab:orange", "makespan": "tab:green", "eplb": "tab:purple"}
 WORST = 3  # cells that are named
+HEADING = "One MoE layer, forward and backward"
+COST = "speed as a share of that of the GEMMs alone · rows crossing · guests · peak memory × balanced"
 LEGEND = "ms forward and backward · % of our own layer under balanced routing, in pairs, ± half the quartiles' distance"
 
 
-def report(records: Records, out: Path | None) -> None:
-    """Print; with a folder, write layer.json, layer.md and layer.png."""
-    for group in by_shape(records):
-        for table in tables(group):
-            console.print(table)
-    console.print(LEGEND)
-    for line in summary(records):
-        console.print(line)
-    if out is not None:
-        write(records, markdown(records), out)
+def publish(records: Records, out: Path | None) -> None:
+    """Print the tables and the summary; with a folder, write layer.json, layer.md and layer.png."""
+    tables = [table for group in group_by_shape(records) for table in _tabulate(group)]
+    results = Results("layer", HEADING, records, tables, [LEGEND, *summarize(records)])
+    results.publish(out, partial(draw, records))
 
 
-def write(records: Records, text: str, out: Path) -> None:
-    (out / "layer.json").write_text(json.dumps(records, indent=1) + "\n")
-    (out / "layer.md").write_text(text)
-    draw(records, out / "layer.png")
-    console.print(f"written: {out}/layer.json, layer.md, layer.png")
-
-
-def by_shape(records: Records) -> list[Records]:
-    """The records of each dtype and number of experts."""
+def group_by_shape(records: Records) -> list[Records]:
+    """Return the records of each dtype and number of experts."""
     groups: dict[tuple[str, int], Records] = {}
     for record in records:
         groups.setdefault((record["dtype"], record["experts"]), []).append(record)
     return list(groups.values())
 
 
-def title(group: Records) -> str:
+def describe_shape(group: Records) -> str:
+    """Describe the layer and the machine of a group in one line."""
     r = group[0]
     chosen = r.get("kernels", KERNELS[0])
     return (
@@ -54,19 +42,17 @@ def title(group: Records) -> str:
     )
 
 
-def tables(group: Records) -> list[Table]:
-    """Speed, then what it costs."""
+def _tabulate(group: Records) -> list[Tabulated]:
+    """Return a table of the speed of each routing and planner, and one of what it costs."""
     planners = list(dict.fromkeys(r["planner"] for r in group))
-    speed = Table("routing", title=title(group))
-    cost = Table("routing", title="of the GEMMs alone · rows crossing · guests · peak memory × balanced")
-    for planner in planners:
-        speed.add_column(planner, justify="right")
-        cost.add_column(planner, justify="right")
+    speed, cost = [], []
     for scenario in dict.fromkeys(r["scenario"] for r in group):
         cells = [r for p in planners for r in group if r["scenario"] == scenario and r["planner"] == p]
-        speed.add_row(scenario, *(_speed(r) for r in cells))
-        cost.add_row(scenario, *(_cost(r) for r in cells))
-    return [speed, cost]
+        speed.append([scenario, *map(_speed, cells)])
+        cost.append([scenario, *map(_cost, cells)])
+    columns = ["routing", *planners]
+    title = f"{describe_shape(group)}, {group[0]['repeats']} repeats"
+    return [Tabulated(title, columns, speed), Tabulated(COST, columns, cost)]
 
 
 def _speed(r: dict[str, Any]) -> str:
@@ -77,8 +63,8 @@ def _cost(r: dict[str, Any]) -> str:
     return f"{r['percent_of_gemm']:.1f} % · {r['rows_crossing']:,} · {r['guests']} · {r['memory_ratio']:.2f}"
 
 
-def summary(records: Records) -> list[str]:
-    """Per dtype: the balanced layer beside its GEMMs, and each planner over the whole grid."""
+def summarize(records: Records) -> list[str]:
+    """Describe, for each dtype, the balanced layer beside its GEMMs, and each planner over the whole grid."""
     lines = []
     for dtype in dict.fromkeys(r["dtype"] for r in records):
         own = [r for r in records if r["dtype"] == dtype]
@@ -100,24 +86,6 @@ def summary(records: Records) -> list[str]:
 
 def _name(r: dict[str, Any]) -> str:
     return f"{r['scenario']}, {r['experts']} experts"
-
-
-def markdown(records: Records) -> str:
-    """The tables and the summary."""
-    parts = ["# One MoE layer, forward and backward\n"]
-    for group in by_shape(records):
-        planners = list(dict.fromkeys(r["planner"] for r in group))
-        parts.append(f"## {title(group)}\n")
-        parts.append(f"{group[0]['repeats']} repeats. {LEGEND}. Then: % of the GEMMs alone, rows crossing, guests, ")
-        parts.append("peak memory as a multiple of balanced.\n")
-        parts.append("| routing | " + " | ".join(planners) + " |")
-        parts.append("|---|" + "---|" * len(planners))
-        for scenario in dict.fromkeys(r["scenario"] for r in group):
-            cells = [r for p in planners for r in group if r["scenario"] == scenario and r["planner"] == p]
-            parts.append(f"| {scenario} | " + " | ".join(f"{_speed(r)}<br>{_cost(r)}" for r in cells) + " |")
-        parts.append("")
-    parts += [f"- {line}" for line in summary(records)]
-    return "\n".join(parts) + "\n"
 
 
 def draw(records: Records, path: Path) -> None:

@@ -23,12 +23,14 @@ from moetrain.bench import cases
 from moetrain.bench.cases import BALANCED, Shape
 from moetrain.bench.cell import Setup, interleave, now
 from moetrain.bench.options import Grid
+from moetrain.bench.tables import Records, Tabulated
 from moetrain.common.console import console, errors
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.precision import DTYPES
 
-Records = list[dict[str, Any]]
 HOT = "95 % into 1"
+TITLE = "Peers, through their own gates; speed as % of our balanced layer and of the bare GEMMs, in pairs"
+COLUMNS = ("peer", "layer", "routing", "into the first", "ranks", "ms", "% of balanced", "% of the GEMMs")
 SETTLE = 3
 Layer = Callable[[Tensor], Tensor]
 
@@ -175,23 +177,25 @@ def _ready(layer: nn.Module, gate_ED: nn.Parameter, shape: Shape) -> nn.Module:
     return _First(layer.to(DTYPES[shape.dtype]))
 
 
-def show(found: Records, out: Path | None) -> None:
-    """Print; with a folder, add to its layer.md."""
+def publish(found: Records, out: Path | None) -> None:
+    """Print the results; with a folder, add them to its layer.md."""
     if not found:
         return
-    title = "Peers, through their own gates; speed as % of our balanced layer and of the bare GEMMs, in pairs:"
-    lines = [_line(record) for record in found]
-    console.print("\n".join([title, *lines]))
+    rows = [
+        [
+            r["planner"],
+            f"{r['dtype']}, {r['experts']} experts",
+            r["scenario"],
+            f"{r['percent_into_first']:.0f} %",
+            "all experts on each rank, nothing travels" if "transformers" in r["planner"] else f"{r['ranks']} ranks",
+            f"{r['total_ms']:,.0f}",
+            f"{r['percent_of_balanced']:.1f} ±{r['spread'] / 2:.1f}",
+            f"{r['percent_of_gemm']:.1f}",
+        ]
+        for r in found
+    ]
+    table = Tabulated(TITLE, COLUMNS, rows, num_left=5)
+    console.print(table.render())
     if out is not None:
         with (out / "layer.md").open("a") as file:
-            file.write("\n".join(["", title, "", *(f"- {line}" for line in lines), ""]))
-
-
-def _line(r: dict[str, Any]) -> str:
-    place = "experts on each rank, nothing travels" if "transformers" in r["planner"] else f"{r['ranks']} ranks"
-    return (
-        f"{r['planner']}, {r['dtype']}, {r['experts']} experts, {r['scenario']} "
-        f"({r['percent_into_first']:.0f} % of selections into the first; {place}): {r['total_ms']:,.0f} ms, "
-        f"{r['percent_of_balanced']:.1f} % ±{r['spread'] / 2:.1f} of balanced, "
-        f"{r['percent_of_gemm']:.1f} % of the GEMMs"
-    )
+            file.write(f"\n{table.markdown()}\n")

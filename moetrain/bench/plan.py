@@ -3,18 +3,15 @@
 R ranks, E experts. All loads are drawn with a fixed seed; EPLB sees another sample of the same distribution as past.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from moetrain.common.console import console
+from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.moe.planning import PLANNERS, default_home
 from moetrain.moe.planning.cost import State, default_costs, layer_time
 from moetrain.moe.planning.plan import Floats, Plan, imbalance
@@ -22,6 +19,8 @@ from moetrain.moe.planning.plan import Floats, Plan, imbalance
 SIZES = ((4, 16), (8, 128), (64, 512))  # R, E
 ROWS = 32768 * 4  # per rank: the LLEP paper's tokens and top-k
 TINY_ROWS = 8
+COLUMNS = ("load", "planner", "µs", "max/mean", "guests", "rows crossing", "predicted ms", "× best")
+LEGEND = "× best: predicted time over that of the best planner for the same load."
 CALLS, SECONDS = 15, 0.2  # timed calls of a planner: so many, or as many as fit into that time
 
 
@@ -55,22 +54,22 @@ def shares(num_ranks: int, num_experts: int, seed: int = 0) -> dict[str, Floats]
     }
 
 
-def records() -> list[dict[str, Any]]:
+def records() -> Records:
     """One record for each size, scenario and planner."""
     return [record for size in SIZES for record in measure(*size)]
 
 
-def measure(num_ranks: int, num_experts: int) -> list[dict[str, Any]]:
+def measure(num_ranks: int, num_experts: int) -> Records:
     home, costs = default_home(num_experts, num_ranks), default_costs()
     rng = np.random.default_rng(1)
-    out: list[dict[str, Any]] = []
+    out: Records = []
     for scenario, share in shares(num_ranks, num_experts).items():
         rows = TINY_ROWS if scenario == "tiny batch" else ROWS
         past, counts = (np.stack([rng.multinomial(rows, p) for p in share]) for _ in range(2))
         state = State(past=past.sum(0).astype(np.float64))
-        group: list[dict[str, Any]] = []
+        group: Records = []
         for name, planner in PLANNERS.items():
-            plan, seconds = timed(partial(planner, counts, home, costs, None, state))
+            plan, seconds = time_planner(partial(planner, counts, home, costs, None, state))
             group.append(
                 {
                     "scenario": scenario,
@@ -89,17 +88,8 @@ def measure(num_ranks: int, num_experts: int) -> list[dict[str, Any]]:
     return out
 
 
-def write(found: list[dict[str, Any]], folder: Path) -> None:
-    """`plan.json` and `plan.png`."""
-    from moetrain.bench.plan_picture import draw
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(folder / "plan.png")
-
-
-def timed(call: Callable[[], Plan]) -> tuple[Plan, float]:
-    """(what it returns, median seconds) after a call that warms up."""
+def time_planner(call: Callable[[], Plan]) -> tuple[Plan, float]:
+    """Return what `call` returns and its median seconds, after a call that warms up."""
     plan = call()
     times: list[float] = []
     while len(times) < CALLS and sum(times) < SECONDS:
@@ -109,40 +99,35 @@ def timed(call: Callable[[], Plan]) -> tuple[Plan, float]:
     return plan, statistics.median(times)
 
 
-def show(found: list[dict[str, Any]]) -> None:
+def tabulate(found: Records) -> Results:
+    """Return a table for each size, and one over all loads."""
+    tables = []
     for ranks, experts in dict.fromkeys((r["ranks"], r["experts"]) for r in found):
-        table = Table("load", "planner", title=f"{ranks} ranks, {experts} experts, {ROWS:,} rows a rank")
-        for column in ("µs", "max/mean", "guests", "rows crossing", "predicted ms", "× best"):
-            table.add_column(column, justify="right")
-        above = None
-        for r in found:
-            if (r["ranks"], r["experts"]) == (ranks, experts):
-                if above not in (None, r["scenario"]):
-                    table.add_section()
-                table.add_row(
-                    "" if r["scenario"] == above else r["scenario"],
-                    r["planner"],
-                    f"{r['plan_us']:,.0f}",
-                    f"{r['imbalance']:.3f}",
-                    f"{r['guests']}",
-                    f"{r['rows_crossing_fraction']:.1%}",
-                    f"{r['predicted_ms']:,.3f}",
-                    f"{r['ratio_to_best']:.3f}",
-                )
-                above = r["scenario"]
-        console.print(table)
-    table = Table("ranks × experts", "planner", title="All loads")
-    for column in ("median µs", "worst µs", "mean × best", "worst × best"):
-        table.add_column(column, justify="right")
+        rows = [_row(r) for r in found if (r["ranks"], r["experts"]) == (ranks, experts)]
+        title = f"{ranks} ranks, {experts} experts, {ROWS:,} rows a rank"
+        tables.append(Tabulated(title, COLUMNS, rows, num_left=2))
+    return Results("plan", "Planners", found, [*tables, _summarize(found)], [LEGEND])
+
+
+def _row(r: dict[str, Any]) -> list[str]:
+    return [
+        r["scenario"],
+        r["planner"],
+        f"{r['plan_us']:,.0f}",
+        f"{r['imbalance']:.3f}",
+        f"{r['guests']}",
+        f"{r['rows_crossing_fraction']:.1%}",
+        f"{r['predicted_ms']:,.3f}",
+        f"{r['ratio_to_best']:.3f}",
+    ]
+
+
+def _summarize(found: Records) -> Tabulated:
+    rows = []
     for ranks, experts, name in dict.fromkeys((r["ranks"], r["experts"], r["planner"]) for r in found):
         own = [r for r in found if (r["ranks"], r["experts"], r["planner"]) == (ranks, experts, name)]
         times, ratios = [r["plan_us"] for r in own], [r["ratio_to_best"] for r in own]
-        table.add_row(
-            f"{ranks} × {experts}",
-            name,
-            f"{statistics.median(times):,.0f}",
-            f"{max(times):,.0f}",
-            f"{statistics.mean(ratios):.3f}",
-            f"{max(ratios):.3f}",
-        )
-    console.print(table)
+        numbers = (f"{statistics.median(times):,.0f}", f"{max(times):,.0f}")
+        rows.append([f"{ranks} × {experts}", name, *numbers, f"{statistics.mean(ratios):.3f}", f"{max(ratios):.3f}"])
+    columns = ("ranks × experts", "planner", "median µs", "worst µs", "mean × best", "worst × best")
+    return Tabulated("All loads", columns, rows, num_left=2)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.table import Table
 
 from moetrain import config
-from moetrain.bench.plan import timed
+from moetrain.bench.plan import time_planner
+from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.common import disk
-from moetrain.common.console import console
 from moetrain.config import ConfigError
 from moetrain.engine import calibrate
 from moetrain.moe.planning import PLANNERS
@@ -26,6 +25,8 @@ from moetrain.moe.planning.plan import Floats, Ints, imbalance
 from moetrain.observe.collect import trace
 
 RECORDED = "as recorded"
+COLUMNS = ("planner", "max/mean", "worst", "guests", "rows crossing", "predicted ms", "saved", "µs")
+LEGEND = "Means over layers and samples; predicted: forward and backward of a layer on the run's machine."
 TIMED = 20  # layers that a planner's time is taken from
 
 
@@ -52,7 +53,7 @@ def samples(part: dict[str, Any]) -> Iterator[Sample]:
             past = remember(past, counts)
 
 
-def records(run: Path) -> list[dict[str, Any]]:
+def records(run: Path) -> Records:
     """One record for what was recorded and for every planner. Raises `ConfigError` where there is no trace."""
     parts = list(trace.read_parts(run))
     if not parts:
@@ -105,7 +106,7 @@ def _planned(name: str, options: dict[str, Any], parts: list[dict[str, Any]], co
             call = partial(PLANNERS[name], sample.counts, sample.home, machine, known, state, **options)
             plan = call()
             if len(times) < TIMED:
-                times.append(timed(call)[1])
+                times.append(time_planner(call)[1])
             imbalances.append(imbalance(plan.loads()))
             guests += len(plan.guests())
             crossing += plan.crossing()
@@ -118,12 +119,10 @@ def _planned(name: str, options: dict[str, Any], parts: list[dict[str, Any]], co
     }
 
 
-def show(found: list[dict[str, Any]], run: Path) -> None:
-    table = Table("planner", title=f"{run}: {found[0]['layers']:,} recorded layers")
-    for column in ("max/mean", "worst", "guests", "rows crossing", "predicted ms", "saved", "µs"):
-        table.add_column(column, justify="right")
-    for r in found:
-        table.add_row(
+def tabulate(found: Records, run: Path) -> Results:
+    """Return the results as a table; what was not predicted is left open."""
+    rows = [
+        [
             r["planner"],
             f"{r['imbalance']:.3f}",
             f"{r['imbalance_worst']:.3f}",
@@ -133,6 +132,8 @@ def show(found: list[dict[str, Any]], run: Path) -> None:
                 "–" if r[key] is None else f"{r[key]:,.{digits}f}{unit}"
                 for key, digits, unit in (("predicted_ms", 3, ""), ("saved_percent", 1, " %"), ("plan_us", 0, ""))
             ),
-        )
-    console.print(table)
-    console.print("means over layers and samples; predicted: forward and backward of a layer on the run's machine")
+        ]
+        for r in found
+    ]
+    title = f"{run}: {found[0]['layers']:,} recorded layers"
+    return Results("plan", "Planners under recorded loads", found, [Tabulated(title, COLUMNS, rows)], [LEGEND])

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from moetrain import checkpoint, config
-from moetrain.bench import tables
 from moetrain.bench.cell import now
 from moetrain.bench.step_options import Options
 from moetrain.bench.step_peer import Peer
 from moetrain.bench.sync import sync_ms
+from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.config import Config
 from moetrain.data.loader import Corpus, Loader, Samples, Sequences, open_data, with_vocabulary
 from moetrain.distributed.comm import all_reduce_sum, barrier
@@ -37,7 +36,6 @@ from moetrain.moe.routing import ROUTERS
 from moetrain.observe.collect.meter import Part
 from moetrain.training.step import build, micro_batches, optimizer_step
 
-Records = list[dict[str, Any]]
 IDEAL = "round_robin"
 SETTLE = 2  # steps of every variant before any is timed
 
@@ -208,7 +206,7 @@ def run(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
         return
     if given.json:
         print(json.dumps(found))
-    tables.publish("step", found, table(found), legend(found), markdown(found), given.out)
+    tabulate(found).publish(given.out)
 
 
 COLUMNS = ("routing", "planner", "step ms", "tokens/s", "% of ideal", "imbalance", "guests", "rows crossing", "sync")
@@ -219,8 +217,8 @@ LEGEND = (
 )
 
 
-def legend(found: Records) -> str:
-    """What the columns are; where there is a peer, what it is and how fast ours is beside it."""
+def _explain_columns(found: Records) -> str:
+    """Explain the columns; where there is a peer, also what it is and how fast ours is beside it."""
     if not (theirs := found[-1]["peer"]):
         return LEGEND
     dtype = "autocast over fp32 weights" if found[0]["dtype"] == "bf16" else "fp32"
@@ -233,7 +231,33 @@ def legend(found: Records) -> str:
     )
 
 
-def title(found: Records) -> str:
+def tabulate(found: Records) -> Results:
+    """Return the results as a table; times in milliseconds."""
+    rows = [
+        [
+            r["routing"],
+            r["planner"] or r["peer"],
+            f"{r['step_ms']:,.1f}",
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['percent_of_ideal']:.1f} ({r['quartiles'][0]:.1f} to {r['quartiles'][1]:.1f})",
+            *(_plan_cells(r) if r["planner"] else [""] * 4),
+        ]
+        for r in found
+    ]
+    table = Tabulated(_describe_setting(found), COLUMNS, rows, num_left=2)
+    return Results("step", "Whole training steps", found, [table], [_explain_columns(found)])
+
+
+def _plan_cells(r: dict[str, Any]) -> list[str]:
+    return [
+        f"{r['imbalance_home']:.3f} → {r['imbalance_planned']:.3f}",
+        f"{r['guests']:.1f}",
+        f"{r['rows_crossing_fraction']:.1%}",
+        f"{r['sync_percent']:.2f}%",
+    ]
+
+
+def _describe_setting(found: Records) -> str:
     r = found[0]
     start = f"from {r['start']}, " if r["start"] else ""
     return (
@@ -243,34 +267,3 @@ def title(found: Records) -> str:
         f"{start}{r['warmup']} steps of warm-up, {r['repeats']} repeats, skew {r['skew']:g}, seed {r['seed']}, "
         f"{'every rank reads its own domain' if r['by_domain'] else 'mixed data'}"
     )
-
-
-def rows(found: Records) -> list[list[str]]:
-    return [
-        [
-            r["routing"],
-            r["planner"] or r["peer"],
-            f"{r['step_ms']:,.1f}",
-            f"{r['tokens_per_second']:,.0f}",
-            f"{r['percent_of_ideal']:.1f} ({r['quartiles'][0]:.1f} to {r['quartiles'][1]:.1f})",
-            *(_planned(r) if r["planner"] else [""] * 4),
-        ]
-        for r in found
-    ]
-
-
-def _planned(r: dict[str, Any]) -> list[str]:
-    return [
-        f"{r['imbalance_home']:.3f} → {r['imbalance_planned']:.3f}",
-        f"{r['guests']:.1f}",
-        f"{r['rows_crossing_fraction']:.1%}",
-        f"{r['sync_percent']:.2f}%",
-    ]
-
-
-def table(found: Records) -> Table:
-    return tables.table(title(found), COLUMNS, rows(found), num_left=2)
-
-
-def markdown(found: Records) -> str:
-    return tables.markdown("Whole training steps", title(found), COLUMNS, rows(found), legend(found))

@@ -1,7 +1,8 @@
-"""A benchmark's rows of text, on the terminal and in Markdown; and what it leaves behind."""
+"""The results of a benchmark for people: the same tables on the terminal and in Markdown; records in JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,59 @@ from rich.table import Table
 
 from moetrain.common.console import console
 
-Rows = Sequence[Sequence[str]]
+Records = list[dict[str, Any]]
 
 
-def table(title: str, columns: Sequence[str], rows: Rows, num_left: int) -> Table:
-    """The first `num_left` columns hold words and stand to the left, the others numbers."""
-    out = Table(title=title)
-    for number, column in enumerate(columns):
-        out.add_column(column, justify="left" if number < num_left else "right")
-    for row in rows:
-        out.add_row(*row)
-    return out
+@dataclass(frozen=True)
+class Tabulated:
+    """One table: `columns` name the cells of each row; the first `num_left` of them hold words, the others numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    num_left: int = 1
+
+    def render(self) -> Table:
+        """Return the table for a terminal."""
+        out = Table(title=self.title)
+        for number, column in enumerate(self.columns):
+            out.add_column(column, justify="left" if number < self.num_left else "right")
+        for row in self.rows:
+            out.add_row(*row)
+        return out
+
+    def markdown(self) -> str:
+        """Return the title and the table as Markdown."""
+        rules = ["---" if number < self.num_left else "---:" for number in range(len(self.columns))]
+        lines = [" | ".join(cells) for cells in (self.columns, rules, *self.rows)]
+        return "\n".join([self.title, "", *(f"| {line} |" for line in lines)])
 
 
-def markdown(heading: str, title: str, columns: Sequence[str], rows: Rows, legend: str) -> str:
-    lines = [" | ".join(columns), "|".join(["---"] * len(columns)), *(" | ".join(row) for row in rows)]
-    body = "\n".join(f"| {line} |" for line in lines)
-    return f"# {heading}\n\n{title}\n\n{body}\n\n{legend}\n"
+@dataclass(frozen=True)
+class Results:
+    """What a benchmark found: its records, and tables and notes for people."""
 
+    name: str  # of the files
+    heading: str
+    records: Records
+    tables: Sequence[Tabulated]
+    notes: Sequence[str]
 
-def publish(name: str, found: list[dict[str, Any]], shown: Table, legend: str, text: str, out: Path | None) -> None:
-    """Show the table and its legend; the records and `text` go to `out`/NAME.json and NAME.md."""
-    console.print(shown)
-    console.print(legend)
-    if out is not None:
+    def markdown(self) -> str:
+        return "\n\n".join([f"# {self.heading}", *(table.markdown() for table in self.tables), *self.notes]) + "\n"
+
+    def publish(self, out: Path | None, draw: Callable[[Path], object] | None = None) -> None:
+        """Print the tables and notes. With a folder, write NAME.json and NAME.md, and have `draw` make NAME.png."""
+        for table in self.tables:
+            console.print(table.render())
+        for note in self.notes:
+            console.print(note)
+        if out is None:
+            return
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / f"{name}.md").write_text(text)
-        console.print(f"written: {out}/{name}.json, {name}.md")
+        (out / f"{self.name}.json").write_text(json.dumps(self.records, indent=1) + "\n")
+        (out / f"{self.name}.md").write_text(self.markdown())
+        if draw is not None:
+            draw(out / f"{self.name}.png")
+        names = ", ".join(f"{self.name}.{kind}" for kind in ("json", "md", *(["png"] if draw else [])))
+        console.print(f"written to {out}: {names}")

@@ -10,13 +10,14 @@ R ranks, E experts.
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from moetrain.bench import cases, layer_report
@@ -24,7 +25,8 @@ from moetrain.bench.cases import BALANCED, Shape
 from moetrain.bench.cell import Cell, Gemms, Inputs, build, layer_of, now
 from moetrain.bench.memory import peak_bytes
 from moetrain.bench.options import Grid
-from moetrain.common.console import console, errors
+from moetrain.bench.tables import Records, Results, Tabulated
+from moetrain.common.console import errors
 from moetrain.distributed.mesh import ExpertGroup, Mesh
 from moetrain.engine import calibrate
 from moetrain.engine.precision import DTYPES
@@ -33,7 +35,6 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.planning.cost import Costs, default_costs, layer_time
 from moetrain.moe.planning.plan import Plan
 
-Records = list[dict[str, Any]]
 Mail = dict[tuple[int, int], Tensor]  # (source, destination) -> announcements
 NOISE = 1 << 20
 
@@ -232,48 +233,36 @@ MEASURED = ("plan", "index", "forward", "backward")  # index is part of forward
 MODELLED = ("dispatch", "lend", "combine")
 
 
-def report(records: Records, out: Path | None) -> None:
-    """Print; with a folder, write layer.json, layer.md and layer.png."""
-    text = ["# One MoE layer, virtual ranks\n"]
-    for group in layer_report.by_shape(records):
-        heading = layer_report.title(group)
-        measured = Table(
-            "routing",
-            "planner",
-            title=f"{heading}\nmeasured, one rank after another: ms of the slowest rank (index is part of forward); "
-            f"GEMMs alone: {group[0]['gemm_ms']:,.2f} ms for a balanced rank, as % of forward + backward",
-        )
-        modelled = Table(
-            "routing", "planner", title=f"modelled: ms. {LINKS}\npredicted: plan + forward + backward + links"
-        )
-        for table, columns in (
-            (measured, (*MEASURED, "GEMMs alone", "max/mean", "memory × balanced")),
-            (modelled, (*MODELLED, "rows crossing", "guests", "predicted ms", "% of balanced")),
-        ):
-            for column in columns:
-                table.add_column(column, justify="right")
-        names = [*(f"{name}, measured ms" for name in MEASURED), "GEMMs alone, %", "max/mean", "memory × balanced"]
-        names += [*(f"{name}, modelled ms" for name in MODELLED), "rows crossing", "guests", "predicted ms"]
-        text += [f"## {heading}\n", f"| routing | planner | {' | '.join(names)} | % of balanced |"]
-        text.append("|---" * (len(names) + 3) + "|")
-        for r in group:
-            cell = [r["scenario"], r["planner"]]
-            left = [f"{r[f'{name}_ms']:,.2f}" for name in MEASURED]
-            left += [
-                f"{r['percent_of_gemm_without_links']:.1f}",
-                f"{r['max_over_mean']:.2f}",
-                f"{r['memory_ratio']:.2f}",
-            ]
-            right = [*(f"{r[f'{name}_ms']:,.2f}" for name in MODELLED), f"{r['rows_crossing']:,}", str(r["guests"])]
-            right += [f"{r['total_ms']:,.2f}", f"{r['percent_of_balanced']:.1f}"]
-            measured.add_row(*cell, *left)
-            modelled.add_row(*cell, *right)
-            text.append("| " + " | ".join([*cell, *left, *right]) + " |")
-        console.print(measured)
-        console.print(modelled)
-        text.append("")
-    lines = layer_report.summary(records)
-    for line in lines:
-        console.print(line)
-    if out is not None:
-        layer_report.write(records, "\n".join([*text, LINKS, "", *(f"- {line}" for line in lines), ""]), out)
+def publish(records: Records, out: Path | None) -> None:
+    """Print the tables and the summary; with a folder, write layer.json, layer.md and layer.png."""
+    tables = [table for group in layer_report.group_by_shape(records) for table in _tabulate(group)]
+    results = Results(
+        "layer", "One MoE layer, virtual ranks", records, tables, [LINKS, *layer_report.summarize(records)]
+    )
+    results.publish(out, partial(layer_report.draw, records))
+
+
+def _tabulate(group: Records) -> list[Tabulated]:
+    """Return a table of what was measured, and one of what was modelled with it."""
+    title = (
+        f"{layer_report.describe_shape(group)}\nmeasured, one rank after another: ms of the slowest rank (index "
+        f"is part of forward); GEMMs alone: {group[0]['gemm_ms']:,.2f} ms for a balanced rank, as % of forward and "
+        "backward"
+    )
+    measured, modelled = [], []
+    for r in group:
+        cell = [r["scenario"], r["planner"]]
+        shares = (f"{r['percent_of_gemm_without_links']:.1f}", f"{r['max_over_mean']:.2f}", f"{r['memory_ratio']:.2f}")
+        measured.append([*cell, *_milliseconds(r, MEASURED), *shares])
+        total = (f"{r['total_ms']:,.2f}", f"{r['percent_of_balanced']:.1f}")
+        modelled.append([*cell, *_milliseconds(r, MODELLED), f"{r['rows_crossing']:,}", str(r["guests"]), *total])
+    left = ("routing", "planner")
+    columns = (*left, *MODELLED, "rows crossing", "guests", "predicted ms", "% of balanced")
+    return [
+        Tabulated(title, (*left, *MEASURED, "GEMMs alone", "max/mean", "memory × balanced"), measured, num_left=2),
+        Tabulated("modelled: ms; predicted: plan + forward + backward + links", columns, modelled, num_left=2),
+    ]
+
+
+def _milliseconds(record: dict[str, Any], names: Sequence[str]) -> list[str]:
+    return [f"{record[f'{name}_ms']:,.2f}" for name in names]

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="FOLDER", help="write plan.json and plan.png there")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write plan.json, plan.md and plan.png there")
     parser.add_argument(
         "--trace", metavar="RUN", help="use the recorded loads of a run in place of drawn ones; writes nothing"
     )
@@ -182,15 +182,12 @@ def _rate(text: str) -> str:
 def _plan(options: argparse.Namespace) -> int:
     if options.trace:
         return _replay(options)
-    from moetrain.bench import plan
+    from moetrain.bench import plan, plan_picture
 
     records = plan.records()
-    if options.out:
-        plan.write(records, Path(options.out))
     if options.json:
         print(json.dumps(records))
-    else:
-        plan.show(records)
+    plan.tabulate(records).publish(options.out, plan_picture.draw)
     return 0
 
 
@@ -202,8 +199,7 @@ def _replay(options: argparse.Namespace) -> int:
     records = replay.records(run)
     if options.json:
         print(json.dumps(records))
-    else:
-        replay.show(records, run)
+    replay.tabulate(records, run).publish(None)
     return 0
 
 

@@ -59,7 +59,7 @@ def test_records_are_whole_and_count_truly(pool: Pool, tmp_path: Any) -> None:
     assert cells["balanced", "home"]["memory_ratio"] == 1
     assert cells["95 % into 1", "home"]["memory_ratio"] > 1.5
     assert cells["95 % into 1", "llep"]["guests"] > 0
-    layer_report.report(first, tmp_path)
+    layer_report.publish(first, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"layer.json", "layer.md", "layer.png"}
 
 
@@ -74,7 +74,7 @@ def test_virtual_ranks_add_up(pool: Pool, tmp_path: Any) -> None:
         parts = ("plan", "forward", "backward", "dispatch", "lend", "combine")
         assert record["total_ms"] == pytest.approx(sum(record[f"{part}_ms"] for part in parts))
         assert 0 < record["percent_of_gemm"] < record["percent_of_gemm_without_links"]
-    virtual.report(found, tmp_path)
+    virtual.publish(found, tmp_path)
     assert "modelled" in (tmp_path / "layer.md").read_text()
 
 

@@ -66,8 +66,8 @@ def test_round_robin_is_the_ideal_and_nothing_drifts(pool: Pool, tiny: list[str]
     assert home["imbalance_home"] == home["imbalance_planned"] > 1.2
     assert home["guests"] == 0
     assert makespan["imbalance_home"] > 1.2
-    assert "round robin | home" in step.markdown(found)
-    assert step.table(found).row_count == 3
+    assert "round robin | home" in step.tabulate(found).markdown()
+    assert len(step.tabulate(found).tables[0].rows) == 3
 
 
 def test_a_checkpoint_is_where_it_starts(pool: Pool, tiny: list[str]) -> None:
@@ -102,8 +102,8 @@ def test_a_peer_of_the_same_shape_takes_its_turns(pool: Pool, tiny: list[str]) -
     assert peer["times_peer"] == 1
     assert home["times_peer"] > 0
     assert peer["tokens_per_second"] == pytest.approx(1e3 * peer["tokens_per_step"] / peer["step_ms"])
-    assert "Our speed over its speed" in step.markdown(found)
-    assert step.table(found).row_count == 3
+    assert "Our speed over its speed" in step.tabulate(found).markdown()
+    assert len(step.tabulate(found).tables[0].rows) == 3
 
 
 def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 AGAINST_THE_LAYERS = """
 moetrain.config.rules -> moetrain.engine.deepspeed_config
 moetrain.config.rules -> moetrain.engine.precision
-moetrain.launch.heartbeat -> moetrain.moe.layer
 moetrain.moe.layer -> moetrain.config
 moetrain.moe.routing.balance -> moetrain.config
 moetrain.moe.routing.base -> moetrain.config
@@ -27,11 +26,8 @@ moetrain.moe.routing.grouped -> moetrain.config
 moetrain.moe.routing.recurrent -> moetrain.config
 moetrain.moe.routing.topk -> moetrain.config
 moetrain.moe.routing.zero_compute -> moetrain.config
-moetrain.training.loop -> moetrain.report.build
 """
 FILES_IN_CYCLES = """
-moetrain.bench.plan
-moetrain.bench.plan_picture
 moetrain.config.rules
 moetrain.config.schema
 """

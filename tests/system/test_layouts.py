@@ -238,7 +238,7 @@ def test_compiled_dense_parts_agree(pool, tiny) -> None:
 
 def main() -> None:
     """Print the table of `docs/results`: every layout against one device."""
-    from moetrain.bench import tables
+    from moetrain.bench.tables import Results, Tabulated
     from moetrain.data import prepare
     from tests.conftest import TINY, write_text
     from tests.pool import Pool
@@ -265,7 +265,7 @@ def main() -> None:
         "the norm of what they changed."
     )
     columns = ("experts", "ranks", "ep", "replicas", "micro-steps", "planner", "options", "gradient", "weight")
-    print(tables.markdown("Layouts", title, columns, rows, ""))
+    print(Results("layouts", "Layouts", [], [Tabulated(title, columns, rows, num_left=7)], []).markdown())
 
 
 if __name__ == "__main__":
