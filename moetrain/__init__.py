@@ -1,3 +1,3 @@
 """moetrain: expert-parallel training of Mixture-of-Experts language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
