@@ -40,6 +40,7 @@ LAYERS = (
     "recovery",
     "training",
     "report",
+    "simulate",
     "bench",
     "doctor",
     "cli",

@@ -35,7 +35,7 @@ def test_the_resolved_config_is_the_golden_one(name: str, monkeypatch) -> None:
 
 
 def test_every_shipped_yaml_is_in_a_golden_config() -> None:
-    shipped = {p.stem for p in (ROOT / "configs").glob("*/*.yaml")}
+    shipped = {p.stem for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "cluster"}
     assert shipped <= {"small", "local", "llep", "native", *CASES}
 
 
