@@ -23,6 +23,7 @@ from moetrain.bench.step_peer import Peer
 from moetrain.bench.sync import sync_ms
 from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.config import Config
+from moetrain.config.core_options import balance_options
 from moetrain.data.loader import Corpus, Loader, Samples, Sequences, open_data, with_vocabulary
 from moetrain.distributed.comm import all_reduce_sum, barrier
 from moetrain.distributed.mesh import Mesh
@@ -119,7 +120,7 @@ class Bench:
                     seconds[self.mesh.rank, repeat, number] = ended - began
                 if repeat >= 0 and own:
                     facts[number] += torch.tensor(facts_of(parts), device=device) / (repeats * world)
-        synchronising = sync_ms(self.mesh, self.config.balance, self.engine.model.routers, parts)
+        synchronising = sync_ms(self.mesh, balance_options(self.config.balance), self.engine.model.routers, parts)
         return all_reduce_sum(seconds).amax(0).cpu().numpy(), all_reduce_sum(facts).cpu().numpy(), synchronising
 
 

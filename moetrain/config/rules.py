@@ -1,6 +1,6 @@
 """What must hold between the fields of a configuration, and between it and the number of ranks.
 
-A mistake is told at once: neither torch nor compiled code is loaded for a run with the default router.
+A mistake is told at once: neither torch nor compiled code is loaded.
 """
 
 import math
@@ -11,24 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.common.errors import ConfigError, short
+from moetrain.config.core_options import planner_options, router_options
 from moetrain.config.schema import Config, DeepSpeed
-
-PLANNER_OPTIONS: dict[str, set[str]] = {  # as moe/planners has them, whose code is compiled when it loads
-    "home": set(),
-    "llep": {"alpha", "min_rows", "threshold"},
-    "makespan": set(),
-    "eplb": {"replicas"},
-}
-TOPK_OPTIONS = frozenset({"noise", "groups", "top_groups"})  # of the default router, as its class has them
+from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions
 
 
 def options_of_router(name: str) -> frozenset[str]:
     """The options that a router has besides everybody's."""
-    if name == "topk":
-        return TOPK_OPTIONS
-    from moetrain.moe.routing import ROUTERS  # which imports torch
-
-    return ROUTERS[name].takes
+    return frozenset(ROUTERS.options(name).names()) - frozenset(RouterOptions.names())
 
 
 def check(c: Config) -> None:
@@ -48,10 +38,8 @@ def check(c: Config) -> None:
         rule(c.run.name.isprintable(), "run.name", "must have no control characters")
         rule(max(len(os.fsencode(part)) for part in place.parts) <= 200, "run.name", "must have at most 200 bytes")
     m, k = c.model, c.router.top_k
-    rule(c.planner.name in PLANNER_OPTIONS, "planner.name", f"known planners are {', '.join(PLANNER_OPTIONS)}")
-    for option in c.planner.options:
-        known = option in PLANNER_OPTIONS[c.planner.name]
-        rule(known, f"planner.{option}", f"the planner {c.planner.name} has no such option")
+    rule(c.planner.name in PLANNERS, "planner.name", f"known planners are {', '.join(PLANNERS)}")
+    planner_options(c.planner)
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     groups = c.balance.device_groups
     rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")
@@ -93,18 +81,21 @@ def check(c: Config) -> None:
 
 def _of_router(c: Config) -> Iterator[tuple[str, str]]:
     """(field, rule) that a router's own options break."""
-    from moetrain.moe.routing import ROUTERS  # which imports torch
-
     if c.router.name not in ROUTERS:
         yield "router.name", f"known routers are {', '.join(ROUTERS)}"
-    kind = ROUTERS[c.router.name]
+    takes = options_of_router(c.router.name)
     for option in c.router.own_options:
-        if option not in kind.takes:
+        if option not in takes:
             yield f"router.{option}", f"the router {c.router.name} has no such option"
-    if not kind.biased and c.balance.bias != "none":
+    options = router_options(c.router)
+    if not options.biased and c.balance.bias != "none":
         yield "balance.bias", f"means nothing to the router {c.router.name}"
+    if options.equal_layers and c.model.expert_schedule != "uniform":
+        rule = f"must be uniform for the router {c.router.name}: it adds the last layer's logits"
+        yield "model.expert_schedule", rule
     for experts in c.model.experts_of_layers:
-        yield from kind.problems(experts + c.model.num_zero_compute, c.model, c.router)
+        for field, rule in options.problems(experts + c.model.num_zero_compute):
+            yield f"router.{field}", rule
 
 
 def check_world(c: Config, world: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moetrain import config
+from moetrain.config.core_options import planner_options, router_options, zero_compute_options
 from moetrain.config.schedules import spread
 from moetrain.models.cross_entropy import linear_cross_entropy
 from moetrain.models.linear import Linear
@@ -123,6 +124,25 @@ class Attention(nn.Module):
         return self.o(attend(q, k, v, mask).flatten(2))
 
 
+def build_moe(
+    m: config.Model, router: config.Router, planner: config.Planner, shared: nn.Module | None = None, index: int = 0
+) -> MoE:
+    """Returns the layer of experts that a configuration describes."""
+    return MoE(
+        m.dim,
+        m.expert_hidden,
+        m.num_experts,
+        router=router.name,
+        router_options=router_options(router),
+        planner=planner.name,
+        planner_options=planner_options(planner),
+        zero_compute=zero_compute_options(m, router),
+        shared=shared,
+        passes=m.chain,
+        index=index,
+    )
+
+
 class Block(nn.Module):
     """Attention, then experts or a dense MLP, each behind its norm and on the residual stream."""
 
@@ -135,7 +155,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(m.dim, m.norm_eps)
         self.mlp = MLP(m.dim, m.dense_hidden) if dense else None
         shared = MLP(m.dim, m.num_shared_experts * m.expert_hidden) if m.num_shared_experts and not dense else None
-        self.moe = None if dense else MoE(m, router, planner, shared, index)
+        self.moe = None if dense else build_moe(m, router, planner, shared, index)
 
     def forward(
         self,
@@ -190,7 +210,7 @@ class Transformer(nn.Module):
         for number, (experts, top_k) in enumerate(each):
             own = m.model_copy(update={"num_experts": experts}), router.model_copy(update={"top_k": top_k})
             self.layers.append(Block(*own, planner, dense=False, index=number * m.chain))
-        self.shared_router = ROUTERS[router.name].shared(router)
+        self.shared_router = ROUTERS[router.name].shared(router_options(router))
         self.norm = RMSNorm(m.dim, m.norm_eps)
         self.head = Linear(m.dim, m.vocab_size)
         if m.tied_embeddings:
@@ -261,4 +281,4 @@ class Transformer(nn.Module):
     def at_step(self, step: int, train: config.Train) -> None:
         """Bring the routers' schedules to where `step` optimizer steps are done."""
         for router in self.routers:
-            router.at_step(step, train)
+            router.at_step(step, train.steps, train.seed)

@@ -29,7 +29,7 @@ from moetrain.moe.planning import default_home
 from moetrain.moe.planning.cost import Limits
 from moetrain.moe.planning.cost_model import RELAY_FROM
 from moetrain.moe.planning.plan import Ints, Plan
-from moetrain.moe.routing.base import Routing
+from moetrain.moe.routing.base import INIT_STD, Routing
 
 Weights = tuple[Matrices, Matrices]  # gate_up and down of some slots
 GRADIENT_BYTES = 8 << 20  # of guests' gradients that are computed, and sent home, together
@@ -46,10 +46,18 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.reset_parameters()
         self.ep = ExpertGroup.alone()
         self.store = Store.empty(0, 1, num_experts)
         self.max_rows: int | None = None
         self.keep_hidden = True
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = INIT_STD) -> None:
+        """Draw the weights from a normal distribution; on the meta device, draw nothing."""
+        for parameter in self.parameters():
+            if not parameter.is_meta:
+                parameter.normal_(0.0, std)
 
     def shard(
         self, ep: ExpertGroup, guest_slots: int = 0, max_rows: int | None = None, keep_hidden: bool = True

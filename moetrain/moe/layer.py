@@ -7,24 +7,26 @@ T tokens here, D width, E experts (where a router is concerned, those that compu
 ranks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from moetrain import config
+from moetrain.common.errors import ConfigError
+from moetrain.common.registry import Options
 from moetrain.distributed.comm import all_gather
 from moetrain.moe.clock import Clock, Mark, unmarked
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels.api import positions
-from moetrain.moe.planning import PLANNERS
+from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions, ZeroComputeOptions
 from moetrain.moe.planning.cost import Costs, State
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, Plan
-from moetrain.moe.routing import ROUTERS, Choice, Place, Router, Scores, capacity
+from moetrain.moe.routing import Choice, Place, Router, Scores, capacity
+from moetrain.moe.routing.base import INIT_STD
 from moetrain.moe.routing.zero_compute import ZeroCompute
 
 Planner = Callable[..., Plan]
@@ -71,40 +73,100 @@ class LayerStats:
 
 
 class MoE(nn.Module):
-    """Routers, experts and shared experts of one layer. Built on one device; `experts.shard(ep)` spreads it.
+    """Router, experts and shared experts of one layer, in place of an MLP: a plain module, whole on one device.
 
-    `model.chain` passes run over the same experts, each with its own router; `index`: the first one's number.
+    `moetrain.expert_parallel` spreads the experts over ranks. Parameters: `router.*`, `experts.gate_up` [E, 2H, D] and
+    `experts.down` [E, D, H] (SwiGLU, as Hugging Face fuses them), `shared.*`.
     """
 
     def __init__(
         self,
-        model: config.Model,
-        router: config.Router,
-        planner: config.Planner,
-        shared: nn.Module | None,
+        dim: int,
+        hidden: int,
+        experts: int,
+        top_k: int | None = None,
+        *,
+        router: str = "topk",
+        router_options: RouterOptions | Mapping[str, Any] | None = None,
+        planner: str = "makespan",
+        planner_options: Options | Mapping[str, Any] | None = None,
+        zero_compute: ZeroComputeOptions | None = None,
+        shared: nn.Module | None = None,
+        passes: int = 1,
         index: int = 0,
+        init_std: float = INIT_STD,
     ) -> None:
+        """Build the layer with normally distributed weights.
+
+        Arguments:
+            dim: width of the model, D; a multiple of 8.
+            hidden: width of an expert, H; a multiple of 8.
+            experts: experts that compute, E.
+            top_k: experts that a token chooses; None: as `router_options` has it, by default 2.
+            router: its kind, a key of `moetrain.ROUTERS`; `router_options`: the kind's own dataclass or a mapping.
+            planner: a key of `moetrain.PLANNERS`, for when the experts are spread over ranks; likewise its options.
+            zero_compute: experts that compute next to nothing, numbered after the others.
+            shared: a module [T, D] -> [T, D] that is added for every token.
+            passes: routers over the same experts, one for each pass of a chained layer; `index`: the first one's number
+                in the model.
+            init_std: standard deviation of the weights; those of `shared` are left as they are.
+
+        Raises `ConfigError`, a `ValueError`, for options that there are not or that do not fit.
+        """
         super().__init__()
-        kind, num_all = ROUTERS[router.name], model.num_experts + model.num_zero_compute
-        self.router = kind(model.dim, num_all, router, index)
-        self.later_routers = nn.ModuleList(kind(model.dim, num_all, router, index + i) for i in range(1, model.chain))
-        self.experts = Experts(model.dim, model.expert_hidden, model.num_experts)
-        self.zero_compute = ZeroCompute(model) if model.num_zero_compute else None
+        options = _router_options(router, router_options, top_k)
+        others = zero_compute or ZeroComputeOptions()
+        num_all = experts + others.total
+        for name, width in (("dim", dim), ("hidden", hidden)):
+            if width <= 0 or width % 8:
+                raise ConfigError(f"{name}={width}: must be a multiple of 8 (grouped GEMM: 16-byte rows)")
+        for field, rule in options.problems(num_all):
+            raise ConfigError(f"{field}={getattr(options, field)}: {rule}")
+        kind = ROUTERS[router]
+        self.router = kind(dim, num_all, options, index)
+        self.later_routers = nn.ModuleList(kind(dim, num_all, options, index + i) for i in range(1, passes))
+        self.experts = Experts(dim, hidden, experts)
+        self.zero_compute = ZeroCompute(dim, experts, others) if others.total else None
         self.shared = shared
-        self.capacity_factor = router.capacity_factor
+        self.capacity_factor = options.capacity_factor
         self.room_weights: tuple[float, ...] | None = None  # [E] of the experts' shares of the capacity; None: equal
-        self.planner: Planner = partial(PLANNERS[planner.name], **planner.options)
+        self.plan_with(planner, planner_options)
         self.costs: Costs | None = None  # of this machine; None: those of the reference machine
         self.past_E: Floats | None = None  # [E] rows of the expert group in training so far, the later the heavier
         self.mark: Mark = unmarked
-        if model.num_zero_compute:
-            tau = router.zero_compute_tau
-            self.room_weights = (tau,) * model.num_experts + (1.0,) * model.num_zero_compute
+        if others.total:
+            self.room_weights = (others.tau,) * experts + (1.0,) * others.total
             for one in self.routers:
-                one.loss_weights = (1.0,) * model.num_experts + (tau,) * model.num_zero_compute
+                one.loss_weights = (1.0,) * experts + (others.tau,) * others.total
+        if init_std != INIT_STD:
+            self.reset_parameters(init_std)
 
-    def forward(self, x_TD: Tensor, carry: Any = None, place: Place | None = None) -> tuple[Tensor, LayerStats, Any]:
-        """One pass: [T, D] -> [T, D], its statistics, and the router's carry for the next one."""
+    @torch.no_grad()
+    def reset_parameters(self, std: float = INIT_STD) -> None:
+        """Draw the weights of routers and experts from normal distributions; on the meta device, draw nothing."""
+        for module in (*self.routers, self.zero_compute, self.experts):
+            if module is not None:
+                module.reset_parameters(std)
+
+    def plan_with(self, planner: str, options: Options | Mapping[str, Any] | None = None) -> None:
+        """Choose the planner by its name and options. Raises `ConfigError` where there is no such one."""
+        made = options if isinstance(options, Options) else PLANNERS.make_options(planner, options or {})
+        self.planner: Planner = partial(PLANNERS[planner], **asdict(made))
+
+    def forward(self, x: Tensor, carry: Any = None, place: Place | None = None) -> Tensor:
+        """Returns [..., D] for [..., D]: the weighted sum of every token's experts, and the shared ones.
+
+        Of [B, L, D], each of the B is a sequence to routers that look at sequences, unless `place` says otherwise.
+        """
+        if place is None and x.ndim > 2:
+            place = Place(x.shape[-2])
+        y_TD, _, _ = self.forward_with_stats(x.reshape(-1, x.shape[-1]), carry, place)
+        return y_TD.view_as(x)
+
+    def forward_with_stats(
+        self, x_TD: Tensor, carry: Any = None, place: Place | None = None
+    ) -> tuple[Tensor, LayerStats, Any]:
+        """Returns [T, D] for [T, D], the statistics of the pass, and the router's carry for the next layer."""
         scores, carry = self.route(x_TD, carry, place)
         decision = self.decide(scores, place)
         return self.compute(x_TD, scores, decision), LayerStats.of(scores, decision), carry
@@ -179,3 +241,13 @@ def _count(index_N: Tensor, size: int, made_N: Tensor | None) -> Tensor:
     """How often each number below `size` stands there, where `made_N` is true; `bincount` would wait for a GPU."""
     ones_N = torch.ones_like(index_N) if made_N is None else made_N.to(index_N.dtype)
     return index_N.new_zeros(size).scatter_add_(0, index_N, ones_N)
+
+
+def _router_options(router: str, options: RouterOptions | Mapping[str, Any] | None, top_k: int | None) -> RouterOptions:
+    """The options of a router of this kind. Raises `ConfigError` where they are not."""
+    if not isinstance(options, RouterOptions):
+        values = dict(options or {})
+        if top_k is not None:
+            values["top_k"] = top_k
+        return ROUTERS.make_options(router, values)
+    return options if top_k is None else replace(options, top_k=top_k)

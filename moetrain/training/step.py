@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import Config, ConfigError
+from moetrain.config.core_options import balance_options
 from moetrain.data.loader import Corpus, Samples, Sequences
 from moetrain.distributed.comm import gather_texts
 from moetrain.distributed.mesh import Mesh
@@ -16,7 +17,7 @@ from moetrain.engine import Engine
 from moetrain.models.transformer import Transformer
 from moetrain.moe.clock import Clock
 from moetrain.moe.routing import Choice
-from moetrain.moe.routing.balance import Balance, add_buffers
+from moetrain.moe.routing.balance import BalanceLoss, add_buffers
 from moetrain.observe.collect.health import RouterSums
 from moetrain.observe.collect.meter import Part, Step
 
@@ -44,7 +45,7 @@ def optimizer_step(
     tokens_in_batch = config.train.global_batch * config.train.seq_len
     parts: list[Part] = []
     model, groups = engine.model, engine.mesh.ep.size
-    balance = Balance(config.balance, model.routers, tokens_in_batch, config.train.seq_len, groups)
+    balance = BalanceLoss(balance_options(config.balance), model.routers, tokens_in_batch, config.train.seq_len, groups)
     batches = [Batch.of(share, config, engine.mesh.device) for share in shares]
     choices: list[list[Choice] | None] = [None] * len(batches)
     if balance.looks_ahead:
@@ -76,7 +77,7 @@ def build(config: Config) -> Transformer:
     """The model, without memory; the engine gives it some."""
     with torch.device("meta"):
         model = Transformer(config.model, config.router, config.planner, config.train.recompute)
-        add_buffers(model.routers, config.balance)
+        add_buffers(model.routers, balance_options(config.balance))
     if config.train.compile:
         model.compile_dense()
     return model

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from moetrain import cli, config
-from moetrain.config import ConfigError, rules, unused
+from moetrain.config import ConfigError, unused
 from moetrain.moe.routing import ROUTERS
 
 ROOT = Path(__file__).parents[2]
@@ -295,7 +295,3 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for name, overrides in CASES.items():
         (GOLDEN / f"{name}.yaml").write_text(config.dump(config.load(overrides)))
-
-
-def test_the_default_routers_options_are_those_of_its_class() -> None:
-    assert ROUTERS["topk"].takes == rules.TOPK_OPTIONS

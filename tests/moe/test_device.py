@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from moetrain import config
+from moetrain.config.core_options import balance_options
 from moetrain.distributed import comm
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.initialise import initialise
+from moetrain.models.transformer import build_moe
 from moetrain.moe.kernels import api as kernels
 from moetrain.moe.layer import MoE
-from moetrain.moe.routing.balance import Balance
+from moetrain.moe.routing.balance import BalanceLoss
 from moetrain.observe.collect.health import RouterSums
 from moetrain.training.step import build
 from tests.moe.on_device import OnGpu, backward, device, to_gpu
@@ -55,7 +57,7 @@ def one_step(mesh: Mesh, overrides: list[str]) -> int:
         OnGpu(x) for x in (*about, torch.arange(2), tokens[:, :-1], tokens[:, 1:])
     )
     with mock.patch.dict(comm._lanes, clear=True), kernels.using("torch"), device():
-        balance = Balance(settings.balance, model.routers, 64, 16, mesh.ep.size)
+        balance = BalanceLoss(balance_options(settings.balance), model.routers, 64, 16, mesh.ep.size)
         within = document if settings.data.attend_within_documents else None
         choices = balance.foresee(model.count(inputs, within, domain, sample)) if balance.looks_ahead else None
         nats, stats = model(inputs, targets, within, domain, sample, choices)
@@ -79,7 +81,7 @@ def one_layer(mesh: Mesh, overrides: list[str]) -> tuple[Counter[str], Counter[s
     """(forward, backward) what the host does; experts lent."""
     settings = config.load(["model=tiny", *overrides])
     torch.manual_seed(0)
-    layer = MoE(settings.model, settings.router, settings.planner, None)
+    layer = build_moe(settings.model, settings.router, settings.planner)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0, 0.1)
@@ -88,7 +90,7 @@ def one_layer(mesh: Mesh, overrides: list[str]) -> tuple[Counter[str], Counter[s
     x_TD = OnGpu(torch.randn(64, settings.model.dim)).requires_grad_()
     upstream_TD = OnGpu(torch.randn(64, settings.model.dim))
     with mock.patch.dict(comm._lanes, clear=True), kernels.using("torch"), device() as counted:
-        y_TD, stats, _ = layer(x_TD)
+        y_TD, stats, _ = layer.forward_with_stats(x_TD)
         forward = counted.copy()
         backward(y_TD, upstream_TD)
     return forward, counted - forward, stats.num_lent

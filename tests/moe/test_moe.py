@@ -260,13 +260,13 @@ def test_a_token_goes_to_a_rank_once(pool) -> None:
     assert pool.run(once_per_rank, 2) == [(10, 10), (10, 10)]
 
 
-def whole_layer(mesh: Mesh, router_options: list[str]) -> None:
+def whole_layer(mesh: Mesh, overrides: list[str]) -> None:
     """The contract `router(x, carry) -> (Routing, carry)`, and the layer as one call, against the loop."""
     from moetrain import config
-    from moetrain.moe.layer import MoE
+    from moetrain.models.transformer import build_moe
 
-    settings = config.load(["model=tiny", "planner=llep", "planner.min_rows=1", *router_options])
-    layer = MoE(settings.model, settings.router, settings.planner, None)
+    settings = config.load(["model=tiny", "planner=llep", "planner.min_rows=1", *overrides])
+    layer = build_moe(settings.model, settings.router, settings.planner)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
@@ -277,7 +277,7 @@ def whole_layer(mesh: Mesh, router_options: list[str]) -> None:
     assert carry is None
     assert (routing.token_N.diff() >= 0).all()
     torch.testing.assert_close(routing.probs_TE.sum(1), torch.ones(20))
-    y, stats, _ = layer(x)
+    y, stats, _ = layer.forward_with_stats(x)
     torch.testing.assert_close(y, oracle.moe(x, routing, gate_up, down))
     assert torch.equal(stats.counts_E, torch.bincount(routing.expert_N, minlength=E))
     torch.testing.assert_close(stats.scores.probs_TE, routing.probs_TE)
@@ -298,11 +298,12 @@ def test_the_whole_layer_equals_the_loop(pool, options: list[str]) -> None:
 def test_round_robin_is_even_and_trains_the_router(top_k: int, normalise: str) -> None:
     """Exactly even counts, K different experts a token, TopK's weights of them."""
     from moetrain import config
+    from moetrain.config.core_options import router_options
     from moetrain.moe.routing import ROUTERS
 
     overrides = ["router.name=round_robin", f"router.top_k={top_k}", "router.skew=3", f"router.normalise={normalise}"]
     options = config.load(["model=tiny", *overrides]).router
-    router = ROUTERS[options.name](D, E, options)
+    router = ROUTERS[options.name](D, E, router_options(options))
     torch.nn.init.normal_(router.weight)
     routing, _ = router(torch.randn(5 * E, D))
     assert (torch.bincount(routing.expert_N, minlength=E) == 5 * top_k).all()

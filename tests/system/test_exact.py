@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain import config
+from moetrain.config.core_options import balance_options
 from moetrain.data import prepare
 from moetrain.data.loader import Corpus, Loader, with_vocabulary
 from moetrain.distributed.comm import all_gather, all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
 from moetrain.moe.planning.cost import default_costs
-from moetrain.moe.routing.balance import Balance
+from moetrain.moe.routing.balance import BalanceLoss
 from moetrain.training.step import Batch, build, micro_batches, optimizer_step
 from tests.grid import sample
 
@@ -110,7 +111,7 @@ def test_the_papers_buffer_is_not(pool, data, one_device) -> None:
 def of_balance_alone(mesh: Mesh, overrides: list[str]) -> Tensor:
     """The routers' gradients of the balance loss and nothing else."""
     engine, settings, shares = started(mesh, overrides)
-    balance = Balance(settings.balance, engine.model.routers, 16 * 16, 16)
+    balance = BalanceLoss(balance_options(settings.balance), engine.model.routers, 16 * 16, 16)
     batches = [Batch.of(share, settings, mesh.device) for share in shares]
     ahead = [balance.foresee(engine.model.count(b.tokens, *b.about)) for b in batches[1:]]
     for number, (batch, choices) in enumerate(zip(batches, [None, *ahead], strict=True)):

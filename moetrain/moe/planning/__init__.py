@@ -5,15 +5,10 @@ source rank holds for each expert, home [E] the rank that owns each expert; `opt
 as keyword-only arguments. `layer_time(plan, counts, home, costs)` predicts what a plan takes.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
+from moetrain.moe.options import PLANNERS
 from moetrain.moe.planning.cost import Costs, Limits, Link, State, default_costs, layer_time
-from moetrain.moe.planning.eplb import eplb
-from moetrain.moe.planning.home import home
-from moetrain.moe.planning.llep import llep
-from moetrain.moe.planning.makespan import makespan
 from moetrain.moe.planning.plan import Ints, Plan
 
 __all__ = [
@@ -27,8 +22,6 @@ __all__ = [
     "default_home",
     "layer_time",
 ]
-
-PLANNERS: dict[str, Callable[..., Plan]] = {"home": home, "llep": llep, "makespan": makespan, "eplb": eplb}
 
 
 def default_home(num_experts: int, num_ranks: int) -> Ints:

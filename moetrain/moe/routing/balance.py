@@ -15,16 +15,16 @@ T tokens here, L layers, E experts of a layer, N experts of all layers, one laye
 E. B sequences, G groups of experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moetrain import config
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.moe.layer import LayerStats
+from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning import default_home
 from moetrain.moe.routing import Choice, Router
 
@@ -38,19 +38,26 @@ class Losses(NamedTuple):
     z_L: Tensor  # Σ_t logsumexp(logits_t)²; no gradient
 
 
-class Balance:
+class BalanceLoss:
     """The router losses of one optimizer step, micro-step by micro-step; then what routers keep of it."""
 
     def __init__(
-        self, options: config.Balance, routers: Sequence[Router], tokens_in_batch: int, length: int, groups: int = 1
+        self,
+        options: BalanceOptions,
+        routers: Sequence[Router],
+        tokens_in_batch: int,
+        length: int,
+        groups: int = 1,
+        reduce: Callable[[Tensor], Tensor] = all_reduce_sum,
     ) -> None:
         """`routers`: in the order of the statistics. `tokens_in_batch`: of the global batch; `length`: of a sequence.
 
         `groups`: how many the experts of a layer form for the device loss, where `balance.device_groups` is null.
+        `reduce`: sums counts in place over all ranks that share the global batch.
         """
         self._options, self._routers = options, routers
         self._tokens, self._length = tokens_in_batch, length
-        self._groups = options.device_groups or groups
+        self._groups, self._reduce = options.device_groups or groups, reduce
         self._sizes: list[int] = []
         self._ahead_N: Tensor | None = None  # counts of this rank in micro-steps to come
         self._seen_N: Tensor | None = None  # of all ranks so far; with `exact`, in the whole batch
@@ -125,9 +132,9 @@ class Balance:
     def _frequencies(self, local_N: Tensor) -> Tensor:
         if self.looks_ahead:
             if self._seen_N is None:
-                self._seen_N = all_reduce_sum(local_N.clone() if self._ahead_N is None else local_N + self._ahead_N)
+                self._seen_N = self._reduce(local_N.clone() if self._ahead_N is None else local_N + self._ahead_N)
             return frequencies(self._seen_N, self._sizes)
-        counts_N = all_reduce_sum(local_N.clone())
+        counts_N = self._reduce(local_N.clone())
         self._seen_N = counts_N if self._seen_N is None else self._seen_N + counts_N
         basis = {"micro": local_N, "data": counts_N, "global": self._seen_N}
         f_N = frequencies(basis[self._options.scope], self._sizes)
@@ -142,7 +149,7 @@ class Balance:
         return _weights(tuple(self._sizes), given, device)
 
 
-def add_buffers(routers: Sequence[Router], options: config.Balance) -> None:
+def add_buffers(routers: Sequence[Router], options: BalanceOptions) -> None:
     """Give the routers the buffers that the options need; zeros, or on the meta device to be filled with them."""
     for router in routers:
         if options.bias != "none":

@@ -7,13 +7,12 @@ A router works in three steps, so that activation recompute can replay a choice 
 T tokens, D model width, E experts, K top-k, N selections (any number a token), B sequences.
 """
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moetrain import config
+from moetrain.moe.options import RouterOptions
 
 
 class Place(NamedTuple):
@@ -49,23 +48,39 @@ class Routing(NamedTuple):
         return Routing(token_N, expert_N, weight_N, self.probs_TE)
 
 
+INIT_STD = 0.02  # of weights that are drawn where a module is built by itself
+
+
 class Replicated(nn.Module):
     """A module whose own parameters are kept whole on every rank, in fp32; their gradients are summed over ranks."""
 
     init_std: float | None = None  # of its matrices; None: that of the model
 
+    @torch.no_grad()
+    def reset_parameters(self, std: float = INIT_STD) -> None:
+        """Draw all parameters from a normal distribution of this standard deviation, or of the module's own.
+
+        On the meta device nothing is drawn.
+        """
+        for parameter in self.parameters():
+            if not parameter.is_meta:
+                parameter.normal_(0.0, std if self.init_std is None else self.init_std)
+
 
 class Router(Replicated):
     """The base of all routers. A subclass has `logits` and `choose`; `score` and `weigh` follow from the options."""
 
-    takes: ClassVar[frozenset[str]] = frozenset()  # options of config.Router that it has, besides everybody's
+    Options: ClassVar[type[RouterOptions]] = RouterOptions  # the dataclass of its options
     normalises: ClassVar[bool] = True  # what router.normalise=null means for more than one expert a token
-    biased: ClassVar[bool] = True  # whether it chooses by gates plus the bias
     warning: ClassVar[str] = ""  # said when a run starts
 
-    def __init__(self, dim: int, num_experts: int, options: config.Router, index: int = 0) -> None:
-        """`index`: how many routers come before it in the model."""
+    def __init__(self, dim: int, num_experts: int, options: RouterOptions | None = None, index: int = 0) -> None:
+        """`options`: None for the defaults. `index`: how many routers come before it in the model.
+
+        A subclass makes its parameters and then calls `reset_parameters`.
+        """
         super().__init__()
+        options = options or self.Options()
         self.num_experts, self.options, self.index = num_experts, options, index
         several = self.normalises and options.top_k > 1  # one weight, normalised, is a constant: nothing to learn from
         self.normalise = several if options.normalise is None else options.normalise
@@ -77,17 +92,13 @@ class Router(Replicated):
         self.register_buffer("held", None)
 
     @classmethod
-    def shared(cls, options: config.Router) -> Replicated | None:
+    def shared(cls, options: RouterOptions) -> Replicated | None:
         """What all layers' routers share, if anything: a module whose call makes the first one's `carry`."""
         return None
 
-    @classmethod
-    def problems(cls, num_experts: int, m: config.Model, r: config.Router) -> Iterator[tuple[str, str]]:
-        """(field, rule) of options that do not fit a layer of so many experts."""
-        yield from ()
-
-    def at_step(self, step: int, train: config.Train) -> None:
-        """Before every optimizer step (`step` are done), and before evaluation and generation: for what changes."""
+    def at_step(self, step: int, steps: int, seed: int) -> None:
+        """Follow a schedule: called before every optimizer step (`step` of `steps` are done), and before evaluation
+        and generation. `seed`: the run's, for what is random."""
 
     def forward(self, x_TD: Tensor, carry: Any = None, place: Place | None = None) -> tuple[Routing, Any]:
         scores, carry = self.score(x_TD, carry, place)

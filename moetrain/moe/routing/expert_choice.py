@@ -2,6 +2,7 @@
 
 import torch
 
+from moetrain.moe.options import UnbiasedOptions
 from moetrain.moe.routing.base import Choice, Place, Scores
 from moetrain.moe.routing.topk import TopK
 
@@ -16,9 +17,8 @@ class ExpertChoice(TopK):
     is flattering, and generating token by token it has less to go by. For comparisons and for encoders.
     """
 
-    takes = frozenset()
+    Options = UnbiasedOptions
     normalises = False
-    biased = False
     warning = (
         "router.name=expert_choice: experts pick tokens over the whole sequence, so a token's experts depend on later "
         "tokens. Losses are lower than an autoregressive use can keep."

@@ -1,6 +1,6 @@
 """A random router that never learns, and a K that grows."""
 
-from moetrain import config
+from moetrain.moe.options import FrozenOptions, RouterOptions
 from moetrain.moe.routing.topk import TopK
 
 
@@ -10,13 +10,14 @@ class Frozen(TopK):
     current K.
     """
 
-    takes = frozenset({"k_start"})
+    Options = FrozenOptions
+    options: FrozenOptions
 
-    def __init__(self, dim: int, num_experts: int, options: config.Router, index: int = 0) -> None:
+    def __init__(self, dim: int, num_experts: int, options: RouterOptions | None = None, index: int = 0) -> None:
         super().__init__(dim, num_experts, options, index)
         self.weight.requires_grad_(False)
 
-    def at_step(self, step: int, train: config.Train) -> None:
-        super().at_step(step, train)
+    def at_step(self, step: int, steps: int, seed: int) -> None:
+        super().at_step(step, steps, seed)
         start, end = min(self.options.k_start, self.options.top_k), self.options.top_k
-        self.k = round((end - start) * min(step, train.steps) / train.steps) + start
+        self.k = round((end - start) * min(step, steps) / steps) + start

@@ -1,12 +1,11 @@
 """Experts for certain tokens only. T tokens, E experts, G groups."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moetrain import config
+from moetrain.moe.options import GroupedOptions
 from moetrain.moe.routing.base import Place
 from moetrain.moe.routing.topk import TopK
 
@@ -18,7 +17,8 @@ class Grouped(TopK):
     Where the domain is unknown, as in generation from a prompt, all experts are allowed.
     """
 
-    takes = frozenset({"token_groups", "noise"})
+    Options = GroupedOptions
+    options: GroupedOptions
 
     def logits(self, x_TD: Tensor, carry: Any, place: Place | None) -> tuple[Tensor, Any]:
         logits_TE, carry = super().logits(x_TD, carry, place)
@@ -28,11 +28,3 @@ class Grouped(TopK):
             other_TE = place.group_T[:, None] % num_groups != expert_E % num_groups
             logits_TE = logits_TE.masked_fill(other_TE, -torch.inf)
         return logits_TE, carry
-
-    @classmethod
-    def problems(cls, num_experts: int, m: config.Model, r: config.Router) -> Iterator[tuple[str, str]]:
-        if r.top_k > num_experts // r.token_groups:
-            yield (
-                "router.token_groups",
-                f"must leave each group at least router.top_k={r.top_k} of {num_experts} experts",
-            )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain import config
+from moetrain.moe.options import RecurrentOptions, RouterOptions
 from moetrain.moe.routing.base import Place, Replicated
 from moetrain.moe.routing.topk import TopK
 
@@ -23,7 +23,7 @@ class Cell(Replicated):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gru = nn.GRUCell(width, width, bias=False)
+        self.gru = nn.GRUCell(width, width, bias=False)  # draws its weights itself
         self.init_std = (3 * width) ** -0.5  # torch's own: uniform up to 1 / sqrt(width)
 
     def forward(self) -> Memory:
@@ -36,19 +36,25 @@ class Recurrent(TopK):
     h_i = GRU(x_i W_i, h_{i-1}), h_0 = 0, logits G_i h_i. W_i and G_i are the layer's own, the unit is shared by all.
     """
 
-    takes = frozenset({"state_dim", "noise"})
+    Options = RecurrentOptions
+    options: RecurrentOptions
 
-    def __init__(self, dim: int, num_experts: int, options: config.Router, index: int = 0) -> None:
+    def __init__(self, dim: int, num_experts: int, options: RecurrentOptions | None = None, index: int = 0) -> None:
+        options = options or RecurrentOptions()
         super().__init__(options.state_dim, num_experts, options, index)
         self.project = nn.Parameter(torch.empty(options.state_dim, dim))
         self.init_std = options.state_dim**-0.5
+        self.reset_parameters()
 
     @classmethod
-    def shared(cls, options: config.Router) -> Cell:
+    def shared(cls, options: RouterOptions) -> Cell:
+        assert isinstance(options, RecurrentOptions)
         return Cell(options.state_dim)
 
     def logits(self, x_TD: Tensor, carry: Any, place: Place | None) -> tuple[Tensor, Any]:
         memory: Memory = carry
+        if memory is None:
+            raise ValueError("the router recurrent needs the carry that Cell(state_dim)() makes for the first layer")
         state_TP = memory.cell.gru(F.linear(x_TD.float(), self.project.float()), memory.state_TP)
         logits_TE, _ = super().logits(state_TP, carry, place)
         return logits_TE, Memory(memory.cell, state_TP)

@@ -2,6 +2,7 @@
 
 import torch
 
+from moetrain.moe.options import UnbiasedOptions
 from moetrain.moe.routing.base import Choice, Place, Scores
 from moetrain.moe.routing.topk import TopK
 
@@ -13,8 +14,7 @@ class RoundRobin(TopK):
     divides T·K.
     """
 
-    takes = frozenset()
-    biased = False
+    Options = UnbiasedOptions
 
     @torch.no_grad()
     def choose(self, scores: Scores, place: Place | None = None) -> Choice:

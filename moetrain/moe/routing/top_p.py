@@ -2,6 +2,7 @@
 
 import torch
 
+from moetrain.moe.options import TopPOptions
 from moetrain.moe.routing.base import Choice, Place, Scores
 from moetrain.moe.routing.topk import TopK
 
@@ -15,9 +16,9 @@ class TopP(TopK):
     nothing here: it is what the estimate of active parameters goes by.
     """
 
-    takes = frozenset({"top_p"})
+    Options = TopPOptions
     normalises = False
-    biased = False
+    options: TopPOptions
 
     @torch.no_grad()
     def choose(self, scores: Scores, place: Place | None = None) -> Choice:

@@ -10,20 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain import config
+from moetrain.moe.options import ZeroComputeOptions
 from moetrain.moe.routing.base import Replicated
 
 
 class ZeroCompute(Replicated):
     """Zero: 0. Copy: x. Constant: α1 x + α2 v with [α1, α2] = softmax(W x), v [D] and W [2, D] its parameters."""
 
-    def __init__(self, m: config.Model) -> None:
+    def __init__(self, dim: int, num_experts: int, options: ZeroComputeOptions) -> None:
+        """`num_experts`: those that compute, which are numbered first."""
         super().__init__()
-        self.num_experts, self.num_zero, self.num_copy = m.num_experts, m.zero_experts, m.copy_experts
-        self.num_all = m.num_experts + m.num_zero_compute
-        constants = m.constant_experts
-        self.vector = nn.Parameter(torch.empty(constants, m.dim)) if constants else None  # v [C, D]
-        self.mix = nn.Parameter(torch.empty(constants, 2, m.dim)) if constants else None  # W [C, 2, D]
+        self.num_experts, self.num_zero, self.num_copy = num_experts, options.zero, options.copy
+        self.num_all = num_experts + options.total
+        constants = options.constant
+        self.vector = nn.Parameter(torch.empty(constants, dim)) if constants else None  # v [C, D]
+        self.mix = nn.Parameter(torch.empty(constants, 2, dim)) if constants else None  # W [C, 2, D]
+        self.reset_parameters()
 
     def forward(self, x_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
         """[T, D]: the weighted sum of each token's experts of this kind; other selections are passed over."""

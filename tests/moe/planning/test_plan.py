@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from moetrain import cli
 from moetrain.bench import plan as bench
-from moetrain.config.rules import PLANNER_OPTIONS
 from moetrain.moe.planning import PLANNERS, default_home
 from moetrain.moe.planning.cost import Limits, State
 from moetrain.moe.planning.eplb import place
@@ -179,8 +178,7 @@ def test_options_are_the_keyword_arguments() -> None:
     """What the configuration's checks know without loading compiled code is what the planners take."""
     for name, planner in PLANNERS.items():
         parameters = inspect.signature(planner).parameters.values()
-        assert PLANNER_OPTIONS[name] == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert list(PLANNER_OPTIONS) == list(PLANNERS)
+        assert set(PLANNERS.options(name).names()) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def test_planning_loads_no_torch() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.moe.options import NoisyOptions
 from moetrain.moe.routing.base import Place
 from moetrain.moe.routing.topk import TopK
 
@@ -15,7 +16,7 @@ class Cosine(TopK):
     """Logits are cosines over a temperature, so that no expert wins by the length of its vector (X-MoE, Chi et al.,
     NeurIPS 2022, §3.2; without its projection to fewer dimensions)."""
 
-    takes = frozenset({"noise"})
+    Options = NoisyOptions
 
     def logits(self, x_TD: Tensor, carry: Any, place: Place | None) -> tuple[Tensor, Any]:
         token_TD, expert_ED = (F.normalize(x.float(), dim=-1) for x in (x_TD, self.weight))

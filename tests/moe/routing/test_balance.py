@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ from hypothesis import strategies as st
 
 from moetrain import checkpoint, config
 from moetrain.checkpoint import manifest
+from moetrain.config.core_options import router_options
 from moetrain.data.loader import open_data, with_vocabulary
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
 from moetrain.moe.layer import LayerStats
+from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning import PLANNERS, default_home
 from moetrain.moe.routing import ROUTERS, Choice, Router, Scores, balance
-from moetrain.moe.routing.balance import Balance
+from moetrain.moe.routing.balance import BalanceLoss
 from moetrain.training.loop import train
 from moetrain.training.step import build, micro_batches, optimizer_step
 
-OPTIONS = config.load([]).balance
+OPTIONS = BalanceOptions()
 
 
 def stats(probs_TE: torch.Tensor, expert_N: torch.Tensor) -> LayerStats:
@@ -40,8 +43,8 @@ def one_sided(mesh: Mesh, scope: str) -> float:
     half = torch.zeros(4)
     half[2 * mesh.rank : 2 * mesh.rank + 2] = 0.5
     here = stats(half.expand(8, 4), torch.arange(8) % 2 + 2 * mesh.rank)
-    options = OPTIONS.model_copy(update={"scope": scope})
-    return float(Balance(options, [], 16, 8).losses([here]).shares["balance"])
+    options = replace(OPTIONS, scope=scope)
+    return float(BalanceLoss(options, [], 16, 8).losses([here]).shares["balance"])
 
 
 def test_micro_is_two_where_global_is_one(pool) -> None:
@@ -52,7 +55,7 @@ def test_micro_is_two_where_global_is_one(pool) -> None:
 
 def buffered(mesh: Mesh) -> list[float]:
     """Four micro-steps, each sending everything to another expert, with P = 1 there."""
-    step, values = Balance(OPTIONS, [], 8, 8), []
+    step, values = BalanceLoss(OPTIONS, [], 8, 8), []
     for micro in range(4):
         probs = torch.nn.functional.one_hot(torch.full((8,), micro), 4).float()
         values.append(float(step.losses([stats(probs, torch.full((8,), micro))]).shares["balance"]))
@@ -69,7 +72,7 @@ def shares(mesh: Mesh, sizes: list[int], probs: torch.Tensor, expert: torch.Tens
     mine = slice(begin, begin + sizes[mesh.rank])
     p = probs[mine].clone().requires_grad_()
     layers = [stats(p, expert[mine].flatten()), stats(p.flip(1), expert[mine, :1].flatten())]
-    step = Balance(OPTIONS.model_copy(update={"coefficient": 1.0, "z_coefficient": 0.0}), [], len(probs), 1)
+    step = BalanceLoss(replace(OPTIONS, coefficient=1.0, z_coefficient=0.0), [], len(probs), 1)
     losses = step.losses(layers)
     assert [int(counts.sum()) for counts in step.counts] == [2 * len(probs), len(probs)]
     losses.weighted.backward()
@@ -114,15 +117,15 @@ def test_z_loss_is_the_mean_squared_logsumexp() -> None:
     torch.testing.assert_close(balance.z_sums([here, here]) / 10, expected.expand(2))
 
 
-def own(**options: Any) -> config.Balance:
+def own(**options: Any) -> BalanceOptions:
     """Balance options with all coefficients zero but those given."""
-    return OPTIONS.model_copy(update={"coefficient": 0.0, "z_coefficient": 0.0, **options})
+    return replace(OPTIONS, **{"coefficient": 0.0, "z_coefficient": 0.0, **options})
 
 
-def alone(mesh: Mesh, options: config.Balance, layers: list[LayerStats], length: int, groups: int = 1) -> Any:
+def alone(mesh: Mesh, options: BalanceOptions, layers: list[LayerStats], length: int, groups: int = 1) -> Any:
     """(weighted sum, shares) on one rank."""
     tokens = len(layers[0].scores.probs_TE)
-    losses = Balance(options, [], tokens, length, groups).losses(layers)
+    losses = BalanceLoss(options, [], tokens, length, groups).losses(layers)
     return losses.weighted.detach(), losses.shares
 
 
@@ -179,7 +182,7 @@ def mixed(mesh: Mesh) -> tuple[float, float, float]:
     half = torch.zeros(4)
     half[2 * mesh.rank : 2 * mesh.rank + 2] = 0.5
     here = stats(half.expand(8, 4), torch.arange(8) % 2 + 2 * mesh.rank)
-    losses = Balance(own(coefficient=0.1, micro_fraction=0.01), [], 16, 8).losses([here])
+    losses = BalanceLoss(own(coefficient=0.1, micro_fraction=0.01), [], 16, 8).losses([here])
     return float(losses.shares["balance"]), float(losses.shares["micro_balance"]), float(losses.weighted)
 
 
@@ -208,7 +211,7 @@ def weighed(mesh: Mesh) -> float:
     router = router_of("model=tiny", "model.num_experts=4")
     router.loss_weights = (1.0, 1.0, 0.75, 0.75)
     probs = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).expand(4, 4)
-    return float(Balance(OPTIONS, [router], 4, 4).losses([stats(probs, torch.arange(4))]).shares["balance"])
+    return float(BalanceLoss(OPTIONS, [router], 4, 4).losses([stats(probs, torch.arange(4))]).shares["balance"])
 
 
 def test_experts_may_weigh_less(pool) -> None:
@@ -218,11 +221,11 @@ def test_experts_may_weigh_less(pool) -> None:
 def held(mesh: Mesh) -> list[float]:
     """Two steps of two micro-steps: each micro-step sends everything to another of four experts, with P = 1 there."""
     router = router_of("model=tiny", "model.num_experts=4")
-    options = OPTIONS.model_copy(update={"accumulate": "hold"})
+    options = replace(OPTIONS, accumulate="hold")
     balance.add_buffers([router], options)
     values = []
     for experts in ((0, 1), (1, 2)):
-        step = Balance(options, [router], 8, 8)
+        step = BalanceLoss(options, [router], 8, 8)
         for expert in experts:
             probs = torch.nn.functional.one_hot(torch.full((8,), expert), 4).float()
             values.append(float(step.losses([stats(probs, torch.full((8,), expert))]).shares["balance"]))
@@ -238,7 +241,9 @@ def test_hold_is_the_buffer_first_and_then_the_last_step(pool) -> None:
 
 def router_of(*overrides: str) -> Router:
     settings = config.load(list(overrides))
-    return ROUTERS[settings.router.name](settings.model.dim, settings.model.num_experts, settings.router)
+    return ROUTERS[settings.router.name](
+        settings.model.dim, settings.model.num_experts, router_options(settings.router)
+    )
 
 
 @pytest.mark.parametrize(("rule", "rate"), [("sign", 1e-3), ("proportional", 2.56e-3)])

@@ -1,5 +1,6 @@
 """What the papers of the router families state: numbers of experts, sizes, capacities, choices."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moetrain import config
+from moetrain.config.core_options import router_options
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.initialise import initialise
 from moetrain.models.transformer import Transformer, rope_table
@@ -24,7 +26,7 @@ def scores_of(probs: Tensor) -> Scores:
 
 def router_of(overrides: list[str], num_experts: int, dim: int = 16) -> Any:
     options = config.load(["model=tiny", *overrides]).router
-    router = ROUTERS[options.name](dim, num_experts, options)
+    router = ROUTERS[options.name](dim, num_experts, router_options(options))
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
     return router
 
@@ -71,11 +73,10 @@ def test_expert_choice_is_even_within_every_sequence() -> None:
 def test_frozen_k_grows_as_in_the_paper() -> None:
     """8 to 16 over 400k steps: one more every 50k. The router has no gradient and no place in the optimizer."""
     options = config.load(["model=tiny", "model.num_experts=16", "router.name=frozen", "router.top_k=16"])
-    router = ROUTERS["frozen"](16, 16, options.router.model_copy(update={"k_start": 8}))
-    schedule = options.train.model_copy(update={"steps": 400_000})
+    router = ROUTERS["frozen"](16, 16, replace(router_options(options.router), k_start=8))
     found = []
     for step in range(0, 400_001, 50_000):
-        router.at_step(step, schedule)
+        router.at_step(step, 400_000, 0)
         found.append(router.k)
     assert found == [8, 9, 10, 11, 12, 13, 14, 15, 16]
     assert not router.weight.requires_grad
@@ -85,7 +86,7 @@ def test_recurrent_routers_have_the_papers_size() -> None:
     """8 layers, width 352, state 128, 16 experts: 475,136; 24 layers of width 1280: 3.588M more than linear routers."""
 
     def size(layers: int, dim: int) -> int:
-        options = config.load(["model=tiny", "router.name=recurrent"]).router
+        options = router_options(config.load(["model=tiny", "router.name=recurrent"]).router)
         each = ROUTERS["recurrent"](dim, 16, options)
         shared = ROUTERS["recurrent"].shared(options)
         assert shared is not None
@@ -185,7 +186,7 @@ def chained(mesh: Mesh) -> None:
         x = x + block.attn(block.attn_norm(x), rope, None)
         for router in block.moe.routers:
             first, block.moe.router = block.moe.router, router
-            x = x + block.moe(block.ffn_norm(x).flatten(0, 1))[0].view_as(x)
+            x = x + block.moe.forward_with_stats(block.ffn_norm(x).flatten(0, 1))[0].view_as(x)
             block.moe.router = first
     torch.testing.assert_close(logits, model.head(model.norm(x)))
     assert settings.model.pass_names == ["layer_00_0", "layer_00_1", "layer_01_0", "layer_01_1"]

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain import config
+from moetrain.config.core_options import router_options
 from moetrain.data import prepare
 from moetrain.data.loader import Corpus, Loader, with_vocabulary
 from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
+from moetrain.models.transformer import build_moe
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoE
 from moetrain.moe.planning.cost import default_costs
@@ -109,7 +111,7 @@ def test_every_layout_agrees(pool: Any, tiny: list[str], family: str) -> None:
 def layer_of(overrides: list[str]) -> tuple[config.Config, MoE]:
     """A layer of the tiny model with random weights, and the carry's maker drawn too."""
     settings = config.load(["model=tiny", "planner=llep", "planner.min_rows=1", *overrides])
-    layer = MoE(settings.model, settings.router, settings.planner, None)
+    layer = build_moe(settings.model, settings.router, settings.planner)
     with torch.no_grad():
         for number, parameter in enumerate(layer.parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2)
@@ -158,12 +160,12 @@ def against_the_loop(mesh: Mesh, overrides: list[str], sequences: tuple[int, int
     gate_up, down = layer.experts.gate_up.detach().clone(), layer.experts.down.detach().clone()
     layer.experts.shard(mesh.ep)
     for router in layer.routers:
-        router.at_step(settings.train.steps // 2, settings.train)
+        router.at_step(settings.train.steps // 2, settings.train.steps, settings.train.seed)
     draw = torch.Generator().manual_seed(mesh.rank)
     count = sequences[mesh.rank]
     x, upstream = (torch.randn(10 * count, settings.model.dim, generator=draw) for _ in range(2))
     place = Place(10, torch.arange(count) + 3 * mesh.rank, torch.randint(0, 4, (10 * count,), generator=draw))
-    shared = ROUTERS[settings.router.name].shared(settings.router)
+    shared = ROUTERS[settings.router.name].shared(router_options(settings.router))
     if shared is not None:
         for parameter in shared.parameters():
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
@@ -172,7 +174,7 @@ def against_the_loop(mesh: Mesh, overrides: list[str], sequences: tuple[int, int
     for way in ("layer", "loop"):
         leaf = x.clone().requires_grad_()
         if way == "layer":
-            y, stats, _ = layer(leaf, carry, place)
+            y, stats, _ = layer.forward_with_stats(leaf, carry, place)
         else:
             y = one_by_one(layer, leaf, gate_up, down, carry, place)
         found.append([y, *torch.autograd.grad(y, [leaf, *small], upstream, allow_unused=True)])
