@@ -17,15 +17,6 @@ ROOT = Path(__file__).parents[2]
 AGAINST_THE_LAYERS = """
 moetrain.config.rules -> moetrain.engine.deepspeed_config
 moetrain.config.rules -> moetrain.engine.precision
-moetrain.moe.layer -> moetrain.config
-moetrain.moe.routing.balance -> moetrain.config
-moetrain.moe.routing.base -> moetrain.config
-moetrain.moe.routing.frozen -> moetrain.config
-moetrain.moe.routing.gating_residual -> moetrain.config
-moetrain.moe.routing.grouped -> moetrain.config
-moetrain.moe.routing.recurrent -> moetrain.config
-moetrain.moe.routing.topk -> moetrain.config
-moetrain.moe.routing.zero_compute -> moetrain.config
 """
 FILES_IN_CYCLES = """
 moetrain.config.rules
