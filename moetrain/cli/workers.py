@@ -17,7 +17,7 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     Returns the exit code; raises `ConfigError` before any process group exists.
     """
     from moetrain import runs
-    from moetrain.config import resize
+    from moetrain.config import resize, resolve_layout
     from moetrain.data.loader import open_data
     from moetrain.launch import local
     from moetrain.runs import lock
@@ -27,14 +27,14 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     workers = place.world if place else settings.parallel.nproc or local.auto_nproc()
     if verb in ("train", "eval", "generate") and settings.run.name is not None:
         settings = resize.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
-    settings.layout(workers)
+    resolve_layout(settings, workers)
     if verb != "profile":
         open_data(settings)
     with ExitStack() as held:
         if place is not None:
             if verb == "train" and settings.run.name is not None and worker.is_first_of_external_job():
                 held.enter_context(lock.hold(runs.folder_of(settings)))
-            layout = settings.layout(workers)
+            layout = resolve_layout(settings, workers)
             return run_on_rank(
                 lambda mesh: _do(options, settings, verb, mesh),
                 place,

@@ -2,6 +2,7 @@
 
 from moetrain.common.errors import ConfigError
 from moetrain.config.compose import composing, config_dir, dump, from_tree, load, load_resolved
+from moetrain.config.layout import resolve_layout
 from moetrain.config.overrides import fields_of
 from moetrain.config.schema import (
     AnyEngine,
@@ -51,4 +52,5 @@ __all__ = [
     "from_tree",
     "load",
     "load_resolved",
+    "resolve_layout",
 ]

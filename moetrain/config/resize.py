@@ -7,7 +7,7 @@ nothing but the layout changes; shares of the batch may be uneven (ElasWave keep
 from pathlib import Path
 
 from moetrain.common.errors import ConfigError
-from moetrain.config.rules import check_world
+from moetrain.config.layout import check_world
 from moetrain.config.schema import Config
 
 

@@ -3,7 +3,6 @@
 A mistake is told at once: neither torch nor compiled code is loaded.
 """
 
-import math
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import Any
 
 from moetrain.common.errors import ConfigError, short
 from moetrain.config.core_options import planner_options, router_options
-from moetrain.config.schema import Config, DeepSpeed
+from moetrain.config.schema import Config
 from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions
 
 
@@ -96,54 +95,3 @@ def _of_router(c: Config) -> Iterator[tuple[str, str]]:
     for experts in c.model.experts_of_layers:
         for field, rule in options.problems(experts + c.model.num_zero_compute):
             yield f"router.{field}", rule
-
-
-def check_world(c: Config, world: int) -> None:
-    """What must hold between the config and the number of ranks. Raises `ConfigError`."""
-    p, t = c.parallel, c.train
-    if world % p.dp_replicate:
-        raise ConfigError(f"parallel.dp_replicate={p.dp_replicate}: must divide the number of ranks, {world}")
-    shard = world // p.dp_replicate
-    if p.dp_shard is not None and p.dp_shard != shard:
-        rule = f"dp_replicate={p.dp_replicate} × dp_shard must be the number of ranks, {world}"
-        raise ConfigError(f"parallel.dp_shard={p.dp_shard}: {rule}")
-    ep = p.ep or math.gcd(shard, *c.model.experts_of_layers)
-    if shard % ep:
-        raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
-    fewest = min(c.model.experts_of_layers)
-    if fewest < ep:
-        which = "model.num_experts" if c.model.expert_schedule == "uniform" else "of one layer"
-        raise ConfigError(f"parallel.ep={ep}: needs at least as many experts, {which}={fewest}")
-    if isinstance(c.engine, DeepSpeed):
-        _check_deepspeed(c, c.engine, world, ep)
-    if p.uneven and t.global_batch < world:
-        raise ConfigError(f"train.global_batch={t.global_batch}: must be at least the number of ranks, {world}")
-    if not p.uneven and t.global_batch % (world * (t.micro_batch or 1)):
-        per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
-        raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")
-
-
-def _check_deepspeed(c: Config, options: DeepSpeed, world: int, ep: int) -> None:
-    """What the deepspeed engine can do on `world` ranks."""
-    from moetrain.engine import precision  # which imports torch
-    from moetrain.engine.deepspeed_config import ds_config
-
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "engine=deepspeed: needs DeepSpeed, which is not installed: pip install 'moetrain[deepspeed]'"
-        )
-    if options.zero_stage == 3:
-        raise ConfigError("engine.zero_stage=3: must be 0, 1 or 2; DeepSpeed's MoE layers do not work under ZeRO-3")
-    if options.offload == "nvme":
-        rule = "DeepSpeed offloads to NVMe under ZeRO-3 alone, which its MoE layers refuse; cpu works at stages 1 and 2"
-        raise ConfigError(f"engine.offload=nvme: {rule}")
-    if options.offload != "none" and options.zero_stage == 0:
-        raise ConfigError(f"engine.offload={options.offload}: needs engine.zero_stage=1 or 2")
-    if any(experts % ep for experts in c.model.experts_of_layers):
-        raise ConfigError(f"parallel.ep={ep}: must divide the number of experts of every layer under engine=deepspeed")
-    if c.optim.state_dtype != "fp32":
-        raise ConfigError(f"optim.state_dtype={c.optim.state_dtype}: must be fp32 under engine=deepspeed")
-    if c.parallel.dp_replicate > 1:
-        rule = "must be 1 under engine=deepspeed, which shards over all ranks"
-        raise ConfigError(f"parallel.dp_replicate={c.parallel.dp_replicate}: {rule}")
-    ds_config(precision.taken(c, "bf16"), world)  # refuses what engine.extra may not say

@@ -27,9 +27,9 @@ with warnings.catch_warnings():
     from deepspeed.utils import groups as parallel
 
 from moetrain.config import Config, DeepSpeed
+from moetrain.config.deepspeed import make_settings
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.base import Engine, adam_state, groups, guest_slots, moes, replicated
-from moetrain.engine.deepspeed_config import ds_config
 from moetrain.engine.entries import MODEL, MOMENTS, Entries, Held, held, of_model
 from moetrain.models.initialise import drawn, initialise
 from moetrain.models.transformer import Transformer
@@ -71,7 +71,7 @@ class DeepSpeedEngine(Engine):
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=_Seen(model, mesh),
                 optimizer=torch.optim.AdamW(seen, **adam),
-                config=ds_config(config, mesh.world),
+                config=make_settings(config, mesh.world),
                 dist_init_required=False,
             )
         self._stage = options.zero_stage

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.config import Config, Native
+from moetrain.config import Config, Native, resolve_layout
 from moetrain.engine import precision
 from moetrain.models.transformer import Transformer
 from moetrain.moe.routing import Replicated
@@ -41,7 +41,7 @@ def estimate(config: Config, world: int) -> Estimate:
     """Of the config's model, on each of `world` ranks. Needs model.vocab_size and a settled train.dtype."""
     m, t, p = config.model, config.train, config.parallel
     assert m.vocab_size is not None
-    shard, ep = world // p.dp_replicate, config.layout(world).ep or 1
+    shard, ep = world // p.dp_replicate, resolve_layout(config, world).ep or 1
     norms = {"none": 0, "head": 2 * m.head_dim, "full": (m.num_heads + m.num_kv_heads) * m.head_dim}[m.qk_norm]
     attention = 2 * m.dim * (m.num_heads + m.num_kv_heads) * m.head_dim + norms + 2 * m.dim
     expert = 3 * m.dim * m.expert_hidden

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from moetrain.common.console import console
-from moetrain.config import Config, ConfigError, Native
+from moetrain.config import Config, ConfigError, Native, resolve_layout
 from moetrain.distributed import mesh
 from moetrain.engine import native, precision
 from moetrain.engine.base import guest_bytes, replicated
@@ -32,7 +32,7 @@ def run(config: Config, world: int, as_json: bool) -> int:
     if config.model.vocab_size is None:  # that of the data, which need not be there yet
         model = config.model.model_copy(update={"vocab_size": config.data.vocab_size})
         config = config.model_copy(update={"model": model})
-    config, layout = precision.taken(config, "bf16"), config.layout(world)  # another machine, likely with GPUs
+    config, layout = precision.taken(config, "bf16"), resolve_layout(config, world)  # another machine, likely with GPUs
     whole = build(config)
     total = dict(_count(whole))
     with mesh.pretend(rank=0, world=world, ep=layout.ep, dp_replicate=layout.dp_replicate) as pretended:

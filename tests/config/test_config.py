@@ -271,8 +271,8 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
             ["model.num_dense_layers=4"],
             "model.num_dense_layers=4: must be below model.num_layers=4, so that one layer has experts",
         ),
-        (["track.project=a/b"], "track.project=a/b: must have none of / \\ # ? % :"),
-        (["track.entity=a/b"], "track.entity=a/b: must have none of / \\ # ? % :"),
+        (["track.project=a/b"], "track.project=a/b: must not contain any of / \\ # ? % :"),
+        (["track.entity=a/b"], "track.entity=a/b: must not contain any of / \\ # ? % :"),
         (["track.group=''"], "track.group=: must have 1 to 128 characters"),
         (["track.tags=['']"], "track.tags=['']: must be words of 1 to 64 characters"),
         (["data=folder"], "data.path: must be given"),
@@ -284,7 +284,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
 def test_a_mistake_is_one_line_with_field_value_and_rule(overrides: list[str], line: str) -> None:
     def laid_out() -> None:
         settings = config.load(overrides)
-        settings.layout(settings.parallel.nproc or 1)
+        config.resolve_layout(settings, settings.parallel.nproc or 1)
 
     with pytest.raises(ConfigError) as caught:
         laid_out()

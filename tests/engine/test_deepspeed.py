@@ -12,11 +12,11 @@ from torch import Tensor
 
 from moetrain import config
 from moetrain.config import Config, ConfigError
+from moetrain.config.deepspeed import make_settings
 from moetrain.data import prepare
 from moetrain.data.loader import Corpus, Loader, with_vocabulary
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine, build_engine
-from moetrain.engine.deepspeed_config import ds_config
 from moetrain.moe.planning.cost import default_costs
 from moetrain.training.step import build, micro_batches, optimizer_step
 from tests.moe.routing.test_routers import FAMILIES
@@ -28,7 +28,7 @@ EXACT = ["balance.accumulate=exact"]  # micro-steps change nothing then
 
 def engine_of(mesh: Mesh, overrides: list[str]) -> tuple[Engine, Config, Loader]:
     settings = config.load(overrides)
-    settings.layout(mesh.world)
+    config.resolve_layout(settings, mesh.world)
     corpus = Corpus(prepare.ensure(settings.data))
     settings = with_vocabulary(settings, corpus)
     engine = build_engine(build(settings), mesh, settings)
@@ -186,30 +186,33 @@ def test_a_norm_that_is_not_finite_updates_nothing(pool, tiny) -> None:
     ("overrides", "line"),
     [
         (["engine.zero_stage=3"], "engine.zero_stage=3: must be 0, 1 or 2; DeepSpeed's MoE layers do not work under "),
-        (["engine.offload=nvme"], "engine.offload=nvme: DeepSpeed offloads to NVMe under ZeRO-3 alone, "),
+        (["engine.offload=nvme"], "engine.offload=nvme: must be none or cpu; DeepSpeed offloads to NVMe under "),
         (["engine.offload=cpu", "engine.zero_stage=0"], "engine.offload=cpu: needs engine.zero_stage=1 or 2"),
         (["parallel.ep=4", "model.num_experts=6"], "parallel.ep=4: must divide the number of experts"),
         (["parallel.dp_replicate=2"], "parallel.dp_replicate=2: must be 1 under engine=deepspeed"),
-        (["engine.extra={gradient_clipping: 2}"], "engine.extra.gradient_clipping=2: is set by moetrain, to 0.0"),
+        (
+            ["engine.extra={gradient_clipping: 2}"],
+            "engine.extra.gradient_clipping=2: must be left out, moetrain sets it to 0.0",
+        ),
         (
             ["engine.extra={zero_optimization: {offload_optimizer: {device: nvme}}}"],
-            "engine.extra.zero_optimization.offload_optimizer: is moetrain's to set (engine.offload)",
+            "engine.extra.zero_optimization.offload_optimizer: must be left to moetrain (engine.offload)",
         ),
         (
             ["engine.extra={comet: {api_key: secret}}"],
-            "engine.extra.comet: is moetrain's to set (track; keys would lie",
+            "engine.extra.comet: must be left to moetrain (track; keys would lie",
         ),
-        (["engine.extra={optimizer: Lion}"], "engine.extra.optimizer: is moetrain's to set (optim)"),
+        (["engine.extra={optimizer: Lion}"], "engine.extra.optimizer: must be left to moetrain (optim)"),
         (
             ["engine.extra={zero_optimization: {stage: 2}}"],
-            "engine.extra.zero_optimization.stage=2: is set by moetrain, to 1",
+            "engine.extra.zero_optimization.stage=2: must be left out, moetrain sets it to 1",
         ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(overrides: list[str], line: str) -> None:
     settings = config.load(["engine=deepspeed", *overrides])
     with pytest.raises(ConfigError) as caught:
-        settings.layout(4)
+        config.resolve_layout(settings, 4)
     assert str(caught.value).startswith(line)
 
 
@@ -221,7 +224,7 @@ def test_extra_comes_on_top() -> None:
             "engine.extra={zero_optimization: {overlap_comm: true}, dump_state: true}",
         ]
     )
-    made = ds_config(settings, 2)
+    made = make_settings(settings, 2)
     assert made["dump_state"]
     assert made["zero_optimization"]["overlap_comm"]
     assert made["zero_optimization"]["stage"] == 1
@@ -229,10 +232,10 @@ def test_extra_comes_on_top() -> None:
 
 
 def test_without_deepspeed_it_says_how_to_install(monkeypatch) -> None:
-    monkeypatch.setattr("moetrain.config.rules.find_spec", lambda name: None)
+    monkeypatch.setattr("moetrain.config.deepspeed.find_spec", lambda name: None)
     settings = config.load(["engine=deepspeed"])
     with pytest.raises(ConfigError, match=r"engine=deepspeed: needs DeepSpeed.*pip install 'moetrain\[deepspeed\]'"):
-        settings.layout(2)
+        config.resolve_layout(settings, 2)
 
 
 def test_other_runs_never_import_it() -> None:

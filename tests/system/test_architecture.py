@@ -15,12 +15,8 @@ ROOT = Path(__file__).parents[2]
 # Imports that go against the layers today, and files that import each other in a circle even without those. These lists
 # may only shrink: a line that is no longer true fails the test, as a new violation does.
 AGAINST_THE_LAYERS = """
-moetrain.config.rules -> moetrain.engine.deepspeed_config
-moetrain.config.rules -> moetrain.engine.precision
 """
 FILES_IN_CYCLES = """
-moetrain.config.rules
-moetrain.config.schema
 """
 
 

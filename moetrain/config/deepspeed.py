@@ -1,14 +1,13 @@
-"""DeepSpeed's configuration, made from ours; imports nothing of DeepSpeed: mistakes show before any rank starts.
+"""DeepSpeed's configuration, made from ours. It imports nothing of DeepSpeed: mistakes show before any rank starts.
 
-`ours` is what moetrain decides: `engine.extra` may not touch it. `DEFAULTS` may be overridden there.
+What `fixed_settings` returns is decided by moetrain, and `engine.extra` may not change it; it may change `DEFAULTS`.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
-import torch
-
-from moetrain.config import Config, ConfigError, DeepSpeed
-from moetrain.engine import precision
+from moetrain.common.errors import ConfigError, short
+from moetrain.config.schema import Config, DeepSpeed
 
 Tree = dict[str, Any]
 
@@ -19,7 +18,7 @@ DEFAULTS: Tree = {
         "overlap_comm": False,
     }
 }
-TAKEN = {  # what moetrain does in DeepSpeed's place, or what its MoE layers cannot live with: -> our fields
+RESERVED = {  # what moetrain does in place of DeepSpeed, or what its MoE layers cannot work with: -> our fields
     "optimizer": "optim",
     "scheduler": "optim.schedule",
     "fp16": "train.dtype",
@@ -46,11 +45,34 @@ TAKEN = {  # what moetrain does in DeepSpeed's place, or what its MoE layers can
 }
 
 
-def ours(config: Config, world: int) -> Tree:
-    """What `world` ranks run with, whatever `engine.extra` says."""
+def check(config: Config, options: DeepSpeed, world: int, ep: int) -> None:
+    """Raises `ConfigError` for what the deepspeed engine cannot do on `world` ranks with expert groups of `ep`."""
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine=deepspeed: needs DeepSpeed, which is not installed: pip install 'moetrain[deepspeed]'"
+        )
+    if options.zero_stage == 3:
+        raise ConfigError("engine.zero_stage=3: must be 0, 1 or 2; DeepSpeed's MoE layers do not work under ZeRO-3")
+    if options.offload == "nvme":
+        rule = "must be none or cpu; DeepSpeed offloads to NVMe under ZeRO-3 only, which its MoE layers refuse"
+        raise ConfigError(f"engine.offload=nvme: {rule}")
+    if options.offload != "none" and options.zero_stage == 0:
+        raise ConfigError(f"engine.offload={options.offload}: needs engine.zero_stage=1 or 2")
+    if any(experts % ep for experts in config.model.experts_of_layers):
+        raise ConfigError(f"parallel.ep={ep}: must divide the number of experts of every layer under engine=deepspeed")
+    if config.optim.state_dtype != "fp32":
+        raise ConfigError(f"optim.state_dtype={config.optim.state_dtype}: must be fp32 under engine=deepspeed")
+    if config.parallel.dp_replicate > 1:
+        rule = "must be 1 under engine=deepspeed, which shards over all ranks"
+        raise ConfigError(f"parallel.dp_replicate={config.parallel.dp_replicate}: {rule}")
+    make_settings(config, world)  # refuses what engine.extra must not contain
+
+
+def fixed_settings(config: Config, world: int) -> Tree:
+    """What `world` ranks run with, whatever `engine.extra` says. `train.dtype=auto` counts as bf16."""
     options = config.engine
     assert isinstance(options, DeepSpeed)
-    bf16 = precision.of(config) == torch.bfloat16
+    bf16 = config.train.dtype != "fp32"
     zero: Tree = {"stage": options.zero_stage, "contiguous_gradients": True, "reduce_scatter": True}
     if options.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -70,22 +92,24 @@ def ours(config: Config, world: int) -> Tree:
     return tree
 
 
-def ds_config(config: Config, world: int) -> Tree:
+def make_settings(config: Config, world: int) -> Tree:
     """DeepSpeed's configuration of a run. Raises `ConfigError` where `engine.extra` contradicts what moetrain sets."""
     assert isinstance(config.engine, DeepSpeed)
-    _refuse(config.engine.extra or {}, ours(config, world), "")
-    return _merged(_merged(DEFAULTS, config.engine.extra or {}), ours(config, world))
+    _refuse(config.engine.extra or {}, fixed_settings(config, world), "")
+    return _merged(_merged(DEFAULTS, config.engine.extra or {}), fixed_settings(config, world))
 
 
 def _refuse(extra: Tree, fixed: Tree, path: str) -> None:
     for key, value in extra.items():
         name = f"{path}{key}"
-        if name in TAKEN:
-            raise ConfigError(f"engine.extra.{name}: is moetrain's to set ({TAKEN[name]})")
+        if name in RESERVED:
+            raise ConfigError(
+                f"engine.extra.{name}: must be left to moetrain ({RESERVED[name]})"
+            )  # without its value, which may be an API key
         if key in fixed and isinstance(value, dict) and isinstance(fixed[key], dict):
             _refuse(value, fixed[key], f"{name}.")
         elif key in fixed:
-            raise ConfigError(f"engine.extra.{name}={value}: is set by moetrain, to {fixed[key]}")
+            raise ConfigError(f"engine.extra.{name}={short(value)}: must be left out, moetrain sets it to {fixed[key]}")
         elif isinstance(value, dict):
             _refuse(value, {}, f"{name}.")
 

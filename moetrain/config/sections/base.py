@@ -1,0 +1,31 @@
+"""What all sections are made of: the base class and the numbers with bounds.
+
+Every field has a `description` in full sentences; `moetrain config --explain` and docs/config.md are made of them.
+Defaults stand in configs/; a field has one here only where a file of an older version may lack it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Dtype = Literal["auto", "fp32", "bf16"]
+Shape = Literal["uniform", "descending", "ascending", "pyramid_up", "pyramid_down", "wave_up", "wave_down"]
+
+
+class Section(BaseModel):
+    """A frozen section that refuses fields it does not have, and `true` or `false` where a number is wanted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
+            raise ValueError("must not be true or false")
+        return value

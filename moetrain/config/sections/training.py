@@ -1,0 +1,168 @@
+"""What is trained and how: steps, optimizer, ranks, balance losses, evaluation, generation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moetrain.config.sections.base import (
+    Dtype,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
+
+class Train(Section):
+    """How long and on what batches a model is trained, and in what number format."""
+
+    steps: Positive = Field(description="Number of optimizer steps of the run, those of earlier starts included.")
+    seed: NonNegative = Field(
+        description="Seed of the weights, the order of the data and the routers' noise. Equal seeds give equal runs on "
+        "every layout."
+    )
+    global_batch: Positive = Field(
+        description="Sequences per optimizer step, over all ranks and micro-steps. It must be a multiple of ranks × "
+        "`train.micro_batch`."
+    )
+    micro_batch: Positive | None = Field(
+        description="Sequences per rank and micro-step: smaller values need less memory and more micro-steps. null: "
+        "global_batch / ranks, in one micro-step."
+    )
+    seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens per sequence.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        description="Activations that the backward pass computes again instead of keeping. none: keep all. selective: "
+        "keep only what the experts received. full: keep only the input of every layer and of its experts."
+    )
+    compile: bool = Field(
+        description="Whether attention, norms and dense MLPs go through torch.compile. The experts never do."
+    )
+    dtype: Dtype = Field(
+        description="Number format of the computation; master weights and the optimizer stay in fp32. auto: bf16 where "
+        "all ranks multiply it clearly faster, else fp32; the run's config.yaml records which one was chosen."
+    )
+    log_every: Positive = Field(description="Steps between two lines of metrics.")
+    threads: Positive | None = Field(description="CPU threads per worker. null: the cores of the host / its workers.")
+
+
+class Optim(Section):
+    """AdamW, its learning-rate schedule and gradient clipping."""
+
+    lr: PositiveFloat = Field(description="Highest learning rate, reached after the warm-up.")
+    min_lr: NonNegativeFloat = Field(description="Learning rate at the last step; at most `optim.lr`.")
+    schedule: Literal["cosine", "wsd"] = Field(
+        description="Course of the learning rate after the warm-up. cosine: a half cosine down to `optim.min_lr`. wsd: "
+        "constant, then a linear decay over the last `optim.decay_fraction` of the steps."
+    )
+    warmup: NonNegative = Field(description="Steps over which the learning rate rises linearly to `optim.lr`.")
+    decay_fraction: Fraction = Field(
+        description="Share of the steps over which the learning rate decays. Only for `optim.schedule=wsd`."
+    )
+    betas: tuple[Fraction, Fraction] = Field(
+        description="Decay rates of AdamW's first and second moment, per optimizer step."
+    )
+    eps: PositiveFloat = Field(description="Constant that AdamW adds to the root of the second moment.")
+    weight_decay: NonNegativeFloat = Field(
+        description="AdamW's decoupled weight decay, times the learning rate. It acts on matrices, not on embeddings."
+    )
+    clip: NonNegativeFloat = Field(
+        description="Largest norm of the gradient over all parameters of the model; larger gradients are scaled down "
+        "to it. 0: no clipping."
+    )
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        description="Number format of AdamW's two moments; bf16 halves their memory and uses stochastic rounding. "
+        "Master weights stay in fp32."
+    )
+
+
+class Parallel(Section):
+    """How ranks share the work: dp_replicate × dp_shard ranks, of which `ep` share one set of experts."""
+
+    nproc: Positive | None = Field(
+        description="Workers that `moetrain train` starts on this host. null: one per GPU, or 2 without GPUs. torchrun "
+        "and Slurm decide it themselves."
+    )
+    ep: Positive | None = Field(
+        description="Ranks that share one set of experts (expert parallelism). null: the largest number that divides "
+        "both the ranks of a replica and the experts of every layer."
+    )
+    dp_shard: Positive | None = Field(
+        description="Ranks over which the dense parameters are sharded. null: all ranks / `parallel.dp_replicate`; "
+        "another value is refused."
+    )
+    dp_replicate: Positive = Field(
+        description="Replicas of the sharded model (hybrid sharding). It must divide the number of ranks."
+    )
+    uneven: bool = Field(
+        default=False,
+        description="Whether ranks may get unequal shares of the global batch. It is switched on where a run continues "
+        "with fewer ranks than before.",
+    )
+
+
+class Balance(Section):
+    """The losses and biases that keep the router balanced."""
+
+    scope: Literal["micro", "data", "global"] = Field(
+        description="Tokens over which the balance loss counts the frequencies of the experts. micro: a rank's "
+        "micro-batch. data: the micro-batches of all ranks. global: the whole global batch."
+    )
+    accumulate: Literal["buffer", "exact", "hold"] = Field(
+        description="Where the counts of `balance.scope=global` come from under gradient accumulation. buffer: from "
+        "the micro-steps so far. exact: from the whole batch, by a counting pass. hold: from the step before."
+    )
+    coefficient: NonNegativeFloat = Field(
+        description="Weight of the balance loss, per selection: frequencies sum to 1 and a balanced layer has loss 1. "
+        "It is summed over layers."
+    )
+    micro_fraction: NonNegativeFloat = Field(
+        description="Weight of an additional balance loss over this rank's micro-batch alone, as a fraction of "
+        "`balance.coefficient`."
+    )
+    sequence_coefficient: NonNegativeFloat = Field(
+        description="Weight of the balance loss within every sequence, averaged over sequences (DeepSeek-V3)."
+    )
+    device_coefficient: NonNegativeFloat = Field(
+        description="Weight of the balance loss over groups of experts instead of single ones (DeepSeekMoE)."
+    )
+    device_groups: Positive | None = Field(
+        description="Number of groups for `balance.device_coefficient`, formed by home rank. null: the ranks of "
+        "`parallel.ep`."
+    )
+    entropy_coefficient: NonNegativeFloat = Field(
+        description="Weight of the mean entropy of a token's probabilities. A small value makes the router decisive, "
+        "which `router.name=top_p` needs."
+    )
+    z_coefficient: NonNegativeFloat = Field(
+        description="Weight of the z-loss: the mean squared logsumexp of the router's logits, summed over layers."
+    )
+    bias: Literal["none", "sign", "proportional"] = Field(
+        description="Rule for a bias per expert, added to the scores only where experts are chosen: balance without a "
+        "loss (DeepSeek-V3). sign: a fixed step up or down. proportional: a step in proportion to the missing load."
+    )
+    bias_rate: NonNegativeFloat = Field(
+        description="Change of the bias per optimizer step. For `balance.bias=proportional` it is multiplied by the "
+        "missing load in units of the mean load."
+    )
+
+
+class Eval(Section):
+    """Evaluation on held-out text."""
+
+    every: NonNegative = Field(description="Steps between two evaluations on held-out text. 0: only at the end.")
+    tokens_per_domain: Positive = Field(description="Held-out tokens that an evaluation reads from each domain.")
+
+
+class Generate(Section):
+    """Text that the model writes at the end of a run and for `moetrain generate`."""
+
+    prompt: str | None = Field(
+        description="Text to continue. null: one prompt per domain, taken from held-out documents."
+    )
+    tokens: Positive = Field(description="Tokens to generate per prompt.")
+    temperature: NonNegativeFloat = Field(
+        description="Divisor of the logits before a token is drawn. 0: always take the most probable token."
+    )
+    seed: NonNegative = Field(description="Seed of the draws.")
