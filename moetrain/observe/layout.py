@@ -25,7 +25,7 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, logger:
         ),
         (
             "model",
-            f"{short(size.total)} parameters, {short(size.active)} active a token; {m.num_layers} layers, "
+            f"{short(size.total)} parameters, {short(size.active)} active per token; {m.num_layers} layers, "
             f"width {m.dim}, {m.num_experts} experts, top-{config.router.top_k}"
             + ("" if config.router.name == "topk" else f", router {config.router.name}"),
         ),
@@ -42,7 +42,8 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, logger:
         (
             "batch",
             f"{t.global_batch} sequences × {t.seq_len} tokens in {config.micro_steps(mesh.world)} "
-            f"micro-step(s) of {'up to ' * (t.global_batch % (micro * mesh.world) > 0)}{micro} a rank; {t.steps} steps",
+            f"micro-step(s) of {'up to ' * (t.global_batch % (micro * mesh.world) > 0)}{micro} per rank; "
+            f"{t.steps} steps",
         ),
         ("run", f"{config.run.dir}/{config.run.name}"),
     ):

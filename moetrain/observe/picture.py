@@ -9,6 +9,7 @@ import numpy as np
 from moetrain.common import disk
 from moetrain.observe.collect import trace
 from moetrain.observe.metrics import DOMAIN_LOSS, IMBALANCE_HOME, IMBALANCE_PLANNED, LM_LOSS, METRICS, for_domain
+from moetrain.observe.palette import TONES, line_style
 from moetrain.observe.reduce import smooth
 
 
@@ -24,25 +25,26 @@ def draw(folder: Path) -> Path:
     figure, (loss, balance, device) = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=[5, 4, 3])
 
     form = METRICS[DOMAIN_LOSS].form
-    for name in sorted({m["domain"] for row in rows for key in row if (m := form.fullmatch(key))}):
-        _curve(loss, steps, _values(rows, for_domain(DOMAIN_LOSS, name)), label=name, lw=1.5)
-    _curve(loss, steps, _values(rows, LM_LOSS), label="all", color="black", lw=2)
-    loss.set(title="Training loss per domain (nats a token; smoothed, thin: steps)", xlabel="step")
+    domains = sorted({m["domain"] for row in rows for key in row if (m := form.fullmatch(key))})
+    for number, name in enumerate(domains):
+        _curve(loss, steps, _values(rows, for_domain(DOMAIN_LOSS, name)), label=name, lw=1.5, **line_style(number))
+    _curve(loss, steps, _values(rows, LM_LOSS), label="all", color=TONES["main"], lw=2)
+    loss.set(title="Training loss per domain (nats/token; smoothed, thin: steps)", xlabel="step")
     loss.legend(frameon=False)
 
-    for metric, label, color in ((IMBALANCE_HOME, "at home", "tab:red"), (IMBALANCE_PLANNED, "planned", "tab:green")):
-        balance.plot(steps, _values(rows, metric), label=label, color=color, lw=1.2)
+    for metric, label, tone in ((IMBALANCE_HOME, "at home", "home"), (IMBALANCE_PLANNED, "planned", "planned")):
+        balance.plot(steps, _values(rows, metric), label=label, color=TONES[tone], lw=1.2)
     balance.axhline(1, color="gray", lw=0.8, ls=":")
-    balance.set(title="Device imbalance (max / mean load)", xlabel="step")
+    balance.set(title="Device imbalance (busiest / mean load)", xlabel="step")
     balance.legend(frameon=False)
 
     if (worst := _worst_sample(folder)) is not None:
         step, layer, home, planned = worst
         place = np.arange(len(home))
-        device.bar(place - 0.2, home, 0.4, label="at home", color="tab:red")
-        device.bar(place + 0.2, planned, 0.4, label="planned", color="tab:green")
+        device.bar(place - 0.2, home, 0.4, label="at home", color=TONES["home"])
+        device.bar(place + 0.2, planned, 0.4, label="planned", color=TONES["planned"])
         device.axhline(1, color="gray", lw=0.8, ls=":")
-        device.set(title=f"Most lopsided: layer {layer}, step {step}", xlabel="device", ylabel="load / mean load")
+        device.set(title=f"Largest imbalance: layer {layer}, step {step}", xlabel="device", ylabel="load / mean load")
         device.set_ylim(0, 1.25 * max(home))
         device.set_xticks(place)
         device.legend(frameon=False, loc="upper right", ncols=2)

@@ -35,7 +35,7 @@ COLUMNS = (  # of metrics.jsonl, that the summary is made of
     TOKENS, LM_LOSS, TOKENS_PER_SECOND, IMBALANCE_HOME, IMBALANCE_PLANNED,
     GUESTS, ROWS_MOVED, ROWS_MOVED_FRACTION,
 )  # fmt: skip
-NOT_EVALUATED = "not evaluated, since no byte of its text is held out"
+NOT_EVALUATED = "not evaluated, because none of its text is held out"
 BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
 
 
@@ -99,8 +99,8 @@ def beaten(model: Mapping[str, float | None], bigram: Mapping[str, float | None]
     lost = [name for name, (ours, its) in known.items() if ours is not None and its is not None and ours > its]
     if "all" in lost:
         ours, its = known["all"]
-        return f"On held-out text the model is worse than a bigram model: {ours:.3f} bits a byte against {its:.3f}."
-    return f"A bigram model is better on held-out text of {', '.join(lost)}." if lost else None
+        return f"The validation loss is higher than that of a bigram model: {ours:.3f} against {its:.3f} bits/byte."
+    return f"A bigram model has a lower validation loss on {', '.join(lost)}." if lost else None
 
 
 def number(value: float | None) -> str:
@@ -133,7 +133,7 @@ def _or_none(value: float) -> float | None:
 
 def show(found: dict[str, Any], logger: RunLogger) -> None:
     table = Table(
-        title="Held-out bits per byte (lower is better)", title_justify="left", box=None, padding=(0, 2, 0, 0)
+        title="Validation loss in bits/byte (lower is better)", title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
     table.add_column("domain")
     table.add_column("this model", justify="right")
@@ -147,7 +147,7 @@ def show(found: dict[str, Any], logger: RunLogger) -> None:
     for name, text in (
         (
             "parameters",
-            f"{short(found['parameters']['total'])}, of them {short(found['parameters']['active'])} active a token",
+            f"{short(found['parameters']['total'])}, {short(found['parameters']['active'])} active per token",
         ),
         (
             "trained on",
@@ -155,11 +155,11 @@ def show(found: dict[str, Any], logger: RunLogger) -> None:
         ),
         (
             "loss",
-            f"{number(found['loss']['first'])} → {number(found['loss']['last'])} nats a token, first and last step",
+            f"{number(found['loss']['first'])} → {number(found['loss']['last'])} nats/token, first and last step",
         ),
         (
             "imbalance",
-            f"{home:.3f} at home → {planned:.3f} planned (largest device load over the mean; mean of all steps)",
+            f"{home:.3f} at home → {planned:.3f} planned (busiest device over the mean, mean over recorded steps)",
         ),
         (
             "moved",
@@ -176,9 +176,12 @@ def show(found: dict[str, Any], logger: RunLogger) -> None:
     if None in found["bits_per_byte"].values():
         logger.print(f"–: {NOT_EVALUATED}")
     if found["bigram_bits_per_byte"]:
-        logger.print("bigram: tuned on the held-out text, fitted on the very tokens the model saw", style="dim")
+        logger.print(
+            "bigram: fitted on the tokens that the model was trained on, its discount tuned on held-out text",
+            style="dim",
+        )
     for item in found["generated"]:
-        logger.print(styled((f"\n{item['title']}", "bold"), (" prompt, then what the model wrote:", "dim")))
+        logger.print(styled((f"\n{item['title']}", "bold"), (" prompt, and what the model wrote after it:", "dim")))
         logger.print(styled((item["prompt"], ""), (item["text"], "green")))
     places = "report.html, run.png, metrics.jsonl, checkpoints/, load_trace/"
-    logger.print(styled(("\nEverything is in ", ""), (found["run"], "bold"), (f": {places}", "")))
+    logger.print(styled(("\nAll results are in ", ""), (found["run"], "bold"), (f": {places}", "")))

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.observe.collect.congestion import NAMES
 from moetrain.observe.estimate import short
 from moetrain.observe.metrics import (
     BITS_PER_BYTE,
@@ -16,6 +17,7 @@ from moetrain.observe.metrics import (
     LAYER_LOAD,
     LM_LOSS,
     MEMORY_GIB,
+    METRICS,
     MFU,
     PEAK_MEMORY_GIB,
     ROWS_MOVED_FRACTION,
@@ -28,8 +30,6 @@ from moetrain.report.curves import layers
 from moetrain.report.findings import recent, recent_list, spent_lending, window
 from moetrain.report.read import Run
 
-PHASES = {1: "surge", 2: "stabilisation", 3: "relaxation"}
-
 
 def about(run: Run) -> str:
     """One line, of what the config tells."""
@@ -38,19 +38,19 @@ def about(run: Run) -> str:
         parts.append(f"{ranks} ranks")
     total, active = run.ended("parameters", "total"), run.ended("parameters", "active")
     if np.isfinite(total + active):
-        parts.append(f"{short(total)} parameters, {short(active)} active a token")
+        parts.append(f"{short(total)} parameters, {short(active)} active per token")
     if option("model"):
         parts.append(f"{option('model.num_layers')} layers × {option('model.num_experts')} experts")
     if option("router"):
         parts.append(f"router {option('router.name')}, top-{option('router.top_k')}")
-        parts += [f"skewed by {option('router.skew')} on purpose"] if option("router.skew") else []
+        parts += [f"router.skew={option('router.skew')}"] if option("router.skew") else []
     if option("planner"):
         parts.append(f"planner {option('planner.name')}")
     if option("balance"):
-        parts.append(f"balance over the {option('balance.scope')} batch")
+        parts.append(f"balance loss over the {option('balance.scope')} batch")
     if option("train"):
         parts.append(str(option("train.dtype")))
-    return " · ".join(parts) or "its configuration could not be read"
+    return " · ".join(parts) or "the configuration could not be read"
 
 
 def circumstances(run: Run) -> list[tuple[str, str]]:
@@ -65,10 +65,13 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
         spent = spent if seconds >= 60 else f"{seconds} s"
         some = len(known) < len(run.starts)
         found = [
-            ("Wall time", spent + f", of {len(known)} of {len(run.starts)} starts; the others recorded no end" * some)
+            (
+                "Wall time",
+                spent + f", sum of {len(known)} of {len(run.starts)} starts; the others recorded no end" * some,
+            )
         ]
     if resumed := run.resumed:
-        found.append(("Went on", "after step " + ", ".join(f"{step:,}" for step in resumed)))
+        found.append(("Resumed", "after step " + ", ".join(f"{step:,}" for step in resumed)))
     labels = {"time": "Started", "hardware": "Hardware", "versions": "Versions", "command": "Command"}
     return found + [(label, last[key]) for key, label in labels.items() if isinstance(last.get(key), str)]
 
@@ -101,10 +104,10 @@ def _held_out(run: Run) -> dict[str, Any] | None:
     value = run.metrics.last(BITS_PER_BYTE)
     if np.isnan(value):
         asked = any(BITS_PER_BYTE in row for row in run.metrics.rows)
-        return _card("Held-out", "–", "", "nothing was evaluated", float("nan"), -1) if asked else None
+        return _card("Validation loss", "–", "", "nothing was evaluated", float("nan"), -1) if asked else None
     bigram = run.ended("bigram_bits_per_byte", "all")
-    note = f"a bigram model: {bigram:.3f}" if np.isfinite(bigram) else "at the last evaluation"
-    return _card("Held-out", f"{value:.3f}", "bits a byte", note, value, -1)
+    note = f"bigram model: {bigram:.3f}" if np.isfinite(bigram) else "at the last evaluation"
+    return _card("Validation loss", f"{value:.3f}", METRICS[BITS_PER_BYTE].unit, note, value, -1)
 
 
 def _loss(run: Run) -> dict[str, Any] | None:
@@ -113,7 +116,7 @@ def _loss(run: Run) -> dict[str, Any] | None:
     if not values:
         return None
     note = f"at the last step, from {values[0]:.3f}"
-    return _card("Training loss", f"{values[-1]:.3f}", "nats", note, values[-1], -1)
+    return _card("Training loss", f"{values[-1]:.3f}", METRICS[LM_LOSS].unit, note, values[-1], -1)
 
 
 def _speed(run: Run) -> dict[str, Any] | None:
@@ -121,32 +124,45 @@ def _speed(run: Run) -> dict[str, Any] | None:
     if not np.isfinite(values).any():
         return None
     value, used = float(np.nanmedian(values)), recent(run, MFU)
-    note = f"{used:.1%} of the matrix rate" if np.isfinite(used) else "median"
-    return _card("Speed", f"{value:,.0f}", "tokens/s", note, value, 1)
+    note = "median" + (f"; MFU {used:.1%}" if np.isfinite(used) else "")
+    return _card("Throughput", f"{value:,.0f}", METRICS[TOKENS_PER_SECOND].unit, note, value, 1)
 
 
 def _imbalance(run: Run) -> dict[str, Any] | None:
     home, planned = (recent(run, name) for name in (IMBALANCE_HOME, IMBALANCE_PLANNED))
     if np.isnan(planned):
         return None
-    return _card("Device imbalance", f"{home:.2f} → {planned:.2f}", "", "experts at home → as planned", planned, -1)
+    return _card(
+        "Device imbalance",
+        f"{home:.2f} → {planned:.2f}",
+        "",
+        "busiest device over the mean: experts at home → as planned",
+        planned,
+        -1,
+    )
 
 
 def _saved(run: Run) -> dict[str, Any] | None:
     value, step = recent(run, SAVED_SECONDS), recent(run, STEP_SECONDS)
     if np.isnan(value):
         return None
-    note = f"{value / step:.1%} of a step" if step > 0 else "of computing"
+    note = f"{value / step:.1%} of a step" if step > 0 else "of computing time"
     if np.isfinite(spent := spent_lending(run)):
         note += f"; lending took {1e3 * spent:,.3g} ms"
-    return _card("Saved by the plan", f"{1e3 * value:,.3g}", "ms a step", note, value, 1)
+    return _card("Saved by the plan", f"{1e3 * value:,.3g}", "ms/step", note, value, 1)
 
 
 def _moved(run: Run) -> dict[str, Any] | None:
     value, guests = recent(run, ROWS_MOVED_FRACTION), recent(run, GUESTS)
     if np.isnan(value):
         return None
-    return _card("Rows moved", f"{value:.1%}", "", f"{guests:,.3g} guests a step", value)
+    return _card("Rows moved", f"{value:.1%}", "", f"{guests:,.3g} guests/step" + _sampled(run), value)
+
+
+def _sampled(run: Run) -> str:
+    """Says so where not every step has a row: sums over steps are estimates then."""
+    every = run.whole("train.log_every") or 1
+    return f", estimated from every {every}th step" if every > 1 else ""
 
 
 def _experts(run: Run) -> dict[str, Any] | None:
@@ -158,16 +174,18 @@ def _experts(run: Run) -> dict[str, Any] | None:
         used += int((values[window(len(values))] > 0).any(0).sum())
     if not total:
         return None
-    return _card("Experts in use", f"{used}", f"of {total}", f"a token in the last {rows} rows", used / total, 1)
+    return _card(
+        "Experts in use", f"{used}", f"of {total}", f"selected in the last {rows} recorded steps", used / total, 1
+    )
 
 
 def _congestion(run: Run) -> dict[str, Any] | None:
     value, phase = recent(run, GAMMA_EFF), run.metrics.numbers(GAMMA_PHASE)[-1:]
     if np.isnan(value):
         return None
-    known = PHASES.get(int(phase[0])) if np.isfinite(phase).any() else None  # of the last row, not of one long past
-    note = known or "no phase: fewer than 20 rows since the start"
-    return _card("Congestion γ̂", f"{value:.3g}", "", note, value)
+    known = NAMES.get(int(phase[0])) if np.isfinite(phase).any() else None  # of the last row, not of one long past
+    note = known or "no phase: fewer than 20 recorded steps since the start"
+    return _card("Congestion coefficient γ̂", f"{value:.3g}", "", note, value)
 
 
 def _memory(run: Run) -> dict[str, Any] | None:

@@ -57,10 +57,10 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
 
 def _overlay(runs: Sequence[Run], names: Sequence[str], metric: str, more: Figure) -> Figure:
     series, steps = [], []
-    for name, run in zip(names, runs, strict=True):
+    for color, (name, run) in enumerate(zip(names, runs, strict=True)):
         grid = Grid(run)
         if (line := grid.series(name, metric)) is not None:
-            series.append({**line, "x": grid.steps})
+            series.append({**line, "x": grid.steps, "color": color})
             steps += grid.steps
     if not series:
         return absent(not_recorded(metric))
@@ -71,16 +71,16 @@ def _overlay(runs: Sequence[Run], names: Sequence[str], metric: str, more: Figur
 
 def _information(runs: Sequence[Run], names: Sequence[str]) -> Figure:
     series, steps = [], []
-    for name, run in zip(names, runs, strict=True):
+    for color, (name, run) in enumerate(zip(names, runs, strict=True)):
         metrics = [*layers(run, LAYER_DOMAIN_MI).values()]
         rows = [row for row in run.metrics.rows if any(metric in row for metric in metrics)]
         if rows:
             x = [row["step"] for row in rows]
             mean = np.mean([run.metrics.numbers(metric, rows) for metric in metrics], axis=0)
-            series.append({"name": name, "x": x, "y": plain(mean)})
+            series.append({"name": name, "x": x, "y": plain(mean), "color": color})
             steps += x
     if not series:
-        return absent("no held-out evaluation (eval.every)")
+        return absent("no evaluation (eval.every)")
     return {"kind": "lines", "x": sorted({*steps}), "series": series, "floor": 0, **drawn_as(LAYER_DOMAIN_MI)}
 
 

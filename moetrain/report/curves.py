@@ -58,6 +58,12 @@ def by_domain(run: Run, name: str) -> dict[str, str]:
     return {domain: found[domain] for domain in sorted(found) if domain != "all"}
 
 
+def domain_colors(run: Run) -> dict[str, int]:
+    """{domain: number of its color}: the same in every figure of the run."""
+    domains = sorted({*by_domain(run, DOMAIN_LOSS), *by_domain(run, DOMAIN_BITS_PER_BYTE)})
+    return {domain: number for number, domain in enumerate(domains)}
+
+
 def validation(run: Run) -> dict[str, str]:
     """{`all` or a domain: recorded name} of the validation loss in bits/byte."""
     whole = {"all": BITS_PER_BYTE} if BITS_PER_BYTE in run.metrics.names else {}
@@ -97,7 +103,8 @@ class Grid:
 def loss(run: Run) -> Figure:
     grid = Grid(run)
     whole = grid.series("all", LM_LOSS, band=True, tone="main")
-    each = [grid.series(domain, name) for domain, name in by_domain(run, DOMAIN_LOSS).items()]
+    color = domain_colors(run)
+    each = [grid.series(d, name, color=color[d]) for d, name in by_domain(run, DOMAIN_LOSS).items()]
     return grid.lines([whole, *each], not_recorded(LM_LOSS), height=300, **drawn_as(LM_LOSS))
 
 
@@ -105,12 +112,12 @@ def held_out(run: Run) -> Figure:
     """The last evaluation, beside the bigram model where the run has ended."""
     values = {domain: run.metrics.last(name) for domain, name in by_domain(run, DOMAIN_BITS_PER_BYTE).items()}
     if not values:
-        return absent("no held-out evaluation yet (eval.every; one at the end of every run)")
+        return absent("no evaluation yet (eval.every; every run has one at its end)")
     values["all"] = run.metrics.last(BITS_PER_BYTE)
     bigram = {name: run.ended("bigram_bits_per_byte", name) for name in values}
     rows = [{"name": n, "value": v, "mark": bigram[n]} for n, v in values.items() if np.isfinite(v)]
     if not rows:
-        return absent("nothing was evaluated: no byte of text is held out")
+        return absent("nothing was evaluated: no text is held out")
     return {
         "kind": "bars",
         "rows": rows,
@@ -122,12 +129,13 @@ def held_out(run: Run) -> Figure:
 
 def held_out_steps(run: Run) -> Figure:
     """The same over the run's evaluations."""
-    found = validation(run)
+    found, color = validation(run), domain_colors(run)
     rows = [row for row in run.metrics.rows if any(name in row for name in found.values())]
     if len(rows) < 2:
-        return absent("fewer than two held-out evaluations (eval.every)")
+        return absent("fewer than two evaluations (eval.every)")
     series: list[Figure] = [
-        {"name": domain, "y": plain(run.metrics.numbers(name, rows))} for domain, name in found.items()
+        {"name": domain, "y": plain(run.metrics.numbers(name, rows)), "color": color.get(domain)}
+        for domain, name in found.items()
     ]
     series[0] |= {"tone": "main"} if series[0]["name"] == "all" else {}
     return {"kind": "lines", "x": [row["step"] for row in rows], "series": series, **drawn_as(BITS_PER_BYTE)}

@@ -69,7 +69,7 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
     "moved": lines(
         {
             ROWS_MOVED_FRACTION: ("computed away from home", "planned"),
-            ROWS_CROSSING_FRACTION: ("crossed a link", "home"),
+            ROWS_CROSSING_FRACTION: ("sent to another rank", "home"),
         },
         floor=0,
     ),
@@ -81,7 +81,7 @@ FIGURES: dict[str, Callable[[Run], Figure]] = {
     "saved": saved,
     "domains": domains,
     "specialists": specialists,
-    "information": held_out_per_layer(LAYER_DOMAIN_MI, "no held-out evaluation yet (eval.every)", floor=0),
+    "information": held_out_per_layer(LAYER_DOMAIN_MI, "no evaluation yet (eval.every)", floor=0),
 }
 
 

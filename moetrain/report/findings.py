@@ -37,8 +37,9 @@ UNPROFITABLE = 0.01  # share of a step that lending takes beyond what it saves
 SLOWER, GROWN = 0.8, 1.15  # tokens a second, memory: of what they were
 RISEN, SCATTER = 0.05, 3.0  # of the loss over its lowest: in shares of that, and in standard errors of the difference
 LEFT = {  # why a plan may leave an imbalance
-    "home": "planner=home moves nothing; planner=makespan moves what pays off",
-    "makespan": "moving more would not pay, or a limit stands in the way (costs.json, engine.guest_memory_mib)",
+    "home": "planner=home moves nothing; planner=makespan moves rows where that saves time",
+    "makespan": "moving more rows would take longer than waiting, or there is no memory for guests "
+    "(costs.json, engine.guest_memory_mib)",
 }
 SECTIONS = {"dead_experts": "experts", "imbalance": "devices", "not_finite": "loss"}  # that alerts are about
 
@@ -77,9 +78,11 @@ def _loss(run: Run) -> list[Finding]:
     out = []
     bits = {domain: run.metrics.last(name) for domain, name in validation(run).items()}
     if (text := beaten(bits, {domain: run.ended("bigram_bits_per_byte", domain) for domain in bits})) is not None:
-        out.append(Finding("trouble" if text.startswith("On") else "watch", text, "loss"))
+        out.append(Finding("trouble" if text.startswith("The") else "watch", text, "loss"))
     if len(lost := [row["step"] for row, x in zip(rows, values, strict=True) if not np.isfinite(x)]):
-        out.append(Finding("trouble", f"The loss was not a number in {len(lost)} step(s), first {lost[0]}.", "loss"))
+        out.append(
+            Finding("trouble", f"The loss was not finite in {len(lost)} step(s), the first is step {lost[0]}.", "loss")
+        )
     width = -window(len(values)).start
     begin = np.arange(len(values) % width, len(values), width)  # of windows that end with the run
     means = reduce.means(values, begin)
@@ -89,7 +92,9 @@ def _loss(run: Run) -> list[Finding]:
         error = np.sqrt((np.nanvar(values[lowest]) + np.nanvar(values[-width:])) / width)
         if (rise := means[-1] - means[best]) > max(RISEN * abs(means[best]), SCATTER * error):
             first, last = (rows[lowest][at]["step"] for at in (0, -1))
-            text = f"The training loss ends {rise:.2f} nats above its lowest, which it had in steps {first} to {last}."
+            text = (
+                f"The training loss ends {rise:.2f} nats/token above its lowest mean, that of steps {first} to {last}."
+            )
             out.append(Finding("watch", text, "loss"))
     return out
 
@@ -100,13 +105,16 @@ def _experts(run: Run) -> list[Finding]:
     top_k = run.whole("router.top_k") or 2
     found = {name: run.metrics.lists(metric)[1] for name, metric in layers(run, LAYER_LOAD).items()}
     found = {name: values for name, values in found.items() if values.size}
+    span = min((len(values[window(len(values))]) for values in found.values()), default=0)
     for name, values in found.items():
         values = values[window(len(values))]
         load, layer = values.mean(0) * values.shape[1], name.replace("_", " ")
         top = np.argsort(-load)[:top_k]
         share = load[top].sum() / len(load)
         if share > COLLAPSED and len(load) >= 4 * top_k:
-            text = f"{layer}: {_experts_named(sorted(top.tolist()))} take {share:.0%} of all selections: collapsed."
+            text = (
+                f"{layer}: {_experts_named(sorted(top.tolist()))} take {share:.0%} of all selections: router collapse."
+            )
             out.append(Finding("trouble", text, "experts"))
         elif load.max() > HOT:
             hot.append(f"expert {load.argmax()} of {layer} ({load.max():.1f} × the mean)")
@@ -115,17 +123,28 @@ def _experts(run: Run) -> list[Finding]:
         if few := np.flatnonzero((load < STARVING) & ~(values == DEAD).all(0)).tolist():
             starving.append(f"{layer}: {_experts_named(few)}")
     if dead:
-        out.append(Finding("trouble", f"No token in the last steps: {_some(dead)}.", "experts"))
+        out.append(
+            Finding(
+                "trouble",
+                f"Dead experts, selected by no token in the last {span} recorded steps: {_some(dead)}.",
+                "experts",
+            )
+        )
     if starving:
-        out.append(Finding("watch", f"Less than a tenth of an even share: {_some(starving)}.", "experts"))
+        out.append(
+            Finding(
+                "watch", f"Starving experts, with less than a tenth of an even share: {_some(starving)}.", "experts"
+            )
+        )
     if hot:
-        out.append(Finding("watch", f"Much more than an even share: {_some(hot)}.", "experts"))
+        out.append(
+            Finding("watch", f"Hot experts, with more than {HOT:.0f} times an even share: {_some(hot)}.", "experts")
+        )
     if found and not out:
         total = sum(values.shape[1] for values in found.values())
         idle = sum(int((values[-1] == DEAD).sum()) for values in found.values())
-        count = min(len(values[window(len(values))]) for values in found.values())
-        text = f"Every expert of every layer got a token in the last {count} rows"
-        text += f"; in the very last of them, {idle} of {total} got none" if idle else ""
+        text = f"Every expert of every layer was selected in the last {span} recorded steps"
+        text += f"; in the last one alone, {idle} of {total} were not" if idle else ""
         out.append(Finding("good", text + ".", "experts"))
     return out
 
@@ -134,14 +153,14 @@ def _devices(run: Run) -> list[Finding]:
     home, planned = (recent(run, name) for name in (IMBALANCE_HOME, IMBALANCE_PLANNED))
     if np.isnan(planned):
         return []
-    text = f"Busiest device over the mean: {home:.2f} with experts at home, {planned:.2f} as planned"
+    text = f"Load of the busiest device over the mean: {home:.2f} with experts at home, {planned:.2f} as planned"
     level: Literal["trouble", "watch", "good"] = "good"
     if planned > UNEVEN:
         level = "trouble" if planned > LOPSIDED else "watch"
-        text += f": {LEFT.get(str(run.option('planner.name')), 'the plan leaves that')}"
+        text += f": {LEFT.get(str(run.option('planner.name')), 'the plan leaves that imbalance')}"
         load = recent_list(run, DEVICE_LOAD_PLANNED)
         if len(load) and (most := load.max() / max(load.mean(), 1e-9)) > UNEVEN:
-            text += f". It is mostly device {load.argmax()}: {most:.2f} mean loads over all layers"
+            text += f". Most of it is device {load.argmax()}, with {most:.2f} times the mean load over all layers"
     return [Finding(level, text + ".", "devices")]
 
 
@@ -155,7 +174,7 @@ def _plan(run: Run) -> list[Finding]:
     saved, spent, step = recent(run, SAVED_SECONDS), spent_lending(run), recent(run, STEP_SECONDS)
     if not recent(run, GUESTS) > 0 or not spent - saved > UNPROFITABLE * step:
         return []
-    text = f"Lending experts takes {1e3 * spent:.3g} ms of a step and saves {1e3 * saved:.3g} ms of computing."
+    text = f"Lending experts takes {1e3 * spent:.3g} ms/step and saves {1e3 * saved:.3g} ms/step of computing time."
     return [Finding("watch", text, "plan")]
 
 
@@ -187,23 +206,24 @@ def _time(run: Run) -> list[Finding]:
     waited, waited_for = recent_list(run, WAITED), recent_list(run, WAITED_FOR)
     waiting = float(waited.mean()) if len(waited) else 0.0
     if waiting / step > WAITING:
-        text = f"Ranks spend {waiting / step:.0%} of a step waiting for each other"
+        text = f"Ranks wait for each other during {waiting / step:.0%} of a step"
         if waited_for.sum() > 0:
             text += f", {waited_for.max() / waited_for.sum():.0%} of that for rank {waited_for.argmax()}"
         out.append(Finding("trouble" if waiting / step > STALLED else "watch", text + ".", "devices"))
     moving = exchanging(run)
     if moving > TRAVELLING:
-        text = f"Exchanges take {moving:.0%} of a step, waiting left out: a slow link, or too little work a rank."
+        text = f"Exchanges between ranks take {moving:.0%} of a step, without waiting: "
+        text += "the link is slow, or the micro-batch is small."
         out.append(Finding("trouble" if moving > CLOGGED else "watch", text, "time"))
     speed = run.metrics.numbers(TOKENS_PER_SECOND)
     quarter = len(speed) // 4
     if quarter >= 10:
         before, after = np.nanmedian(speed[quarter : 2 * quarter]), np.nanmedian(speed[-quarter:])
         if after < SLOWER * before:
-            text = f"It has become slower: {before:,.0f} tokens/s in the second quarter, {after:,.0f} in the last."
+            text = f"Throughput fell from {before:,.0f} tokens/s in the second quarter to {after:,.0f} in the last."
             out.append(Finding("watch", text, "time"))
     if not out and any(np.isfinite(recent(run, PHASE[name])) for name in PHASES):
-        part = f", {moving:.0%} of it in exchanges" if np.isfinite(moving) else ""
+        part = f", {moving:.0%} of it in exchanges between ranks" if np.isfinite(moving) else ""
         out.append(Finding("good", f"A step takes {step:.3g} s{part}.", "time"))
     return out
 
@@ -217,7 +237,9 @@ def _memory(run: Run) -> list[Finding]:
     if growth.max() <= GROWN:
         return []
     rank = int(growth.argmax())
-    text = f"Memory of rank {rank} grows: {before[rank]:.2f} GiB in the second quarter, {after[rank]:.2f} at the end."
+    text = (
+        f"Memory of rank {rank} grows: {before[rank]:.2f} GiB in the second quarter, {after[rank]:.2f} GiB at the end."
+    )
     return [Finding("watch", text, "devices")]
 
 
@@ -226,7 +248,7 @@ def _alerts(run: Run) -> list[Finding]:
         return []
     last: dict[str, Any] = run.alerts[-1]
     count = "One alert" if len(run.alerts) == 1 else f"{len(run.alerts)} alerts"
-    text = f"{count} during the run; the last at step {last['step']}: {last['text'].rstrip('.')}."
+    text = f"{count} during the run, the last at step {last['step']}: {last['text'].rstrip('.')}."
     return [Finding("watch", text, SECTIONS.get(last["kind"], "devices"))]
 
 

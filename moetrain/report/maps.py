@@ -116,7 +116,7 @@ def domains(run: Run) -> Figure:
     """[layers, domains, experts]: how many times oftener a domain uses an expert than all text does, packed."""
     found = run.specialisation
     if not found:
-        return absent("specialisation/step_N.json (written by every held-out evaluation)")
+        return absent("specialisation/step_N.json was not recorded; every evaluation writes it")
     counts = [np.array(layer["counts"], dtype=float) for layer in found["layers"]]
     experts = [c.shape[1] for c in counts]
     ratio = np.full((len(counts), len(found["domains"]), max(experts)), np.nan)
@@ -142,7 +142,7 @@ def specialists(run: Run) -> Figure:
         if layer.get("experts")
     ]
     if not found:
-        return absent("specialisation/step_N.json (written by every held-out evaluation)")
+        return absent("specialisation/step_N.json was not recorded; every evaluation writes it")
     return {"kind": "specialists", "layers": found}
 
 

@@ -7,25 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.observe.palette import HEAT, ORDERED, SERIES, TONES, line_style
 from moetrain.report.curves import Figure
 
 PICTURES = ("loss", "load", "devices", "imbalance", "time", "moved", "domains", "information")
-TONES = {"main": "#28354d", "home": "#c65a35", "planned": "#177a68"}
 AREAS = {  # what the MoE layers do; everything else is grey, as on the page
-    "route": "#bf629f", "plan": "#8a6a35", "lend": "#d27b22", "dispatch": "#3566ad", "experts": "#177a68",
-    "combine": "#2590a6",
+    "route": SERIES[3], "plan": SERIES[5], "lend": SERIES[1], "dispatch": SERIES[0], "experts": TONES["planned"],
+    "combine": SERIES[4],
 }  # fmt: skip
 GREYS = {"other forward": "0.6", "other backward": "0.68", "optimizer": "0.76", "data": "0.84", "the rest": "0.9"}
-HEAT = ("#2a4b8d", "#93b4de", "#f3f2ee", "#f0a67c", "#ad2f1b")
 TITLES = {
-    "loss": "Training loss per domain (nats a token; smoothed, thin: steps)",
+    "loss": "Training loss per domain (smoothed, thin: steps)",
     "load": "Expert load at the last step (mean loads)",
     "devices": "Device load (mean loads)",
     "imbalance": "Device imbalance (busiest / mean)",
-    "time": "Where a step goes (seconds)",
-    "moved": "Rows moved and rows that crossed a link (share of all)",
+    "time": "Where a step goes",
+    "moved": "Rows moved and rows sent to another rank",
     "domains": "Expert × domain, last layer (times as often as all text)",
-    "information": "Mutual information of domain and expert (bits)",
+    "information": "Mutual information of domain and expert",
 }
 
 
@@ -55,20 +54,24 @@ def draw(run: dict[str, Any], folder: Path, several: bool = False) -> list[Path]
 
 
 def _lines(axis: Any, figure: Figure) -> None:
-    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
 
-    series = figure["series"]
+    series, layers = figure["series"], LinearSegmentedColormap.from_list("layers", ORDERED)
     for index, line in enumerate(series):
-        ordered = matplotlib.colormaps["viridis"](index / max(1, len(series) - 1) * 0.9)
-        color = TONES.get(line.get("tone", "")) or (ordered if figure.get("ordered") else f"C{index % 10}")
+        number = line.get("color")
+        style: dict[str, Any] = line_style(index if number is None else number)
+        if figure.get("ordered"):
+            style = {"color": layers(index / max(1, len(series) - 1))}
+        if tone := TONES.get(line.get("tone", "")):
+            style = {"color": tone}
         label = f"{figure['prefix']} {line['name']}" if figure.get("prefix") else line["name"]
         values, x = np.array(line["y"], dtype=float), line.get("x", figure["x"])
         if "raw" in line and not figure.get("ordered"):
-            axis.plot(x, np.array(line["raw"], dtype=float), color=color, lw=0.6, alpha=0.35)
+            axis.plot(x, np.array(line["raw"], dtype=float), color=style["color"], lw=0.6, alpha=0.35)
         axis.plot(
             x,
             values,
-            color=color,
+            **style,
             label=label,
             lw=1.5,
             marker="o" if len(values) < 10 else None,
@@ -77,7 +80,7 @@ def _lines(axis: Any, figure: Figure) -> None:
         axis.axhline(figure["reference"], color="gray", lw=0.8, ls=":")
     if "floor" in figure:
         axis.set_ylim(bottom=figure["floor"])
-    axis.set_xlabel("step")
+    axis.set(xlabel="step", ylabel=figure.get("unit"))
     if len(series) > 1:
         axis.legend(frameon=False, fontsize=8, ncols=1 + len(series) // 10)
 
@@ -138,7 +141,7 @@ def _devices(axis: Any, figure: Figure) -> None:
     axis.axhline(1, color="gray", lw=0.8, ls=":")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel(
-        f"device; {figure['layers'][layer].replace('_', ' ')}, step {figure['steps'][sample]}, the most lopsided sample"
+        f"device; {figure['layers'][layer].replace('_', ' ')}, step {figure['steps'][sample]}: the largest imbalance"
     )
     axis.legend(frameon=False, fontsize=8)
 

@@ -274,9 +274,9 @@ def test_the_live_view_shows_devices_and_hot_experts() -> None:
     shown = out.getvalue()
     for expected in (
         "step 10/200", "to go", "3.250", "12,345 tokens/s", "2.50 GiB", "3 dead", "1 starving",
-        "1.50 at home → 1.00 as planned, busiest device over the mean, mean of the layers",
+        "1.50 at home → 1.00 as planned, busiest device over the mean, mean over layers",
         "1.50  ", "0.50  ", "1.00", "layer 00 expert 0 1.5×", "balance 1.02 · z 4.00", "step 11: devices uneven",
-        "held out  2.125 bits a byte at step 10", "step   200/200 · loss 3.250",
+        "validation  2.125 bits/byte at step 10", "step   200/200 · loss 3.250",
     ):  # fmt: skip
         assert expected in shown, expected
     many = {**ROW, "balance/device_load_home": [1.0] * 63 + [9.0], "balance/device_load_planned": [1.125] * 64}

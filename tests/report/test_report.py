@@ -1,6 +1,7 @@
 """The report: what the page says of a run, what it does in a real browser, broken runs, the live page."""
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ import torch
 
 from moetrain import cli
 from moetrain.config import ConfigError
-from moetrain.observe import picture, reduce
+from moetrain.observe import palette, picture, reduce
 from moetrain.observe.sinks.terminal import Plain
 from moetrain.report import build, curves
 from moetrain.report.cards import cards
@@ -107,6 +109,130 @@ def test_every_figure_is_drawn_and_the_slider_moves_by_key(full: Path, browser: 
     assert opened.complaints() == []
 
 
+def colors_of(style: str) -> list[list[tuple[float, ...]]]:
+    """The colors of unordered lines, light and dark, with that of the main line before them; in sRGB from 0 to 1."""
+    out = []
+    for main, block in re.findall(r"--main: (#\w+).*?(--c0:[^}]*)", style, re.DOTALL):
+        out.append([main, *re.findall(r"--c\d: (#\w{6})", block)])
+    return [[tuple(int(c[at : at + 2], 16) / 255 for at in (1, 3, 5)) for c in colors] for colors in out]
+
+
+# sRGB, linear, as protanopes, deuteranopes and tritanopes see it (Machado, Oliveira and Fernandes, 2009, severity 1)
+SEEN = (
+    np.eye(3),
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+)
+
+
+def apart(colors: list[tuple[float, ...]], matrix: Any) -> float:
+    """The least distance of two colors in OKLab (Ottosson, 2020) after `matrix`: 0.02 is just noticeable."""
+    srgb = np.array(colors)
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear @ np.array(matrix).T, 0, 1)
+    to_lms = [
+        [0.41222147, 0.53633254, 0.05144599],
+        [0.2119035, 0.68069955, 0.10739696],
+        [0.08830246, 0.28171884, 0.6299787],
+    ]
+    to_lab = [
+        [0.21045426, 0.79361779, -0.00407205],
+        [1.9779985, -2.42859221, 0.45059371],
+        [0.0259040, 0.78277177, -0.80867577],
+    ]
+    lab = np.cbrt(linear @ np.array(to_lms).T) @ np.array(to_lab).T
+    return min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(lab, 2))
+
+
+def test_lines_can_be_told_apart_by_everyone() -> None:
+    style = (build.PARTS / "style.css").read_text()
+    light, dark = colors_of(style)
+    for colors in (light, dark):
+        assert len(colors) == 1 + len(palette.SERIES)
+        assert min(apart(colors, matrix) for matrix in SEEN) > 0.07
+    assert re.findall(r"--c\d: (#\w{6})", style)[: len(palette.SERIES)] == [*palette.SERIES]
+    assert re.findall(r"--o\d: (#\w{6})", style)[: len(palette.ORDERED)] == [*palette.ORDERED]
+    assert json.dumps(palette.DASHES) in (build.PARTS / "plots.js").read_text()
+    many = [str(palette.line_style(number)) for number in range(24)]
+    assert len({*many}) == 24
+
+
+def test_a_run_and_a_domain_keep_their_color(full: Path, tmp_path: Path, browser: Browser | None) -> None:
+    """In every figure, also where another run or domain has nothing there."""
+    other = made_run.write(tmp_path / "other", seed=1)
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in ("balance/imbalance_planned", "train/cpp/loss")} for row in rows]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path, page = write(other, full)
+    shown = page["compare"]["figures"]
+    assert [line["color"] for line in shown["loss"]["series"]] == [0, 1]
+    assert [line["color"] for line in shown["imbalance"]["series"]] == [1]
+    figures = page["runs"][0]["figures"]
+    colors = [
+        {line["name"]: line.get("color") for line in figures[name]["series"]} for name in ("loss", "held_out_steps")
+    ]
+    assert colors[0] == {"all": None, "prose": 1, "python": 2}
+    assert colors[1] == {"all": None, "cpp": 0, "prose": 1, "python": 2}
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    stroke = "getComputedStyle(document.querySelector('SELECTOR')).stroke"
+    drawn = [stroke.replace("SELECTOR", f"#table tr:nth-child({row}) .swatch line") for row in (1, 2)]
+    drawn += [stroke.replace("SELECTOR", f"[data-compare={name}] path.line:last-of-type") for name in ("imbalance",)]
+    first, second, imbalance = (opened.evaluate(text) for text in drawn)
+    assert first != second == imbalance
+
+
+def test_figures_and_cards_fill_their_rows(full: Path, tmp_path: Path, browser: Browser | None) -> None:
+    folder = shutil.copytree(full, tmp_path / "fewer")
+    gone = re.compile(
+        r"balance/(layer_\d+/(max_vio_micro|entropy)|gamma_eff|guests)|perf/memory_gib|train/z_loss|perf/waited"
+    )
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if not gone.match(k)} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path, page = write(folder)
+    assert sum(figure["kind"] == "absent" for figure in page["runs"][0]["figures"].values()) >= 4
+    if browser is None:
+        return
+    right = """[...document.querySelectorAll('LIST')].flatMap((list) => {
+      const edges = {};
+      for (const part of list.children) {
+        const box = part.getBoundingClientRect();
+        if (box.width) edges[Math.round(box.top)] = Math.max(edges[Math.round(box.top)] ?? 0, Math.round(box.right));
+      }
+      return Object.values(edges).map((edge) => Math.round(list.getBoundingClientRect().right) - edge);
+    })"""
+    for width in (1280, 900, 700, 390):
+        opened = browser.open(path.as_uri(), width=width)
+        for name in (".figures", "#cards"):
+            gaps = opened.evaluate(right.replace("LIST", f"section:not([hidden]) {name}"))
+            assert gaps, name
+            assert max(gaps) <= 2, (width, name, gaps)
+
+
+def test_a_comparison_on_paper_is_whole(full: Path, tmp_path: Path, browser: Browser | None) -> None:
+    """A4 between its margins: no column of a table is cut off, and the fields that differ are printed."""
+    others = [made_run.write(tmp_path / f"a_run_with_a_long_name_{n}", steps=20 + n, seed=n) for n in range(4)]
+    path, _ = write(full, *others)
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    printed = opened.pdf()
+    assert 2 <= printed.count(b"/Type /Page\n") <= 14
+    opened.send("Emulation.setEmulatedMedia", media="print")
+    opened.send("Emulation.setDeviceMetricsOverride", width=688, height=1000, deviceScaleFactor=1, mobile=False)
+    opened.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    for table in ("#table", "#differences table"):
+        edge = opened.evaluate(f"document.querySelector('{table}').getBoundingClientRect().right")
+        assert 0 < edge <= 688, table
+    assert opened.evaluate("document.querySelector('#differences table').checkVisibility()")
+    opened.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert not opened.evaluate("document.getElementById('differences').open")
+    assert opened.complaints() == []
+
+
 def test_light_dark_paper_and_a_narrow_screen(full: Path, browser: Browser | None) -> None:
     path, _ = write(full)
     if browser is None:
@@ -130,7 +256,7 @@ def test_runs_side_by_side(full: Path, browser: Browser | None, tmp_path: Path) 
     path, page = write(full, other)
     assert len({run["name"] for run in page["runs"]}) == 2  # the same folder name in two places
     assert [d["field"] for d in page["compare"]["differences"]] == ["train.steps"]
-    speed = [column["text"] for column in page["compare"]["table"]["columns"]].index("Speed")
+    speed = [column["text"] for column in page["compare"]["table"]["columns"]].index("Throughput")
     assert sum(row["cells"][speed]["best"] for row in page["compare"]["table"]["rows"]) == 1
     if browser is None:
         return
@@ -146,7 +272,10 @@ def test_runs_side_by_side(full: Path, browser: Browser | None, tmp_path: Path) 
 def test_it_says_what_is_wrong(full: Path) -> None:
     run = build.data([open_run(str(full))])["runs"][0]
     said = {finding["text"]: finding for finding in run["findings"]}
-    assert said["No token in the last steps: layer 01: expert 1."]["level"] == "trouble"
+    assert (
+        said["Dead experts, selected by no token in the last 10 recorded steps: layer 01: expert 1."]["level"]
+        == "trouble"
+    )
     assert any("1.02 as planned" in text and finding["level"] == "good" for text, finding in said.items())
     assert any("alert" in text for text in said)
     cards = {card["name"]: card for card in run["cards"]}
@@ -171,8 +300,8 @@ def test_how_a_run_was_made_and_where_it_went_on(full: Path, tmp_path: Path, bro
     (folder / "starts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in STARTS) + "torn")
     path, page = write(folder)
     said = dict(page["runs"][0]["circumstances"])
-    assert said.pop("Wall time") == "1.5 min, of 2 of 3 starts; the others recorded no end"
-    assert said.pop("Went on") == "after step 12, 20"
+    assert said.pop("Wall time") == "1.5 min, sum of 2 of 3 starts; the others recorded no end"
+    assert said.pop("Resumed") == "after step 12, 20"
     assert said == {"Started": STARTS[2]["time"], "Versions": "torch 2", "Command": "moetrain train <b>"}
     (folder / "starts.jsonl").write_text('{"step": 3, "seconds": "x", "command": [1]}\n')
     assert build.data([open_run(str(folder))])["runs"][0]["circumstances"] == []
@@ -183,7 +312,7 @@ def test_how_a_run_was_made_and_where_it_went_on(full: Path, tmp_path: Path, bro
     assert "moetrain train <b>" in opened.evaluate("document.getElementById('circumstances').textContent")
     titles = "[...document.querySelectorAll('[data-figure=NAME] .resumed title')].map(t => t.textContent)"
     for name in ("loss", "gradient", "time"):
-        assert opened.evaluate(titles.replace("NAME", name)) == ["went on after step 12", "went on after step 20"]
+        assert opened.evaluate(titles.replace("NAME", name)) == ["resumed after step 12", "resumed after step 20"]
     assert opened.complaints() == []
 
 
@@ -212,26 +341,29 @@ def test_a_collapsed_router_and_a_busy_device_are_named(tmp_path: Path) -> None:
     change(folder, lambda step: fields | {"train/lm_loss": None if step == 7 else 4.0})
     found = build.data([open_run(str(folder))])["runs"][0]["findings"]
     text = " ".join(finding["text"] for finding in found if finding["level"] == "trouble")
-    assert "layer 00: experts 0, 1 take 95% of all selections: collapsed" in text
-    assert "It is mostly device 2" in text
-    assert "Ranks spend 45% of a step waiting for each other, 100% of that for rank 2" in text
-    assert "The loss was not a number in 1 step(s), first 7" in text
+    assert "layer 00: experts 0, 1 take 95% of all selections: router collapse." in text
+    assert "Most of it is device 2" in text
+    assert "Ranks wait for each other during 45% of a step, 100% of that for rank 2" in text
+    assert "The loss was not finite in 1 step(s), the first is step 7." in text
 
 
 def test_an_uneven_plan_says_why_it_may_be(full: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(full, tmp_path / "uneven")
     change(folder, lambda step: {"balance/imbalance_planned": 1.6})
-    assert "1.60 as planned: moving more would not pay, or a limit stands in the way" in " ".join(findings(folder))
+    assert (
+        "1.60 as planned: moving more rows would take longer than waiting, or there is no memory for guests"
+        in " ".join(findings(folder))
+    )
     config = json.loads((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(json.dumps(config | {"planner": {"name": "home"}}))
-    assert "planner=home moves nothing; planner=makespan moves what pays off" in " ".join(findings(folder))
+    assert "planner=home moves nothing; planner=makespan moves rows where that saves time" in " ".join(findings(folder))
 
 
 def test_lending_that_costs_more_than_it_saves_is_named(full: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(full, tmp_path / "dear")
     assert "plan" not in findings(folder).values()  # 40 ms for 40 ms
     change(folder, lambda step: {"perf/phase/backward_lend": 0.07})
-    said = "Lending experts takes 100 ms of a step and saves 40 ms of computing."
+    said = "Lending experts takes 100 ms/step and saves 40 ms/step of computing time."
     assert findings(folder)[said] == "plan"
     cards = {card["name"]: card["note"] for card in build.data([open_run(str(folder))])["runs"][0]["cards"]}
     assert cards["Saved by the plan"] == "8.0% of a step; lending took 100 ms"
@@ -244,9 +376,9 @@ def test_noise_is_no_rising_loss_and_a_rise_is(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).normal(size=201)
     for size in (0.4, 1.5):
         change(folder, lambda step, size=size: {"train/lm_loss": 4 + size * noise[step]})
-        assert not any("above its lowest" in text for text in findings(folder))
+        assert not any("above its lowest mean" in text for text in findings(folder))
     change(folder, lambda step: {"train/lm_loss": 4 + 0.1 * noise[step] + 0.01 * abs(step - 90)})
-    assert "above its lowest, which it had in steps 81 to 100" in " ".join(findings(folder))
+    assert "above its lowest mean, that of steps 81 to 100" in " ".join(findings(folder))
 
 
 def test_findings_link_to_their_figures(tmp_path: Path) -> None:
@@ -256,7 +388,7 @@ def test_findings_link_to_their_figures(tmp_path: Path) -> None:
     for kind, section in (("dead_experts", "experts"), ("imbalance", "devices"), ("not_finite", "loss")):
         (folder / "alerts.jsonl").write_text(json.dumps({"step": 9, "kind": kind, "text": "so it was"}) + "\n")
         said = findings(folder)
-        assert said["One alert during the run; the last at step 9: so it was."] == section
+        assert said["One alert during the run, the last at step 9: so it was."] == section
     sections = {text.split()[0]: where for text, where in said.items()}
     assert sections["Ranks"] == sections["Memory"] == "devices"
 
@@ -300,7 +432,7 @@ def test_every_number_is_that_of_the_metrics(
     path, page = write(folder, made_run.write(tmp_path / "other", steps=steps, seed=1))
     shown, beside = page["runs"][0]["figures"], page["compare"]["figures"]
     metrics = {"all": "train/lm_loss", **{name: f"train/{name}/loss" for name in made_run.DOMAINS}}
-    metrics |= {"gradient norm": "train/grad_norm", "learning rate": "train/lr"}
+    metrics |= {"grad norm": "train/grad_norm", "learning rate": "train/lr"}
     metrics |= {"balance loss": "train/balance_loss", "z-loss": "train/z_loss"}
     metrics |= {"tokens/s": "perf/tokens_per_second", "at home": "balance/imbalance_home"}
     drawn = [(shown[name]["x"], line) for name in ALONG_STEPS for line in shown[name]["series"]]
@@ -362,8 +494,8 @@ def test_a_model_worse_than_a_bigram_is_said_first(full: Path, tmp_path: Path) -
     folder = shutil.copytree(full, tmp_path / "worse")
     summary = json.loads((folder / "summary.json").read_text())
     for bigram, level, text in (
-        ({"all": 2.1}, "trouble", "On held-out text the model is worse than a bigram model: 2.200 bits a byte against"),
-        ({"all": 2.3, "cpp": 1.9}, "watch", "A bigram model is better on held-out text of cpp."),
+        ({"all": 2.1}, "trouble", "The validation loss is higher than that of a bigram model: 2.200 against 2.1"),
+        ({"all": 2.3, "cpp": 1.9}, "watch", "A bigram model has a lower validation loss on cpp."),
     ):
         (folder / "summary.json").write_text(json.dumps(summary | {"bigram_bits_per_byte": bigram}))
         found = build.data([open_run(str(folder))])["runs"][0]["findings"]
@@ -383,7 +515,7 @@ def test_exchanges_are_set_against_waiting_of_the_same_steps(full: Path, tmp_pat
             row |= {"perf/waited": [0.09, 0.09], "perf/phase/combine": 0.15}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [finding["text"] for finding in build.data([open_run(str(folder))])["runs"][0]["findings"]]
-    assert "A step takes 0.5 s, 13% of it in exchanges." in texts  # (0.15 + 5 × 0.001 - 0.09) / 0.5
+    assert "A step takes 0.5 s, 13% of it in exchanges between ranks." in texts  # (0.15 + 5 × 0.001 - 0.09) / 0.5
 
 
 def test_experts_in_use_are_those_of_the_rows_named(tmp_path: Path) -> None:
@@ -397,19 +529,20 @@ def test_experts_in_use_are_those_of_the_rows_named(tmp_path: Path) -> None:
         },
     )
     texts = [finding["text"] for finding in build.data([open_run(str(folder))])["runs"][0]["findings"]]
-    said = "Every expert of every layer got a token in the last 10 rows; in the very last of them, 2 of 16 got none."
+    said = "Every expert of every layer was selected in the last 10 recorded steps"
+    said += "; in the last one alone, 2 of 16 were not."
     assert said in texts
     shown = {card["name"]: card["note"] for card in build.data([open_run(str(folder))])["runs"][0]["cards"]}
-    assert shown["Experts in use"] == "a token in the last 10 rows"
+    assert shown["Experts in use"] == "selected in the last 10 recorded steps"
 
 
 def test_a_phase_is_that_of_the_last_row(full: Path, tmp_path: Path) -> None:
     """A resumed run begins to count anew: what it was in before is not what it is in."""
     folder = shutil.copytree(full, tmp_path / "resumed")
     notes = lambda: {card["name"]: card["note"] for card in cards(open_run(str(folder)))}  # noqa: E731
-    assert notes()["Congestion γ̂"] == "stabilisation"
+    assert notes()["Congestion coefficient γ̂"] == "stabilization"
     change(folder, lambda step: {"balance/gamma_phase": 1 if step < 30 else None})
-    assert notes()["Congestion γ̂"] == "no phase: fewer than 20 rows since the start"
+    assert notes()["Congestion coefficient γ̂"] == "no phase: fewer than 20 recorded steps since the start"
 
 
 def test_a_band_has_an_area_where_every_step_is_a_point(full: Path) -> None:
@@ -426,9 +559,9 @@ def test_nothing_evaluated_is_said_and_never_drawn_as_perfect(tmp_path: Path) ->
     rows = [{k: None if re.match("eval/", k) else v for k, v in row.items()} for row in rows]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = open_run(str(folder))
-    (card,) = (card for card in cards(run) if card["name"] == "Held-out")
+    (card,) = (card for card in cards(run) if card["name"] == "Validation loss")
     assert (card["value"], card["note"]) == ("–", "nothing was evaluated")
-    assert curves.held_out(run)["text"] == "nothing was evaluated: no byte of text is held out"
+    assert curves.held_out(run)["text"] == "nothing was evaluated: no text is held out"
 
 
 def test_a_healthy_run_looks_pale_between_ranks(tmp_path: Path) -> None:
@@ -442,7 +575,7 @@ def test_held_out_text_over_the_run_needs_two_evaluations(full: Path, tmp_path: 
     assert figure["x"] == [20, 40]
     assert [line["name"] for line in figure["series"]] == ["all", *made_run.DOMAINS]
     folder = _once_evaluated(full, tmp_path / "once")
-    assert "fewer than two held-out evaluations" in FIGURES["held_out_steps"](open_run(str(folder)))["text"]
+    assert "fewer than two evaluations" in FIGURES["held_out_steps"](open_run(str(folder)))["text"]
 
 
 def _once_evaluated(full: Path, folder: Path) -> Path:

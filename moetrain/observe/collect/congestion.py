@@ -18,7 +18,7 @@ import numpy as np
 from moetrain.observe.collect.arrays import Array
 
 SURGE, STABILISATION, RELAXATION = 1, 2, 3
-NAMES = {SURGE: "surge", STABILISATION: "stabilisation", RELAXATION: "relaxation"}
+NAMES = {SURGE: "surge", STABILISATION: "stabilization", RELAXATION: "relaxation"}
 READINGS = 20  # over which γ̂ is smoothed, and after which it is compared with itself
 CHANGE = 0.1  # relative, of the smoothed γ̂ over as many readings: more is a surge or a relaxation
 

@@ -24,6 +24,7 @@ from moetrain.observe.metrics import (
     IMBALANCE_PLANNED,
     LM_LOSS,
     MEMORY_GIB,
+    METRICS,
     ROWS_MOVED_FRACTION,
     STARVING_EXPERTS,
     STEP_SECONDS,
@@ -73,7 +74,11 @@ class View:
         if BITS_PER_BYTE in metrics:
             bits = metrics[BITS_PER_BYTE]
             known = bits is not None and math.isfinite(bits)
-            self._held_out = f"[bold]{bits:.3f}[/bold] bits a byte at step {step}" if known else "nothing is held out"
+            self._held_out = (
+                f"[bold]{bits:.3f}[/bold] {METRICS[BITS_PER_BYTE].unit} at step {step}"
+                if known
+                else "no text is held out"
+            )
         if LM_LOSS not in metrics:
             return
         if step > self._step:
@@ -109,26 +114,26 @@ def _facts(row: Metrics, held_out: str) -> RenderableType:
     dead, starving = row[DEAD_EXPERTS], row[STARVING_EXPERTS]
     lines = {
         "loss": [
-            f"[bold]{row[LM_LOSS]:.3f}[/bold] nats a token",
+            f"[bold]{row[LM_LOSS]:.3f}[/bold] {METRICS[LM_LOSS].unit}",
             f"balance {row[BALANCE_LOSS]:.2f}",
             f"z {row[Z_LOSS]:.2f}",
-            f"gradient {row[GRAD_NORM]:.2f}",
+            f"grad norm {row[GRAD_NORM]:.2f}",
         ],
-        "held out": [held_out],
-        "speed": [
+        "validation": [held_out],
+        "throughput": [
             f"[bold]{row[TOKENS_PER_SECOND]:,.0f}[/bold] tokens/s",
-            f"{row[STEP_SECONDS]:.2f} s a step",
+            f"{row[STEP_SECONDS]:.2f} s/step",
             f"memory {max(row[MEMORY_GIB]):.2f} GiB",
         ],
         "experts": [
-            f"[red]{dead} dead[/red]" if dead else "none dead",
+            f"[red]{dead} dead[/red]" if dead else "no dead experts",
             f"{starving} starving",
-            f"{row[GUESTS]:.0f} guests",
+            f"{row[GUESTS]:.0f} guests/step",
             f"{row[ROWS_MOVED_FRACTION]:.1%} of rows moved",
         ],
         "imbalance": [
             f"{row[IMBALANCE_HOME]:.2f} at home → {row[IMBALANCE_PLANNED]:.2f} as planned, "
-            "busiest device over the mean, mean of the layers"
+            "busiest device over the mean, mean over layers"
         ],
     }
     return Group(*(_said(name, words) for name, words in lines.items() if any(words)))
@@ -137,7 +142,7 @@ def _facts(row: Metrics, held_out: str) -> RenderableType:
 def _said(name: str, words: list[str]) -> RenderableType:
     """A line, or several where the terminal is narrow: nothing is cut."""
     line = Table.grid()
-    line.add_column(width=10, style="dim")
+    line.add_column(width=12, style="dim")
     line.add_column(overflow="fold")
     line.add_row(Text(name), Text.from_markup(" · ".join(words)))
     return line
@@ -157,10 +162,10 @@ def devices(row: Metrics) -> RenderableType:
     largest = max(*home, *planned, 1.0) / mean
     for rank in order:
         cells = [Text(f"{rank:>6}")]
-        for loads, colour in ((home, "red"), (planned, "green")):
+        for loads, color in ((home, "red"), (planned, "green")):
             load = loads[rank] / mean
             filled = round(BAR * load / largest)
-            bar = Text.assemble(("█" * filled, colour), ("·" * (BAR - filled), "dim"))
+            bar = Text.assemble(("█" * filled, color), ("·" * (BAR - filled), "dim"))
             cells += [bar, Text(f"{load:.2f}")]
         table.add_row(*cells)
     return table

@@ -29,7 +29,7 @@ CELL = 12  # pixels of an expert in the heat map
 ALERT_WAIT_SECONDS = 600
 INIT_SECONDS, FINISH_SECONDS = 30.0, 120.0  # that a run waits for a server at its start, and at its end for uploads
 ID = re.compile(r"[\w-]{1,64}")
-COLD, EVEN, HOT = np.array([[33, 70, 140], [245, 245, 240], [190, 40, 30]], dtype=float)  # colours of the heat map
+COLD, EVEN, HOT = np.array([[33, 70, 140], [245, 245, 240], [190, 40, 30]], dtype=float)  # colors of the heat map
 
 
 class Wandb:
@@ -75,7 +75,7 @@ class Wandb:
             loads = [np.array(metrics[for_layer(LAYER_LOAD, layer)]) for layer in self._layers]
             shown[LOAD_IMAGE] = wandb.Image(
                 heat_map(loads),
-                caption="rows: layers from above; columns: experts. White: an even share; red: twice it",
+                caption="Rows: layers, the first on top; columns: experts. White: an even share, red: twice that.",
             )
         self._run.log({"step": step, **shown})
 

@@ -135,7 +135,7 @@ function load(box, data, view) {
           dead += value === DEAD;
           if (value > most) [most, where] = [value, [layer, e]];
         }
-      return `step ${data.steps[f()]}: hottest is expert ${where[1]} of ${name(where[0])} with ${loaded(most)}; ${dead || "none"} without a token`;
+      return `step ${data.steps[f()]}: hottest is expert ${where[1]} of ${name(where[0])} with ${loaded(most)}; ${dead || "no"} dead expert${dead === 1 ? "" : "s"}`;
     },
     click: (layer) => view.pick(layer),
     marks: () => ({ row: Math.min(view.layer, data.layers.length - 1) }),
@@ -157,7 +157,7 @@ function history(box, data, view) {
     summary: () => {
       let steady = 0;
       for (let e = 0; e < data.experts[layer()]; e++) steady += data.steps.every((_, f) => code(f, layer(), e) === DEAD);
-      return `${name()}: ${data.experts[layer()]} experts, ${steady || "none"} without a token in the whole run`;
+      return `${name()}: ${data.experts[layer()]} experts, ${steady || "none"} of them without a token in the whole run`;
     },
     click: (_, f) => view.go(data.steps[f]),
     marks: () => ({ column: nearest(data.steps, view.hover ?? view.step) }),
@@ -177,17 +177,17 @@ function domains(box, data, view) {
     code,
     rowName: (d) => data.domains[d],
     columnName: (e) => e,
-    describe: (d, e) => `${name()}: ${data.domains[d]} uses expert ${e} ${used(code(d, e))}`,
+    describe: (d, e) => `${name()}: ${data.domains[d]} selects expert ${e} ${used(code(d, e))}`,
     summary: () => {
       let best = [0, 0, 0];
       for (let d = 0; d < data.domains.length; d++) for (let e = 0; e < data.experts[layer()]; e++) if (code(d, e) !== ABSENT && code(d, e) > best[0]) best = [code(d, e), d, e];
-      return `${name()}, step ${data.step}: most its own is expert ${best[2]}, which ${data.domains[best[1]]} uses ${used(best[0])}`;
+      return `${name()}, step ${data.step}: most specialized is expert ${best[2]}, which ${data.domains[best[1]]} selects ${used(best[0])}`;
     },
     marks: () => ({}),
   }, view);
 }
 
-// From rank (row) to rank (column), of one layer or of all; the strongest colour stands for `most` and more.
+// From rank (row) to rank (column), of one layer or of all; the strongest color stands for `most` and more.
 function matrix(box, data, view) {
   const cells = new Uint16Array(bytes(data.cells).buffer), depth = Math.max(1, data.layers.length);
   const f = () => nearest(data.steps, view.hover ?? view.step);
@@ -217,7 +217,7 @@ function matrix(box, data, view) {
 
 function specialists(box, data, view) {
   const list = box.appendChild(make("div", { class: "specialists" }));
-  const chip = (t) => make("code", { title: `${t.count} times, ${number(t.lift)} × as often as in the text at large` }, shown(t.text));
+  const chip = (t) => make("code", { title: `${t.count} times, ${number(t.lift)} × as often as in all text` }, shown(t.text));
   const shown = (text) => { const seen = text.replaceAll("\n", "↵").replace(/\s/g, "·"); return seen.length > 14 ? `${seen.slice(0, 13)}…` : seen; };
   return () => {
     const layer = data.layers[Math.min(view.layer, data.layers.length - 1)];

@@ -54,7 +54,30 @@ function absences(section) {
   if (texts.length) section.append(make("p", { class: "absent" }, `Not recorded: ${texts.join("; ")}.`));
 }
 
+// Figures fill their rows: where one was not recorded, its neighbours take its place. Twelve columns.
+const SPANS = { third: 4, half: 6, "two-thirds": 8, whole: 12 };
+function fill(list) {
+  let row = [], taken = 0;
+  const close = () => {
+    row.forEach(([holder, span], index) => holder.style.setProperty("--span", index === row.length - 1 ? span + 12 - taken : span));
+    [row, taken] = [[], 0];
+  };
+  const even = () => { if (taken < 12 && row.every(([, span]) => span === row[0][1])) { row.forEach((part) => (part[1] = 12 / row.length)); taken = 12; } };
+  for (const holder of list.children) {
+    if (holder.hidden) continue;
+    const span = SPANS[holder.className] ?? 12;
+    if (taken + span > 12) { even(); close(); }
+    row.push([holder, span]);
+    taken += span;
+  }
+  even();
+  close();
+}
+
 function draw() {
+  const { figures: known } = run();
+  for (const holder of document.querySelectorAll("[data-figure]")) holder.hidden = known[holder.dataset.figure === "history" ? "load" : holder.dataset.figure].kind === "absent";
+  document.querySelectorAll(".figures").forEach(fill);
   for (const holder of document.querySelectorAll("[data-figure]")) {
     const { figures } = run();
     const name = holder.dataset.figure;
@@ -66,7 +89,7 @@ function draw() {
 }
 
 function table(node, columns, rows) {
-  const cell = (tag, { text, best }) => make(tag, best ? { class: "best" } : {}, text);
+  const cell = (tag, { text, best, mark }) => make(tag, best ? { class: "best" } : {}, ...(mark ? [mark] : []), text);
   node.replaceChildren(
     make("thead", {}, make("tr", {}, ...columns.map(({ text, unit }) => make("th", { scope: "col" }, text, ...(unit ? [make("small", {}, unit)] : []))))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((c) => cell("td", c))))),
@@ -89,14 +112,14 @@ function head() {
   table(find("config"), [{ text: "field" }, { text: "value" }], Object.entries(config).map(([field, value]) => [{ text: field }, { text: value }]));
   find("runs").hidden = page.runs.length < 2;
   find("runs").replaceChildren(...page.runs.map((r, index) => {
-    const button = make("button", { type: "button", "aria-pressed": String(index === chosen) }, r.name);
+    const button = make("button", { type: "button", "aria-pressed": String(index === chosen) }, swatch(strokeOf({}, index)), r.name);
     button.addEventListener("click", () => choose(index));
     return button;
   }));
   find("compare").hidden = !page.compare;
   if (!page.compare) return;
   const { table: compared, differences } = page.compare;
-  table(find("table"), [{ text: "run" }, ...compared.columns], compared.rows.map((r) => [{ text: r.name }, ...r.cells]));
+  table(find("table"), [{ text: "run" }, ...compared.columns], compared.rows.map((r, index) => [{ text: r.name, mark: swatch(strokeOf({}, index)) }, ...r.cells]));
   table(find("differences").querySelector("table"), [{ text: "field" }, ...compared.rows.map((r) => ({ text: r.name }))], differences.map((d) => [{ text: d.field }, ...d.values.map((text) => ({ text }))]));
 }
 
@@ -172,8 +195,9 @@ function paint(name) {
 const wanted = () => theme ?? (dark.matches ? "dark" : "light");
 dark.addEventListener("change", () => paint(wanted()));
 find("theme").addEventListener("click", () => { theme = wanted() === "dark" ? "light" : "dark"; paint(theme); });
-window.addEventListener("beforeprint", () => paint("light"));
-window.addEventListener("afterprint", () => paint(wanted()));
+let opened = false; // the table of fields that differ, which paper shows in any case
+window.addEventListener("beforeprint", () => { opened = find("differences").open; find("differences").open = true; paint("light"); });
+window.addEventListener("afterprint", () => { find("differences").open = opened; paint(wanted()); });
 
 let width = 0;
 new ResizeObserver(() => {

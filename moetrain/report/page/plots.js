@@ -41,20 +41,31 @@ function nearest(sorted, value) {
   return Math.abs(sorted[high] - value) < Math.abs(sorted[low] - value) ? high : low;
 }
 
-function colour(line, index, count, ordered) {
-  if (line.tone) return `var(--${line.tone})`;
-  if (!ordered) return `var(--c${index % 10})`;
-  const part = count > 1 ? Math.round((100 * index) / (count - 1)) : 50;
-  return `color-mix(in oklab, var(--last) ${part}%, var(--first))`;
+const COLORS = 6, DASHES = ["", "7 3", "2 2.5", "9 3 2 3"]; // observe/palette.py has the same
+
+// {color, dash} of a line. `line.color` is a number that stays that of a run or a domain in every figure.
+function strokeOf(line, index, count, ordered) {
+  if (line.tone) return { color: `var(--${line.tone})`, dash: "" };
+  if (!ordered) {
+    const number = line.color ?? index;
+    return { color: `var(--c${number % COLORS})`, dash: DASHES[Math.floor(number / COLORS) % DASHES.length] };
+  }
+  const place = count > 1 ? (4 * index) / (count - 1) : 2, stop = Math.min(3, Math.floor(place));
+  return { color: `color-mix(in oklab, var(--o${stop + 1}) ${Math.round(100 * (place - stop))}%, var(--o${stop}))`, dash: "" };
+}
+
+function swatch({ color, dash }) {
+  return make("svg", { class: "swatch", viewBox: "0 0 20 4", "aria-hidden": "true" }, make("line", { x1: 0, x2: 20, y1: 2, y2: 2, stroke: color, "stroke-dasharray": dash || null }));
 }
 
 // The frame that curves and bars stand in: scales, rules, labels.
-function frame(box, { low, high, x, share, height = 230, resumed = [] }) {
+function frame(box, { low, high, x, share, unit, height = 230, resumed = [] }) {
   const width = Math.max(box.clientWidth, 240);
   const marks = ticks(low, high, 4);
   const left = 10 + 6.4 * Math.max(...marks.map((m) => number(m, share).length));
-  const area = { left, right: width - 10, top: 8, bottom: height - 22 };
+  const area = { left, right: width - 10, top: unit && !share ? 22 : 8, bottom: height - 22 };
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: "0" });
+  if (unit && !share) svg.append(make("text", { class: "unit", x: 0, y: 10 }, unit));
   const y = (v) => area.bottom - ((v - low) / (high - low || 1)) * (area.bottom - area.top);
   for (const mark of marks) {
     svg.append(make("line", { class: "rule", x1: left, x2: area.right, y1: y(mark), y2: y(mark) }));
@@ -69,7 +80,7 @@ function frame(box, { low, high, x, share, height = 230, resumed = [] }) {
     svg.append(Object.assign(make("text", { x: at(mark), y: height - 6, "text-anchor": anchor }), { textContent: number(mark) }));
   }
   for (const step of resumed.filter((s) => s >= first && s < last))
-    svg.append(make("line", { class: "resumed", x1: at(step), x2: at(step), y1: area.top, y2: area.bottom }, make("title", {}, `went on after step ${number(step)}`)));
+    svg.append(make("line", { class: "resumed", x1: at(step), x2: at(step), y1: area.top, y2: area.bottom }, make("title", {}, `resumed after step ${number(step)}`)));
   return { svg, area, y, at, width, height };
 }
 
@@ -119,7 +130,7 @@ function legend(box, series, data, hidden, redraw) {
   if (data.prefix ?? data.label) list.append(make("span", {}, data.prefix ?? data.label));
   const cells = series.map((line, index) => {
     const value = make("b");
-    const button = make("button", { type: "button", "aria-pressed": String(!hidden.has(line.name)) }, make("i", { style: `background:${colour(line, index, series.length, data.ordered)}` }), line.name, value);
+    const button = make("button", { type: "button", "aria-pressed": String(!hidden.has(line.name)) }, swatch(strokeOf(line, index, series.length, data.ordered)), line.name, value);
     button.addEventListener("click", () => {
       hidden.has(line.name) ? hidden.delete(line.name) : hidden.add(line.name);
       redraw(index);
@@ -143,14 +154,14 @@ function lines(box, data, view) {
   const shown = data.series.filter((s) => !box.hidden_.has(s.name));
   const [low, high] = range(data, shown);
   const { cells, chosen } = legend(box, data.series, data, box.hidden_, redraw);
-  const { svg, area, y, at, width } = frame(box, { low, high, x: data.x, share: data.share, height: data.height, resumed: "compared" in box.dataset ? [] : view.resumed });
+  const { svg, area, y, at, width } = frame(box, { low, high, x: data.x, share: data.share, unit: data.unit, height: data.height, resumed: "compared" in box.dataset ? [] : view.resumed });
   const clip = `clip${(lines.count = (lines.count ?? 0) + 1)}`;
   svg.append(make("clipPath", { id: clip }, make("rect", { x: area.left, y: area.top - 4, width: area.right - area.left + 6, height: area.bottom - area.top + 5 })));
   const plot = svg.appendChild(make("g", { "clip-path": `url(#${clip})` }));
   if (data.reference !== undefined) plot.append(make("line", { class: "reference", x1: area.left, x2: area.right, y1: y(data.reference), y2: y(data.reference) }));
   const drawn = data.series.map((line, index) => {
     if (box.hidden_.has(line.name)) return null;
-    const paint = colour(line, index, data.series.length, data.ordered);
+    const { color: paint, dash } = strokeOf(line, index, data.series.length, data.ordered);
     const x = line.x ?? data.x;
     const point = (v, i) => [at(x[i]), v === null ? null : y(v)];
     if (line.low) {
@@ -159,7 +170,7 @@ function lines(box, data, view) {
       plot.append(make("path", { class: "band", fill: paint, d: path(outline) + "Z" }));
     }
     if (line.raw && !data.ordered) plot.append(make("path", { class: "raw", stroke: paint, d: path(line.raw.map(point)) }));
-    const curve = make("path", { class: "line", stroke: paint, d: path(line.y.map(point)) });
+    const curve = make("path", { class: "line", stroke: paint, "stroke-dasharray": dash || null, d: path(line.y.map(point)) });
     plot.append(curve);
     if (x.length < 10) line.y.forEach((v, i) => v !== null && plot.append(make("circle", { class: "dot", r: 3.5, fill: paint, cx: at(x[i]), cy: y(v) })));
     return { line, x, paint, curve, dot: plot.appendChild(make("circle", { class: "dot", r: 3.5, fill: paint })) };
@@ -189,8 +200,8 @@ function lines(box, data, view) {
   };
 }
 
-// What the MoE layers do has colours; everything else is grey.
-const AREAS = { route: "c6", plan: "c5", lend: "c1", dispatch: "c0", experts: "planned", combine: "c8" };
+// What the MoE layers do has colors; everything else is grey.
+const AREAS = { route: "c3", plan: "c5", lend: "c1", dispatch: "c0", experts: "planned", combine: "c4" };
 const GREYS = { "other forward": 60, "other backward": 46, optimizer: 33, data: 24, "the rest": 15 };
 
 function area(box, data, view) {
@@ -207,7 +218,7 @@ function area(box, data, view) {
     list.append(make("button", { type: "button", tabindex: "-1", disabled: "" }, make("i", { style: `background:${paint(i)};height:10px` }), s.name, value));
     return value;
   });
-  const { svg, area: place, y, at, width } = frame(box, { low: 0, high, x: data.x, height: data.height, resumed: view.resumed });
+  const { svg, area: place, y, at, width } = frame(box, { low: 0, high, x: data.x, unit: data.unit, height: data.height, resumed: view.resumed });
   const clip = `clip${(lines.count = (lines.count ?? 0) + 1)}`;
   svg.append(make("clipPath", { id: clip }, make("rect", { x: place.left, y: place.top, width: place.right - place.left, height: place.bottom - place.top })));
   const plot = svg.appendChild(make("g", { "clip-path": `url(#${clip})` }));
@@ -232,14 +243,14 @@ function area(box, data, view) {
 
 function bars(box, data) {
   const most = 1.05 * Math.max(...data.rows.flatMap((r) => [r.value, r.mark ?? 0]));
-  const list = make("div", { class: "bars" });
+  const list = make("div", { class: "bars", style: `--bar:${Math.min(30, Math.max(11, 230 / data.rows.length - 6))}px` });
   for (const row of data.rows) {
     const track = make("div", { class: "track" }, make("div", { class: "fill", style: `width:${(100 * row.value) / most}%` }));
     if (row.mark !== null && row.mark !== undefined) track.append(make("div", { class: "mark", style: `left:${(100 * row.mark) / most}%`, title: `${data.mark} ${number(row.mark)}` }));
     list.append(make("span", { class: row.name === "all" ? "whole" : "" }, row.name), track, make("span", { class: "value" }, data.digits === undefined ? number(row.value) : row.value.toFixed(data.digits)));
   }
   box.append(list);
-  if (data.mark) box.append(make("p", { class: "note" }, `The tick: ${data.mark}.`));
+  if (data.mark) box.append(make("p", { class: "note" }, `Mark: ${data.mark}.`));
   return () => {};
 }
 
