@@ -4,6 +4,7 @@ import argparse
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from moetrain.common.errors import ConfigError
 from moetrain.launch import worker
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
 
     place = local.from_env()
     workers = place.world if place else settings.parallel.nproc or local.auto_nproc()
+    _check_nproc(options, settings, verb, workers)
     if verb in ("train", "eval", "generate") and settings.run.name is not None:
         settings = resize.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
     resolve_layout(settings, workers)
@@ -52,6 +54,23 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
             held.enter_context(lock.hold(folder))
             again = local.RestartPolicy(settings.recovery.restarts, runs.heartbeats(folder))
         return local.launch(arguments, workers, again)
+
+
+def _check_nproc(options: argparse.Namespace, settings: "Config", verb: str, workers: int) -> None:
+    """Raises `ConfigError` where `parallel.nproc` asks for another number of workers than torchrun or Slurm started.
+
+    A run's own configuration binds neither its evaluation nor, where ranks were lost, its next start.
+    """
+    from moetrain import config, runs
+
+    asked = settings.parallel.nproc
+    if verb in ("eval", "generate") and "parallel.nproc" not in config.fields_of(options.overrides):
+        return
+    if asked in (None, workers):
+        return
+    if settings.run.name and len(list(runs.heartbeats(runs.folder_of(settings)).glob("rank_*"))) > workers:
+        return
+    raise ConfigError(f"parallel.nproc={asked}: must be {workers}, as many ranks as the launcher started, or left out")
 
 
 def _do(options: argparse.Namespace, settings: "Config", verb: str, mesh: "Mesh") -> None:

@@ -5,8 +5,10 @@ counts as missing. Whoever needs more than JSON of some shape checks that too.
 """
 
 import errno
+import fcntl
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import yaml
 
 MOST_BYTES = 1 << 26  # of a file that is read as a whole
 MOST_FIELDS = 100_000  # of a YAML file
+PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")  # the name of an unfinished file
 BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
 
 
@@ -29,6 +32,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.part")
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with suppress(OSError):  # where the file system has locks: `remove_parts` leaves alone what is being written
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         with open(handle, "wb") as out:
             yield out
@@ -46,6 +51,36 @@ def write(path: Path, data: str | bytes) -> None:
     """`data` in place of what `path` held; text as UTF-8. Raises `OSError`."""
     with replacing(path) as out:
         out.write(data.encode() if isinstance(data, str) else data)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the unfinished files that a process killed in the middle of `replacing` left in a folder."""
+    for part in folder.glob(".*.part"):
+        if PART.fullmatch(part.name) is None:
+            continue
+        with suppress(OSError):
+            handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+            finally:
+                os.close(handle)
+
+
+def append(path: Path) -> IO[str]:
+    """Open a text file at its end, made if need be. A link is replaced, not followed. Raises `OSError`."""
+    if path.is_symlink():
+        path.unlink()
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return open(handle, "a", encoding="utf-8", errors="backslashreplace")
+
+
+def make_own(folder: Path) -> Path:
+    """Make a folder; a link in its place is removed, not followed. Raises `OSError`."""
+    if folder.is_symlink():
+        folder.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def sync(folder: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from moetrain.common.console import errors
+from moetrain.common.errors import ConfigError, short
 from moetrain.config import Config
 from moetrain.distributed.comm import broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
@@ -94,6 +95,8 @@ def agree(asked: str, mesh: Mesh, say: Callable[[str], None] = _say) -> str:
 
     Where bf16 is slow, rank 0 says so in one line.
     """
+    if asked not in (*DTYPES, AUTO):
+        raise ConfigError(f"train.dtype={short(asked)}: must be one of {', '.join((AUTO, *DTYPES))}")
     if asked == "fp32":
         return asked
     speed = min(float(text) for text in gather_texts(repr(speed_of_bf16(mesh.device)), mesh.saving))

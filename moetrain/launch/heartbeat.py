@@ -22,7 +22,7 @@ from moetrain.common import disk
 from moetrain.launch.worker import end_now
 
 BEAT_SECONDS = 1.0
-SILENT_BEATS = 5  # so many missed ones: the process is stopped or gone, or its host is
+SILENT_BEATS = 5  # missed in a row: the process is stopped or gone, or its host is
 FIRST_STEP_SECONDS = 120.0  # at least: it compiles
 LONG = ("save", "evaluate")  # phases that may take longer than the time-out
 
@@ -91,10 +91,11 @@ class Heartbeat:
                 seen, waited = self._place, 0.0
             limit = max(self._timeout, FIRST_STEP_SECONDS if self._begun == 1 else 0)
             if waited > limit and seen[3] not in LONG and self._begun:
-                self._write()
-                time.sleep(2 * self._beat)  # so that those that stand still too have said where
-                beats = read_beats(self._folder, self._world)
-                end_now(describe_stall(beats, self._rank, waited, SILENT_BEATS * self._beat))
+                before = read_beats(self._folder, self._world)
+                for _ in range(SILENT_BEATS):  # who is alive is told by what changes: clocks differ, and are set
+                    time.sleep(self._beat)
+                    self._write()
+                end_now(describe_stall(before, read_beats(self._folder, self._world), self._rank, waited))
 
     def _write(self) -> None:
         step, marks, layer, phase, since = self._place
@@ -122,15 +123,15 @@ def furthest_step(folder: Path) -> int:
     return max((beat.step for beat in read_beats(folder)), default=0)
 
 
-def describe_stall(beats: Sequence[Beat], own: int, waited: float, silence: float) -> str:
+def describe_stall(before: Sequence[Beat], beats: Sequence[Beat], own: int, waited: float) -> str:
     """Describe in one line which rank is missing and where it was last seen, and where the others wait.
 
-    Missing are those that say nothing any more (for longer than `silence`); else those that are behind the others.
+    Missing are those whose heartbeat is still the one of `before`; else those that are behind the others.
     """
-    newest = max(beat.now for beat in beats)
-    missing = [beat for beat in beats if newest - beat.now > silence]
+    missing = [beat for beat in beats if beat in before and beat.rank != own]
     alive = [beat for beat in beats if beat not in missing]
-    how = "says nothing any more"
+    newest = max(beat.now for beat in alive or beats)
+    how = "no longer responds"
     if not missing and len({(b.step, b.marks) for b in alive}) > 1:
         first = min((b.step, b.marks) for b in alive)
         missing, how = [b for b in alive if (b.step, b.marks) == first], "is behind"

@@ -134,19 +134,36 @@ class Watch:
 
 
 def _identity(folder: Path, mesh: Mesh, make: bool) -> str:
-    """Of the run in `folder`: another one of the same name has another. Empty where there is none yet.
+    """Return the identity of the run in `folder`: another run of the same name has another. Empty: it has none yet.
 
-    What the file says becomes the name of a folder that is removed one day: it counts only if it is an identity.
+    What the file says becomes the name of a folder that is removed one day: it counts only if it is an identity. A copy
+    of the run's folder is another run: it has neither the inode nor the path that were noted.
     """
-    path, text = folder / "recovery" / "run", ""
+    path, place, text = folder / "recovery" / "run", folder / "recovery" / "place", ""
     if mesh.is_main:
         with suppress(OSError, ValueError):
             text = disk.read(path).decode()
-        text = text if memory.is_identity(text) else ""
-        if make and not text:
+        text = text if memory.is_identity(text) and not _is_copy(place, folder) else ""
+        if make:
             path.parent.mkdir(parents=True, exist_ok=True)
-            disk.write(path, text := memory.new_identity(folder.name))
+            if not text:
+                disk.write(path, text := memory.new_identity(folder.name))
+            disk.write(place, json.dumps(_where(folder)))
     return broadcast_text(text, mesh.device)
+
+
+def _where(folder: Path) -> list[Any]:
+    """Return what tells a folder from its copy: a folder that is moved keeps its inode, one that is mounted again or
+    restored from a backup keeps its path."""
+    return [folder.stat().st_ino, str(folder.resolve())]
+
+
+def _is_copy(place: Path, folder: Path) -> bool:
+    """Tell whether the folder is neither where nor what was noted. Nothing noted, as by earlier versions: it is not."""
+    noted = disk.read_json(place)
+    if not isinstance(noted, list):
+        return False
+    return not any(old == new for old, new in zip(noted, _where(folder), strict=False))
 
 
 def _hosts(mesh: Mesh) -> list[str]:

@@ -68,8 +68,15 @@ def absolute(config: Config) -> Config:
 
 
 def create(config: Config) -> None:
-    """Make the folder with the user's umask and write the resolved config into it."""
-    _write(config, "config.yaml")
+    """Make the folder with the user's umask and write the resolved config; remove what a kill left unfinished."""
+    folder = _write(config, "config.yaml")
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())):
+        disk.remove_parts(place)
+
+
+def forget_tracking(folder: Path) -> None:
+    """Have the run in `folder` begin as a new one on wandb."""
+    (folder / "wandb_id").unlink(missing_ok=True)
 
 
 def keep_submitted(config: Config) -> Path:

@@ -55,6 +55,8 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     is_complete = first >= config.train.steps and _has_summary(folder, mesh)
     record: Start | None = None
     if mesh.is_main and not is_complete:
+        if config.checkpoint.resume == "none" and not checkpoint.continues_own(config, folder):
+            runs.forget_tracking(folder)
         runs.create(config)
         runs.keep_corpus(folder, corpus.fingerprint)
         record = Start(folder, first, mesh)

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from moetrain import checkpoint, runs
@@ -18,6 +19,7 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, calibrate, precision
 from moetrain.models.transformer import Transformer
 from moetrain.observe.summary import NOT_EVALUATED
+from moetrain.runs import lock
 from moetrain.training.ending import AtEnd
 from moetrain.training.evaluate import evaluate
 from moetrain.training.generate import generate, prompts_of
@@ -27,10 +29,13 @@ from moetrain.training.step import build
 
 def train_run(config: Config, mesh: Mesh, as_json: bool, at_end: Sequence[AtEnd] = ()) -> None:
     """Train; a run without a name gets one. `at_end` as in `train`."""
-    if config.run.name is None:
-        name = str(runs.with_name(config).run.name) if mesh.is_main else ""
-        config = runs.with_name(config, broadcast_text(name, mesh.device))
-    folder = train(config, mesh, at_end)
+    with ExitStack() as stack:
+        if config.run.name is None:  # under torchrun or Slurm: our own launcher has named the run, and holds its lock
+            name = str(runs.with_name(config).run.name) if mesh.is_main else ""
+            config = runs.with_name(config, broadcast_text(name, mesh.device))
+            if mesh.is_main:
+                stack.enter_context(lock.hold(runs.folder_of(config)))
+        folder = train(config, mesh, at_end)
     if as_json and mesh.is_main:
         print(json.dumps(disk.read_json(folder / "summary.json")))
 

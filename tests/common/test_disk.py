@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from moetrain import config, runs
 from moetrain.checkpoint import Start, files
 from moetrain.common import disk
+from moetrain.common.console import RunLogger
 from moetrain.config import ConfigError
 from moetrain.data import prepare
 from moetrain.distributed.mesh import Mesh
@@ -24,8 +26,9 @@ from moetrain.engine import calibrate
 from moetrain.launch import heartbeat
 from moetrain.launch.exits import Ended
 from moetrain.moe.planning.cost import Costs, default_costs
-from moetrain.observe import picture, summary
+from moetrain.observe import picture, recorder, summary
 from moetrain.observe.sinks.jsonl import JsonLines
+from moetrain.observe.sinks.tracker import Tracker
 from moetrain.recovery import memory, watch
 from moetrain.recovery.guard import Guard
 from moetrain.recovery.snapshots import Snapshots
@@ -33,6 +36,7 @@ from moetrain.report import build
 from tests import made_run
 from tests.checkpoint.test_checkpoint import Toy
 from tests.engine.test_calibrate import obtain
+from tests.observe.test_record import ROW
 from tests.training.test_train import run as trained
 
 
@@ -260,6 +264,56 @@ def test_an_identity_that_is_a_path_removes_nothing(pool, tiny, tmp_path: Path) 
     assert (victim / "thesis.tex").is_file()
     assert memory.is_identity(place.read_text())
     assert not (memory.root() / place.read_text()).exists()
+
+
+def identity_of(mesh: Mesh, folder: str, make: bool) -> str:
+    return watch._identity(Path(folder), mesh, make)
+
+
+def test_a_copied_run_is_another_run_in_memory(pool, tmp_path: Path) -> None:
+    """A moved one is the same."""
+    run, copy, moved = (str(tmp_path / name) for name in ("run", "copy", "moved"))
+    (own,) = pool.run(identity_of, 1, run, True)
+    assert pool.run(identity_of, 2, run, False) == [own, own]
+    shutil.copytree(run, copy)
+    assert pool.run(identity_of, 1, copy, False) == [""]
+    (other,) = pool.run(identity_of, 1, copy, True)
+    assert memory.is_identity(other)
+    assert other != own
+    assert pool.run(identity_of, 1, copy, False) == [other]
+    Path(run).rename(moved)
+    assert pool.run(identity_of, 1, moved, True) == [own]
+
+
+def test_logs_stay_in_the_runs_folder(tmp_path: Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    (run / "log.txt").symlink_to(outside / "precious")
+    for name in ("wandb", "tensorboard"):
+        (run / name).symlink_to(outside)
+    logger = RunLogger(run / "log.txt")
+    logger.print("a line")
+    logger.close()
+    settings = config.load(["model=tiny", "run.name=run", "track.tensorboard=true"])
+    with Tracker(recorder.sinks(settings, run, 0)) as tracker:
+        tracker.log(1, ROW)
+    assert (run / "log.txt").read_text() == "a line\n"
+    assert list((run / "wandb").glob("offline-run-*"))
+    assert list((run / "tensorboard").glob("events.*"))
+    assert [path.name for path in outside.iterdir()] == ["precious"]
+    assert (outside / "precious").read_text() == "precious"
+
+
+def test_a_run_that_begins_anew_is_a_new_run_on_wandb(pool, tiny, tmp_path: Path) -> None:
+    """checkpoint.resume=none, over a run that ended before anything was saved; the same again is that run."""
+    for name, choice, kept in (("x", "auto", True), ("y", "none", False)):
+        more = [*tiny, f"run.name={name}", "train.steps=1"]
+        runs.create(config.load(more))
+        (tmp_path / name / "wandb_id").write_text("old\n")
+        pool.run(trained, 1, [*more, f"checkpoint.resume={choice}"])
+        assert (tmp_path / name / "wandb_id").exists() == kept
 
 
 def test_identities() -> None:

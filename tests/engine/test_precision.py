@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from moetrain import checkpoint, config
+from moetrain.common.errors import ConfigError
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.training.loop import train
@@ -66,6 +67,18 @@ def test_ranks_take_what_all_of_them_do_well(pool) -> None:
         first, second = pool.run(agree, 2, speeds)
         assert first == list(zip((dtype, "bf16", "fp32"), told, strict=True))
         assert second == [(taken, []) for taken, _ in first]
+
+
+def refusal(mesh: Mesh, kept: str) -> str:
+    try:
+        return precision.settled(config.load(["model=tiny", "train.dtype=auto"]), mesh, kept).train.dtype
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_dtype_that_this_version_does_not_know_is_not_taken_for_another(pool) -> None:
+    """As a run of a later version may have it, or a damaged one; only rank 0 has read it."""
+    assert pool.run(refusal, 2, "fp8") == ["train.dtype=fp8: must be one of auto, fp32, bf16"] * 2
 
 
 def trained(mesh: Mesh, speed: float, overrides: list[str]) -> tuple[str, str, str]:

@@ -112,20 +112,31 @@ def beat(rank: int, marks: int, layer: int | None, phase: str, now: float, host:
 
 
 def test_a_report_names_the_rank_that_is_silent() -> None:
-    beats = [beat(0, 4, 1, "combine", 100), beat(1, 3, 1, "dispatch", 60, "y"), beat(2, 4, 1, "combine", 100)]
-    assert describe_stall(beats, 0, 30, 5) == (
-        "rank 0: no progress for 30 s; rank 1 on y says nothing any more, last seen 40 s ago in step 7, layer 1, "
+    silent = beat(1, 3, 1, "dispatch", 60, "y")
+    before = [beat(0, 4, 1, "combine", 95), silent, beat(2, 4, 1, "combine", 95)]
+    beats = [beat(0, 4, 1, "combine", 100), silent, beat(2, 4, 1, "combine", 100)]
+    assert describe_stall(before, beats, 0, 30) == (
+        "rank 0: no progress for 30 s; rank 1 on y no longer responds, last seen 40 s ago in step 7, layer 1, "
         "dispatch; ranks 0, 2 wait in step 7, layer 1, combine"
     )
+
+
+def test_a_clock_that_was_set_back_blames_nobody_else() -> None:
+    """The silent rank wrote last before that: its time is the latest of all."""
+    silent = beat(1, 3, 1, "dispatch", 5000, "y")
+    before, beats = ([beat(0, 4, 1, "combine", now), silent] for now in (95, 100))
+    said = describe_stall(before, beats, 0, 30)
+    assert "rank 1 on y no longer responds, last seen 0 s ago" in said
+    assert said.endswith("rank 0 waits in step 7, layer 1, combine")
 
 
 def test_a_report_names_the_rank_that_is_behind_or_the_network() -> None:
     behind = [beat(0, 4, 1, "combine", 100), beat(1, 3, 1, "experts", 100)]
     assert "rank 1 on x is behind, last seen 3 s ago in step 7, layer 1, experts; rank 0 waits" in describe_stall(
-        behind, 0, 9, 5
+        [], behind, 0, 9
     )
     level = [beat(0, 4, None, "update", 100), beat(1, 4, None, "update", 100, "y")]
-    assert describe_stall(level, 1, 9, 5) == (
+    assert describe_stall([], level, 1, 9) == (
         "rank 1: no progress for 9 s; every rank is alive and as far as the others: the network between them may be "
         "cut; ranks 0, 1 wait in step 7, update"
     )

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from moetrain import cli, config, runs
+from moetrain.common import disk
 from moetrain.config import ConfigError
+from moetrain.distributed.mesh import Mesh
 from moetrain.runs import lock
+from moetrain.training import tasks
+from moetrain.training.loop import train
 
 HOLDING = """
 import sys, time
@@ -122,6 +126,62 @@ def test_where_the_file_system_has_no_locks_its_record_tells(
     finally:
         over.set()
         heart.join()
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_another_number_of_workers_than_torchrun_started_is_refused(
+    pool, tiny, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    name = "run.name=x"
+    if verb == "eval":
+        (folder,) = pool.run(trained, 1, [*tiny, name, "train.steps=1"])
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    arguments = ["eval", folder] if verb == "eval" else ["train", *tiny, name]
+    assert cli.main([*arguments, "parallel.nproc=4"]) == 2
+    rule = "must be 2, as many ranks as the launcher started, or left out"
+    assert capfd.readouterr().err == f"error: parallel.nproc=4: {rule}\n"
+
+
+def trained(mesh: Mesh, overrides: list[str]) -> str:
+    return str(train(config.load(overrides), mesh))
+
+
+def test_an_unnamed_run_of_torchrun_is_locked(pool, tiny) -> None:
+    (said,) = pool.run(refused_at_its_end, 1, [*tiny, "train.steps=1"])
+    assert f"is being trained by process {said.partition(': ')[0]} on {socket.gethostname()}" in said
+
+
+def refused_at_its_end(mesh: Mesh, overrides: list[str]) -> str:
+    """The id of this process, and what a second job is told that wants the same name."""
+    said: list[str] = []
+
+    def ask(folder: Path) -> None:
+        try:
+            with lock.hold(folder):
+                said.append("it got the lock")
+        except ConfigError as error:
+            said.append(str(error))
+
+    tasks.train_run(config.load(overrides), mesh, False, [ask])
+    return f"{os.getpid()}: {said[0]}"
+
+
+def test_what_a_kill_left_unfinished_goes_at_the_next_start(tmp_path: Path) -> None:
+    settings = config.load([f"run.dir={tmp_path}", "run.name=x"])
+    runs.create(settings)
+    folder = tmp_path / "x"
+    (folder / "load_trace").mkdir()
+    left = [folder / ".report.html.0123456789abcdef.part", folder / "load_trace" / ".part_0.npz.0123456789abcdef.part"]
+    theirs = [folder / ".mine.part", folder / "notes.part"]
+    for path in (*left, *theirs):
+        path.touch()
+    with disk.replacing(folder / "run.png") as out:
+        out.write(b"written now, by another process")
+        runs.create(settings)
+    assert (folder / "run.png").is_file()
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in theirs)
 
 
 def test_unnamed_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:

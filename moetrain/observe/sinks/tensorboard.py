@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from moetrain.common import disk
 from moetrain.observe.collect.alerts import Alert
 from moetrain.observe.sinks.tracker import Metrics
 
@@ -13,7 +14,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._writer = SummaryWriter(str(disk.make_own(folder / "tensorboard")), purge_step=first_step + 1)
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():

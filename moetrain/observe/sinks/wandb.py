@@ -101,6 +101,8 @@ def _begin(config: Config, folder: Path, mode: Any) -> Any:
     track, ours = config.track, {"silent": True, "console": "off", "finish_timeout": FINISH_SECONDS}
     ours["init_timeout"] = min(INIT_SECONDS, config.recovery.timeout / 2)  # the other ranks wait meanwhile
     known = wandb.Settings.model_fields
+    if not os.environ.get("WANDB_DIR"):
+        disk.make_own(folder / "wandb")
     settings = {k: v for k, v in ours.items() if k in known and f"WANDB_{k.upper()}" not in os.environ}
     return wandb.init(
         project=track.project or os.environ.get("WANDB_PROJECT") or "moetrain",
