@@ -38,7 +38,8 @@ from moetrain.distributed import mesh
 from moetrain.engine import build_engine
 from moetrain.models.cross_entropy import linear_cross_entropy
 from moetrain.moe.clock import Clock
-from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels.api import Backend, KernelChoice
+from moetrain.moe.kernels.bags import Bags
 from moetrain.moe.planning.cost import default_costs
 from moetrain.moe.planning.plan import Plan
 from moetrain.observe.estimate import GIB, estimate, matmul_rate
@@ -177,19 +178,19 @@ def kernels_of(name: str, device: torch.device, tiny: bool, peak: float) -> list
     new = partial(torch.randn, device=device, dtype=torch.bfloat16)
     rows_MD, gate_up, grad = new(num, dim), new(num, 2 * hidden), new(num, hidden)
     weight = torch.rand(num, device=device)
-    bags = kernels.Bags.of(torch.randperm(num, device=device) // top_k, tokens, top_k)
-    work: dict[str, tuple[int, Callable[[], object]]] = {
-        "sum of rows": (2 * dim * (num + tokens), lambda: kernels.sum_rows(rows_MD, weight, bags, torch.bfloat16)),
-        "SwiGLU": (6 * hidden * num, lambda: kernels.swiglu(gate_up)),
-        "SwiGLU backward": (12 * hidden * num, lambda: kernels.swiglu_backward(gate_up, grad, weight)),
-        "gather": (4 * dim * num, lambda: rows_MD.index_select(0, bags.row_M)),
+    bags = Bags.group(torch.randperm(num, device=device) // top_k, tokens, top_k)
+    work: dict[str, tuple[int, Callable[[Backend], object]]] = {
+        "sum of rows": (2 * dim * (num + tokens), lambda kernels: kernels.sum_rows(rows_MD, weight, bags)),
+        "SwiGLU": (6 * hidden * num, lambda kernels: kernels.swiglu(gate_up)),
+        "SwiGLU backward": (12 * hidden * num, lambda kernels: kernels.swiglu_backward(gate_up, grad, weight)),
+        "gather": (4 * dim * num, lambda _: rows_MD.index_select(0, bags.row_M)),
     }
     rows = []
     for label, (size, call) in work.items():
         rows.append([name, label])
         for backend in BACKENDS:
-            with kernels.using(None if backend == FASTEST else backend):
-                took = seconds(call, device)
+            choice = KernelChoice(None if backend == FASTEST else backend)
+            took = seconds(partial(call, choice.choose(device, torch.bfloat16)), device)
             rows[-1].append(f"{1e3 * took:.3f} ms, {100 * size / took / peak:.0f} %")
     return rows
 
@@ -199,7 +200,7 @@ def products_of(device: torch.device, tiny: bool) -> list[str]:
     num, width = (256, 64) if tiny else (TOKENS * 8, 2048)
     rows_MA, weights = (torch.randn(*n, width, device=device, dtype=torch.bfloat16) for n in ((num,), (64, width)))
     out_MB, draw = torch.empty_like(rows_MA), np.random.default_rng(0)
-    even = [num // 64] * 64
+    even, kernels = [num // 64] * 64, KernelChoice().choose(device, torch.bfloat16, (weights,))
 
     def product(sizes: Callable[[], list[int]]) -> float:
         return seconds(lambda: kernels.segment_mm(rows_MA, weights, sizes(), out_MB, transpose=True), device)
@@ -279,14 +280,14 @@ def first_cell(shape: Shape, scenario: str, device: torch.device) -> tuple[Cell,
     """Virtual rank 0's layer, and its plan, with the announcements of all ranks in the mail."""
     torch.manual_seed(0)
     grid = Grid([shape], [scenario], ["makespan"], repeats=1, warmup=1, seed=0)
-    weights = layer_cell.build(shape, virtual._place(0, RANKS, virtual.Post(device)), device)
-    runner = virtual.Runner(shape, RANKS, grid, Inputs.of(shape, device), weights, default_costs())
-    post = virtual.Post(device)
-    cells = [runner._rank(rank, scenario, "makespan", post) for rank in range(RANKS)]
+    weights = layer_cell.build(shape, virtual.make_group(0, RANKS, virtual.SharedTraffic(device)), device)
+    runner = virtual.Runner(shape, RANKS, grid, Inputs.draw(shape, device), weights, default_costs(), KernelChoice())
+    traffic = virtual.SharedTraffic(device)
+    cells = [runner._rank(rank, scenario, "makespan", traffic) for rank in range(RANKS)]
     plan = cells[0].plan(cases.counts(scenario, RANKS, shape))
     for cell in cells:
-        with suppress(virtual._Posted):
-            runner._tables(cell, plan)
+        with suppress(virtual.AnnouncementsIncomplete):
+            cell.build_tables(plan)
     return cells[0], plan
 
 

@@ -25,7 +25,6 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
     import torch
 
     from moetrain.distributed import mesh
-    from moetrain.moe.kernels import api as kernels
     from moetrain.observe import picture
 
     warnings.simplefilter("error")
@@ -34,7 +33,6 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
     torch.set_num_threads(1)
     while (job := _next(jobs)) is not None:
         number, function, world, path, axes, args = job
-        kernels.leave_to_torch(())  # what an earlier test may have measured
         try:
             with mesh.start(rank=rank, world=world, **axes, init_method=f"file://{path}", timeout=60) as joined:
                 result = function(joined, *args)

@@ -19,15 +19,16 @@ from moetrain.distributed.mesh import ExpertGroup, Mesh
 from moetrain.engine import calibrate
 from moetrain.engine.precision import DTYPES
 from moetrain.moe.clock import Clock
-from moetrain.moe.exchange.dispatch import Route
+from moetrain.moe.exchange.dispatch import DispatchTables
 from moetrain.moe.experts import Experts
+from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.planning import PLANNERS
 from moetrain.moe.planning.cost import Costs, State
 from moetrain.moe.planning.plan import Ints, Plan
 from moetrain.moe.routing.base import Routing
 
 GUEST_SLOTS = 8  # guests that stay between forward and backward
-NOTE_BYTES = 8  # an announced selection: which copy, and its weight
+ANNOUNCEMENT_BYTES = 8  # an announced selection: which copy, and its weight
 WEIGHT_GRADIENT_BYTES = 4  # its gradient, on the way back
 
 
@@ -67,7 +68,8 @@ class Inputs:
     upstream_TD: Tensor
 
     @classmethod
-    def of(cls, shape: Shape, device: torch.device) -> "Inputs":
+    def draw(cls, shape: Shape, device: torch.device) -> "Inputs":
+        """Draw random ones."""
         x_TD, upstream_TD = (draw(shape.tokens, shape.dim, like=shape, device=device) for _ in range(2))
         weight_N = torch.rand(shape.tokens * shape.top_k, device=device).requires_grad_()
         token_N = torch.arange(shape.tokens, device=device).repeat_interleave(shape.top_k)
@@ -86,10 +88,9 @@ class Cell:
     costs: Costs
 
     @classmethod
-    def of(
+    def draw(
         cls, scenario: str, planner: str, shape: Shape, experts: Experts, inputs: Inputs, costs: Costs, seed: int
     ) -> "Cell":
-        assert experts.ep is not None
         drawn = cases.selections(scenario, experts.ep.rank, experts.ep.size, shape, seed)
         return cls(shape, experts, inputs, torch.from_numpy(drawn).to(inputs.x_TD.device), planner, costs)
 
@@ -101,16 +102,15 @@ class Cell:
     def decide(self) -> Plan:
         """Counts of all ranks, then the plan; what a training step does after its choice of experts."""
         ep = self.experts.ep
-        assert ep is not None
         counts_E = torch.bincount(self.expert_N, minlength=self.shape.experts)
         return self.plan(all_gather(counts_E, ep.rows).cpu().numpy())
 
     def plan(self, counts_RE: Ints) -> Plan:
-        state = State(resident=self.experts.store.keeps_RE)
+        state = State(resident=self.experts.residents.keeps_RE)
         return PLANNERS[self.planner](counts_RE, self.experts.home, self.costs, self.experts.limits, state)
 
     def forward(self, plan: Plan) -> Tensor:
-        self.experts.store.admit(plan)
+        self.experts.residents.admit(plan)
         clock = Clock(self.inputs.x_TD.device)
         return self.experts(self.inputs.x_TD, self.routing, plan, self.shape.top_k, clock)
 
@@ -136,23 +136,30 @@ class Cell:
         self.drop_gradients()
         return [grad for grad in grads if grad is not None]
 
+    def build_tables(self, plan: Plan) -> DispatchTables:
+        """Build the index tables of this rank, as the layer does; all ranks call it."""
+        experts, x_TD = self.experts, self.inputs.x_TD
+        kernels = experts.choose_kernels(x_TD)
+        return DispatchTables.build(self.routing, plan, experts.ep, kernels, len(x_TD), self.shape.top_k)
+
     def bytes_sent(self, plan: Plan) -> int:
         """Payload that leaves this rank in forward and backward: rows, announcements, weights and gradients on loan."""
-        ep, store = self.experts.ep, self.experts.store
-        assert ep is not None
-        route = Route.of(self.routing, plan, ep, self.shape.tokens, self.shape.top_k, self.inputs.x_TD.dtype)
+        ep, residents = self.experts.ep, self.experts.residents
+        tables = self.build_tables(plan)
         row = self.inputs.x_TD.element_size() * self.shape.dim
-        told, heard = (sum(n for r, n in enumerate(by) if r != ep.rank) for by in (route.announced, route.heard))
-        copies = 2 * (sum(route.copies_out) + sum(route.copies_in)) * row  # x out, sums back; both again backward
+        announced, received = (
+            sum(n for r, n in enumerate(by) if r != ep.rank) for by in (tables.announced, tables.received)
+        )
+        copies = 2 * (sum(tables.copies_out) + sum(tables.copies_in)) * row  # x out, sums back; both again backward
         expert = self.shape.weights * self.inputs.x_TD.element_size()
         loans = 0
-        store.admit(plan)
+        residents.admit(plan)
         for number, home, guest in plan.guests():
             if home == ep.rank:
-                loans += 1 if store.keeps_RE[guest, number] else 2  # those that do not stay are lent again
+                loans += 1 if residents.keeps_RE[guest, number] else 2  # those that do not stay are lent again
             loans += guest == ep.rank  # its gradient
-        store.close()
-        return copies + told * NOTE_BYTES + heard * WEIGHT_GRADIENT_BYTES + loans * expert
+        residents.end_backward(is_final=True)
+        return copies + announced * ANNOUNCEMENT_BYTES + received * WEIGHT_GRADIENT_BYTES + loans * expert
 
 
 class Gemms:
@@ -196,16 +203,18 @@ class Setup:
     reference: Cell  # our layer, balanced; rows move nowhere
 
     @classmethod
-    def of(cls, mesh: Mesh, shape: Shape, seed: int) -> "Setup":
+    def make(cls, mesh: Mesh, shape: Shape, seed: int, backend: str | None = None) -> "Setup":
+        """Measure this machine's costs and draw a layer; `backend` as in `KernelChoice`."""
         torch.manual_seed(seed + mesh.rank)
-        costs = calibrate.measure(mesh, layer_of(shape))
-        experts, inputs = build(shape, mesh.ep, mesh.device), Inputs.of(shape, mesh.device)
+        costs = calibrate.measure(mesh, layer_of(shape), backend)
+        experts, inputs = build(shape, mesh.ep, mesh.device), Inputs.draw(shape, mesh.device)
+        use_kernels(experts, KernelChoice(backend, frozenset(costs.by_torch)))
         gemms = Gemms(shape, mesh.ep.size, mesh.device)
-        reference = Cell.of(cases.BALANCED, "home", shape, experts, inputs, costs, seed)
+        reference = Cell.draw(cases.BALANCED, "home", shape, experts, inputs, costs, seed)
         return cls(shape, experts, inputs, costs, seed, gemms, reference)
 
     def cell(self, scenario: str, planner: str) -> Cell:
-        return Cell.of(scenario, planner, self.shape, self.experts, self.inputs, self.costs, self.seed)
+        return Cell.draw(scenario, planner, self.shape, self.experts, self.inputs, self.costs, self.seed)
 
 
 Timed = Callable[[], tuple[float, float]]

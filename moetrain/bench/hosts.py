@@ -95,7 +95,7 @@ def _measure_and_write(options: argparse.Namespace, mesh: Mesh) -> None:
 
 def records(mesh: Mesh, shape: Shape, scenarios: Sequence[str], per_host: int, repeats: int) -> Records:
     """One record for every scenario and way, the same on every rank."""
-    setup = Setup.of(mesh, shape, seed=0)
+    setup = Setup.make(mesh, shape, seed=0)
     found: Records = []
     for scenario in scenarios:
         cells = [setup.cell(scenario, way.planner) for way in WAYS]

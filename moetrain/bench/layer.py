@@ -26,7 +26,6 @@ from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.launch import local
-from moetrain.moe.kernels import api as kernels
 from moetrain.training.ranks import run_on_rank
 
 SETTLE = 2  # runs of a cell before it is timed
@@ -54,9 +53,9 @@ def _measure_all(options: argparse.Namespace, grid: Grid, mesh: Mesh) -> None:
     dtypes = {asked: precision.agree(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
     grid = replace(grid, shapes=[replace(s, dtype=dtypes[s.dtype]) for s in grid.shapes])
     if options.virtual_ranks:
-        found = by_kernels(grid, lambda: virtual.records(mesh, grid, options.virtual_ranks))
+        found = by_kernels(grid, lambda backend: virtual.records(mesh, grid, options.virtual_ranks, backend))
     else:
-        found = by_kernels(grid, lambda: records(mesh, grid))
+        found = by_kernels(grid, lambda backend: records(mesh, grid, backend))
     others = peers.records(mesh, grid) if options.peers else []
     if not mesh.is_main:
         return
@@ -68,12 +67,12 @@ def _measure_all(options: argparse.Namespace, grid: Grid, mesh: Mesh) -> None:
     peers.publish(others, options.out)
 
 
-def by_kernels(grid: Grid, measure: Callable[[], Records]) -> Records:
+def by_kernels(grid: Grid, measure: Callable[[str | None], Records]) -> Records:
     """The records with each backend of the kernels, by name."""
     found: Records = []
     for name in grid.kernels:
-        with kernels.using(None if name == KERNELS[0] else name):
-            found += [{**record, "kernels": name} for record in measure()]
+        backend = None if name == KERNELS[0] else name
+        found += [{**record, "kernels": name} for record in measure(backend)]
     return found
 
 
@@ -85,7 +84,7 @@ def folder(out: Path | None, name: str, grid: Grid) -> Path | None:
     return out / name
 
 
-def records(mesh: Mesh, grid: Grid) -> Records:
+def records(mesh: Mesh, grid: Grid, backend: str | None) -> Records:
     """One record for every shape, scenario and planner, the same on every rank."""
     names = [(shape, cases.chosen(grid.patterns, shape.experts)) for shape in grid.shapes]
     total = sum(len(scenarios) for _, scenarios in names) * len(grid.planners)
@@ -101,15 +100,17 @@ def records(mesh: Mesh, grid: Grid) -> Records:
             progress.refresh()
 
         for shape, scenarios in names:
-            found += measure(mesh, shape, scenarios, grid, tell)
+            found += measure(mesh, shape, scenarios, grid, backend, tell)
     return found
 
 
-def measure(mesh: Mesh, shape: Shape, scenarios: list[str], grid: Grid, tell: Callable[[str, int], None]) -> Records:
+def measure(
+    mesh: Mesh, shape: Shape, scenarios: list[str], grid: Grid, backend: str | None, tell: Callable[[str, int], None]
+) -> Records:
     """The records of one shape."""
     ep, device = mesh.ep, mesh.device
     tell(f"{shape}: warming up", 0)
-    setup = Setup.of(mesh, shape, grid.seed)
+    setup = Setup.make(mesh, shape, grid.seed, backend)
     gemms, reference = setup.gemms, setup.reference
     for _ in range(grid.warmup):  # until the heap has its size
         gemms.run()

@@ -49,7 +49,7 @@ def records(mesh: Mesh, grid: Grid) -> Records:
                 if mesh.is_main:
                     errors.print(f"{name}: left out, {error}")
                 continue
-            setup = setup or Setup.of(mesh, shape, grid.seed)
+            setup = setup or Setup.make(mesh, shape, grid.seed)
             for scenario in (BALANCED, HOT):
                 found.append({"planner": f"{name} {version}", **_measure(mesh, grid, setup, module, scenario)})
     return found

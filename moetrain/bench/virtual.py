@@ -30,33 +30,33 @@ from moetrain.common.console import errors
 from moetrain.distributed.mesh import ExpertGroup, Mesh
 from moetrain.engine import calibrate
 from moetrain.engine.precision import DTYPES
-from moetrain.moe.exchange.dispatch import Route
 from moetrain.moe.experts import Experts
+from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.planning.cost import Costs, default_costs, layer_time
 from moetrain.moe.planning.plan import Plan
 
-Mail = dict[tuple[int, int], Tensor]  # (source, destination) -> announcements
+Announcements = dict[tuple[int, int], Tensor]  # by (source, destination)
 NOISE = 1 << 20
 
 
-class _Posted(Exception):
-    """The announcements are in the mail; there is no more to be had from this rank yet."""
+class AnnouncementsIncomplete(Exception):
+    """Announcements of other ranks are missing; there is no more to be had from this rank yet."""
 
 
-class _Arrival:
+class _Transfer:
     def __init__(self, complete: bool) -> None:
         self._complete = complete
 
     def wait(self) -> None:
         if not self._complete:
-            raise _Posted
+            raise AnnouncementsIncomplete
 
 
-class Post:
-    """What the virtual ranks share: announcements in the mail, and noise for everything else."""
+class SharedTraffic:
+    """What the virtual ranks share: the announcements of all of them, and noise for everything else."""
 
     def __init__(self, device: torch.device) -> None:
-        self.mail: Mail = {}
+        self.announcements: Announcements = {}
         noise = torch.randn(NOISE, device=device).mul_(0.1)
         self._noise = {dtype: noise.to(dtype) for dtype in DTYPES.values()}
 
@@ -66,43 +66,44 @@ class Post:
         flat[whole:].copy_(noise[: len(flat) - whole])
 
 
-class Links:
+class VirtualLinks:
     """In place of a process group: one rank's side of every all-to-all, with nobody at the other end."""
 
-    def __init__(self, rank: int, size: int, post: Post) -> None:
-        self._rank, self._size, self._post = rank, size, post
+    def __init__(self, rank: int, size: int, traffic: SharedTraffic) -> None:
+        self._rank, self._size, self._traffic = rank, size, traffic
 
     def size(self) -> int:
         return self._size
 
-    def all_to_all_single(self, out: Tensor, rows: Tensor, receive: list[int], send: list[int], _: Any) -> _Arrival:
+    def all_to_all_single(self, out: Tensor, rows: Tensor, receive: list[int], send: list[int], _: Any) -> _Transfer:
         if rows.is_floating_point():
-            self._post.fill(out.view(-1))
-            return _Arrival(complete=True)
-        mail = self._post.mail
+            self._traffic.fill(out.view(-1))
+            return _Transfer(complete=True)
+        sent = self._traffic.announcements
         for to, part in enumerate(rows.split(send)):
-            mail[self._rank, to] = part
-        letters = [mail[source, self._rank] for source in range(self._size) if (source, self._rank) in mail]
-        complete = len(letters) == self._size
+            sent[self._rank, to] = part
+        parts = [sent[source, self._rank] for source in range(self._size) if (source, self._rank) in sent]
+        complete = len(parts) == self._size
         if complete:
-            torch.cat(letters, out=out)
-        return _Arrival(complete)
+            torch.cat(parts, out=out)
+        return _Transfer(complete)
 
     alltoall_base = all_to_all_single  # its name in older versions of torch
 
 
-def records(mesh: Mesh, grid: Grid, num_ranks: int) -> Records:
+def records(mesh: Mesh, grid: Grid, num_ranks: int, backend: str | None = None) -> Records:
     """One record for every shape, scenario and planner."""
     found: Records = []
     with Progress(console=errors, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("")
         for shape in grid.shapes:
             torch.manual_seed(grid.seed)
-            costs = costs_of(mesh, shape, num_ranks)
+            costs = measure_costs(mesh, shape, num_ranks, backend)
             gemm_s = gemm_seconds(shape, num_ranks, mesh.device, grid.repeats)
-            inputs = Inputs.of(shape, mesh.device)
-            weights = build(shape, _place(0, num_ranks, Post(mesh.device)), mesh.device)
-            runner = Runner(shape, num_ranks, grid, inputs, weights, costs)
+            inputs = Inputs.draw(shape, mesh.device)
+            weights = build(shape, make_group(0, num_ranks, SharedTraffic(mesh.device)), mesh.device)
+            kernels = KernelChoice(backend, frozenset(costs.by_torch))
+            runner = Runner(shape, num_ranks, grid, inputs, weights, costs, kernels)
             names = cases.chosen(grid.patterns, shape.experts)
             reference = runner.cell(BALANCED, "home")
             for done, (scenario, planner) in enumerate((s, p) for s in names for p in grid.planners):
@@ -126,13 +127,13 @@ def gemm_seconds(shape: Shape, num_ranks: int, device: torch.device, repeats: in
     return min(gemms.run()[1] for _ in range(1 + repeats))
 
 
-def costs_of(mesh: Mesh, shape: Shape, num_ranks: int) -> Costs:
+def measure_costs(mesh: Mesh, shape: Shape, num_ranks: int, backend: str | None = None) -> Costs:
     """Computation as measured on this device, with the experts of one of `num_ranks`; links, and what a guest costs
     besides its bytes, of the reference machine; the weight of a row as among `num_ranks`."""
     links = default_costs()
     layer = layer_of(shape, -(-shape.experts // num_ranks))
     return dataclasses.replace(
-        calibrate.measure(mesh, layer),
+        calibrate.measure(mesh, layer, backend),
         row_bytes=layer.row_bytes(num_ranks),
         inside=links.inside,
         between=links.between,
@@ -152,17 +153,18 @@ class Runner:
     inputs: Inputs
     weights: Experts
     costs: Costs
+    kernels: KernelChoice
     _warm: bool = False
 
     def cell(self, scenario: str, planner: str) -> dict[str, Any]:
         shape, device = self.shape, self.inputs.x_TD.device
         counts_RE = cases.counts(scenario, self.num_ranks, shape, self.grid.seed)
-        post = Post(device)
-        cells = [self._rank(rank, scenario, planner, post) for rank in range(self.num_ranks)]
+        traffic = SharedTraffic(device)
+        cells = [self._rank(rank, scenario, planner, traffic) for rank in range(self.num_ranks)]
         plan = cells[0].plan(counts_RE)
         for cell in cells:
-            with contextlib.suppress(_Posted):
-                self._tables(cell, plan)
+            with contextlib.suppress(AnnouncementsIncomplete):
+                cell.build_tables(plan)
         for _ in range(0 if self._warm else self.grid.warmup):
             cells[0].run(plan)
         self._warm = True
@@ -194,17 +196,13 @@ class Runner:
             "peak_memory_mib": max(part["peak"] for part in parts) / 2**20,
         }
 
-    def _rank(self, rank: int, scenario: str, planner: str, post: Post) -> Cell:
+    def _rank(self, rank: int, scenario: str, planner: str, traffic: SharedTraffic) -> Cell:
         with torch.device("meta"):
             experts = Experts(self.shape.dim, self.shape.hidden, self.shape.experts)
-        experts.shard(_place(rank, self.num_ranks, post), guest_slots=self.weights.store.slots)
+        experts.shard(make_group(rank, self.num_ranks, traffic), guest_slots=self.weights.residents.slots)
         experts.gate_up, experts.down = self.weights.gate_up, self.weights.down
-        return Cell.of(scenario, planner, self.shape, experts, self.inputs, self.costs, self.grid.seed)
-
-    def _tables(self, cell: Cell, plan: Plan) -> Route:
-        ep = cell.experts.ep
-        assert ep is not None
-        return Route.of(cell.routing, plan, ep, self.shape.tokens, self.shape.top_k, cell.inputs.x_TD.dtype)
+        use_kernels(experts, self.kernels)
+        return Cell.draw(scenario, planner, self.shape, experts, self.inputs, self.costs, self.grid.seed)
 
     def _measure(self, cell: Cell, plan: Plan) -> dict[str, Any]:
         """Least seconds of one rank's parts (nothing but noise adds to them here); its rows, bytes to send, peak."""
@@ -215,16 +213,16 @@ class Runner:
             began = now(device)
             cell.plan(plan.counts)
             planned = now(device)
-            route = self._tables(cell, plan)
+            tables = cell.build_tables(plan)
             indexed = now(device)
             times.append((planned - began, indexed - planned, *cell.run(plan)))
         names = ("plan", "index", "forward", "total")
         found = dict(zip(names, np.array(times).min(0).tolist(), strict=True))
-        return {**found, "rows": len(route.row_A), "sent": cell.bytes_sent(plan), "peak": peak}
+        return {**found, "rows": len(tables.row_A), "sent": cell.bytes_sent(plan), "peak": peak}
 
 
-def _place(rank: int, num_ranks: int, post: Post) -> ExpertGroup:
-    links = cast(Any, Links(rank, num_ranks, post))
+def make_group(rank: int, num_ranks: int, traffic: SharedTraffic) -> ExpertGroup:
+    links = cast(Any, VirtualLinks(rank, num_ranks, traffic))
     return ExpertGroup(rank, num_ranks, rows=links, lend=links)
 
 

@@ -16,7 +16,7 @@ from moetrain.engine import precision
 from moetrain.engine.entries import MOMENTS, Entries
 from moetrain.models.transformer import Transformer
 from moetrain.moe.experts import Experts
-from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.planning.cost import Costs
 from moetrain.moe.routing.base import Replicated
@@ -50,16 +50,15 @@ class Engine(ABC):
 
     def plan_with(self, costs: Costs) -> None:
         """What the planner decides with from now on, and which kernels compute."""
-        kernels.leave_to_torch(costs.by_torch)
+        use_kernels(self.model, KernelChoice(left_to_torch=frozenset(costs.by_torch)))
         again = 3 if self._recompute else 2  # forward, recompute, backward
         for moe in moes(self.model):
-            lends = 1 if moe.experts.store.slots else again
-            moe.costs = replace(costs, lends=lends)
+            moe.use_costs(replace(costs, lends=1 if moe.experts.residents.slots else again))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `last`: of this optimizer step's micro-steps, reduce them over the ranks."""
         for moe in moes(self.model):
-            moe.experts.store.last, moe.experts.store.later = last, len(moe.routers) - 1
+            moe.step.begin_backward(is_last_micro_batch=last)
         self._backward(loss, last)
         learning = [p for p in replicated(self.model) if p.requires_grad]
         if last and learning:
@@ -79,7 +78,7 @@ class Engine(ABC):
         else:
             self._forget()
         for moe in moes(self.model):
-            moe.experts.store.reset()  # weights have changed
+            moe.experts.residents.reset()  # weights have changed
         return norm
 
     @abstractmethod

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.moe import compiled
 from moetrain.moe.exchange.guests import Copy, Lending, Returning
-from moetrain.moe.kernels import api as kernels
 from moetrain.moe.kernels import cpu_gemm
+from moetrain.moe.kernels.api import PARTS, Backend, KernelChoice
+from moetrain.moe.kernels.bags import Bags
 from moetrain.moe.planning.cost import Costs, Link, Measured
 
 COSTS = "costs.json"  # in a run's folder and in its checkpoints
@@ -162,30 +164,30 @@ def of_tree(tree: Any) -> Costs | None:
         positive = [costs.row_forward, costs.row_backward, costs.row_bytes, costs.weight_bytes, costs.gradient_bytes]
         positive += [costs.inside.bandwidth, costs.between.bandwidth, costs.lends, *seconds]
         sound = bool(np.isfinite([*costs.vector(), *seconds]).all() and (costs.vector() >= 0).all())
-        sound = (
-            sound and min(positive) > 0 and costs.overlap <= 1 and all(each.part in kernels.PARTS for each in measured)
-        )
+        sound = sound and min(positive) > 0 and costs.overlap <= 1 and all(each.part in PARTS for each in measured)
         return costs if sound and all(type(node) is int and node >= 0 for node in costs.nodes) else None
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
         return None
 
 
-def measure(mesh: Mesh, layer: Layer) -> Costs:
-    """Costs of a layer on the ranks of `mesh.ep`, and which kernels are used from now on: those that they are of.
+def measure(mesh: Mesh, layer: Layer, backend: str | None = None) -> Costs:
+    """Costs of a layer on the ranks of `mesh.ep`, with the kernels that were found to be faster (`Costs.kernels`).
 
-    All ranks call it; a few seconds.
+    All ranks call it; a few seconds. `backend`: one of `kernels.api.BACKENDS` for the sums and the SwiGLU.
     """
     sizes = Sizes.of(layer, mesh.ep.size, mesh.device.type, min(_gather(mesh, _free_bytes(mesh.device))))
     segments, (few, many) = sizes.segments, sizes.rows
     works = [Work.of(layer, segments, rows, mesh.device) for rows in (few, many)]
-    measured = _compare(mesh, works[1])
+    measured = _compare(mesh, works[1], backend)
+    left = frozenset(each.part for each in measured if each.torch_is_faster)
+    kernels = works[1].choose(KernelChoice(backend, left))
     (forward_few, backward_few), (forward_many, backward_many) = (
-        (_time(mesh, work.forward), _time(mesh, work.backward)) for work in works
+        (_time(mesh, partial(work.forward, kernels)), _time(mesh, partial(work.backward, kernels))) for work in works
     )
     del works
     row_forward = max(forward_many - forward_few, 1e-9) / (segments * (many - few))
     row_backward = max(backward_many - backward_few, 1e-9) / (segments * (many - few))
-    padding = (kernels.row_step(layer.dtype, mesh.device) - 1) / 2  # rows, on average
+    padding = (kernels.row_step - 1) / 2  # rows, on average
     nodes = _nodes(mesh)
     same = [nodes[r] == nodes[mesh.ep.rank] for r in range(mesh.ep.size)]
     same[mesh.ep.rank] = False
@@ -229,7 +231,7 @@ class Work(NamedTuple):
     outer: Tensor  # [M, H]
     back: Tensor  # [M, D]
     weight: Tensor  # [M]
-    bags: kernels.Bags
+    bags: Bags
     sizes: list[int]  # [S]
 
     @classmethod
@@ -238,19 +240,23 @@ class Work(NamedTuple):
         dim, hidden, total = layer.dim, layer.hidden, rows * segments
         new = lambda *shape: torch.randn(shape, device=device).mul_(0.1).to(layer.dtype)  # noqa: E731
         gate_up, down, index = new(segments, 2 * hidden, dim), new(segments, dim, hidden), torch.arange(total)
-        bags = kernels.Bags.of(index.to(device) // 2, (total + 1) // 2, 2)
+        bags = Bags.group(index.to(device) // 2, (total + 1) // 2, 2)
         grads, weight = (torch.empty_like(gate_up), torch.empty_like(down)), torch.ones(total, device=device)
         inner, outer = new(total, 2 * hidden), new(total, hidden)
         sizes = [rows] * segments
         return cls(gate_up, down, grads, new(total, dim), inner, outer, new(total, dim), weight, bags, sizes)
 
-    def forward(self) -> None:
+    def choose(self, choice: KernelChoice) -> Backend:
+        """The kernels for these tensors."""
+        return choice.choose(self.x.device, self.x.dtype, (self.gate_up, self.down))
+
+    def forward(self, kernels: Backend) -> None:
         rows_MD = self.x.index_select(0, self.bags.row_M)
         kernels.segment_mm(rows_MD, self.gate_up, self.sizes, self.inner, transpose=True)
         kernels.segment_mm(kernels.swiglu(self.inner), self.down, self.sizes, self.back, transpose=True)
-        kernels.sum_rows(self.back, self.weight, self.bags, self.back.dtype)
+        kernels.sum_rows(self.back, self.weight, self.bags)
 
-    def backward(self) -> None:
+    def backward(self, kernels: Backend) -> None:
         rows_MD = self.x.index_select(0, self.bags.row_M)
         kernels.segment_mm(rows_MD, self.down, self.sizes, self.outer, transpose=False)
         part = self.inner.clone()
@@ -258,17 +264,17 @@ class Work(NamedTuple):
         kernels.segment_mm(part, self.gate_up, self.sizes, self.back, transpose=False)
         kernels.segment_outer(part, rows_MD, self.sizes, self.grads[0], add=False)
         kernels.segment_outer(rows_MD, self.outer, self.sizes, self.grads[1], add=False)
-        kernels.sum_rows(self.back, None, self.bags, self.back.dtype)
+        kernels.sum_rows(self.back, None, self.bags)
 
-    def sums(self) -> None:
-        kernels.sum_rows(self.back, self.weight, self.bags, self.back.dtype)
-        kernels.sum_rows(self.back, None, self.bags, self.back.dtype)
+    def sums(self, kernels: Backend) -> None:
+        kernels.sum_rows(self.back, self.weight, self.bags)
+        kernels.sum_rows(self.back, None, self.bags)
 
-    def swiglu(self) -> None:
+    def swiglu(self, kernels: Backend) -> None:
         kernels.swiglu(self.inner)
         kernels.swiglu_backward(self.inner.clone(), self.outer, self.weight)
 
-    def products(self) -> None:
+    def products(self, kernels: Backend) -> None:
         kernels.segment_mm(self.x, self.gate_up, self.sizes, self.inner, transpose=True)
         kernels.segment_mm(self.outer, self.down, self.sizes, self.back, transpose=True)
         kernels.segment_mm(self.x, self.down, self.sizes, self.outer, transpose=False)
@@ -277,23 +283,21 @@ class Work(NamedTuple):
         kernels.segment_outer(self.x, self.outer, self.sizes, self.grads[1], add=False)
 
 
-def _compare(mesh: Mesh, work: Work) -> tuple[Measured, ...]:
-    """The parts that every rank has kernels of our own for, beside torch's; the faster ones are used from now on."""
+def _compare(mesh: Mesh, work: Work, backend: str | None) -> tuple[Measured, ...]:
+    """The parts that every rank has kernels of our own for, beside torch's."""
     parts = {"sums": work.sums, "swiglu": work.swiglu, "products": work.products}
-    mine = " ".join(part for part in parts if kernels.has_own(part, work.x, work.inner, work.outer))
+    own = work.choose(KernelChoice(backend))
+    mine = " ".join(part for part in parts if own.has_own(part))
     ranks = [text.split() for text in gather_texts(mine, mesh.saving)]
     alone = torch.get_num_threads() == 1  # then others, which take turns with this thread, do not disturb
     found = []
     for part, run in parts.items():
         if all(part in here for here in ranks):
             seconds = []
-            for left in ([], [part]):
-                kernels.leave_to_torch(left)
-                seconds.append(_time(mesh, run, time.thread_time if alone else time.perf_counter))
+            for kernels in (own, work.choose(KernelChoice(backend, frozenset([part])))):
+                seconds.append(_time(mesh, partial(run, kernels), time.thread_time if alone else time.perf_counter))
             found.append([part, *seconds])
-    measured = tuple(Measured(*each) for each in json.loads(broadcast_text(json.dumps(found), mesh.device)))
-    kernels.leave_to_torch([each.part for each in measured if each.torch_is_faster])
-    return measured
+    return tuple(Measured(*each) for each in json.loads(broadcast_text(json.dumps(found), mesh.device)))
 
 
 def _link(mesh: Mesh, peers: list[bool], message_bytes: tuple[int, int]) -> Link | None:

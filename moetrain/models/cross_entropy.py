@@ -1,7 +1,8 @@
 """Cross entropy of a linear head without ever holding many logits.
 
 Logits of a chunk of tokens at a time, in forward and again in backward: memory is a chunk's, not tokens × vocabulary.
-On a CPU they stay for the backward if they are few, and the softmax takes one pass over memory (`moe.cpu_fused`).
+On a CPU they stay for the backward if they are few, and the softmax takes one pass over memory
+(`moe.kernels.cpu_fused`).
 
 T tokens, D model width, V vocabulary.
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moetrain.distributed.mesh import memory_of
 from moetrain.models.linear import add_outer, times, times_transposed
-from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels.api import DEFAULT_KERNELS, KernelChoice
 
 CHUNK_ELEMENTS, CHUNK_ROWS = 1 << 21, 128  # logits held at a time on a CPU; tokens, at least
 KEPT_BYTES = 64 << 20  # of logits that stay for the backward on a CPU: their product is not done again
@@ -22,12 +23,14 @@ GPU_ROWS = 1024  # tokens of a chunk, from which on its products fill a GPU
 WIDE_BYTES = 12  # of a logit in the dtype of x, and twice in fp32, where kernels do not take it as it is
 
 
-def linear_cross_entropy(x: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
-    """fp32 nats, in the shape of `target` [...]: -log softmax(x W^T)[target]; x [..., D].
+def linear_cross_entropy(
+    x: Tensor, weight_VD: Tensor, target: Tensor, kernels: KernelChoice = DEFAULT_KERNELS
+) -> Tensor:
+    """Return fp32 nats, in the shape of `target` [...]: -log softmax(x W^T)[target]; x [..., D].
 
     Products in the dtype of x, sums and exponentials in fp32.
     """
-    return _LinearCrossEntropy.apply(x.flatten(0, -2), weight_VD, target)
+    return _LinearCrossEntropy.apply(x.flatten(0, -2), weight_VD, target, kernels)
 
 
 def chunk_rows(vocabulary: int, device_bytes: int, logit_bytes: int) -> int:
@@ -40,8 +43,8 @@ def chunk_rows(vocabulary: int, device_bytes: int, logit_bytes: int) -> int:
     return rows // 128 * 128 or rows
 
 
-def _chunks(x_TD: Tensor, weight_VD: Tensor) -> list[slice]:
-    logit_bytes = x_TD.element_size() if kernels.has_fused_cross_entropy(x_TD) else WIDE_BYTES
+def _chunks(x_TD: Tensor, weight_VD: Tensor, is_fused: bool) -> list[slice]:
+    logit_bytes = x_TD.element_size() if is_fused else WIDE_BYTES
     size = chunk_rows(len(weight_VD), memory_of(x_TD.device), logit_bytes)
     return [slice(begin, begin + size) for begin in range(0, len(x_TD), size)]
 
@@ -52,13 +55,15 @@ def _keeps(x_TD: Tensor, weight_VD: Tensor) -> bool:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target: Tensor, choice: KernelChoice) -> Tensor:
+        kernels = choice.choose(x_TD.device, x_TD.dtype)
+        ctx.kernels, ctx.choice = kernels, choice
         target_T = target.flatten()
         nats = x_TD.new_empty(target.shape, dtype=torch.float32)
         nats_T, lse_T = nats.view(-1), torch.empty_like(nats).view(-1)
         keeps, kept = any(ctx.needs_input_grad) and _keeps(x_TD, weight_VD), []
-        for part in _chunks(x_TD, weight_VD):
-            logits_TV = times_transposed(x_TD[part], weight_VD)
+        for part in _chunks(x_TD, weight_VD, kernels.has_fused_cross_entropy):
+            logits_TV = times_transposed(x_TD[part], weight_VD, choice)
             nats_T[part], lse_T[part] = kernels.cross_entropy(logits_TV, target_T[part])
             if keeps:
                 kept.append(logits_TV)
@@ -71,9 +76,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_TD, weight_VD, target_T, lse_T, *kept = ctx.saved_tensors
         grad_x_TD = torch.empty_like(x_TD)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for number, part in enumerate(_chunks(x_TD, weight_VD)):
-            logits_TV = kept[number] if kept else times_transposed(x_TD[part], weight_VD)
+        kernels, choice = ctx.kernels, ctx.choice
+        for number, part in enumerate(_chunks(x_TD, weight_VD, kernels.has_fused_cross_entropy)):
+            logits_TV = kept[number] if kept else times_transposed(x_TD[part], weight_VD, choice)
             grad_TV = kernels.cross_entropy_backward(logits_TV, target_T[part], lse_T[part], grad_T[part])
-            grad_x_TD[part] = times(grad_TV, weight_VD)
-            add_outer(grad_TV, x_TD[part], grad_weight_VD)
-        return grad_x_TD, grad_weight_VD.to(weight_VD.dtype), None
+            grad_x_TD[part] = times(grad_TV, weight_VD, choice)
+            add_outer(grad_TV, x_TD[part], grad_weight_VD, choice)
+        return grad_x_TD, grad_weight_VD.to(weight_VD.dtype), None, None

@@ -247,7 +247,7 @@ class Transformer(nn.Module):
         x, stats = self._hidden(tokens, document, domain, sample, choices or ())
         if targets is None:
             return self.head(x), stats
-        return linear_cross_entropy(x, self.head.weight, targets), stats
+        return linear_cross_entropy(x, self.head.weight, targets, self.head.kernel_choice), stats
 
     @torch.no_grad()
     def count(

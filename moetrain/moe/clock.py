@@ -16,18 +16,18 @@ PHASES = ("route", "plan", "lend", "dispatch", "experts", "combine")
 BACKWARD_PHASES = ("backward_lend", "backward_dispatch", "backward_experts", "backward_combine")
 WAITS = ("wait_counts", "wait_dispatch", "wait_combine", "backward_wait_dispatch", "backward_wait_combine")
 
-Mark = Callable[[str], None]  # is told a phase when it begins
+Observer = Callable[[str], None]  # is called with the name of a phase when it begins
 
 
-def unmarked(phase: str) -> None:
-    pass
+def ignore_phase(phase: str) -> None:
+    """Observe nothing."""
 
 
 class Clock:
     """Adds up the phases of one layer and micro-step; `seconds()` may wait for the device."""
 
-    def __init__(self, device: torch.device, mark: Mark = unmarked) -> None:
-        self._mark = mark
+    def __init__(self, device: torch.device, observer: Observer = ignore_phase) -> None:
+        self._observe = observer
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
         self._running = True
@@ -47,7 +47,7 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A part of the forward."""
-        self._mark(name)
+        self._observe(name)
         if not self._running:
             yield
             return
@@ -57,7 +57,7 @@ class Clock:
     @contextmanager
     def backward(self, name: str) -> Iterator[None]:
         """A part of the backward; it is called `backward_` and `name`."""
-        self._mark(f"backward_{name}")
+        self._observe(f"backward_{name}")
         with self._marked(f"backward_{name}"):
             yield
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from moetrain.common.errors import ConfigError
 from moetrain.common.registry import Options
 from moetrain.distributed.comm import all_gather
-from moetrain.moe.clock import Clock, Mark, unmarked
+from moetrain.moe.clock import Clock
+from moetrain.moe.context import StepContext
 from moetrain.moe.experts import Experts
-from moetrain.moe.kernels.api import positions
+from moetrain.moe.kernels.bags import find_true
 from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions, ZeroComputeOptions
 from moetrain.moe.planning.cost import Costs, State
 from moetrain.moe.planning.eplb import remember
@@ -125,7 +126,7 @@ class MoE(nn.Module):
         kind = ROUTERS[router]
         self.router = kind(dim, num_all, options, index)
         self.later_routers = nn.ModuleList(kind(dim, num_all, options, index + i) for i in range(1, passes))
-        self.experts = Experts(dim, hidden, experts)
+        self.experts = Experts(dim, hidden, experts, num_passes=passes)
         self.zero_compute = ZeroCompute(dim, experts, others) if others.total else None
         self.shared = shared
         self.capacity_factor = options.capacity_factor
@@ -133,7 +134,6 @@ class MoE(nn.Module):
         self.plan_with(planner, planner_options)
         self.costs: Costs | None = None  # of this machine; None: those of the reference machine
         self.past_E: Floats | None = None  # [E] rows of the expert group in training so far, the later the heavier
-        self.mark: Mark = unmarked
         if others.total:
             self.room_weights = (others.tau,) * experts + (1.0,) * others.total
             for one in self.routers:
@@ -172,6 +172,15 @@ class MoE(nn.Module):
         return self.compute(x_TD, scores, decision), LayerStats.of(scores, decision), carry
 
     @property
+    def step(self) -> StepContext:
+        """What the layer knows of the optimizer step; the training loop tells it."""
+        return self.experts.step
+
+    def use_costs(self, costs: Costs) -> None:
+        """Have the planner decide with these costs from now on."""
+        self.costs = costs
+
+    @property
     def routers(self) -> list[Router]:
         """In the order of the layer's statistics."""
         return [self.router, *cast(list[Router], list(self.later_routers))]
@@ -188,7 +197,7 @@ class MoE(nn.Module):
         The layer's one host sync: the counts of all ranks of the expert group.
         """
         scores = Scores(*(x.detach() for x in scores))
-        clock = Clock(scores.logits_TE.device, self.mark)
+        clock = Clock(scores.logits_TE.device, self.step.observer)
         (num_tokens, num_all), num_experts = scores.logits_TE.shape, self.experts.num_experts
         with clock.phase("route"):
             if choice is None:
@@ -208,13 +217,13 @@ class MoE(nn.Module):
                 gathered = all_gather(facts, ep.rows).cpu().numpy()
         with clock.phase("plan"):
             counts_RE: Ints = gathered[:, :-1]
-            rows_N = None if is_row_N is None else positions(is_row_N, int(counts_RE[ep.rank].sum()))
-            store, home = self.experts.store, self.experts.home
-            state = State(resident=store.keeps_RE, past=self.past_E)
+            rows_N = None if is_row_N is None else find_true(is_row_N, int(counts_RE[ep.rank].sum()))
+            residents, home = self.experts.residents, self.experts.home
+            state = State(resident=residents.keeps_RE, past=self.past_E)
             plan = self.planner(counts_RE, home, self.costs, self.experts.limits, state)
-            num_lent = len(store.missing(plan))
+            num_lent = len(residents.list_missing(plan))
             if torch.is_grad_enabled():
-                store.admit(plan)
+                residents.admit(plan)
                 self.past_E = remember(self.past_E, counts_RE)
         return Decision(choice, kept_N, rows_N, plan, int(gathered[:, -1].max()), counts_E, kept_E, num_lent, clock)
 

@@ -90,7 +90,7 @@ class Watch:
         """Have every MoE layer tell the heartbeat in which phase it is."""
         for number, layer in enumerate(model.layers):
             for moe in (module for module in layer.modules() if isinstance(module, MoE)):
-                moe.mark = partial(self._heartbeat.mark_phase, number)
+                moe.step.observe(partial(self._heartbeat.mark_phase, number))
 
     def begin(self, step: int) -> None:
         self._heartbeat.begin_step(step)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from moetrain import config
 from moetrain.bench import virtual
 from moetrain.bench.cases import Shape
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import calibrate
-from moetrain.moe.kernels import api as kernels
+from moetrain.engine import base, calibrate
 from moetrain.moe.kernels import cpu_gemm
+from moetrain.moe.kernels.api import PARTS, KernelChoice, use_kernels
 from moetrain.moe.planning.cost import Costs, Measured, default_costs
 from moetrain.training.loop import train
 
@@ -77,7 +78,9 @@ def test_what_a_row_and_an_expert_cost_is_found_from_two_sizes(pool, device: str
 
 
 def virtual_costs(mesh: Mesh, num_ranks: int) -> Costs:
-    return virtual.costs_of(mesh, Shape(16, LAYER.dim, LAYER.hidden, LAYER.experts, LAYER.top_k, "fp32"), num_ranks)
+    return virtual.measure_costs(
+        mesh, Shape(16, LAYER.dim, LAYER.hidden, LAYER.experts, LAYER.top_k, "fp32"), num_ranks
+    )
 
 
 def test_virtual_ranks_are_planned_with_the_links_of_as_many(pool) -> None:
@@ -142,7 +145,9 @@ def seconds_by(torch_seconds: dict[str, float]) -> Callable[..., float]:
 
     def seconds(mesh: Mesh, work: Callable[[], object], clock: object = None) -> float:
         work()
-        return torch_seconds.get(min(kernels._by_torch, default=""), 1.0)
+        part = work.func.__name__ if isinstance(work, partial) else ""
+        by_torch = part in PARTS and not work.args[0].has_own(part)
+        return torch_seconds.get(part, 1.0) if by_torch else 1.0
 
     return seconds
 
@@ -151,8 +156,8 @@ def compared(mesh: Mesh, layer: calibrate.Layer, torch_seconds: list[dict[str, f
     """(the parts compared, those that torch computes from now on) where ranks are as fast as that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_time", seconds_by(torch_seconds[mesh.rank]))
-        found = calibrate._compare(mesh, calibrate.Work.of(layer, 2, 4, mesh.device))
-    return [each.part for each in found], sorted(kernels._by_torch)
+        found = calibrate._compare(mesh, calibrate.Work.of(layer, 2, 4, mesh.device), None)
+    return [each.part for each in found], [each.part for each in found if each.torch_is_faster]
 
 
 def test_the_faster_kernels_are_used_and_all_ranks_use_the_same(pool) -> None:
@@ -167,13 +172,15 @@ def test_the_faster_kernels_are_used_and_all_ranks_use_the_same(pool) -> None:
 
 def losses_with(mesh: Mesh, cache: str, parts: list[str], overrides: list[str]) -> tuple[list[float], list[str]]:
     """(losses, what torch computed) of a run on a machine where torch is faster at `parts`; nothing is known of it."""
+    chosen: list[KernelChoice] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", cache)
-        faster = dict.fromkeys(kernels.PARTS, 2.0) | dict.fromkeys(parts, 0.5)
+        patch.setattr(base, "use_kernels", lambda model, choice: (chosen.append(choice), use_kernels(model, choice)))
+        faster = dict.fromkeys(PARTS, 2.0) | dict.fromkeys(parts, 0.5)
         patch.setattr(calibrate, "_time", seconds_by(faster))
         folder = train(config.load(overrides), mesh)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row], sorted(kernels._by_torch)
+    return [row["train/lm_loss"] for row in rows if "train/lm_loss" in row], sorted(chosen[-1].left_to_torch)
 
 
 def test_a_run_goes_on_with_the_kernels_that_it_began_with(pool, tiny, tmp_path: Path) -> None:

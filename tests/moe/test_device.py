@@ -12,7 +12,7 @@ from moetrain.distributed import comm
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.initialise import initialise
 from moetrain.models.transformer import build_moe
-from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.layer import MoE
 from moetrain.moe.routing.balance import BalanceLoss
 from moetrain.observe.collect.health import RouterSums
@@ -48,6 +48,7 @@ def one_step(mesh: Mesh, overrides: list[str]) -> int:
         if isinstance(module, MoE):
             module.experts.shard(mesh.ep, 1, settings.engine.max_rows, settings.train.recompute != "selective")
     initialise(model, 0)
+    use_kernels(model, KernelChoice(backend="torch"))
     to_gpu(model)
     model.at_step(0, settings.train)
     generator = torch.Generator().manual_seed(mesh.rank)
@@ -56,7 +57,7 @@ def one_step(mesh: Mesh, overrides: list[str]) -> int:
     document, domain, sample, inputs, targets = (
         OnGpu(x) for x in (*about, torch.arange(2), tokens[:, :-1], tokens[:, 1:])
     )
-    with mock.patch.dict(comm._lanes, clear=True), kernels.using("torch"), device():
+    with mock.patch.dict(comm._lanes, clear=True), device():
         balance = BalanceLoss(balance_options(settings.balance), model.routers, 64, 16, mesh.ep.size)
         within = document if settings.data.attend_within_documents else None
         choices = balance.foresee(model.count(inputs, within, domain, sample)) if balance.looks_ahead else None
@@ -86,10 +87,11 @@ def one_layer(mesh: Mesh, overrides: list[str]) -> tuple[Counter[str], Counter[s
         for parameter in layer.parameters():
             parameter.normal_(0, 0.1)
     layer.experts.shard(mesh.ep)
+    use_kernels(layer, KernelChoice(backend="torch"))
     to_gpu(layer)
     x_TD = OnGpu(torch.randn(64, settings.model.dim)).requires_grad_()
     upstream_TD = OnGpu(torch.randn(64, settings.model.dim))
-    with mock.patch.dict(comm._lanes, clear=True), kernels.using("torch"), device() as counted:
+    with mock.patch.dict(comm._lanes, clear=True), device() as counted:
         y_TD, stats, _ = layer.forward_with_stats(x_TD)
         forward = counted.copy()
         backward(y_TD, upstream_TD)

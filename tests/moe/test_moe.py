@@ -17,7 +17,9 @@ from moetrain.moe.clock import Clock
 from moetrain.moe.exchange import dispatch, guests
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels import api as kernels
-from moetrain.moe.kernels import cpu_fused, cpu_gemm
+from moetrain.moe.kernels import cpu_fused, cpu_gemm, reference
+from moetrain.moe.kernels.api import KernelChoice
+from moetrain.moe.kernels.bags import Bags
 from moetrain.moe.planning import PLANNERS, default_home
 from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing.base import Routing
@@ -191,12 +193,13 @@ def micro_steps(mesh: Mesh, plans: list[Any], slots: int) -> list[Any]:
     for step, name in enumerate(plans):
         x, routing, upstream = case(mesh.rank, tokens[mesh.rank], 2)
         plan = make_plan(counts_of(tokens, 2), name)
-        experts.store.admit(plan)
-        lent.append(len(experts.store.missing(plan)))
-        experts.store.last = step == len(plans) - 1
-        experts(x, routing, plan, 2, Clock(mesh.device)).backward(upstream)
-    assert not experts.store.weights
-    assert not experts.store.grads
+        experts.residents.admit(plan)
+        lent.append(len(experts.residents.list_missing(plan)))
+        y = experts(x, routing, plan, 2, Clock(mesh.device))
+        experts.step.begin_backward(is_last_micro_batch=step == len(plans) - 1)
+        y.backward(upstream)
+    assert not experts.residents.weights
+    assert not experts.residents.grads
     return [experts.gate_up.grad, experts.down.grad, lent]
 
 
@@ -251,9 +254,10 @@ def once_per_rank(mesh: Mesh) -> tuple[int, int]:
     counts = np.zeros((2, E), np.int64)
     counts[0, E // 2 : E // 2 + 2] = counts[1, :2] = 10
     plan = PLANNERS["home"](counts, default_home(E, 2))
-    route = dispatch.Route.of(routing, plan, mesh.ep, 10, 2, torch.float32)
-    assert len(route.pool_M) == 20
-    return sum(route.copies_out), sum(route.copies_in)
+    backend = KernelChoice().choose(mesh.device, torch.float32)
+    tables = dispatch.DispatchTables.build(routing, plan, mesh.ep, backend, 10, 2)
+    assert len(tables.pool_M) == 20
+    return sum(tables.copies_out), sum(tables.copies_in)
 
 
 def test_a_token_goes_to_a_rank_once(pool) -> None:
@@ -345,7 +349,7 @@ def padded_or_not(mesh: Mesh) -> None:
     """As where bf16 products are torch's: every segment padded with rows of weight zero."""
     plain = layer_on_ranks(mesh, [30, 20], 2, "llep")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "row_step", lambda *_: 16)
+        patch.setattr(KernelChoice, "_find_row_step", lambda *_: 16)
         padded = layer_on_ranks(mesh, [30, 20], 2, "llep")
     for name in plain:
         torch.testing.assert_close(padded[name], plain[name])
@@ -360,7 +364,7 @@ def test_the_llep_case_really_lends() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cpu_kernels_equal_the_plain_ones(monkeypatch, dtype: torch.dtype) -> None:
+def test_cpu_kernels_equal_the_plain_ones(dtype: torch.dtype) -> None:
     """The fused kernels against plain torch in fp64, to the rounding of the dtype; odd sizes, empty bags, extremes."""
     torch.manual_seed(0)
     near = {"rtol": 8e-3 if dtype == torch.bfloat16 else 2e-6, "atol": 1e-5}
@@ -368,18 +372,17 @@ def test_cpu_kernels_equal_the_plain_ones(monkeypatch, dtype: torch.dtype) -> No
     gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, 88.0])
     rows, own = torch.randn(37, D).to(dtype), torch.randn(50, D).to(dtype)
     bag = torch.randint(0, 45, (37,))
-    bags = kernels.Bags.of(bag, 50, int(torch.bincount(bag).max()))
+    bags = Bags.group(bag, 50, int(torch.bincount(bag).max()))
 
-    def run(wide: Any) -> list[Tensor]:
-        changed = wide(gate_up).clone(), wide(grad).clone()
-        hidden = kernels.swiglu(changed[0].clone())
-        of_weight = kernels.swiglu_backward(*changed, weight if wide(rows).dtype != torch.float64 else weight.double())
-        summed = kernels.sum_rows(wide(rows), weight, bags, wide(rows).dtype)
-        return [hidden, *changed, of_weight, summed, kernels.add_rows(wide(own), wide(rows), bags)]
+    def run(wide: torch.dtype) -> list[Tensor]:
+        backend = KernelChoice().choose(torch.device("cpu"), wide)
+        changed = gate_up.to(wide, copy=True), grad.to(wide, copy=True)
+        hidden = backend.swiglu(changed[0].clone())
+        of_weight = backend.swiglu_backward(*changed, weight.double() if wide == torch.float64 else weight)
+        summed = backend.sum_rows(rows.to(wide), weight, bags)
+        return [hidden, *changed, of_weight, summed, backend.sum_rows(rows.to(wide), None, bags, own.to(wide))]
 
-    fast = run(lambda t: t)
-    monkeypatch.setattr(cpu_fused, "fits", lambda *_: False)
-    for ours, theirs in zip(fast, run(lambda t: t.double()), strict=True):
+    for ours, theirs in zip(run(dtype), run(torch.float64), strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), **near)
 
 
@@ -401,20 +404,21 @@ def test_grouped_products_equal_the_loop_over_segments(monkeypatch, dtype: torch
     if by != "own":
         monkeypatch.setattr(cpu_gemm, "able", lambda *_: False)
     if by == "grouped_mm":  # as GPUs have it
-        monkeypatch.setattr(kernels, "_grouped", lambda *_: True)
+        monkeypatch.setattr(kernels, "use_grouped_mm", lambda *_: True)
     sizes, width, hidden = [0, 1, 7, 1025, 40, 2052], 96, 160
     rows, left = torch.randn(sum(sizes), width).to(dtype), torch.randn(sum(sizes), hidden).to(dtype)
     weights = torch.randn(len(sizes), hidden, width).to(dtype)
     out, back, grads = torch.empty_like(left), torch.empty_like(rows), torch.empty_like(weights)
+    backend = KernelChoice().choose(torch.device("cpu"), dtype, (weights,))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        kernels.segment_mm(rows, weights, sizes, out, transpose=True)
-        kernels.segment_mm(left, list(weights), sizes, back, transpose=False)
-        grads = kernels.segment_outer(left, rows, sizes, grads, add=False)
-        whole = kernels.segment_outer(left[1:], rows[1:], sizes[2:], grads[2:].clone(), add=False)
+        backend.segment_mm(rows, weights, sizes, out, transpose=True)
+        backend.segment_mm(left, list(weights), sizes, back, transpose=False)
+        grads = backend.segment_outer(left, rows, sizes, grads, add=False)
+        whole = backend.segment_outer(left[1:], rows[1:], sizes[2:], grads[2:].clone(), add=False)
         twice = [grad.clone() for grad in grads]
-        kernels.segment_outer(left, rows, sizes, twice, add=True)
+        backend.segment_outer(left, rows, sizes, twice, add=True)
     finally:
         torch.set_num_threads(before)
     for s, (row, other) in enumerate(zip(rows.double().split(sizes), left.double().split(sizes), strict=True)):
@@ -437,7 +441,7 @@ def test_grouped_products_equal_the_loop_over_segments(monkeypatch, dtype: torch
 )
 def test_a_gpu_groups_products_where_it_can(monkeypatch, dtype: torch.dtype, hopper: bool, grouped: bool) -> None:
     monkeypatch.setattr(kernels, "has_grouped_mm", lambda: hopper)
-    assert kernels._grouped(torch.empty(8, 8, dtype=dtype, device="meta")) == grouped
+    assert kernels.use_grouped_mm(torch.device("meta"), dtype) == grouped
 
 
 @pytest.mark.parametrize("part", kernels.PARTS)
@@ -449,24 +453,32 @@ def test_a_part_left_to_torch_is_torchs_alone(monkeypatch, part: str) -> None:
     for name, (module, function) in own.items():
         before = getattr(module, function) if name != "products" else _loop
         monkeypatch.setattr(module, function, lambda *a, n=name, b=before: (calls.append(n), b(*a))[1])
-    rows, weight, bags = torch.randn(6, 2 * H), torch.randn(1, H, D), kernels.Bags.of(torch.arange(6) // 2, 3, 2)
+    rows, weight, bags = torch.randn(6, 2 * H), torch.randn(1, H, D), Bags.group(torch.arange(6) // 2, 3, 2)
 
-    def run() -> list[Tensor]:
-        hidden, out = kernels.swiglu(rows), torch.empty(6, D)
-        kernels.segment_mm(hidden, weight, [6], out, transpose=False)
-        return [hidden, out, kernels.sum_rows(out, torch.ones(6), bags, out.dtype)]
+    def run(left: list[str]) -> list[Tensor]:
+        backend = KernelChoice(left_to_torch=frozenset(left)).choose(rows.device, rows.dtype, (weight,))
+        hidden, out = backend.swiglu(rows), torch.empty(6, D)
+        backend.segment_mm(hidden, weight, [6], out, transpose=False)
+        nats, _ = backend.cross_entropy(rows, torch.arange(6))
+        return [hidden, out, backend.sum_rows(out, torch.ones(6), bags), nats]
 
-    ours = run()
+    ours = run([])
     assert sorted(calls) == sorted(kernels.PARTS)
     calls.clear()
-    kernels.leave_to_torch([part])
-    try:
-        theirs = run()
-    finally:
-        kernels.leave_to_torch(())
+    theirs = run([part])
     assert sorted(calls) == sorted(set(kernels.PARTS) - {part})
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_cross_entropy_is_left_to_torch_with_the_swiglu() -> None:
+    """Both compute exponentials element by element, from one module; calibration times the SwiGLU."""
+    own = KernelChoice().choose(torch.device("cpu"), torch.float32)
+    left = KernelChoice(left_to_torch=frozenset(["swiglu"])).choose(torch.device("cpu"), torch.float32)
+    assert own.pointwise is cpu_fused
+    assert left.pointwise is reference
+    assert own.has_fused_cross_entropy
+    assert not left.has_fused_cross_entropy
 
 
 def _loop(rows: Tensor, weights: Tensor, sizes: list[int], out: Tensor, transpose: bool) -> None:
@@ -501,8 +513,9 @@ def test_bf16_products_are_ours_only_where_the_cpu_has_the_instructions(
 def test_cpu_kernels_round_as_torch_does() -> None:
     values = torch.cat([torch.randn(500), torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 1e-40, 3.4e38])])
     halves = values.bfloat16()
-    bags = kernels.Bags.of(torch.arange(1), 1, 1)
-    weighted = kernels.sum_rows(halves[None], torch.tensor([1.0 / 3]), bags, torch.bfloat16)
+    bags = Bags.group(torch.arange(1), 1, 1)
+    backend = KernelChoice().choose(halves.device, halves.dtype)
+    weighted = backend.sum_rows(halves[None], torch.tensor([1.0 / 3]), bags)
     expected = (halves.float() * torch.tensor(1.0 / 3)).bfloat16()
     assert torch.equal(weighted[0].isnan(), expected.isnan())
     assert torch.equal(weighted[0].nan_to_num(), expected.nan_to_num())
@@ -515,10 +528,10 @@ def test_a_loan_lists_what_leaves_and_what_comes() -> None:
         [(0, 0, 4), (0, 2, 4), (0, 1, 4), (1, 1, 12), (2, 2, 8), (2, 0, 4)],
     )
     assert plan.guests() == [(0, 0, 1), (0, 0, 2), (2, 2, 0)]
-    first, second = guests.ways(plan.guests(), 10)
+    first, second = guests.plan_slices(plan.guests(), 10)
     assert first == [(0, 1, 0, 0, 10), (0, 2, 0, 0, 10), (2, 0, 2, 0, 10)]
     assert second == []
-    first, second = guests.ways([(5, 0, 1), (5, 0, 2), (5, 0, 3)], 10)  # one slice to each, which passes it on
+    first, second = guests.plan_slices([(5, 0, 1), (5, 0, 2), (5, 0, 3)], 10)  # one slice to each, which passes it on
     assert first == [(0, 1, 5, 0, 3), (0, 2, 5, 3, 6), (0, 3, 5, 6, 10)]
     assert second == [
         (1, 2, 5, 0, 3),

@@ -18,6 +18,8 @@ from moetrain import config
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.transformer import build_moe
 from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels.api import KernelChoice
+from moetrain.moe.kernels.bags import Bags
 from tests import oracle
 from tests.pool import Pool
 from tests.training.test_train import losses, run
@@ -41,17 +43,18 @@ def on_device(mesh: Mesh, dtype: torch.dtype) -> None:
     def found(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         new = lambda t: t.to(device, dtype, copy=True)  # noqa: E731
         out, grads = new(torch.empty(128, narrow)), new(torch.zeros(5, narrow, wide))
-        kernels.segment_mm(new(rows), new(weights), sizes, out, transpose=True)
-        grads = kernels.segment_outer(new(other), new(rows), sizes, grads, add=False)
-        full = kernels.segment_outer(new(other), new(rows), [37, 1, 90], grads[:3].clone(), add=False)
-        twice = kernels.segment_outer(new(other), new(rows), sizes, grads.clone(), add=True)
-        bags = kernels.Bags.of(bag.to(device), 50, most)
+        backend = KernelChoice().choose(device, dtype, (out, grads))
+        backend.segment_mm(new(rows), new(weights), sizes, out, transpose=True)
+        grads = backend.segment_outer(new(other), new(rows), sizes, grads, add=False)
+        full = backend.segment_outer(new(other), new(rows), [37, 1, 90], grads[:3].clone(), add=False)
+        twice = backend.segment_outer(new(other), new(rows), sizes, grads.clone(), add=True)
+        bags = Bags.group(bag.to(device), 50, most)
         weight = scale.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         gate_up, grad = new(rows), new(rows[:, : wide // 2])
-        hidden = kernels.swiglu(gate_up.clone())
-        of_weight = kernels.swiglu_backward(gate_up, grad, weight)
-        summed = kernels.sum_rows(new(rows), weight, bags, dtype)
-        more = kernels.add_rows(new(rows[:50]), new(rows), bags)
+        hidden = backend.swiglu(gate_up.clone())
+        of_weight = backend.swiglu_backward(gate_up, grad, weight)
+        summed = backend.sum_rows(new(rows), weight, bags)
+        more = backend.sum_rows(new(rows), None, bags, new(rows[:50]))
         return [out, grads, full, twice, hidden, gate_up, grad, of_weight, summed, more]
 
     near = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 2e-5, "atol": 2e-5}
@@ -70,6 +73,10 @@ def test_kernels_equal_those_of_the_cpu(pool: Pool, dtype: torch.dtype) -> None:
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def choose(backend: str, dtype: torch.dtype) -> kernels.Backend:
+    return KernelChoice(backend).choose(torch.device("cuda"), dtype)
 
 
 @pytest.mark.parametrize(
@@ -93,21 +100,20 @@ def test_triton_kernels_equal_plain_torch(
     draw = lambda rows, wide: torch.randn(rows, wide + gap, device="cuda", dtype=dtype)[:, :wide]  # noqa: E731
     rows, own, weight = draw(num_rows, width), draw(num_bags, width), torch.rand(num_rows, device="cuda")
     bag = torch.randint(0, max(num_bags - 1, 1), (num_rows,), device="cuda")  # the last one is empty
-    bags = kernels.Bags.of(bag, num_bags, int(torch.bincount(bag, minlength=1).max()))
+    bags = Bags.group(bag, num_bags, int(torch.bincount(bag, minlength=1).max()))
 
     def sums(backend: str) -> list[Tensor]:
-        with kernels.using(backend):
-            summed = [kernels.sum_rows(rows, w, bags, dtype) for w in (weight, None)]
-            return [*summed, kernels.add_rows(own, rows, bags)]
+        chosen = choose(backend, dtype)
+        return [chosen.sum_rows(rows, w, bags, o) for w, o in ((weight, None), (None, None), (None, own))]
 
     half = width // 2
     grad = draw(num_rows, half)
 
     def gated(backend: str, wide: torch.dtype) -> list[Tensor]:
-        with kernels.using(backend):
-            changed = [t.to(wide, copy=True) for t in (rows[:, : 2 * half], grad)]
-            hidden = kernels.swiglu(changed[0])
-            return [hidden, *changed, kernels.swiglu_backward(*changed, weight)]
+        chosen = choose(backend, wide)
+        changed = [t.to(wide, copy=True) for t in (rows[:, : 2 * half], grad)]
+        hidden = chosen.swiglu(changed[0])
+        return [hidden, *changed, chosen.swiglu_backward(*changed, weight)]
 
     for ours, again, theirs in zip(sums("triton"), sums("triton"), sums("torch"), strict=True):
         assert torch.equal(ours, theirs)
@@ -128,9 +134,9 @@ def test_triton_cross_entropy_equals_plain_torch(dtype: torch.dtype, num_rows: i
     target = torch.randint(width, (num_rows,), device="cuda")
 
     def found(backend: str) -> list[Tensor]:
-        with kernels.using(backend):
-            nats, lse = kernels.cross_entropy(logits, target)
-            return [nats, lse, kernels.cross_entropy_backward(logits.clone(), target, lse, grad)]
+        chosen = choose(backend, dtype)
+        nats, lse = chosen.cross_entropy(logits, target)
+        return [nats, lse, chosen.cross_entropy_backward(logits.clone(), target, lse, grad)]
 
     for ours, again, theirs in zip(found("triton"), found("triton"), found("torch"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=8e-3 if ours.dtype == BF16 else 2e-5, atol=2e-5)
@@ -143,20 +149,20 @@ def test_triton_kernels_reach_rows_beyond_two_to_the_31_elements() -> None:
     rows[-last:] = torch.randn(last, width, device="cuda")
     grad, weight = torch.randn(len(rows), width // 2, device="cuda").bfloat16(), torch.rand(len(rows), device="cuda")
     row = torch.arange(len(rows) - last, len(rows), device="cuda")
-    bags = kernels.Bags(row, torch.tensor([0, 3, last], device="cuda"), last)
+    bags = Bags(row, torch.tensor([0, 3, last], device="cuda"), last)
     few = [t[-last:].clone() for t in (rows, grad, weight)]
-    few_bags = kernels.Bags(row - row[0], bags.begin_B, last)
-    with kernels.using("triton"):
-        summed = kernels.sum_rows(rows, weight, bags, BF16), kernels.sum_rows(few[0], few[2], few_bags, BF16)
-        hidden = kernels.swiglu(rows)[-last:], kernels.swiglu(few[0])
-        of_weight = kernels.swiglu_backward(rows, grad, weight)[-last:], kernels.swiglu_backward(*few)
+    few_bags = Bags(row - row[0], bags.begin_B, last)
+    triton = choose("triton", BF16)
+    summed = triton.sum_rows(rows, weight, bags), triton.sum_rows(few[0], few[2], few_bags)
+    hidden = triton.swiglu(rows)[-last:], triton.swiglu(few[0])
+    of_weight = triton.swiglu_backward(rows, grad, weight)[-last:], triton.swiglu_backward(*few)
     for far, near in (summed, hidden, of_weight, (rows[-last:], few[0]), (grad[-last:], few[1])):
         assert near.any()
         assert torch.equal(far, near)
 
 
 def test_triton_is_what_a_gpu_uses() -> None:
-    assert kernels._triton() is not None
+    assert kernels.find_triton() is not None
 
 
 def whole_layer(mesh: Mesh, options: list[str]) -> None:

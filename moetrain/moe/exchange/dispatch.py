@@ -2,19 +2,21 @@
 
 A token goes to a rank once, however many of its experts are computed there; what is computed where it lies does not
 travel at all. Every rank announces its selections (which of the copies it sends, and the weight), so that partial
-sums are formed where the experts are. The two directions are each other's transpose: `spread` brings a [T, D]
-tensor to the rows of the slots, `gather` sums rows back into [T, D]; the backward uses them the other way round.
+sums are formed where the experts are. The two directions are each other's transpose: dispatch brings a [T, D]
+tensor to the rows of the slots, combine sums rows back into [T, D]; the backward uses them the other way round. What
+travels and is computed are *rows*: token copies, one for each selection of an expert.
 
 The dispatcher holds no parameters and never asks who made the plan. Sums run in fp32 and in a fixed order, without
 atomic adds, so that a repeat is equal bit for bit on any device.
 
 T tokens here, D width, N selections made here, C copies sent, P pool: T own tokens, then the copies that arrived,
-M rows computed here, A of them announced and the others padding of weight zero (`kernels.row_step`), S slots here, R
+M rows computed here, A of them announced and the others padding of weight zero (`Backend.row_step`), S slots here, R
 ranks, E experts.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,24 +24,39 @@ from torch import Tensor
 
 from moetrain.distributed.comm import Pending, outgoing, start_all_to_all
 from moetrain.distributed.mesh import ExpertGroup
-from moetrain.moe.kernels import api as kernels
-from moetrain.moe.kernels.api import Bags
+from moetrain.moe.kernels.api import Backend
+from moetrain.moe.kernels.bags import Bags, find_true, sort_stably
 from moetrain.moe.planning.plan import Ints, Plan
 from moetrain.moe.routing.base import Routing
 
 Runs = tuple[Ints, Ints]  # values, and how often each of them
 
 
+class Tokens(NamedTuple):
+    """Tokens, or their gradients, on their way to the ranks that compute with them."""
+
+    pool_PD: Tensor  # complete when `pending` is
+    pending: Pending
+
+
+class Sums(NamedTuple):
+    """Partial sums on their way back to the tokens' ranks."""
+
+    own_TD: Tensor
+    pending: Pending  # [C, D] those of the copies
+
+
 @dataclass(frozen=True)
-class Route:
-    """One rank's tables for one layer and micro-step."""
+class DispatchTables:
+    """One rank's index tables for one layer and micro-step: which rows travel where, and back."""
 
     ep: ExpertGroup
+    kernels: Backend
     selection_N: Tensor  # which selection is the n-th announced (by rank, then expert)
-    note_N: Tensor  # where its announcement stands
+    announcement_N: Tensor  # where its announcement stands
     announced: list[int]  # [R] selections announced to each rank, and one header
-    heard: list[int]  # [R] what each rank announced here
-    arrived_A: Tensor  # where the announcement of each real row stands among those heard; rows slot by slot
+    received: list[int]  # [R] what each rank announced here
+    arrived_A: Tensor  # where the announcement of each real row stands among those received; rows slot by slot
     row_A: Tensor  # and where the row stands among the M
     token_C: Tensor  # tokens whose copies leave, by rank
     copies_out: list[int]  # [R]
@@ -52,38 +69,38 @@ class Route:
     most: int  # selections of a token
 
     @classmethod
-    def of(
-        cls, routing: Routing, plan: Plan, ep: ExpertGroup, num_tokens: int, most: int, dtype: torch.dtype
-    ) -> "Route":
-        """Announces the selections to the ranks that compute them. One host sync: how many copies come and go.
+    def build(
+        cls, routing: Routing, plan: Plan, ep: ExpertGroup, kernels: Backend, num_tokens: int, most: int
+    ) -> "DispatchTables":
+        """Announce the selections to the ranks that compute them. One host sync: how many copies come and go.
 
-        `most`: selections of a token, on any rank; `dtype`: of the rows.
+        All ranks of the group call it. `num_tokens`: T; `most`: selections of a token, on any rank.
         """
         me, device = ep.rank, routing.expert_N.device
         sent_ER, received_RE, slots_S = plan.rows(me), plan.received(me), plan.slots(me)
-        to_rank, came_RS = sent_ER.sum(0), received_RE[:, slots_S]
-        announced, heard = to_rank + 1, received_RE.sum(1) + 1  # a header stands before every rank's
-        real_S, step = came_RS.sum(0), kernels.row_step(dtype, device)
+        to_rank, arriving_RS = sent_ER.sum(0), received_RE[:, slots_S]
+        announced, received = to_rank + 1, received_RE.sum(1) + 1  # a header stands before every rank's
+        real_S, step = arriving_RS.sum(0), kernels.row_step
         rows_S = -(-real_S // step) * step
         ranks, once = np.arange(ep.size), np.ones(ep.size, np.int64)
 
         # Selections sorted by expert; then each expert's run is cut into what every rank gets.
-        (order_N, note_N, arrived_A, row_A), (header_R, heard_R, first_N, source_A) = _expand(
+        (order_N, announcement_N, arrived_A, row_A), (header_R, received_R, first_N, source_A) = _expand(
             device,
             rising=[
                 _regroup(sent_ER),
                 (ranks + 1, to_rank),
-                _regroup(received_RE, slots_S, np.cumsum(heard) - heard + 1),
+                _regroup(received_RE, slots_S, np.cumsum(received) - received + 1),
                 (np.cumsum(rows_S - real_S) - (rows_S - real_S), real_S),
             ],
             level=[
                 (np.cumsum(announced) - announced, once),
-                (np.cumsum(heard) - heard, once),
+                (np.cumsum(received) - received, once),
                 (ranks * num_tokens, to_rank),
-                (np.tile(ranks, len(slots_S)), came_RS.T.ravel()),
+                (np.tile(ranks, len(slots_S)), arriving_RS.T.ravel()),
             ],
         )
-        selection_N = kernels.stable_argsort(routing.expert_N).index_select(0, order_N)
+        selection_N = sort_stably(routing.expert_N).index_select(0, order_N)
         token_N = routing.token_N.index_select(0, selection_N)
         cell_N = first_N + token_N  # of [R, T]
         goes_RT = torch.zeros(ep.size * num_tokens, dtype=torch.bool, device=device)
@@ -95,21 +112,21 @@ class Route:
         torch.arange(1, num_tokens + 1, out=place_RT[me])
         place_N = place_RT.view(-1).index_select(0, cell_N)
 
-        notes = torch.empty(int(announced.sum()), 2, dtype=torch.int32, device=device)
-        notes[header_R, 0] = copies_R
-        notes[note_N] = torch.stack(
+        announcements = torch.empty(int(announced.sum()), 2, dtype=torch.int32, device=device)
+        announcements[header_R, 0] = copies_R
+        announcements[announcement_N] = torch.stack(
             [place_N, routing.weight_N.detach().index_select(0, selection_N).view(torch.int32)], 1
         )
-        notes = start_all_to_all(notes, announced.tolist(), heard.tolist(), ep.rows).wait()
+        announcements = start_all_to_all(announcements, announced.tolist(), received.tolist(), ep.rows).wait()
 
-        came_R = notes[heard_R, 0]
-        came_R[me].fill_(0)
-        base_R = came_R.cumsum(0) - came_R + (num_tokens - 1)  # places count from one
+        arriving_R = announcements[received_R, 0]
+        arriving_R[me].fill_(0)
+        base_R = arriving_R.cumsum(0) - arriving_R + (num_tokens - 1)  # places count from one
         base_R[me].fill_(-1)
-        note_A2 = notes.index_select(0, arrived_A)
-        pool_A = note_A2[:, 0] + base_R.index_select(0, source_A)
-        weight_A = note_A2[:, 1].contiguous().view(torch.float32)
-        copies_out, copies_in = torch.stack([copies_R, came_R]).tolist()  # the host sync
+        announcement_A2 = announcements.index_select(0, arrived_A)
+        pool_A = announcement_A2[:, 0] + base_R.index_select(0, source_A)
+        weight_A = announcement_A2[:, 1].contiguous().view(torch.float32)
+        copies_out, copies_in = torch.stack([copies_R, arriving_R]).tolist()  # the host sync
         num_rows, num_pool = int(rows_S.sum()), num_tokens + sum(copies_in)
         pool_M = bag_M = pool_A
         weight_M = weight_A
@@ -121,13 +138,14 @@ class Route:
             bag_M[row_A] = pool_A
             weight_M = torch.zeros(num_rows, device=device)
             weight_M[row_A] = weight_A
-        token_C = kernels.positions(goes_RT.view(-1), sum(copies_out)) % max(num_tokens, 1)
+        token_C = find_true(goes_RT.view(-1), sum(copies_out)) % max(num_tokens, 1)
         return cls(
             ep=ep,
+            kernels=kernels,
             selection_N=selection_N,
-            note_N=note_N,
+            announcement_N=announcement_N,
             announced=announced.tolist(),
-            heard=heard.tolist(),
+            received=received.tolist(),
             arrived_A=arrived_A,
             row_A=row_A,
             token_C=token_C,
@@ -145,49 +163,50 @@ class Route:
     @cached_property
     def rows_of_pool(self) -> Bags:
         """The rows that read each entry of the pool."""
-        return Bags.of(self.bag_M, self.num_tokens + sum(self.copies_in), self.most)
+        return Bags.group(self.bag_M, self.num_tokens + sum(self.copies_in), self.most)
 
     @cached_property
     def copies_of_token(self) -> Bags:
-        return Bags.of(self.token_C, self.num_tokens, min(self.most, self.ep.size - 1))
+        """The copies of each token that were sent."""
+        return Bags.group(self.token_C, self.num_tokens, min(self.most, self.ep.size - 1))
 
-    def start_spread(self, x_TD: Tensor) -> tuple[Tensor, Pending]:
+    def start_dispatch(self, x_TD: Tensor) -> Tokens:
         """Begin to fill the pool [P, D]: own tokens, and the copies under way."""
         if self.ep.size == 1:
-            return x_TD, Pending(x_TD, None)
+            return Tokens(x_TD, Pending(x_TD, None))
         pool_PD = x_TD.new_empty(len(x_TD) + sum(self.copies_in), x_TD.shape[1])
         leaving_CD = outgoing(x_TD, len(self.token_C), self.ep.rows)
         torch.index_select(x_TD, 0, self.token_C, out=leaving_CD)
         pending = start_all_to_all(leaving_CD, self.copies_out, self.copies_in, self.ep.rows, out=pool_PD[len(x_TD) :])
         pool_PD[: len(x_TD)] = x_TD
-        return pool_PD, pending
+        return Tokens(pool_PD, pending)
 
-    def start_gather(self, rows_MD: Tensor, weight_M: Tensor | None) -> tuple[Tensor, Pending]:
-        """Sum the rows of every entry of the pool; send the sums of others' copies back. ([T, D], the rest pending)"""
-        sums_PD = kernels.sum_rows(rows_MD, weight_M, self.rows_of_pool, rows_MD.dtype)
+    def start_combine(self, rows_MD: Tensor, weight_M: Tensor | None) -> Sums:
+        """Sum the rows of every entry of the pool, times their weights; begin to send those of others' copies back."""
+        sums_PD = self.kernels.sum_rows(rows_MD, weight_M, self.rows_of_pool)
         if self.ep.size == 1:
-            return sums_PD, Pending(sums_PD, None)
+            return Sums(sums_PD, Pending(sums_PD, None))
         num_tokens = len(sums_PD) - sum(self.copies_in)
         back = start_all_to_all(sums_PD[num_tokens:], self.copies_in, self.copies_out, self.ep.rows)
-        return sums_PD[:num_tokens], back
+        return Sums(sums_PD[:num_tokens], back)
 
-    def finish_gather(self, own_TD: Tensor, pending: Pending) -> Tensor:
-        """[T, D]: own sums, and those that came back."""
+    def finish_combine(self, sums: Sums) -> Tensor:
+        """Wait; return [T, D]: own sums, and those that came back."""
         if self.ep.size == 1:
-            return own_TD
-        return kernels.add_rows(own_TD, pending.wait(), self.copies_of_token)
+            return sums.own_TD
+        return self.kernels.sum_rows(sums.pending.wait(), None, self.copies_of_token, sums.own_TD)
 
-    def start_return(self, value_M: Tensor) -> Pending:
-        """Send a number per row back to where its selection was made, headers and all."""
-        heard = value_M.new_zeros(sum(self.heard))
-        heard[self.arrived_A] = value_M.index_select(0, self.row_A)
-        return start_all_to_all(heard, self.heard, self.announced, self.ep.rows)
+    def start_returning(self, value_M: Tensor) -> Pending:
+        """Begin to send a number per row back to where its selection was made, headers and all."""
+        received = value_M.new_zeros(sum(self.received))
+        received[self.arrived_A] = value_M.index_select(0, self.row_A)
+        return start_all_to_all(received, self.received, self.announced, self.ep.rows)
 
-    def finish_return(self, pending: Pending) -> Tensor:
-        """[N] the numbers, by selection."""
-        came = pending.wait()
-        out_N = came.new_empty(len(self.selection_N))
-        out_N[self.selection_N] = came.index_select(0, self.note_N)
+    def finish_returning(self, pending: Pending) -> Tensor:
+        """Wait; return [N] the numbers, by selection."""
+        arrived = pending.wait()
+        out_N = arrived.new_empty(len(self.selection_N))
+        out_N[self.selection_N] = arrived.index_select(0, self.announcement_N)
         return out_N
 
 

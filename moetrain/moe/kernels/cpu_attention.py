@@ -2,7 +2,7 @@
 
 In the order of FlashAttention (Dao et al., 2022): scores of a block of queries at a time, of which the backward keeps
 no more than a number a row. All keys of a block fit beside it, so a row's softmax is done at once, and keys behind the
-block are left out. Products run through the tile of `cpu_gemm`, the softmax in fp32 in between.
+block are left out. Products run through the tile of `cpu_gemm_code`, the softmax in fp32 in between.
 
 B sequences, L positions, A heads, G key/value heads, C head width; addresses and strides in bytes.
 """
@@ -17,7 +17,8 @@ from torch import Tensor
 from moetrain.moe.compiled import njit
 from moetrain.moe.kernels import cpu_gemm
 from moetrain.moe.kernels.cpu_fused import LOG2_E, array, narrow, power_of_two, share, wide
-from moetrain.moe.kernels.cpu_gemm import PANEL, pack, pack_left, pack_transposed, scratch, tile, tiles
+from moetrain.moe.kernels.cpu_gemm import pack, pack_left, pack_transposed, scratch, tiles
+from moetrain.moe.kernels.cpu_gemm_code import PANEL, tile
 
 ROWS = 64  # queries of a block
 _compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "arcp", "nsz"})

@@ -1,4 +1,4 @@
-"""The sums and the SwiGLU of `kernels`, for the CPU: one pass over memory, compiled by numba; fp32 and bf16.
+"""The sums, the SwiGLU and the cross entropy for the CPU: one pass over memory, compiled by numba; fp32 and bf16.
 
 bf16 comes as its bits (uint16), is widened to fp32 and rounded back. Work is split over torch's threads by rows, so
 results do not depend on their number.
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moetrain.moe.compiled import njit
+from moetrain.moe.kernels.bags import Bags
 
 Array = NDArray[Any]
 LOG2_E = np.float32(1.4426950408889634)
@@ -156,47 +157,45 @@ def _cross_entropy_backward(begin, end, logits, target, lse, grad, out):  # type
         out[t, own] = narrow(g * (probability - np.float32(1.0)), out[t, own])
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether these kernels take them: on the CPU, all bf16 or all fp32, rows one after another."""
-    return all(t.device.type == "cpu" and t.dtype == tensors[0].dtype and t.is_contiguous() for t in tensors) and (
-        tensors[0].dtype in (torch.float32, torch.bfloat16)
-    )
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether these kernels compute with such tensors: on the CPU, in bf16 or fp32."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
 def swiglu(gate_up_MH2: Tensor) -> Tensor:
-    """[M, 2H] -> [M, H]."""
+    """As `Backend.swiglu`."""
     out = gate_up_MH2.new_empty(len(gate_up_MH2), gate_up_MH2.shape[1] // 2)
     _by_rows(len(out), _swiglu, array(gate_up_MH2), array(out))
     return out
 
 
 def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> Tensor:
-    """As `kernels.swiglu_backward`, in place."""
+    """As `Backend.swiglu_backward`, in place."""
     out = torch.empty_like(weight_M)
     arrays = array(gate_up_MH2), array(grad_MH), array(weight_M), array(out)
     _by_rows(len(out), _swiglu_backward, *arrays)
     return out
 
 
-def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, row_M: Tensor, begin_B: Tensor, own_BD: Tensor | None) -> Tensor:
-    """[B, D]: own row, if any, and the bag's rows, weighted, in order."""
-    out = rows_MD.new_empty(len(begin_B) - 1, rows_MD.shape[1])
+def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, bags: Bags, own_BD: Tensor | None = None) -> Tensor:
+    """As `Backend.sum_rows`."""
+    out = rows_MD.new_empty(len(bags.begin_B) - 1, rows_MD.shape[1])
     weight = torch.empty(0) if weight_M is None else weight_M
     own = rows_MD.new_empty(0, rows_MD.shape[1]) if own_BD is None else own_BD
-    arrays = [array(t) for t in (rows_MD, weight, row_M, begin_B, own, out)]
+    arrays = [array(t) for t in (rows_MD, weight, bags.row_M, bags.begin_B, own, out)]
     _by_rows(len(out), _sum_rows, *arrays)
     return out
 
 
 def cross_entropy(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """As `kernels.cross_entropy`."""
+    """As `Backend.cross_entropy`."""
     nats_T, lse_T = (torch.empty(len(logits_TV)) for _ in range(2))
     _by_rows(len(logits_TV), _cross_entropy, *(array(t) for t in (logits_TV, target_T, lse_T, nats_T)))
     return nats_T, lse_T
 
 
 def cross_entropy_backward(logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, grad_T: Tensor) -> Tensor:
-    """As `kernels.cross_entropy_backward`; the logits stay."""
+    """As `Backend.cross_entropy_backward`; the logits stay."""
     out_TV = torch.empty_like(logits_TV)
     arrays = (array(t) for t in (logits_TV, target_T, lse_T, grad_T, out_TV))
     _by_rows(len(logits_TV), _cross_entropy_backward, *arrays)

@@ -5,9 +5,7 @@ A product per segment through `torch.mm` reorders its weights for every call and
 of rows. Here weights are packed once per product, in passes that read memory in order, and one register tile serves
 any number of rows: no padding, and a segment of few rows costs little more than reading its weights.
 
-The tile: 8 rows × 32 columns of fp32 sums in registers, `vdpbf16ps` adding two products to each at a time, or an fma
-one. The right operand comes packed in panels of 32 columns, [lanes of K][32]; a lane of four bytes is a pair of bf16
-or one fp32, and of the left operand one is broadcast.
+The right operand comes packed in panels of 32 columns, [lanes of K][32], as the tile of `cpu_gemm_code` reads it.
 The loops around it keep a panel in L1 and a block of left rows in L2 (Goto and van de Geijn, 2008).
 
 M rows, K summed over, N columns; addresses, strides and the size of an element in bytes.
@@ -15,214 +13,34 @@ M rows, K summed over, N columns; addresses, strides and the size of an element 
 
 import os
 import threading
-from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from moetrain.moe.compiled import njit
 from moetrain.moe.kernels.cpu_fused import share
+from moetrain.moe.kernels.cpu_gemm_code import (
+    PANEL,
+    copy_lanes,
+    pair_rows,
+    prefetch,
+    tile,
+    transpose_pairs,
+    widen_lanes,
+)
+from moetrain.moe.kernels.reference import Matrices
 
-PANEL = 32  # columns
 GROUP = 4  # panels that are packed together
 FEW = 128  # rows, up to which weights are read once and in order
 FEW_DEPTH = 256  # rows of them at a time
 ROW_BLOCK = 512 << 10  # bytes of left rows that stay in L2
 SUM_LANES = 512  # of a weight gradient's sum that are packed at a time
 
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_HALVES, _PAIRS, _SUMS = ir.VectorType(_I16, 16), ir.VectorType(_I32, 16), ir.VectorType(_F32, 16)
 _compiled = partial(njit, nogil=True, error_model="numpy")
-_intrinsic: Any = intrinsic
-
-
-def _at(builder: Any, base: Any, kind: Any, stride: Any = None, times: int = 0, plus: int = 0) -> Any:
-    """A pointer to base + stride · times + plus."""
-    if stride is not None:
-        base = builder.add(base, builder.mul(stride, ir.Constant(_I64, times)))
-    return builder.inttoptr(builder.add(base, ir.Constant(_I64, plus)), kind.as_pointer())
-
-
-def _emit_fetch(builder: Any, at: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [_I32.as_pointer(), _I32, _I32, _I32])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(fetch, [at, *(ir.Constant(_I32, n) for n in (0, 2, 1))])  # to read, into L2, data
-
-
-def _emit_tile(builder: Any, rows: int, wide: bool, arguments: Any) -> None:
-    """A tile of `rows` × 32; `wide`: of fp32."""
-    left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair = arguments
-    zero = ir.Constant(_I64, 0)
-    call = lambda name, kind: cgutils.get_or_insert_function(builder.module, kind, name)  # noqa: E731
-    if wide:
-        operand = _SUMS
-        fma = call("llvm.fma.v16f32", ir.FunctionType(_SUMS, [_SUMS, _SUMS, _SUMS]))
-        dot = lambda total, left, right: builder.call(fma, [left, right, total])  # noqa: E731
-    else:
-        operand = _PAIRS
-        dots = call("llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]))
-        dot = lambda total, left, right: builder.call(dots, [total, left, right])  # noqa: E731
-    to_bf16 = call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(_HALVES, [_SUMS]))
-    cells = [(m, v) for m in range(rows) for v in (0, 1)]
-    before = builder.block
-    load, loop, end, short, full, done = (
-        builder.function.append_basic_block(name) for name in ("load", "loop", "end", "short", "full", "done")
-    )
-    builder.cbranch(builder.icmp_signed("!=", start, zero), load, loop)
-
-    builder.position_at_end(load)
-    begun = [builder.load(_at(builder, start, _SUMS, plus=128 * m + 64 * v), align=4) for m, v in cells]
-    builder.branch(loop)
-
-    builder.position_at_end(loop)
-    turn, at_left, at_panel, at_ahead = (builder.phi(_I64) for _ in range(4))
-    sums = [builder.phi(_SUMS) for _ in cells]
-    for phi, value in ((turn, zero), (at_left, left), (at_panel, panel), (at_ahead, ahead)):
-        phi.add_incoming(value, before)
-        phi.add_incoming(value, load)
-    for phi, value in zip(sums, begun, strict=True):
-        phi.add_incoming(ir.Constant(_SUMS, [0.0] * 16), before)
-        phi.add_incoming(value, load)
-    right = [builder.load(_at(builder, at_panel, operand, plus=64 * v), align=4) for v in (0, 1)]
-    none = ir.Constant(operand, ir.Undefined)
-    found = []
-    for m in range(rows):
-        pair = builder.load(_at(builder, at_left, operand.element, left_row, m), align=2)
-        first = builder.insert_element(none, pair, ir.Constant(_I32, 0))
-        everywhere = builder.shuffle_vector(first, none, ir.Constant(_PAIRS, [0] * 16))
-        found += [dot(sums[2 * m + v], everywhere, right[v]) for v in (0, 1)]
-    _emit_fetch(builder, _at(builder, at_ahead, _I32))
-    one, panel_pair = (ir.Constant(_I64, n) for n in (1, 128))
-    steps = ((turn, one), (at_left, left_pair), (at_panel, panel_pair), (at_ahead, ahead_pair))
-    for phi, step in steps:
-        phi.add_incoming(builder.add(phi, step), loop)
-    for phi, value in zip(sums, found, strict=True):
-        phi.add_incoming(value, loop)
-    more = builder.icmp_signed("<", builder.add(turn, ir.Constant(_I64, 1)), pairs)
-    builder.cbranch(more, loop, end)
-
-    builder.position_at_end(end)
-    builder.cbranch(builder.icmp_signed("!=", narrow, zero), short, full)
-    builder.position_at_end(short)
-    halves = [] if wide else [builder.call(to_bf16, [value]) for value in found]
-    both = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
-    for m in range(0 if wide else rows):
-        row = builder.shuffle_vector(halves[2 * m], halves[2 * m + 1], both)
-        builder.store(row, _at(builder, out, ir.VectorType(_I16, 32), out_row, m), align=2)
-    builder.branch(done)
-    builder.position_at_end(full)
-    for (m, v), value in zip(cells, found, strict=True):
-        builder.store(value, _at(builder, out, _SUMS, out_row, m, plus=64 * v), align=4)
-    builder.branch(done)
-    builder.position_at_end(done)
-
-
-@_intrinsic
-def tile(typing, kind, left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair):  # type: ignore[no-untyped-def]
-    """A tile of 1 to 8 rows × 32. `kind`: its rows, and 8 more for fp32; `start`: address of fp32 sums [rows, 32] to
-    begin with, or 0; `narrow`: bf16 out; `ahead`: what is fetched meanwhile, a line for every lane, `ahead_pair`
-    apart."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        over = builder.function.append_basic_block("over")
-        choose = builder.switch(arguments[0], over)
-        for kind in range(1, 17):
-            block = builder.function.append_basic_block(f"kind{kind}")
-            choose.add_case(ir.Constant(_I64, kind), block)
-            builder.position_at_end(block)
-            _emit_tile(builder, (kind - 1) % 8 + 1, kind > 8, arguments[1:])
-            builder.branch(over)
-        builder.position_at_end(over)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 12), code
-
-
-@_intrinsic
-def _fetch(typing, address):  # type: ignore[no-untyped-def]
-    """Bring it into L2; nothing if there is no such memory."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _emit_fetch(builder, _at(builder, arguments[0], _I32))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), code
-
-
-@_intrinsic
-def _transpose(typing, source, source_row, to, to_row):  # type: ignore[no-untyped-def]
-    """16 × 16 pairs; what the next panel will read is fetched ahead."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, source_row, to, to_row = arguments
-        for m in range(16):
-            _emit_fetch(builder, _at(builder, source, _I32, source_row, m + PANEL))
-        rows = [builder.load(_at(builder, source, _PAIRS, source_row, m), align=2) for m in range(16)]
-        for bit in (8, 4, 2, 1):  # exchange the halves of all pairs of rows that differ in this bit
-            low = [n if not n & bit else 16 + n - bit for n in range(16)]
-            high = [n + bit if not n & bit else 16 + n for n in range(16)]
-            for m in range(16):
-                if not m & bit:
-                    one, two = rows[m], rows[m | bit]
-                    rows[m] = builder.shuffle_vector(one, two, ir.Constant(_PAIRS, low))
-                    rows[m | bit] = builder.shuffle_vector(one, two, ir.Constant(_PAIRS, high))
-        for m, row in enumerate(rows):
-            builder.store(row, _at(builder, to, _PAIRS, to_row, m), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), code
-
-
-@_intrinsic
-def _pair_up(typing, one, two, to):  # type: ignore[no-untyped-def]
-    """16 elements of a row and of the next become 16 pairs; `two` 0: the next row is zero."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        one, two, to = arguments
-        shift = ir.Constant(_PAIRS, [16] * 16)
-        low = builder.zext(builder.load(_at(builder, one, _HALVES), align=2), _PAIRS)
-        is_there = builder.icmp_signed("!=", two, ir.Constant(_I64, 0))
-        second = builder.load(_at(builder, builder.select(is_there, two, one), _HALVES), align=2)
-        high = builder.shl(builder.zext(second, _PAIRS), shift)
-        high = builder.select(is_there, high, ir.Constant(_PAIRS, [0] * 16))
-        builder.store(builder.or_(low, high), _at(builder, to, _PAIRS), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), code
-
-
-@_intrinsic
-def _copy(typing, source, to):  # type: ignore[no-untyped-def]
-    """16 fp32."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, to = arguments
-        some = builder.load(_at(builder, source, _SUMS), align=4)
-        builder.store(some, _at(builder, to, _SUMS), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 2), code
-
-
-@_intrinsic
-def _widen(typing, source, to):  # type: ignore[no-untyped-def]
-    """16 bf16 as fp32."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, to = arguments
-        wide = builder.zext(builder.load(_at(builder, source, _HALVES), align=2), _PAIRS)
-        builder.store(builder.shl(wide, ir.Constant(_PAIRS, [16] * 16)), _at(builder, to, _PAIRS), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 2), code
 
 
 @_compiled()
@@ -245,19 +63,19 @@ def pack(source, row, count, panels, to, stride, size):  # type: ignore[no-untyp
         for m in range(count):
             one = source + m * row
             for p in range(panels):
-                _fetch(one + 128 * p + 32 * row)
-                _fetch(one + 128 * p + 64 + 32 * row)
-                _copy(one + 128 * p, to + p * stride + 128 * m)
-                _copy(one + 128 * p + 64, to + p * stride + 128 * m + 64)
+                prefetch(one + 128 * p + 32 * row)
+                prefetch(one + 128 * p + 64 + 32 * row)
+                copy_lanes(one + 128 * p, to + p * stride + 128 * m)
+                copy_lanes(one + 128 * p + 64, to + p * stride + 128 * m + 64)
         return
     for pair in range((count + 1) // 2):
         one = source + 2 * pair * row
         two = one + row if 2 * pair + 1 < count else 0
         for p in range(panels):
-            _fetch(one + 64 * p + 32 * row)
-            _fetch(one + 64 * p + 33 * row)
-            _pair_up(one + 64 * p, two + 64 * p if two else 0, to + p * stride + 128 * pair)
-            _pair_up(one + 64 * p + 32, two + 64 * p + 32 if two else 0, to + p * stride + 128 * pair + 64)
+            prefetch(one + 64 * p + 32 * row)
+            prefetch(one + 64 * p + 33 * row)
+            pair_rows(one + 64 * p, two + 64 * p if two else 0, to + p * stride + 128 * pair)
+            pair_rows(one + 64 * p + 32, two + 64 * p + 32 if two else 0, to + p * stride + 128 * pair + 64)
 
 
 @_compiled()
@@ -266,8 +84,8 @@ def pack_transposed(source, row, length, panels, to, stride):  # type: ignore[no
     for p in range(panels):
         for lane in range(0, length // 4, 16):
             one, at = source + 32 * p * row + 4 * lane, to + p * stride + 128 * lane
-            _transpose(one, row, at, 128)
-            _transpose(one + 16 * row, row, at + 64, 128)
+            transpose_pairs(one, row, at, 128)
+            transpose_pairs(one + 16 * row, row, at + 64, 128)
 
 
 @_compiled()
@@ -338,11 +156,11 @@ def _outer_tile(source, panel, lanes, total, ends, load, at, row, size):  # type
     if load:
         for m in range(8):
             if size == 4:
-                _copy(at + m * row, total + 128 * m)
-                _copy(at + m * row + 64, total + 128 * m + 64)
+                copy_lanes(at + m * row, total + 128 * m)
+                copy_lanes(at + m * row + 64, total + 128 * m + 64)
             else:
-                _widen(at + m * row, total + 128 * m)
-                _widen(at + m * row + 32, total + 128 * m + 64)
+                widen_lanes(at + m * row, total + 128 * m)
+                widen_lanes(at + m * row + 32, total + 128 * m + 64)
     start, kind = total if begun else 0, 16 if size == 4 else 8
     ahead, step = (total + 1024, max(1024 // lanes, 1)) if begun and not load else (source, 0)
     if done:
@@ -356,11 +174,11 @@ def pack_left(left, row, begin, end, at, to, size):  # type: ignore[no-untyped-d
     """16 columns, from byte `at` on, of rows `begin` to `end`: 16 lanes a row, or a pair of rows."""
     if size == 4:
         for m in range(begin, end):
-            _copy(left + m * row + at, to + 64 * (m - begin))
+            copy_lanes(left + m * row + at, to + 64 * (m - begin))
     else:
         for m in range(begin, end, 2):
             one = left + m * row + at
-            _pair_up(one, one + row if m + 1 < end else 0, to + 32 * (m - begin))
+            pair_rows(one, one + row if m + 1 < end else 0, to + 32 * (m - begin))
 
 
 @_compiled()
@@ -415,7 +233,7 @@ def able(dtype: torch.dtype = torch.bfloat16) -> bool:
     return dtype == torch.bfloat16 and bool(has.get("avx512bf16")) and not has.get("amx-bf16")
 
 
-def fits(*tensors: Tensor | Sequence[Tensor]) -> bool:
+def fits(*tensors: Matrices) -> bool:
     """Whether these kernels take them: all bf16 or all fp32 on such a CPU, rows one after another, sizes multiples of
     32 but for M."""
     each = [t for some in tensors for t in ([some] if isinstance(some, Tensor) else some)]
@@ -425,10 +243,8 @@ def fits(*tensors: Tensor | Sequence[Tensor]) -> bool:
     )
 
 
-def segment_mm(
-    rows_MA: Tensor, weights: Tensor | Sequence[Tensor], sizes: list[int], out_MB: Tensor, transpose: bool
-) -> None:
-    """As `kernels.segment_mm`."""
+def segment_mm(rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Tensor, transpose: bool) -> None:
+    """As `Backend.segment_mm`."""
     depth, width, size = rows_MA.shape[1], out_MB.shape[1], rows_MA.element_size()
     arrays = _addresses(weights), np.array(sizes, np.int64)
 
@@ -441,10 +257,8 @@ def segment_mm(
     share(width // PANEL, 1, some)
 
 
-def segment_outer(
-    left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Tensor | Sequence[Tensor], add: bool
-) -> None:
-    """As `kernels.segment_outer`."""
+def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool) -> Matrices:
+    """As `Backend.segment_outer`."""
     height, width, size = left_MA.shape[1], right_MB.shape[1], left_MA.element_size()
     arrays = np.array(sizes, np.int64), _addresses(out_SAB)
     if not add:
@@ -462,9 +276,10 @@ def segment_outer(
         _outer(left_MA.data_ptr(), right_MB.data_ptr(), *arrays, *ends, packed_left, packed_right, sums, size)
 
     share(height // 16, 1, some)
+    return out_SAB
 
 
-def _addresses(matrices: Tensor | Sequence[Tensor]) -> Any:
+def _addresses(matrices: Matrices) -> Any:
     return np.array([matrix.data_ptr() for matrix in matrices], np.int64)
 
 

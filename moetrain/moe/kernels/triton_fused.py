@@ -1,4 +1,4 @@
-"""The sums, the SwiGLU and the cross entropy of `kernels`, in Triton: one read and one write of memory; fp32, bf16
+"""The sums, the SwiGLU and the cross entropy in Triton: one read and one write of memory; fp32, bf16
 and fp16.
 
 What is added up is added in fp32, in the same order each time and without atomics. Importing this imports Triton; it
@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from moetrain.moe.kernels.bags import Bags
 
 SUM_BLOCK, SUM_WARPS = 1024, 2  # columns of a program, and its warps
 SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4
@@ -118,14 +120,8 @@ def _cross_entropy_backward(  # type: ignore[no-untyped-def]
     tl.store(at_C, (slope_C * tl.load(grad + row)).to(logits.dtype.element_ty), mask=inside_C)
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether these kernels take them: all of one floating-point type but fp64, the elements of a row side by side."""
-    kinds = (torch.float32, torch.bfloat16, torch.float16)
-    return tensors[0].dtype in kinds and all(t.dtype == tensors[0].dtype and t.stride(-1) == 1 for t in tensors)
-
-
 def swiglu(gate_up_MH2: Tensor) -> Tensor:
-    """[M, 2H] -> [M, H]."""
+    """As `Backend.swiglu`."""
     num_rows, width = len(gate_up_MH2), gate_up_MH2.shape[1] // 2
     out = gate_up_MH2.new_empty(num_rows, width)
     _launch(
@@ -139,7 +135,7 @@ def swiglu(gate_up_MH2: Tensor) -> Tensor:
 
 
 def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> Tensor:
-    """As `kernels.swiglu_backward`, in place."""
+    """As `Backend.swiglu_backward`, in place."""
     out = torch.empty_like(weight_M)
     _launch(
         _swiglu_backward,
@@ -151,15 +147,15 @@ def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> T
     return out
 
 
-def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, row_M: Tensor, begin_B: Tensor, own_BD: Tensor | None) -> Tensor:
-    """[B, D]: own row, if any, and the bag's rows, weighted, in order."""
-    num_bags, width = len(begin_B) - 1, rows_MD.shape[1]
+def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, bags: Bags, own_BD: Tensor | None = None) -> Tensor:
+    """As `Backend.sum_rows`."""
+    num_bags, width = len(bags.begin_B) - 1, rows_MD.shape[1]
     out = rows_MD.new_empty(num_bags, width)
     own_stride = 0 if own_BD is None else own_BD.stride(0)
     _launch(
         _sum_rows,
         num_bags * triton.cdiv(width, SUM_BLOCK),
-        *(rows_MD, weight_M, row_M, begin_B, own_BD, out, width, rows_MD.stride(0), own_stride),
+        *(rows_MD, weight_M, bags.row_M, bags.begin_B, own_BD, out, width, rows_MD.stride(0), own_stride),
         BLOCK=SUM_BLOCK,
         num_warps=SUM_WARPS,
     )
@@ -167,7 +163,7 @@ def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, row_M: Tensor, begin_B: T
 
 
 def cross_entropy(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """As `kernels.cross_entropy`."""
+    """As `Backend.cross_entropy`."""
     (num_rows, width), stride = logits_TV.shape, logits_TV.stride(0)
     nats_T, lse_T = (torch.empty(num_rows, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
     arguments = (logits_TV, target_T, nats_T, lse_T, width, stride)
@@ -176,7 +172,7 @@ def cross_entropy(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy_backward(logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, grad_T: Tensor) -> Tensor:
-    """As `kernels.cross_entropy_backward`, in place."""
+    """As `Backend.cross_entropy_backward`, in place."""
     (num_rows, width), stride = logits_TV.shape, logits_TV.stride(0)
     programs = num_rows * triton.cdiv(width, LOGITS_BLOCK)
     arguments = (logits_TV, target_T, lse_T, grad_T, width, stride)

@@ -176,7 +176,11 @@ class Plan:
 
     def slots(self, rank: int) -> list[int]:
         """The experts that `rank` computes, in the order of its slots: its own, then its guests."""
-        return np.flatnonzero(self.home == rank).tolist() + [e for e, _, guest in self._guests if guest == rank]
+        return np.flatnonzero(self.home == rank).tolist() + self.guests_on(rank)
+
+    def guests_on(self, rank: int) -> list[int]:
+        """The experts that are guests on `rank`, ascending."""
+        return [e for e, _, guest in self._guests if guest == rank]
 
     def _share(self, rank: int) -> tuple[Ints, Ints]:
         if rank not in self._shares:

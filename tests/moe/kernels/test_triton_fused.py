@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from moetrain.moe.kernels import api as kernels
+from moetrain.moe.kernels.api import KernelChoice
+from moetrain.moe.kernels.bags import Bags
 
 triton = pytest.importorskip("triton", reason="Triton is there on x86-64 Linux only")
 interpreted = pytest.mark.skipif(  # with numpy 2.4
@@ -21,6 +23,10 @@ KINDS = [torch.float32, torch.bfloat16, torch.float16]
 def rows_of(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """Rows that do not follow one another without a gap."""
     return torch.randn(num_rows, width + 3, dtype=torch.float32).to(dtype)[:, :width]
+
+
+def choose(backend: str, dtype: torch.dtype) -> kernels.Backend:
+    return KernelChoice(backend).choose(torch.device("cpu"), dtype)
 
 
 @interpreted
@@ -42,13 +48,12 @@ def test_sums_equal_those_of_torch_bit_for_bit(sizes: list[int], left: int, widt
     """Weighted, not weighted, and on top of an own row; bags of any size, `left` rows in none, in any order."""
     torch.manual_seed(0)
     num_rows = sum(sizes) + left
-    bags = kernels.Bags(torch.randperm(num_rows), torch.tensor([0, *sizes]).cumsum(0), max(sizes, default=0))
+    bags = Bags(torch.randperm(num_rows), torch.tensor([0, *sizes]).cumsum(0), max(sizes, default=0))
     rows, own, weight = rows_of(num_rows, width, dtype), rows_of(len(sizes), width, dtype), torch.rand(num_rows)
 
     def found(backend: str) -> list[Tensor]:
-        with kernels.using(backend):
-            summed = [kernels.sum_rows(rows, w, bags, dtype) for w in (weight, None)]
-            return [*summed, kernels.add_rows(own, rows, bags)]
+        chosen = choose(backend, dtype)
+        return [chosen.sum_rows(rows, w, bags, o) for w, o in ((weight, None), (None, None), (None, own))]
 
     for ours, theirs in zip(found("triton"), found("torch"), strict=True):
         if dtype == torch.bfloat16:  # which the interpreter does not round but cuts
@@ -67,9 +72,9 @@ def test_cross_entropy_equals_that_of_torch(num_rows: int, width: int, dtype: to
     target = torch.randint(width, (num_rows,))
 
     def found(backend: str, wide: torch.dtype) -> list[Tensor]:
-        with kernels.using(backend):
-            nats, lse = kernels.cross_entropy(logits.to(wide, copy=True), target)
-            return [nats, lse, kernels.cross_entropy_backward(logits.to(wide, copy=True), target, lse.float(), grad)]
+        chosen = choose(backend, wide)
+        nats, lse = chosen.cross_entropy(logits.to(wide, copy=True), target)
+        return [nats, lse, chosen.cross_entropy_backward(logits.to(wide, copy=True), target, lse.float(), grad)]
 
     for ours, theirs in zip(found("triton", dtype), found("torch", torch.float32), strict=True):
         eps = torch.finfo(ours.dtype).eps
@@ -89,9 +94,9 @@ def test_swiglu_equals_that_of_torch(num_rows: int, width: int, dtype: torch.dty
 
     def found(backend: str, wide: torch.dtype) -> list[Tensor]:
         changed = [gate_up.to(wide, copy=True), grad.to(wide, copy=True)]
-        with kernels.using(backend):
-            hidden = kernels.swiglu(changed[0])
-            of_weight = kernels.swiglu_backward(*changed, weight.to(torch.promote_types(wide, torch.float32)))
+        chosen = choose(backend, wide)
+        hidden = chosen.swiglu(changed[0])
+        of_weight = chosen.swiglu_backward(*changed, weight.to(torch.promote_types(wide, torch.float32)))
         return [hidden, *changed, of_weight]
 
     for ours, theirs in zip(found("triton", dtype), found("torch", torch.float64), strict=True):
@@ -140,6 +145,6 @@ def test_kernels_compile_for_a_gpu_and_read_16_bytes_at_once() -> None:
 
 
 def test_without_a_gpu_that_triton_can_use_it_is_plain_torch() -> None:
-    kernels._triton.cache_clear()
+    kernels.find_triton.cache_clear()
     with pytest.warns(UserWarning, match="no Triton kernels, plain torch is slower: "):
-        assert kernels._triton() is None
+        assert kernels.find_triton() is None

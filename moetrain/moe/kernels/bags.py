@@ -1,0 +1,35 @@
+"""Bags of rows: which rows are summed together, and small helpers that never wait for a GPU.
+
+M rows, B bags.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Says which rows belong to which of B bags: `row_M[begin_B[b] : begin_B[b + 1]]`, in their order."""
+
+    row_M: Tensor  # int64, row numbers sorted by bag
+    begin_B: Tensor  # int64 [B + 1]
+    most: int  # no bag has more rows
+
+    @classmethod
+    def group(cls, bag_M: Tensor, num_bags: int, most: int) -> "Bags":
+        """Group rows by `bag_M`, the number of each row's bag; rows of the bag `num_bags` belong to none."""
+        sorted_M, row_M = bag_M.sort(stable=True)
+        begin_B = torch.searchsorted(sorted_M, torch.arange(num_bags + 1, device=bag_M.device))
+        return cls(row_M, begin_B, most)
+
+
+def sort_stably(key_M: Tensor) -> Tensor:
+    """Return the int64 index that sorts the keys; equal ones stay in their order."""
+    return key_M.argsort(stable=True)
+
+
+def find_true(mask: Tensor, count: int) -> Tensor:
+    """Return [count] int64 where a flat mask is true, when it is known how often: no host sync."""
+    return torch.nonzero_static(mask, size=count).view(-1)
