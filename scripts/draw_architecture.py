@@ -22,7 +22,7 @@ BANDS = (  # from the bottom to the top; what a band is called, its color, the p
     ("model, states, data", "#d6e4f7", ("models", "engine", "checkpoint", "data")),
     ("around the loop", "#eadcf4", ("observe", "recovery")),
     ("the loop", "#f9d5d3", ("training",)),
-    ("tools", "#e8e8e8", ("report", "bench", "doctor")),
+    ("tools", "#e8e8e8", ("report", "simulate", "bench", "doctor")),
     ("command line", "#ffffff", ("cli",)),
 )
 COLORS = {package: color for _, color, packages in BANDS for package in packages}
