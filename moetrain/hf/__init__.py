@@ -1,0 +1,1 @@
+"""Mixture-of-Experts models of Hugging Face transformers under expert parallelism."""
