@@ -3,6 +3,7 @@
 T tokens here, N selections here, M rows computed here, S slots here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
@@ -122,7 +123,7 @@ class LayerContext:
         """Whether hidden activations stay for the backward."""
         return self.keep_hidden and self.is_one_piece
 
-    def start_loan(self, weights: tuple[Tensor, Tensor]) -> GuestLoan:
+    def start_loan(self, weights: Sequence[Tensor]) -> GuestLoan:
         """Begin to bring the weights of the guests here that did not stay."""
         return GuestLoan(weights, self.first_expert, self.plan, self.residents, self.ep)
 

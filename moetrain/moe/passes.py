@@ -110,7 +110,7 @@ class ExpertsCombine(torch.autograd.Function):
             weights = tables.start_returning(grad_weight_M)
             context.gradients.put(Gradients(tables.start_combine(back_MD, None), weights))
         del back_MD
-        grads = _return_guests(context, found)
+        grads = return_guests(context, found)
         context.residents.end_backward(context.step.is_final)
         context.step.end_pass()
         return None, *grads, None
@@ -147,10 +147,10 @@ class WeightProducts(NamedTuple):
         return [cast(Tensor, one) for one in found]
 
 
-class _ParameterGradients(NamedTuple):
+class ParameterGradients(NamedTuple):
     """Gradients of home and guest experts: complete, or waiting as products until the rows' are on their way."""
 
-    grads: list[Tensor]  # [S, ...] each, of gate_up and down; not filled in where products wait
+    grads: list[Tensor]  # [S, ...] each, of each matrix; not filled in where products wait
     guest_grads: PackedGradients | None  # None where products wait
     waiting: dict[bool, WeightProducts]  # of the home slots (False) and of the guests (True)
 
@@ -162,7 +162,7 @@ def _compute_rows(
     gate_up_MH2: Tensor,
     grad_MD: Tensor,
     own: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor, _ParameterGradients]:
+) -> tuple[Tensor, Tensor, ParameterGradients]:
     """Run the rows backward through the experts here, home and guest.
 
     Returns the gradients of the rows [M, D], those of their weights [M], and those of the parameters.
@@ -195,10 +195,10 @@ def _compute_rows(
             del weights
             if context.step.is_final:  # no product with the guests' weights is left
                 context.residents.weights.clear()
-    return back_MD, grad_weight_M, _ParameterGradients(grads, guest_grads, waiting)
+    return back_MD, grad_weight_M, ParameterGradients(grads, guest_grads, waiting)
 
 
-def _return_guests(context: LayerContext, found: _ParameterGradients) -> list[Tensor]:
+def return_guests(context: LayerContext, found: ParameterGradients) -> list[Tensor]:
     """Send the guests' gradients home in batches, and add those that come. Returns the gradients of the own experts."""
     clock, ep, grads, waiting = context.clock, context.ep, found.grads, found.waiting
     here, first = context.guests_here, context.first_expert

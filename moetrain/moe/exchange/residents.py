@@ -22,7 +22,7 @@ from moetrain.moe.kernels.api import Matrices
 from moetrain.moe.planning.cost_model import RELAY_FROM
 from moetrain.moe.planning.plan import Ints, Plan
 
-Weights = tuple[Matrices, Matrices]  # gate_up and down of some slots
+Weights = tuple[Matrices, ...]  # the matrices of some slots: gate_up and down
 
 
 @dataclass
@@ -96,7 +96,7 @@ class GuestLoan:
             self._lending.relay()
 
     def finish(self, like: Sequence[Tensor]) -> Weights:
-        """Wait; return gate_up and down of each guest here. `like` [S, ...] each gives their shapes."""
+        """Wait; return the matrices of each guest here. `like` [S, ...] each gives their shapes."""
         rank, residents = self._ep.rank, self._residents
         arrived: dict[int, Tensor] = {}
         if self._lending is not None:
@@ -110,7 +110,7 @@ class GuestLoan:
         here = self._plan.guests_on(rank)
         packed = [arrived[e] if e in arrived else residents.weights[e] for e in here]
         matrices = [split_packed(packed_W, like) for packed_W in packed]
-        return [gate_up for gate_up, _ in matrices], [down for _, down in matrices]
+        return tuple([of_guest[n] for of_guest in matrices] for n in range(len(like)))
 
 
 def batch_guests(plan: Plan, leaving: Sequence[Copy], at_a_time: int) -> list[list[int]]:

@@ -1,0 +1,205 @@
+"""Experts of any family on the rows of their slots: grouped products, and autograd through the family's own gate.
+
+`GroupedExperts` stands where `moe.passes` has its SwiGLU. What is between the two products is the family's code, called
+once for all rows of the home slots and once for all those of the guests; its gradient is taken by autograd. Guests
+carry every tensor of an expert, biases included.
+
+Matrices are [S, out, in], or [S, in, out] where they are transposed; biases are [S, 1, out]. T tokens here, D width, H
+hidden width, W width of the first product, M rows computed here, S slots.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moetrain.hf.layout import ExpertsLayout
+from moetrain.moe.context import Gradients, LayerContext
+from moetrain.moe.exchange.residents import Weights
+from moetrain.moe.kernels.api import Backend, Matrices
+from moetrain.moe.passes import ParameterGradients, WeightProducts, return_guests
+
+
+class GroupedExperts(torch.autograd.Function):
+    """The rows' way through the experts, and home again."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, context: LayerContext, layout: ExpertsLayout, *parameters: Tensor) -> Tensor:
+        """Return [T, D], the weighted sums. `parameters`: the tensors of `layout.names`, then those of its norm.
+
+        `ticket`: what `DispatchTokens` returned.
+        """
+        tables, clock, kernels = context.tables, context.clock, context.kernels
+        own = parameters[: len(layout.names)]
+        loan = context.loan.take()
+        with clock.phase("dispatch"):
+            tokens = context.tokens.take()
+            with clock.phase("wait_dispatch"):
+                tokens.pending.wait()
+            rows_MD = tokens.pool_PD.index_select(0, tables.pool_M)
+            del tokens
+        with clock.phase("lend"):
+            loan.relay()
+        first_MW = rows_MD.new_empty(len(rows_MD), own[0].shape[2 if layout.transposed else 1])
+        out_MD = torch.empty_like(rows_MD)
+        for of_guests in (False, True):
+            with clock.phase("lend"):
+                weights: Weights = loan.finish(own) if of_guests else own
+            with clock.phase("experts"):
+                for rows, sizes in context.cut_pieces(of_guests):
+                    _project(kernels, rows_MD[rows], weights, 0, sizes, first_MW[rows], layout)
+                    hidden_MH = layout.activate(first_MW[rows]).contiguous()
+                    _project(kernels, hidden_MH, weights, 1, sizes, out_MD[rows], layout)
+                    if layout.norm is not None:
+                        out_MD[rows] = layout.norm(out_MD[rows])
+        ctx.context, ctx.layout = context, layout
+        ctx.save_for_backward(rows_MD, first_MW, *parameters)
+        with clock.phase("combine"):
+            sums = tables.start_combine(out_MD, tables.weight_M)
+            with clock.phase("wait_combine"):
+                sums.pending.wait()
+            return tables.finish_combine(sums)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> Any:
+        """Return the gradients of the parameters; leave those of the tokens to `DispatchTokens`."""
+        rows_MD, first_MW, *parameters = ctx.saved_tensors
+        context: LayerContext = ctx.context
+        layout: ExpertsLayout = ctx.layout
+        ctx.context = None
+        tables, clock = context.tables, context.clock
+        own, norm = parameters[: len(layout.names)], parameters[len(layout.names) :]
+        with clock.backward("lend"):
+            loan = context.start_loan(own)
+        with clock.backward("dispatch"):
+            tokens = tables.start_dispatch(grad_TD)
+            with clock.backward("wait_dispatch"):
+                tokens.pending.wait()
+            grad_MD = tokens.pool_PD.index_select(0, tables.pool_M)
+            del tokens
+        with clock.backward("lend"):
+            loan.relay()
+        rows = _Rows(rows_MD, first_MW, grad_MD, tables.weight_M)
+        back_MD, grad_weight_M = torch.empty_like(rows_MD), tables.weight_M.new_empty(len(rows_MD))
+        norm_grads = [torch.zeros_like(w) for w in norm]
+        waiting: dict[bool, Any] = {}
+        for of_guests in (False, True) if loan.is_under_way else (True, False):
+            with clock.backward("lend"):
+                weights: Weights = loan.finish(own) if of_guests else tuple(own)
+            with clock.backward("experts"):
+                ((part, sizes),) = context.cut_pieces(of_guests)
+                waiting[of_guests], grad_weight_M[part] = _run_backward(
+                    context.kernels, rows.select(part), weights, sizes, layout, back_MD[part], norm_grads
+                )
+            if of_guests:
+                del weights
+                if context.step.is_final:
+                    context.residents.weights.clear()
+        with clock.backward("combine"):
+            returning = tables.start_returning(grad_weight_M)
+            context.gradients.put(Gradients(tables.start_combine(back_MD, None), returning))
+        del back_MD
+        grads = return_guests(context, ParameterGradients([torch.empty_like(w) for w in own], None, waiting))
+        context.residents.end_backward(context.step.is_final)
+        context.step.end_pass()
+        return None, None, None, *grads, *norm_grads
+
+
+class ExpertProducts(NamedTuple):
+    """What weight gradients are made of: products for the matrices, sums over a slot's rows for the biases."""
+
+    matrices: WeightProducts
+    summed: Sequence[Tensor]  # [M, out] each
+
+    def select(self, slots: slice) -> "ExpertProducts":
+        """Return those of some of the slots."""
+        ends = np.cumsum([0, *self.matrices.sizes])
+        rows = slice(ends[slots.start], ends[slots.stop])
+        return ExpertProducts(self.matrices.select(slots), [each[rows] for each in self.summed])
+
+    def write(self, totals: Sequence[Matrices], without: Collection[int] = ()) -> None:
+        """Write to `totals`. `without`: slots that have no rows, and whose totals are left as they are."""
+        self.matrices.write(totals[:2], without=without)
+        for rows_MB, total in zip(self.summed, totals[2:], strict=True):
+            for slot, part in enumerate(rows_MB.split(self.matrices.sizes)):
+                if slot not in without:
+                    torch.sum(part, 0, keepdim=True, out=total[slot])
+
+    def fill(self, totals: Sequence[Tensor], without: Collection[int] = ()) -> list[Tensor]:
+        """Return `totals`, written to."""
+        self.write(totals, without)
+        return list(totals)
+
+
+class _Rows(NamedTuple):
+    rows_MD: Tensor  # what the experts read
+    first_MW: Tensor  # their first product, with its bias
+    grad_MD: Tensor  # the gradient of the tokens, not weighted
+    weight_M: Tensor  # fp32
+
+    def select(self, part: slice) -> "_Rows":
+        return _Rows(*(each[part] for each in self))
+
+
+def _project(
+    kernels: Backend,
+    rows_MA: Tensor,
+    weights: Weights,
+    place: int,
+    sizes: list[int],
+    out_MB: Tensor,
+    layout: ExpertsLayout,
+) -> None:
+    """The first (`place` 0) or the second product of each slot, with its bias."""
+    kernels.segment_mm(rows_MA, weights[place], sizes, out_MB, transpose=not layout.transposed)
+    if layout.has_bias:
+        for part, bias in zip(out_MB.split(sizes), weights[place + 2], strict=True):
+            part += bias
+
+
+def _run_backward(
+    kernels: Backend,
+    rows: _Rows,
+    weights: Weights,
+    sizes: list[int],
+    layout: ExpertsLayout,
+    back_MD: Tensor,
+    norm_grads: list[Tensor],
+) -> tuple[ExpertProducts, Tensor]:
+    """Write the gradient of the rows to `back_MD`, add to that of the norm.
+
+    Returns what the weights' gradients are made of, and the [M] fp32 gradients of the routing weights.
+    """
+    with torch.enable_grad():
+        first_MW = rows.first_MW.detach().requires_grad_()
+        hidden_MH = layout.activate(first_MW)
+    plain_MH = hidden_MH.detach().contiguous()
+    weight_M1 = rows.weight_M[:, None].to(rows.grad_MD.dtype)
+    grad_out_MD, weighted_MD = rows.grad_MD, rows.grad_MD * weight_M1
+    grad_MH = torch.empty_like(plain_MH)
+    if layout.norm is not None:
+        before_MD = torch.empty_like(rows.grad_MD)
+        _project(kernels, plain_MH, weights, 1, sizes, before_MD, layout)
+        with torch.enable_grad():
+            out_MD = layout.norm(before_MD.requires_grad_())
+        grad_weight_M = torch.linalg.vecdot(rows.grad_MD.float(), out_MD.detach().float())
+        weighted_MD, *found = torch.autograd.grad(out_MD, [before_MD, *layout.norm.parameters()], weighted_MD)
+        torch._foreach_add_(norm_grads, found)
+        kernels.segment_mm(weighted_MD.contiguous(), weights[1], sizes, grad_MH, transpose=layout.transposed)
+    else:
+        kernels.segment_mm(grad_out_MD, weights[1], sizes, grad_MH, transpose=layout.transposed)
+        grad_weight_M = torch.linalg.vecdot(grad_MH.float(), plain_MH.float())
+        if layout.has_bias:
+            parts = zip(grad_out_MD.split(sizes), weights[3], strict=True)
+            grad_weight_M += torch.cat([part.float() @ bias.view(-1).float() for part, bias in parts])
+        grad_MH *= weight_M1
+    (grad_first_MW,) = torch.autograd.grad(hidden_MH, first_MW, grad_MH)
+    grad_first_MW = grad_first_MW.contiguous()
+    kernels.segment_mm(grad_first_MW, weights[0], sizes, back_MD, transpose=layout.transposed)
+    pairs = [(grad_first_MW, rows.rows_MD), (weighted_MD, plain_MH)]
+    if layout.transposed:
+        pairs = [(right, left) for left, right in pairs]
+    summed = [grad_first_MW, weighted_MD] if layout.has_bias else []
+    return ExpertProducts(WeightProducts(pairs, sizes, kernels), summed), grad_weight_M

@@ -1,0 +1,220 @@
+"""An experts module of transformers whose experts are spread over a group of ranks.
+
+transformers calls the function that is registered as `moetrain` in `ALL_EXPERTS_FUNCTIONS` with the tokens, the
+chosen experts and their weights; routers and all else stay the family's own code.
+
+T tokens here, K experts a token, D width, E experts, N selections, R ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moetrain.common.errors import ConfigError
+from moetrain.distributed.comm import all_gather
+from moetrain.distributed.mesh import ExpertGroup
+from moetrain.hf.compute import GroupedExperts
+from moetrain.hf.layout import ExpertsLayout
+from moetrain.hf.replay import checkpoint_with_replay, decide_once
+from moetrain.moe.clock import Clock
+from moetrain.moe.context import LayerContext, StepContext
+from moetrain.moe.exchange.dispatch import DispatchTables
+from moetrain.moe.exchange.residents import GuestLoan, ResidentGuests
+from moetrain.moe.kernels.api import KernelUser
+from moetrain.moe.kernels.bags import find_true
+from moetrain.moe.passes import DispatchTokens, ExpertsCombine
+from moetrain.moe.planning import default_home
+from moetrain.moe.planning.cost import Costs, Limits, State
+from moetrain.moe.planning.plan import Ints, Plan
+from moetrain.moe.routing.base import Routing
+
+NAME = "moetrain"  # in ALL_EXPERTS_FUNCTIONS
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided for the tokens of one pass, and replayed under recompute."""
+
+    plan: Plan
+    rows_N: Tensor | None  # which selections are rows; None: all
+    most_per_token: int  # rows of a token, on any rank
+
+
+class SpreadExperts(KernelUser):
+    """The experts of one module, of which this rank keeps those whose home it is."""
+
+    def __init__(
+        self,
+        name: str,
+        module: Any,
+        group: ExpertGroup,
+        planner: Callable[..., Plan],
+        costs: Costs | None,
+        regions: Sequence[nn.Module] = (),
+        grouped: bool = False,
+    ) -> None:
+        """Take away the other experts' weights from `module`, in place.
+
+        `name`: of the module; `regions`: the modules around it, one of which may be recomputed; `grouped`: use the
+        path of any family for SwiGLU too. Raises `ConfigError` where the module is none that is covered.
+        """
+        self.name, self.module, self.ep, self.planner, self.costs = name, module, group, planner, costs
+        self.regions = regions
+        self.layout = ExpertsLayout.read(name, module)
+        self.num_experts: int = module.num_experts
+        self.is_fused = self.layout.is_swiglu and not grouped
+        self.residents, self.step = ResidentGuests.empty(0, group.size, self.num_experts), StepContext()
+        self.last: Decision | None = None
+        self.observe: Callable[[SpreadExperts, Decision], None] | None = None
+        for key in self.layout.names:
+            whole = getattr(module, key)
+            own = nn.Parameter(whole.detach()[self.own_experts()].clone(), requires_grad=whole.requires_grad)
+            setattr(module, key, own)
+
+    @property
+    def home(self) -> Ints:
+        """[E] the rank that owns each expert."""
+        return default_home(self.num_experts, self.ep.size)
+
+    def own_experts(self) -> list[int]:
+        """Global numbers of the experts kept here, in the order of their slots."""
+        return (self.home == self.ep.rank).nonzero()[0].tolist()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The tensors that hold one entry an expert."""
+        return [getattr(self.module, key) for key in self.layout.names]
+
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether a backward runs the module's forward again."""
+        return any(
+            isinstance(region, GradientCheckpointingLayer) and region.gradient_checkpointing and region.training
+            for region in self.regions
+        )
+
+    @property
+    def dim(self) -> int:
+        """D"""
+        return self.gate_up.shape[1 if self.layout.transposed else 2]
+
+    @property
+    def gate_up(self) -> nn.Parameter:
+        return self.parameters()[0]
+
+    def __call__(self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return [T, D], the weighted sum of every token's experts, wherever the plan has them computed."""
+        decision: Decision = decide_once(lambda: self.decide(index_TK))
+        routing = _routing(index_TK, weight_TK)
+        if decision.rows_N is not None:
+            routing = routing.take(decision.rows_N)
+        dtype = _compute_dtype(hidden_TD, self.gate_up)
+        weights = [p.to(dtype) for p in self.parameters()]
+        weights = [p[:, None] if p.dim() == 2 else p for p in weights]
+        x_TD = hidden_TD.to(dtype)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            context = self._start(x_TD, routing, decision, weights)
+            ticket = DispatchTokens.apply(x_TD, routing.weight_N, context)
+            if self.is_fused:
+                y_TD = ExpertsCombine.apply(ticket, *weights, context)
+            else:
+                norm = list(self.layout.norm.parameters()) if self.layout.norm else []
+                y_TD = GroupedExperts.apply(ticket, context, self.layout, *weights, *norm)
+        return y_TD.to(hidden_TD.dtype)
+
+    def _start(self, x_TD: Tensor, routing: Routing, decision: Decision, weights: list[Tensor]) -> LayerContext:
+        """Begin to lend, and tell the other ranks which rows come."""
+        is_wide = all(size % 32 == 0 for w in weights[:2] for size in w.shape[1:])  # kernels of our own need it
+        kernels = self.kernel_choice.choose(x_TD.device, x_TD.dtype, weights[:2] if is_wide else ())
+        first = int(np.searchsorted(self.home, self.ep.rank))
+        plan = decision.plan
+        loan = GuestLoan(weights, first, plan, self.residents, self.ep)
+        tables = DispatchTables.build(routing, plan, self.ep, kernels, len(x_TD), decision.most_per_token)
+        context = LayerContext(
+            ep=self.ep,
+            home=self.home,
+            first_expert=first,
+            plan=plan,
+            tables=tables,
+            kernels=kernels,
+            residents=self.residents,
+            step=self.step,
+            clock=Clock(x_TD.device, self.step.observer),
+            max_rows=None,
+            keep_hidden=True,
+        )
+        context.loan.put(loan)
+        return context
+
+    def run_empty(self, carry: Tensor) -> Tensor:
+        """A pass without tokens, in forward and backward, after the one that gave `carry`; both are zero."""
+        weight = self.gate_up
+        num_experts = torch.zeros(0, 1, dtype=torch.int64, device=weight.device)
+
+        def run(carry: Tensor) -> Tensor:
+            x_TD = weight.new_zeros(0, self.dim) + carry
+            return carry + self(x_TD, num_experts, weight.new_zeros(0, 1)).sum()
+
+        return checkpoint_with_replay(run, carry) if self.is_recomputed else run(carry)
+
+    def decide(self, index_TK: Tensor) -> Decision:
+        """Count the selections of all ranks, and plan. The layer's one wait of the host for the device."""
+        expert_N, num_experts = index_TK.flatten(), self.num_experts
+        is_row_TK = index_TK < num_experts  # some families name an expert beyond the last where a token has none
+        counts_E = expert_N.new_zeros(num_experts + 1)
+        counts_E.scatter_add_(0, expert_N.clamp(max=num_experts), torch.ones_like(expert_N))
+        most = is_row_TK.sum(1).max() if len(index_TK) else expert_N.new_zeros(())
+        facts = torch.cat([counts_E[:-1], most[None]])
+        gathered = all_gather(facts, self.ep.rows).cpu().numpy()
+        counts_RE: Ints = gathered[:, :-1]
+        num_rows = int(counts_RE[self.ep.rank].sum())
+        rows_N = None if num_rows == len(expert_N) else find_true(is_row_TK.flatten(), num_rows)
+        plan = self.planner(
+            counts_RE,
+            self.home,
+            self.costs,
+            Limits(guests=max(self.residents.slots, 1)),
+            State(self.residents.keeps_RE, None),
+        )
+        if torch.is_grad_enabled():
+            self.residents.admit(plan)
+        self.last = Decision(plan, rows_N, int(gathered[:, -1].max()))
+        if self.observe is not None:
+            self.observe(self, self.last)
+        return self.last
+
+
+def compute_spread(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **ignored: Any
+) -> Tensor:
+    """The function that transformers calls. Raises `ConfigError` where the module has not been spread."""
+    spread: SpreadExperts | None = getattr(module, "_moetrain", None)
+    if spread is None and getattr(module, "_moetrain_whole", False):
+        return type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)
+    if spread is None:
+        raise ConfigError(f"experts_implementation={NAME}: moetrain.hf.expert_parallel(model, group) comes first")
+    return spread(hidden_states, top_k_index, top_k_weights)
+
+
+def register() -> None:
+    """Make `moetrain` one of the experts implementations of transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, compute_spread)
+
+
+def _routing(index_TK: Tensor, weight_TK: Tensor) -> Routing:
+    num_tokens, num_selected = index_TK.shape
+    token_N = torch.arange(num_tokens, device=index_TK.device).repeat_interleave(num_selected)
+    weight_N = weight_TK.reshape(-1).float()
+    return Routing(token_N, index_TK.flatten().long(), weight_N, weight_N.new_empty(0))
+
+
+def _compute_dtype(hidden_TD: Tensor, weight: Tensor) -> torch.dtype:
+    """That of autocast where it is on; else that of the weights."""
+    kind = hidden_TD.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
