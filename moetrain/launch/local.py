@@ -23,7 +23,7 @@ from moetrain.common.console import console, errors, styled
 from moetrain.common.errors import ConfigError
 from moetrain.launch import heartbeat
 from moetrain.launch.exits import GAVE_UP, REQUEUE
-from moetrain.launch.signals import INTERRUPTED, ONE_PRESS_SECONDS, REQUESTS, forget_terminal
+from moetrain.launch.signals import INTERRUPTED, NOTED, ONE_PRESS_SECONDS, REQUESTS, forget_terminal
 from moetrain.launch.worker import BAD_INPUT, ERROR_FILE, STORE_SOCKET
 
 MALLOC = (  # keep big blocks, on huge pages: faulting them in anew in every step costs a CPU run a quarter of its time
@@ -139,7 +139,8 @@ class _Requests:
             forget_terminal()
         elif number == signal.SIGINT and not self.interrupted:
             self.interrupted, self._pressed = True, time.monotonic()
-            os.write(2, b"the run ends after this step and saves; Ctrl-C again ends it now\n")  # it may be amid a print
+            if not (console.is_terminal and not console.quiet):  # else the live view says it when it has made room
+                os.write(2, f"{NOTED}\n".encode())  # it may be amid a print
         elif number == signal.SIGINT and time.monotonic() - self._pressed > ONE_PRESS_SECONDS:
             self.insists = True
 

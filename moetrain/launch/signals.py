@@ -9,17 +9,29 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from moetrain.common.console import forget_terminal
 from moetrain.launch.exits import REQUEUE
 
 INTERRUPTED = 130  # exit code
+NOTED = "the run ends after this step and saves; Ctrl-C again ends it now"
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 ONE_PRESS_SECONDS = 0.5  # a launcher passes on what the terminal has sent already
 
 _requested = threading.Event()
+_callbacks: list[Callable[[], None]] = []
+
+
+@contextmanager
+def on_request(callback: Callable[[], None]) -> Iterator[None]:
+    """Inside, have another thread call `callback` at once when the first request is noted, as `note_requests` does."""
+    _callbacks.append(callback)
+    try:
+        yield
+    finally:
+        _callbacks.remove(callback)
 
 
 def end_requested() -> bool:
@@ -68,5 +80,7 @@ def _listen(reading: int) -> None:
             pressed = now
         if number[0] == signal.SIGHUP:
             forget_terminal()
-        if number[0] in REQUESTS:
+        if number[0] in REQUESTS and not _requested.is_set():
             _requested.set()
+            for callback in [*_callbacks]:
+                callback()

@@ -1,7 +1,9 @@
 """The terminal while a run goes: one calm view that stays in its place; plain lines where the output is no terminal."""
 
 import math
+import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain.common.console import console
+from moetrain.launch import signals
 from moetrain.observe.collect.alerts import Alert
 from moetrain.observe.metrics import (
     BALANCE_LOSS,
@@ -68,6 +71,9 @@ class View:
         self._shown = -math.inf
         self._live = Live(console=out, auto_refresh=False, transient=True, get_renderable=self._render)
         self._console = out
+        self._lock = threading.RLock()  # a request to end comes in a thread of its own
+        self._stack = ExitStack()
+        self._stack.enter_context(signals.on_request(self.interrupt))
         self._live.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -86,19 +92,29 @@ class View:
             pace = (now - self._began) / (step - self._step)
             self._pace = pace if self._pace is None else self._pace + SMOOTH * (pace - self._pace)
             self._began = now
-        self._row, self._step = dict(metrics), step
-        if time.monotonic() - self._shown >= CALM or step == self._steps:
-            self._live.refresh()
-            self._shown = time.monotonic()
+        with self._lock:
+            self._row, self._step = dict(metrics), step
+            if self._live.is_started and (time.monotonic() - self._shown >= CALM or step == self._steps):
+                self._live.refresh()
+                self._shown = time.monotonic()
 
     def alert(self, step: int, alert: Alert) -> None:
-        self._console.print(_alert(step, alert))
+        with self._lock:
+            self._console.print(_alert(step, alert))
+
+    def interrupt(self) -> None:
+        """Take the view off the terminal and say that the run ends; nothing is drawn from then on."""
+        with self._lock:
+            self._live.stop()
+            self._console.print(signals.NOTED)
 
     def close(self) -> None:
-        """The view goes; its last line stays."""
-        self._live.stop()
-        if self._row:
-            self._console.print(f"step {self._step:>5}/{self._steps} · {_line(self._row)}")
+        """Take the view off the terminal; its last line stays."""
+        self._stack.close()
+        with self._lock:
+            self._live.stop()
+            if self._row:
+                self._console.print(f"step {self._step:>5}/{self._steps} · {_line(self._row)}")
 
     def _render(self) -> RenderableType:
         progress = Table.grid(padding=(0, 2))
