@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from moetrain import __version__
-from moetrain.cli import bench, data, doctor, evaluate, generate, profile, report, train, workspace
+from moetrain.cli import bench, data, doctor, evaluate, generate, profile, report, simulate, train, workspace
 from moetrain.cli import config as config_verb
 from moetrain.common.console import console
 from moetrain.common.errors import ConfigError
@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
     "generate": generate,
     "data": data,
     "profile": profile,
+    "simulate": simulate,
     "bench": bench,
     "report": report,
     "workspace": workspace,

@@ -9,17 +9,27 @@ from typing import Any
 from moetrain.common.errors import ConfigError, short
 from moetrain.config.overrides import fields_of
 from moetrain.config.rules import options_of_router
-from moetrain.config.schema import Config, Native, Router
+from moetrain.config.schema import Config, Native, Optim, Router
 
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
 OF_A_RUN: tuple[str, ...] = ("run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
 OF_A_RUN = (*OF_A_RUN, "train.steps", "train.log_every", "train.recompute")
 SAVES = ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
+OF_A_SIMULATION: tuple[str, ...] = (
+    "run",
+    "train.steps",
+    "train.seed",
+    "train.log_every",
+    "train.threads",
+    "train.compile",
+)
+OF_A_SIMULATION += tuple(f"optim.{name}" for name in Optim.model_fields if name != "state_dtype")
 NOT_USED: dict[str, tuple[str, ...]] = {  # by verbs: sections and fields; what is not named may have an effect
     "eval": (*OF_A_RUN, "generate"),
     "generate": (*OF_A_RUN, "eval"),
     "data": tuple(name for name in Config.model_fields if name != "data"),
     "profile": (*OF_A_RUN, "eval", "generate", "data"),
+    "simulate": (*OF_A_SIMULATION, "eval", "generate", "data", "checkpoint", "recovery", "track", "balance"),
     "bench": ("run", "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
 }
 

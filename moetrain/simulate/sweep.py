@@ -1,0 +1,92 @@
+"""Which layout is best: every sensible one is predicted, the ten fastest that fit are shown, and why others are not."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moetrain.common.errors import ConfigError
+from moetrain.simulate.layer import PlannerChoice
+from moetrain.simulate.layout import Layout, Work
+from moetrain.simulate.predict import Prediction, predict
+from moetrain.simulate.step import Job
+from moetrain.simulate.traffic import Natural
+
+RECOMPUTE = ("none", "selective", "full")
+MICRO_BATCHES = (1, 2, 4)
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout and what is said of it."""
+
+    prediction: Prediction
+    reason: str
+
+
+def layouts(job: Job, with_formulas: bool) -> Iterator[tuple[Layout, Work]]:
+    """Expert-parallel sizes and replicas that divide; with pipeline stages and tensor ranks where asked for."""
+    world, shape = job.layout.world, job.shape
+    sizes = [2**n for n in range(world.bit_length()) if 2**n <= min(world, shape.experts)]
+    stages = [n for n in (1, 2, 4, 8, 16) if with_formulas or n == 1]
+    tensor = [n for n in (1, 2, 4) if with_formulas or n == 1]
+    replicas = [n for n in (1, 2, 4, 8, 16, 32) if n <= max(1, world // 8)]
+    options = itertools.product(sizes, stages, tensor, replicas, MICRO_BATCHES, RECOMPUTE, (False, True))
+    for ep, pp, tp, replicate, micro_batch, recompute, reshard in options:
+        layout = replace(job.layout, ep=ep, pp=pp, tp=tp, dp_replicate=replicate, virtual=1, reshard=reshard)
+        work = replace(job.work, micro_batch=micro_batch, recompute=recompute)
+        try:
+            layout.check(shape)
+            work.micro_steps(layout)
+        except ConfigError:
+            continue
+        yield layout, work
+
+
+def sweep(
+    job: Job,
+    routing: str,
+    planner: PlannerChoice,
+    seed: int,
+    natural: Natural | None = None,
+    with_formulas: bool = False,
+) -> tuple[list[Candidate], dict[str, int]]:
+    """(the best that fit, the fastest first; how many layouts were left out, by reason)."""
+    found: list[Prediction] = []
+    left_out: dict[str, int] = {}
+    for layout, work in layouts(job, with_formulas):
+        try:
+            prediction = predict(replace(job, layout=layout, work=work), routing, planner, seed, 2, natural)
+        except ConfigError:
+            continue
+        if prediction.fits:
+            found.append(prediction)
+        else:
+            largest = max(prediction.memory.parts.items(), key=lambda item: item[1])[0]
+            left_out[f"out of memory, most of it {largest}"] = (
+                left_out.get(f"out of memory, most of it {largest}", 0) + 1
+            )
+    found.sort(key=lambda prediction: prediction.time.total)
+    return [Candidate(prediction, explain(prediction)) for prediction in found[:SHOWN]], left_out
+
+
+def explain(prediction: Prediction) -> str:
+    """What most of a step's time goes to besides computing."""
+    parts, total = prediction.time.parts, prediction.time.total
+    exchange = parts["dispatch"] + parts["combine"]
+    group = prediction.job.layout.ep
+    where = "between nodes" if group > prediction.job.cluster.domain else "inside a node"
+    costs = {
+        f"tokens exchanged {where}": exchange,
+        "pipeline bubble": parts["bubble"],
+        "parameters gathered": parts["shards"],
+        "waiting for the host": parts["host"],
+        "recomputing": 0.0
+        if prediction.job.work.recompute == "none"
+        else 0.25 * (parts["attention"] + parts["experts"]),
+        "lending": parts["lend"],
+        "tensor parallelism": parts["tensor"],
+        "the update": parts["update"],
+    }
+    name, seconds = max(costs.items(), key=lambda item: item[1])
+    return f"{name} {100 * seconds / total:.0f} %" if seconds > 0.03 * total else "computing"
