@@ -123,7 +123,7 @@ class ExpertProducts(NamedTuple):
         """Write to `totals`. `without`: slots that have no rows, and whose totals are left as they are."""
         self.matrices.write(totals[:2], without=without)
         for rows_MB, total in zip(self.summed, totals[2:], strict=True):
-            for slot, part in enumerate(rows_MB.split(self.matrices.sizes)):
+            for slot, part in enumerate(_split(rows_MB, self.matrices.sizes)):
                 if slot not in without:
                     torch.sum(part, 0, keepdim=True, out=total[slot])
 
@@ -155,7 +155,7 @@ def _project(
     """The first (`place` 0) or the second product of each slot, with its bias."""
     kernels.segment_mm(rows_MA, weights[place], sizes, out_MB, transpose=not layout.transposed)
     if layout.has_bias:
-        for part, bias in zip(out_MB.split(sizes), weights[place + 2], strict=True):
+        for part, bias in zip(_split(out_MB, sizes), weights[place + 2], strict=True):
             part += bias
 
 
@@ -192,8 +192,10 @@ def _run_backward(
         kernels.segment_mm(grad_out_MD, weights[1], sizes, grad_MH, transpose=layout.transposed)
         grad_weight_M = torch.linalg.vecdot(grad_MH.float(), plain_MH.float())
         if layout.has_bias:
-            parts = zip(grad_out_MD.split(sizes), weights[3], strict=True)
-            grad_weight_M += torch.cat([part.float() @ bias.view(-1).float() for part, bias in parts])
+            for total_M, part, bias in zip(
+                _split(grad_weight_M, sizes), _split(grad_out_MD, sizes), weights[3], strict=True
+            ):
+                total_M += part.float() @ bias.view(-1).float()
         grad_MH *= weight_M1
     (grad_first_MW,) = torch.autograd.grad(hidden_MH, first_MW, grad_MH)
     grad_first_MW = grad_first_MW.contiguous()
@@ -203,3 +205,8 @@ def _run_backward(
         pairs = [(right, left) for left, right in pairs]
     summed = [grad_first_MW, weighted_MD] if layout.has_bias else []
     return ExpertProducts(WeightProducts(pairs, sizes, kernels), summed), grad_weight_M
+
+
+def _split(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Cut the rows into segments; none where there is no slot, for which torch returns one."""
+    return rows.split(sizes) if sizes else ()
