@@ -18,7 +18,7 @@ from moetrain.config import Config
 from moetrain.data.loader import open_data, with_vocabulary
 from moetrain.distributed.comm import barrier
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import build_engine, calibrate, precision
+from moetrain.engine import build_engine, precision, saved_costs
 from moetrain.launch import local
 from moetrain.moe.clock import Clock
 from moetrain.moe.layer import LayerStats
@@ -55,7 +55,7 @@ def measure(settings: Config, joined: Mesh) -> dict[str, list[float]]:
         runs.create(settings)
     barrier()
     engine = build_engine(build(settings), joined, settings)
-    engine.plan_with(calibrate.obtain(joined, calibrate.Layer.of(settings), folder))
+    engine.plan_with(saved_costs.obtain(joined, saved_costs.layer_of(settings), folder))
     times: dict[str, dict[bool, list[float]]] = {way: {True: [], False: []} for way in ("cpu", "clock")}
     batch = settings.train.global_batch
     with Recorder(settings, joined, folder, 0, corpus.domains, engine.model) as recorder:

@@ -132,11 +132,16 @@ def find_cycles(graph: Graph) -> list[list[str]]:
     return [component for component in find_components(graph) if len(component) > 1]
 
 
-def count_layers(graph: Graph) -> int:
-    """The longest chain of imports between units, a cycle of units being one link of it."""
+def merge_units(graph: Graph) -> Graph:
+    """Which packages and modules directly under moetrain import which others."""
     units: Graph = {}
     for module, others in graph.items():
         units.setdefault(name_unit(module), set()).update({name_unit(other) for other in others} - {name_unit(module)})
+    return units
+
+
+def count_layers(units: Graph) -> int:
+    """The longest chain of imports between units, those in a circle counted as one."""
     height: dict[str, int] = {}
     for component in find_components(units):
         below = {other for unit in component for other in units[unit]} - set(component)
@@ -169,24 +174,19 @@ def find_longest_function(root: Path) -> tuple[int, str]:
 def measure(root: Path) -> dict[str, str | int]:
     """The figures of one checkout."""
     graph = read_graph(root)
+    units = merge_units(graph)
     cycles = find_cycles(graph)
-    units = {name_unit(module) for module in graph}
     lines = {path: len(path.read_text().splitlines()) for path in find_modules(root).values()}
     longest, name = find_longest_function(root)
-    edges = {
-        (name_unit(module), name_unit(other))
-        for module, others in graph.items()
-        for other in others
-        if name_unit(module) != name_unit(other)
-    }
     return {
         "packages and modules at the top": len(units),
-        "layers": count_layers(graph),
-        "pairs of them that import": len(edges),
+        "imports between them": sum(map(len, units.values())),
+        "of them in a circle": sum(map(len, find_cycles(units))),
+        "layers": count_layers(units),
         "imports between files": sum(map(len, graph.values())),
         "import cycles": len(cycles),
         "files in import cycles": sum(map(len, cycles)),
-        "imports against the layers": len(find_violations(graph)) if units <= set(LAYERS) else "no such layers",
+        "imports against the layers": len(find_violations(graph)) if units.keys() <= set(LAYERS) else "no such layers",
         "longest function, lines": longest,
         "longest function": name,
         "files": len(lines),

@@ -16,8 +16,8 @@ from moetrain.bench import cases
 from moetrain.bench.cases import Shape
 from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import ExpertGroup, Mesh
-from moetrain.engine import calibrate
 from moetrain.engine.precision import DTYPES
+from moetrain.moe import calibrate
 from moetrain.moe.clock import Clock
 from moetrain.moe.exchange.dispatch import DispatchTables
 from moetrain.moe.experts import Experts

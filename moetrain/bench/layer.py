@@ -84,7 +84,7 @@ def folder(out: Path | None, name: str, grid: Grid) -> Path | None:
     return out / name
 
 
-def records(mesh: Mesh, grid: Grid, backend: str | None) -> Records:
+def records(mesh: Mesh, grid: Grid, backend: str | None = None) -> Records:
     """One record for every shape, scenario and planner, the same on every rank."""
     names = [(shape, cases.chosen(grid.patterns, shape.experts)) for shape in grid.shapes]
     total = sum(len(scenarios) for _, scenarios in names) * len(grid.planners)

@@ -27,11 +27,11 @@ def peak_bytes(call: Callable[[], Iterable[Tensor]], device: torch.device) -> in
         returned = sum(t.untyped_storage().nbytes() for t in call())
         return torch.cuda.max_memory_allocated() - before - returned
     with _Ledger() as ledger:
-        shared_memory.watchers.append(ledger.share)
+        shared_memory.observers.append(ledger.share)
         try:
             returned_tensors = list(call())
         finally:
-            shared_memory.watchers.remove(ledger.share)
+            shared_memory.observers.remove(ledger.share)
         kept = {ledger.number(t.untyped_storage()) for t in returned_tensors}
     return ledger.peak(without=kept)
 

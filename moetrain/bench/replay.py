@@ -17,7 +17,8 @@ from moetrain.bench.plan import time_planner
 from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.common import disk
 from moetrain.config import ConfigError
-from moetrain.engine import calibrate
+from moetrain.engine.saved_costs import COSTS
+from moetrain.moe import calibrate
 from moetrain.moe.planning import PLANNERS
 from moetrain.moe.planning.cost import Costs, Limits, State, layer_time
 from moetrain.moe.planning.eplb import remember
@@ -58,9 +59,9 @@ def records(run: Path) -> Records:
     parts = list(trace.read_parts(run))
     if not parts:
         raise ConfigError(f"--trace {run}: has no load trace that can be read (track.trace_every=0 keeps none)")
-    costs = calibrate.of_tree(disk.read_json(run / calibrate.COSTS))
+    costs = calibrate.of_tree(disk.read_json(run / COSTS))
     if costs is None:
-        raise ConfigError(f"--trace {run}: has no sound {calibrate.COSTS}")
+        raise ConfigError(f"--trace {run}: has no sound {COSTS}")
     own = config.load_resolved(run / "config.yaml").planner
     found = [_recorded(parts)]
     for name in PLANNERS:

@@ -27,7 +27,7 @@ from moetrain.config.core_options import balance_options
 from moetrain.data.loader import Corpus, Loader, Samples, Sequences, open_data, with_vocabulary
 from moetrain.distributed.comm import all_reduce_sum, barrier
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import Engine, build_engine, calibrate, precision
+from moetrain.engine import Engine, build_engine, precision, saved_costs
 from moetrain.engine.optim import learning_rate
 from moetrain.moe.clock import PHASES
 from moetrain.moe.layer import MoE
@@ -74,7 +74,7 @@ class Bench:
         if saved is not None:
             checkpoint.load(saved, engine)
         with tempfile.TemporaryDirectory() as folder:
-            engine.plan_with(calibrate.obtain(mesh, calibrate.Layer.of(settings), Path(folder), saved))
+            engine.plan_with(saved_costs.obtain(mesh, saved_costs.layer_of(settings), Path(folder), saved))
         _, position = checkpoint.progress(saved)
         for step in range(options.warmup):
             lr = learning_rate(settings.optim, step, settings.train.steps) if saved is None else 0.0

@@ -28,8 +28,8 @@ from moetrain.bench.options import Grid
 from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.common.console import errors
 from moetrain.distributed.mesh import ExpertGroup, Mesh
-from moetrain.engine import calibrate
 from moetrain.engine.precision import DTYPES
+from moetrain.moe import calibrate
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.planning.cost import Costs, default_costs, layer_time

@@ -28,8 +28,8 @@ from moetrain.common import disk
 from moetrain.config import Config
 from moetrain.distributed.comm import gather_texts
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine.calibrate import COSTS
 from moetrain.engine.entries import DTYPES, Engine, Entries
+from moetrain.engine.saved_costs import COSTS
 
 PATIENCE_SECONDS = 10.0  # for a save under way, when the run ends with an error
 

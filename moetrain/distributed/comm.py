@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.distributed import shared_memory as lanes
+from moetrain.distributed.shared_memory import ShmChannel
+from moetrain.distributed.shared_memory_connect import connect
 
 Splits = Sequence[int]
 _at_once = False
-_lanes: "dict[Group, lanes.Lane]" = {}
+_channels: "dict[Group, ShmChannel]" = {}
 
 
 class Alone:
@@ -37,7 +38,7 @@ Group = dist.ProcessGroup | Alone
 
 
 def all_gather(local: Tensor, group: Group) -> Tensor:
-    """[...] of every rank, stacked: [R, ...]. No gradient."""
+    """Return [R, ...]: the tensor [...] of every rank, stacked. No gradient."""
     if isinstance(group, Alone):
         return local[None]
     out = local.new_empty(group.size() * local.numel())
@@ -110,8 +111,10 @@ def barrier(group: Group | None = None) -> None:
 
 
 class Pending:
-    """Rows under way: `wait()` returns what came in, [sum(receive), ...]; on one host perhaps where another rank has
-    put it, so it is not to be written to."""
+    """Rows on their way: `wait()` returns what has arrived, [sum(receive), ...].
+
+    On one host perhaps where another rank has put it, so it is not to be written to.
+    """
 
     def __init__(self, out: Tensor | None, finish: Callable[[], Tensor] | None) -> None:
         self._out, self._finish = out, finish
@@ -123,10 +126,13 @@ class Pending:
         return self._out
 
 
-def outgoing(like: Tensor, count: int, group: Group) -> Tensor:
-    """[count, ...] to fill with rows for other ranks and to send as a whole: perhaps where these can read them."""
-    lane = _lanes.get(group)
-    return like.new_empty(count, *like.shape[1:]) if lane is None else lane.outgoing(like, count)
+def allocate_outgoing(like: Tensor, count: int, group: Group) -> Tensor:
+    """Return [count, ...] to fill with rows for other ranks and to send as a whole.
+
+    Perhaps it lies where these can read it.
+    """
+    channel = _channels.get(group)
+    return like.new_empty(count, *like.shape[1:]) if channel is None else channel.allocate_outgoing(like, count)
 
 
 def start_all_to_all(rows: Tensor, send: Splits, receive: Splits, group: Group, out: Tensor | None = None) -> Pending:
@@ -134,9 +140,9 @@ def start_all_to_all(rows: Tensor, send: Splits, receive: Splits, group: Group, 
     if isinstance(group, Alone) or group.size() == 1:
         return Pending(rows, None)
     rows = rows.contiguous()
-    lane = _lanes.get(group)
-    if lane is not None:
-        pending = Pending(None, lane.start(rows, send, receive, out))
+    channel = _channels.get(group)
+    if channel is not None:
+        pending = Pending(None, channel.start(rows, send, receive, out))
     else:
         arriving = rows.new_empty(sum(receive), *rows.shape[1:]) if out is None else out
         work = dist.all_to_all_single(arriving, rows, list(receive), list(send), group=group, async_op=True)
@@ -147,25 +153,25 @@ def start_all_to_all(rows: Tensor, send: Splits, receive: Splits, group: Group, 
 
 
 @contextmanager
-def shared_memory(groups: Sequence[Group], timeout: float) -> Iterator[None]:
-    """Where all ranks of a group are on this host, its all-to-alls leave out the network."""
+def use_shared_memory(groups: Sequence[Group], timeout: float) -> Iterator[None]:
+    """Have groups whose ranks are all on this host exchange rows without the network, inside the context."""
     try:
         for group in groups:
             if isinstance(group, Alone):
                 continue
-            lane = lanes.connect(group.rank(), group.size(), partial(gather_texts, group=group), timeout)
-            if lane is not None:
-                _lanes[group] = lane
+            channel = connect(group.rank(), group.size(), partial(gather_texts, group=group), timeout)
+            if channel is not None:
+                _channels[group] = channel
         yield
     finally:
         for group in groups:
-            if group in _lanes:
-                _lanes.pop(group).close()
+            if group in _channels:
+                _channels.pop(group).close()
 
 
 @contextmanager
 def waiting_at_once() -> Iterator[None]:
-    """Every transfer is waited for where it starts: to measure what it is worth to compute meanwhile."""
+    """Wait for every transfer where it starts, inside the context: to measure what computing meanwhile is worth."""
     global _at_once
     _at_once = True
     try:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.common.errors import ConfigError
-from moetrain.distributed.comm import ALONE, Group, everyone, shared_memory
+from moetrain.distributed.comm import ALONE, Group, everyone, use_shared_memory
 from moetrain.launch.worker import STORE_SOCKET
 
 SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
@@ -117,7 +117,7 @@ def start(
         device_id=device if device.type == "cuda" else None,
     )
     mesh = _build_axes(rank, world, ep, dp_replicate, device)
-    with shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
+    with use_shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
         yield mesh
         dist.barrier()  # a rank that leaves early can make a slower one abort
     dist.destroy_process_group()

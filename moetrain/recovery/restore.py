@@ -18,7 +18,7 @@ from moetrain.checkpoint.saving import share_out
 from moetrain.common import disk
 from moetrain.distributed.comm import barrier, gather_texts
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine.calibrate import COSTS
+from moetrain.engine.saved_costs import COSTS
 from moetrain.recovery import memory, transfer
 from moetrain.recovery.memory import Stamp
 

@@ -19,7 +19,7 @@ from moetrain.config import Config
 from moetrain.distributed.comm import all_reduce_sum, broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine
-from moetrain.engine.calibrate import COSTS
+from moetrain.engine.saved_costs import COSTS
 from moetrain.launch import signals
 from moetrain.launch.heartbeat import Heartbeat
 from moetrain.models.transformer import Transformer

@@ -7,7 +7,7 @@ from pathlib import Path
 from moetrain import checkpoint
 from moetrain.config import Config
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import build_engine, calibrate
+from moetrain.engine import build_engine, saved_costs
 from moetrain.engine.optim import learning_rate
 from moetrain.launch.exits import Ended, Preempted
 from moetrain.moe.clock import Clock
@@ -36,7 +36,7 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
     if run.saved is not None:
         checkpoint.load(run.saved, engine)
         run.logger.print(f"resumed from {run.saved}, {run.first} steps done")
-    engine.plan_with(calibrate.obtain(mesh, calibrate.Layer.of(config), run.folder, run.saved))
+    engine.plan_with(saved_costs.obtain(mesh, saved_costs.layer_of(config), run.folder, run.saved))
     peak_flops = matmul_rate(mesh.device, engine.dtype) * mesh.world
     position = run.position
     engine.model.at_step(run.first, config.train)

@@ -16,8 +16,9 @@ from moetrain.data import prepare
 from moetrain.data.loader import Corpus, open_data, with_vocabulary
 from moetrain.distributed.comm import broadcast_text
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import build_engine, calibrate, precision
+from moetrain.engine import build_engine, precision, saved_costs
 from moetrain.models.transformer import Transformer
+from moetrain.moe import calibrate
 from moetrain.observe.summary import NOT_EVALUATED
 from moetrain.runs import lock
 from moetrain.training.ending import AtEnd
@@ -43,9 +44,9 @@ def train_run(config: Config, mesh: Mesh, as_json: bool, at_end: Sequence[AtEnd]
 def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     """Measure the layer of the config's model on these ranks and keep it in place of what was known."""
     config = precision.settled(config, mesh)
-    began, layer = time.perf_counter(), calibrate.Layer.of(config)
+    began, layer = time.perf_counter(), saved_costs.layer_of(config)
     costs = calibrate.measure(mesh, layer)
-    path = calibrate.keep(mesh, layer, costs)
+    path = saved_costs.keep(mesh, layer, costs)
     if not mesh.is_main:
         return
     if as_json:
@@ -117,6 +118,6 @@ def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     checkpoint.check_data(saved, corpus.fingerprint, same_run=False)
     engine = build_engine(build(config), mesh, config)
     checkpoint.load(saved, engine, optimizer=False)
-    engine.plan_with(calibrate.of_checkpoint(saved))
+    engine.plan_with(saved_costs.of_checkpoint(saved))
     engine.model.at_step(checkpoint.progress(saved)[0], config.train)
     return engine.model, corpus, saved

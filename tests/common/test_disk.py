@@ -22,9 +22,10 @@ from moetrain.common.console import RunLogger
 from moetrain.config import ConfigError
 from moetrain.data import prepare
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import calibrate
+from moetrain.engine import saved_costs
 from moetrain.launch import heartbeat
 from moetrain.launch.exits import Ended
+from moetrain.moe import calibrate
 from moetrain.moe.planning.cost import Costs, default_costs
 from moetrain.observe import picture, recorder, summary
 from moetrain.observe.sinks.jsonl import JsonLines
@@ -166,7 +167,7 @@ def obtained(mesh: Mesh, cache: str, run: str, saved: str, texts: list[bytes]) -
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(calibrate, "measure", lambda *_: default_costs())
             found += obtain(mesh, cache, run, saved)
-        assert calibrate.of_checkpoint(Path(run)) == default_costs()
+        assert saved_costs.of_checkpoint(Path(run)) == default_costs()
         assert calibrate.of_tree(disk.read_json(kept)) is not None
     return found
 
@@ -186,7 +187,7 @@ def test_torn_costs_are_measured_again(pool, tmp_path: Path) -> None:
 def test_of_a_damaged_checkpoint_costs_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "costs.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^checkpoint=.*: costs.json is damaged$"):
-        calibrate.of_checkpoint(tmp_path)
+        saved_costs.of_checkpoint(tmp_path)
 
 
 def test_small_state_files_that_are_damaged_count_as_missing(pool, tmp_path: Path, data: list[str]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moetrain.distributed import comm
 from moetrain.distributed.mesh import Mesh
-from moetrain.distributed.shared_memory import FAMILY, SMALLEST, Lane, connect, watchers
+from moetrain.distributed.shared_memory import SMALLEST, ShmChannel, observers
+from moetrain.distributed.shared_memory_connect import FAMILY, connect
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int32)
 
@@ -39,7 +40,7 @@ def exchange(mesh: Mesh, times: int) -> tuple[list[bool], int]:
             dist.all_to_all_single(expected, rows, receive, send, group=group)
             same.append(torch.equal(arriving.wait(), expected))
         del arriving, pending
-    return same, len(comm._lanes[group]._blocks)
+    return same, len(comm._channels[group]._blocks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -50,76 +51,78 @@ def test_transfers_equal_those_of_gloo(pool, ranks: int) -> None:
 
 
 @pytest.fixture
-def lanes() -> Iterator[tuple[Lane, Lane]]:
+def channels() -> Iterator[tuple[ShmChannel, ShmChannel]]:
     yield from pair(timeout=5.0)
 
 
-def pair(timeout: float) -> Iterator[tuple[Lane, Lane]]:
+def pair(timeout: float) -> Iterator[tuple[ShmChannel, ShmChannel]]:
     one, two = socket.socketpair(*FAMILY)
-    both = Lane(0, {1: one}, timeout), Lane(1, {0: two}, timeout)
+    both = ShmChannel(0, {1: one}, timeout), ShmChannel(1, {0: two}, timeout)
     yield both
-    for lane in both:
-        lane.close()
+    for channel in both:
+        channel.close()
 
 
-def send(lanes: tuple[Lane, Lane], rows: Tensor) -> Tensor:
+def send(channels: tuple[ShmChannel, ShmChannel], rows: Tensor) -> Tensor:
     """From rank 0 to rank 1."""
     finish = [
-        lane.start(rows[: len(rows) * (1 - r)], s, t, None)
-        for r, (lane, s, t) in enumerate(zip(lanes, ([0, len(rows)], [0, 0]), ([0, 0], [len(rows), 0]), strict=True))
+        channel.start(rows[: len(rows) * (1 - r)], s, t, None)
+        for r, (channel, s, t) in enumerate(
+            zip(channels, ([0, len(rows)], [0, 0]), ([0, 0], [len(rows), 0]), strict=True)
+        )
     ]
     finish[0]()
     return finish[1]()
 
 
-def test_what_came_stays_as_long_as_it_is_held(lanes) -> None:
-    first = lanes[0].outgoing(torch.empty(0, 7), 3)
+def test_what_came_stays_as_long_as_it_is_held(channels) -> None:
+    first = channels[0].allocate_outgoing(torch.empty(0, 7), 3)
     first.fill_(1.0)
-    held = send(lanes, first)[1:]
+    held = send(channels, first)[1:]
     del first
     for turn in range(5):
-        assert send(lanes, torch.full((3, 7), 2.0 + turn)).eq(2.0 + turn).all()
+        assert send(channels, torch.full((3, 7), 2.0 + turn)).eq(2.0 + turn).all()
         assert held.eq(1.0).all()
-    assert len(lanes[0]._blocks) == 2
+    assert len(channels[0]._blocks) == 2
     del held
     for _ in range(5):
-        both = [send(lanes, torch.full((3, 7), 3.0)), send(lanes, torch.full((3, 7), 4.0))]
+        both = [send(channels, torch.full((3, 7), 3.0)), send(channels, torch.full((3, 7), 4.0))]
         assert [int(rows[0, 0]) for rows in both] == [3, 4]
         del both
-    assert len(lanes[0]._blocks) == 2
+    assert len(channels[0]._blocks) == 2
 
 
-def test_what_is_never_sent_is_given_back(lanes) -> None:
+def test_what_is_never_sent_is_released(channels) -> None:
     told: list[int] = []
-    watchers.append(lambda number, size: told.append(size))
+    observers.append(lambda number, size: told.append(size))
     try:
         for _ in range(3):
-            rows = lanes[0].outgoing(torch.empty(0, 7), SMALLEST)
+            rows = channels[0].allocate_outgoing(torch.empty(0, 7), SMALLEST)
             del rows
-        send(lanes, torch.zeros(1, 7))
+        send(channels, torch.zeros(1, 7))
     finally:
-        watchers.pop()
+        observers.pop()
     assert told[:6] == [28 * SMALLEST, 0] * 3
-    assert len(lanes[0]._blocks) == 1
+    assert len(channels[0]._blocks) == 1
 
 
-def test_a_peer_that_ends_ends_the_wait(lanes) -> None:
-    finish = lanes[0].start(torch.zeros(0, 7), [0, 0], [0, 3], None)
-    lanes[1].close()
+def test_a_peer_that_ends_ends_the_wait(channels) -> None:
+    finish = channels[0].start(torch.zeros(0, 7), [0, 0], [0, 3], None)
+    channels[1].close()
     with pytest.raises(RuntimeError, match="connection closed by rank 1"):
         finish()
     with pytest.raises(RuntimeError, match="connection closed by rank 1"):
-        lanes[0].start(torch.zeros(3, 7), [0, 3], [0, 0], None)
+        channels[0].start(torch.zeros(3, 7), [0, 3], [0, 0], None)
 
 
 def test_a_peer_that_hangs_ends_the_wait() -> None:
-    for lanes in pair(timeout=0.05):
-        finish = lanes[0].start(torch.zeros(0, 7), [0, 0], [0, 3], None)
+    for channels in pair(timeout=0.05):
+        finish = channels[0].start(torch.zeros(0, 7), [0, 0], [0, 3], None)
         with pytest.raises(RuntimeError, match="timed out"):
             finish()
 
 
-def connected(intrude: Callable[[str], object], timeout: float = 20.0) -> list[Lane | None]:
+def connected(intrude: Callable[[str], object], timeout: float = 20.0) -> list[ShmChannel | None]:
     """Two ranks, one a thread, that connect; before the second does, `intrude` has the address of the first."""
     texts, barrier = ["", ""], threading.Barrier(2)
 
@@ -165,8 +168,8 @@ def test_whoever_does_not_know_the_secret_is_dropped() -> None:
         with suppress(ConnectionResetError):  # with what it has said unread
             assert peer.recv(1) == b""
         peer.close()
-    for lane in (one, two):
-        lane.close()
+    for channel in (one, two):
+        channel.close()
 
 
 def test_processes_of_other_users_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

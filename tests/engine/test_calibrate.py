@@ -15,7 +15,8 @@ from moetrain import config
 from moetrain.bench import virtual
 from moetrain.bench.cases import Shape
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import base, calibrate
+from moetrain.engine import base, saved_costs
+from moetrain.moe import calibrate
 from moetrain.moe.kernels import cpu_gemm
 from moetrain.moe.kernels.api import PARTS, KernelChoice, use_kernels
 from moetrain.moe.planning.cost import Costs, Measured, default_costs
@@ -110,7 +111,7 @@ def obtain(mesh: Mesh, cache: str, run: str, saved: str | None) -> list[Costs]:
     """Twice, with the machine's folder for profiles in `cache`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", cache)
-        return [calibrate.obtain(mesh, LAYER, Path(run), saved and Path(saved)) for _ in range(2)]
+        return [saved_costs.obtain(mesh, LAYER, Path(run), saved and Path(saved)) for _ in range(2)]
 
 
 def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
         assert getattr(a, name) > 0
     assert a.inside.bandwidth > 0
     assert 0 <= a.overlap <= 1
-    assert calibrate.of_checkpoint(first) == a
+    assert saved_costs.of_checkpoint(first) == a
 
     assert pool.run(obtain, 2, str(cache), str(second), None)[0][0] == a  # the machine's
     (kept,) = (cache / "moetrain" / "profiles").iterdir()
@@ -136,7 +137,7 @@ def test_costs_are_measured_once_and_kept(pool, tmp_path: Path) -> None:
     third = tmp_path / "third"
     third.mkdir()
     assert pool.run(obtain, 2, str(cache), str(third), str(first))[0][0] == a  # and the checkpoint's before all
-    assert calibrate.of_checkpoint(third) == a
+    assert saved_costs.of_checkpoint(third) == a
     assert pool.run(obtain, 2, str(cache), str(third), str(first), ep=1)[0][0].row_bytes == 64  # another layout: anew
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moetrain import cli, config
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import calibrate
+from moetrain.moe import calibrate
 from moetrain.moe.clock import Clock
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.planning import default_home

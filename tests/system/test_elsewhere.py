@@ -61,12 +61,12 @@ def without_proc(usual: Callable[..., Any]) -> Callable[..., Any]:
 
 def run(mesh: Mesh, overrides: list[str], lacks: list[str]) -> tuple[str, str, int]:
     """(the run's folder, its log, groups whose rows travel through shared memory) on such a system."""
-    groups = list(comm._lanes)
+    groups = list(comm._channels)
     for group in groups:
-        comm._lanes.pop(group).close()
-    with without(*lacks), comm.shared_memory(groups, 60.0):
+        comm._channels.pop(group).close()
+    with without(*lacks), comm.use_shared_memory(groups, 60.0):
         folder = train(config.load(overrides), mesh)
-        return str(folder), (folder / "log.txt").read_text(), len(comm._lanes)
+        return str(folder), (folder / "log.txt").read_text(), len(comm._channels)
 
 
 MACOS = ["linux", "memfd_create", "posix_fallocate", "sched_getaffinity", "/proc", "/dev/shm"]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.distributed.comm import Pending, outgoing, start_all_to_all
+from moetrain.distributed.comm import Pending, allocate_outgoing, start_all_to_all
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.kernels.api import Backend
 from moetrain.moe.kernels.bags import Bags, find_true, sort_stably
@@ -175,7 +175,7 @@ class DispatchTables:
         if self.ep.size == 1:
             return Tokens(x_TD, Pending(x_TD, None))
         pool_PD = x_TD.new_empty(len(x_TD) + sum(self.copies_in), x_TD.shape[1])
-        leaving_CD = outgoing(x_TD, len(self.token_C), self.ep.rows)
+        leaving_CD = allocate_outgoing(x_TD, len(self.token_C), self.ep.rows)
         torch.index_select(x_TD, 0, self.token_C, out=leaving_CD)
         pending = start_all_to_all(leaving_CD, self.copies_out, self.copies_in, self.ep.rows, out=pool_PD[len(x_TD) :])
         pool_PD[: len(x_TD)] = x_TD

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moetrain.distributed.comm import outgoing, start_all_to_all
+from moetrain.distributed.comm import allocate_outgoing, start_all_to_all
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.planning.cost_model import RELAY_FROM
 
@@ -72,7 +72,7 @@ class SliceTransfer:
             send[slice_.target] += slice_.end - slice_.begin
         for slice_ in self._coming:
             receive[slice_.source] += slice_.end - slice_.begin
-        out = outgoing(like.view(-1), sum(send), ep.lend) if ready is None else ready
+        out = allocate_outgoing(like.view(-1), sum(send), ep.lend) if ready is None else ready
         if ready is None:
             for slice_, part in zip(leaving, out.split([p.end - p.begin for p in leaving]), strict=True):
                 write(slice_, part)
@@ -208,7 +208,7 @@ class PackedGradients:
 
     def __init__(self, num_guests: int, like: Sequence[Tensor], ep: ExpertGroup) -> None:
         """Make room for them where they can be sent from, not filled in; `like` [S, ...] each gives shapes, dtype."""
-        self.packed_GW = outgoing(like[0].new_empty(0, packed_size(like)), num_guests, ep.lend)
+        self.packed_GW = allocate_outgoing(like[0].new_empty(0, packed_size(like)), num_guests, ep.lend)
         rows = [split_packed(row, like) for row in self.packed_GW]
         self.matrices = [[parts[n] for parts in rows] for n in range(len(like))]
 

@@ -1,46 +1,51 @@
-"""What this machine does in a second: the costs that the planner decides with, measured and kept.
+"""What this machine does in a second: the costs that the planner decides with, measured.
 
 All ranks measure at the same time, as they work in training. A figure is that of the slowest rank, and every rank gets
-the same ones. They are kept per machine, group and layer shape, and with each run, so that a repeat plans alike.
+the same ones.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.common import cache, disk
-from moetrain.common.console import console
-from moetrain.config import Config, ConfigError
-from moetrain.distributed.comm import all_gather, barrier, broadcast, broadcast_text, gather_texts, start_all_to_all
-from moetrain.distributed.mesh import Mesh
-from moetrain.engine import precision
-from moetrain.moe import compiled
+from moetrain.distributed.comm import Group, all_gather, barrier, broadcast, broadcast_text, start_all_to_all
+from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.exchange.guests import Copy, Lending, Returning
-from moetrain.moe.kernels import cpu_gemm
 from moetrain.moe.kernels.api import PARTS, Backend, KernelChoice
 from moetrain.moe.kernels.bags import Bags
 from moetrain.moe.planning.cost import Costs, Link, Measured
 
-COSTS = "costs.json"  # in a run's folder and in its checkpoints
 MANY = 6  # experts lent
 FLOPS = 1e10  # of one timed computation on a CPU, if that is 64 to 1024 rows an expert
 GPU_ROWS = (512, 4096)  # an expert: a batch of training has about as many on either side
 GPU_MESSAGES = 1 << 30  # bytes to all peers together, at most
 REPEATS, SECONDS = 15, 0.5  # timed runs: so many, or as many as fit into that time, and 3 at least
 LAUNCHES = 4  # runs between two events of a GPU: the host is ahead of all but the first
+
+
+class Ranks(Protocol):
+    """Who measures; a `Mesh` is this."""
+
+    @property
+    def ep(self) -> ExpertGroup:
+        """The ranks among which experts are spread."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def everyone(self) -> Group:
+        """All that measure at the same time, `ep` among them."""
 
 
 class Layer(NamedTuple):
@@ -56,11 +61,6 @@ class Layer(NamedTuple):
     def weights(self) -> int:
         """Parameters of an expert."""
         return 3 * self.dim * self.hidden
-
-    @classmethod
-    def of(cls, config: Config) -> "Layer":
-        model, top_k = config.model, config.router.top_k
-        return cls(model.dim, model.expert_hidden, model.num_experts, top_k, precision.of(config))
 
     def row_bytes(self, ranks: int) -> int:
         """What a selection weighs on a link: a token goes to a rank once, for all its experts there."""
@@ -91,56 +91,9 @@ class Sizes(NamedTuple):
         return cls(max(1, segments), GPU_ROWS, (1 << 10, message), GPU_ROWS[1])
 
 
-def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Costs:
-    """The costs of the checkpoint `saved` or of the run, if they are of as many ranks of this kind; else the machine's
-    stored ones; else measured now. They are written to the run's folder, and kept for the machine."""
-    own, stored = run / COSTS, _stored(mesh, layer)
-    places = [*([saved / COSTS] if saved is not None else []), own, *([stored] if stored is not None else [])]
-    kept = (disk.read_json(path) for path in places) if mesh.is_main else ()
-    found = next((tree for tree in kept if of_tree(tree) and tree["ranks"] == _ranks(mesh)), None)
-    text = broadcast_text(json.dumps(found, indent=1) if found else "", mesh.device)
-    if not text:
-        if mesh.is_main:
-            console.print("measuring what computing and sending take here, for the planner", style="dim")
-        text = to_json(measure(mesh, layer), mesh)
-    if mesh.is_main:
-        disk.write(own, text)
-        if stored is not None and of_tree(disk.read_json(stored)) is None:
-            _keep(stored, text)
-    return dataclasses.replace(from_json(text), nodes=_nodes(mesh))
-
-
-def of_checkpoint(saved: Path) -> Costs:
-    """The costs that a checkpoint's run was planned with. Raises `ConfigError` where they are damaged."""
-    costs = of_tree(disk.read_json(saved / COSTS))
-    if costs is None:
-        raise ConfigError(f"checkpoint={saved}: {COSTS} is damaged")
-    return costs
-
-
-def _keep(path: Path, text: str) -> None:
-    """Where a cache cannot be written, nothing is kept."""
-    with suppress(OSError):
-        disk.write(path, text)
-
-
-def _stored(mesh: Mesh, layer: Layer) -> Path | None:
-    """The machine's file for such a layer; None where nothing can be kept."""
-    kept = cache.folder("profiles")
-    return None if kept is None else kept / f"{_key(mesh, layer)}.json"
-
-
-def keep(mesh: Mesh, layer: Layer, costs: Costs) -> Path | None:
-    """Keep costs as the machine's, in place of what was there. Returns the file; None where nothing can be kept."""
-    path = _stored(mesh, layer)
-    if mesh.is_main and path is not None:
-        _keep(path, to_json(costs, mesh))
-    return path
-
-
-def to_json(costs: Costs, mesh: Mesh) -> str:
-    """`mesh`: the ranks that they are of."""
-    return json.dumps({"ranks": _ranks(mesh), **dataclasses.asdict(costs)}, indent=1)
+def to_json(costs: Costs, ranks: Ranks) -> str:
+    """`ranks`: the ranks that they are of."""
+    return json.dumps({"ranks": describe_ranks(ranks), **dataclasses.asdict(costs)}, indent=1)
 
 
 def from_json(text: str) -> Costs:
@@ -170,45 +123,45 @@ def of_tree(tree: Any) -> Costs | None:
         return None
 
 
-def measure(mesh: Mesh, layer: Layer, backend: str | None = None) -> Costs:
-    """Costs of a layer on the ranks of `mesh.ep`, with the kernels that were found to be faster (`Costs.kernels`).
+def measure(ranks: Ranks, layer: Layer, backend: str | None = None) -> Costs:
+    """Costs of a layer on the ranks of `ranks.ep`, with the kernels that were found to be faster (`Costs.kernels`).
 
     All ranks call it; a few seconds. `backend`: one of `kernels.api.BACKENDS` for the sums and the SwiGLU.
     """
-    sizes = Sizes.of(layer, mesh.ep.size, mesh.device.type, min(_gather(mesh, _free_bytes(mesh.device))))
+    sizes = Sizes.of(layer, ranks.ep.size, ranks.device.type, min(_gather(ranks, _free_bytes(ranks.device))))
     segments, (few, many) = sizes.segments, sizes.rows
-    works = [Work.of(layer, segments, rows, mesh.device) for rows in (few, many)]
-    measured = _compare(mesh, works[1], backend)
+    works = [Work.of(layer, segments, rows, ranks.device) for rows in (few, many)]
+    measured = _compare(ranks, works[1], backend)
     left = frozenset(each.part for each in measured if each.torch_is_faster)
     kernels = works[1].choose(KernelChoice(backend, left))
     (forward_few, backward_few), (forward_many, backward_many) = (
-        (_time(mesh, partial(work.forward, kernels)), _time(mesh, partial(work.backward, kernels))) for work in works
+        (_time(ranks, partial(work.forward, kernels)), _time(ranks, partial(work.backward, kernels))) for work in works
     )
     del works
     row_forward = max(forward_many - forward_few, 1e-9) / (segments * (many - few))
     row_backward = max(backward_many - backward_few, 1e-9) / (segments * (many - few))
     padding = (kernels.row_step - 1) / 2  # rows, on average
-    nodes = _nodes(mesh)
-    same = [nodes[r] == nodes[mesh.ep.rank] for r in range(mesh.ep.size)]
-    same[mesh.ep.rank] = False
-    apart = [node != nodes[mesh.ep.rank] for node in nodes]
-    inside, between = (_link(mesh, peers, sizes.message_bytes) for peers in (same, apart))
+    nodes = nodes_of(ranks)
+    same = [nodes[r] == nodes[ranks.ep.rank] for r in range(ranks.ep.size)]
+    same[ranks.ep.rank] = False
+    apart = [node != nodes[ranks.ep.rank] for node in nodes]
+    inside, between = (_link(ranks, peers, sizes.message_bytes) for peers in (same, apart))
     costs = Costs(
         row_forward=row_forward,
         row_backward=row_backward,
         segment_forward=max(forward_few / segments - few * row_forward, 0.0) + padding * row_forward,
         segment_backward=max(backward_few / segments - few * row_backward, 0.0) + padding * row_backward,
-        row_bytes=layer.row_bytes(mesh.ep.size),
+        row_bytes=layer.row_bytes(ranks.ep.size),
         weight_bytes=layer.weights * layer.dtype.itemsize,
         gradient_bytes=layer.weights * layer.dtype.itemsize,
         inside=inside or between or Link(0.0, 1e12),
         between=between or inside or Link(0.0, 1e12),
-        overlap=_overlap(mesh, layer, sizes),
+        overlap=_overlap(ranks, layer, sizes),
         nodes=nodes,
         kernels=measured,
     )
-    costs = dataclasses.replace(costs, handling=_handling(mesh, layer, costs))
-    costs = from_json(broadcast_text(to_json(costs, mesh), mesh.device))
+    costs = dataclasses.replace(costs, handling=_handling(ranks, layer, costs))
+    costs = from_json(broadcast_text(to_json(costs, ranks), ranks.device, ranks.everyone))
     return dataclasses.replace(costs, nodes=nodes)
 
 
@@ -283,48 +236,50 @@ class Work(NamedTuple):
         kernels.segment_outer(self.x, self.outer, self.sizes, self.grads[1], add=False)
 
 
-def _compare(mesh: Mesh, work: Work, backend: str | None) -> tuple[Measured, ...]:
+def _compare(ranks: Ranks, work: Work, backend: str | None) -> tuple[Measured, ...]:
     """The parts that every rank has kernels of our own for, beside torch's."""
     parts = {"sums": work.sums, "swiglu": work.swiglu, "products": work.products}
     own = work.choose(KernelChoice(backend))
-    mine = " ".join(part for part in parts if own.has_own(part))
-    ranks = [text.split() for text in gather_texts(mine, mesh.saving)]
+    here = torch.tensor([int(own.has_own(part)) for part in parts], device=ranks.device)
+    everywhere = all_gather(here, ranks.everyone).amin(0).tolist()
+
     alone = torch.get_num_threads() == 1  # then others, which take turns with this thread, do not disturb
     found = []
-    for part, run in parts.items():
-        if all(part in here for here in ranks):
+    for (part, run), there in zip(parts.items(), everywhere, strict=True):
+        if there:
             seconds = []
             for kernels in (own, work.choose(KernelChoice(backend, frozenset([part])))):
-                seconds.append(_time(mesh, partial(run, kernels), time.thread_time if alone else time.perf_counter))
+                seconds.append(_time(ranks, partial(run, kernels), time.thread_time if alone else time.perf_counter))
             found.append([part, *seconds])
-    return tuple(Measured(*each) for each in json.loads(broadcast_text(json.dumps(found), mesh.device)))
+    text = broadcast_text(json.dumps(found), ranks.device, ranks.everyone)
+    return tuple(Measured(*each) for each in json.loads(text))
 
 
-def _link(mesh: Mesh, peers: list[bool], message_bytes: tuple[int, int]) -> Link | None:
+def _link(ranks: Ranks, peers: list[bool], message_bytes: tuple[int, int]) -> Link | None:
     """The link to each of `peers` [R], all at once, with messages of two sizes; None where there are none."""
     times = []
     for size in message_bytes:
         splits = [size if peer else 0 for peer in peers]
-        message = torch.ones(sum(splits), dtype=torch.uint8, device=mesh.device)
+        message = torch.ones(sum(splits), dtype=torch.uint8, device=ranks.device)
         times.append(
-            _time(mesh, lambda m=message, s=splits: start_all_to_all(m, s, s, mesh.ep.rows).wait())  # type: ignore[misc]
+            _time(ranks, lambda m=message, s=splits: start_all_to_all(m, s, s, ranks.ep.rows).wait())  # type: ignore[misc]
         )
-    count = max(_gather(mesh, sum(peers)))
+    count = max(_gather(ranks, sum(peers)))
     if not count:
         return None
     return Link(times[0], count * message_bytes[1] / max(times[1] - times[0], times[1] / 2))
 
 
-def _overlap(mesh: Mesh, layer: Layer, sizes: Sizes) -> float:
+def _overlap(ranks: Ranks, layer: Layer, sizes: Sizes) -> float:
     """Share of a transfer that passes while experts are computed: both take equally long, apart and together."""
-    splits = [0 if r == mesh.ep.rank else 8 * sizes.message_bytes[1] // mesh.ep.size for r in range(mesh.ep.size)]
-    message = torch.ones(sum(splits), dtype=torch.uint8, device=mesh.device)
-    new = lambda *shape: torch.randn(shape, device=mesh.device).to(layer.dtype)  # noqa: E731
+    splits = [0 if r == ranks.ep.rank else 8 * sizes.message_bytes[1] // ranks.ep.size for r in range(ranks.ep.size)]
+    message = torch.ones(sum(splits), dtype=torch.uint8, device=ranks.device)
+    new = lambda *shape: torch.randn(shape, device=ranks.device).to(layer.dtype)  # noqa: E731
     x, weight = new(sizes.product_rows, layer.dim), new(layer.dim, layer.hidden)
     out = new(sizes.product_rows, layer.hidden)
-    send = lambda: start_all_to_all(message, splits, splits, mesh.ep.lend)  # noqa: E731
-    travelling = _time(mesh, lambda: send().wait())
-    count = max(1, round(travelling / _time(mesh, lambda: torch.mm(x, weight, out=out))))
+    send = lambda: start_all_to_all(message, splits, splits, ranks.ep.lend)  # noqa: E731
+    travelling = _time(ranks, lambda: send().wait())
+    count = max(1, round(travelling / _time(ranks, lambda: torch.mm(x, weight, out=out))))
 
     def compute() -> None:
         for _ in range(count):
@@ -335,44 +290,44 @@ def _overlap(mesh: Mesh, layer: Layer, sizes: Sizes) -> float:
         compute()
         pending.wait()
 
-    computing = _time(mesh, compute)
-    return min(max((computing + travelling - _time(mesh, both)) / min(computing, travelling), 0.0), 1.0)
+    computing = _time(ranks, compute)
+    return min(max((computing + travelling - _time(ranks, both)) / min(computing, travelling), 0.0), 1.0)
 
 
-def _handling(mesh: Mesh, layer: Layer, costs: Costs) -> float:
+def _handling(ranks: Ranks, layer: Layer, costs: Costs) -> float:
     """Seconds that one more guest takes, lent and its gradient back home, besides its bytes' travel."""
-    if mesh.ep.size == 1:
+    if ranks.ep.size == 1:
         return 0.0
     shapes = (MANY, 2 * layer.hidden, layer.dim), (MANY, layer.dim, layer.hidden)
-    weights = [torch.zeros(shape, dtype=layer.dtype, device=mesh.device) for shape in shapes]
+    weights = [torch.zeros(shape, dtype=layer.dtype, device=ranks.device) for shape in shapes]
 
     def lend(copies: list[Copy]) -> None:
-        lending = Lending(weights, 0, copies, mesh.ep)
+        lending = Lending(weights, 0, copies, ranks.ep)
         lending.relay()
-        returning = Returning(lending.finish(), copies, weights[0], layer.weights, mesh.ep)
+        returning = Returning(lending.finish(), copies, weights[0], layer.weights, ranks.ep)
         returning.finish(weights, 0, ())
 
-    one, many = (_time(mesh, lambda n=n: lend([(e, 0, 1) for e in range(n)])) for n in (1, MANY))  # type: ignore[misc]
+    one, many = (_time(ranks, lambda n=n: lend([(e, 0, 1) for e in range(n)])) for n in (1, MANY))  # type: ignore[misc]
     link = costs.between if costs.nodes[0] != costs.nodes[1] else costs.inside
     return max((many - one) / (MANY - 1) - (costs.weight_bytes + costs.gradient_bytes) / link.bandwidth, 0.0)
 
 
-def _time(mesh: Mesh, work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+def _time(ranks: Ranks, work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of the slowest rank; on each the quickest of several after a warm-up: others disturb, nothing helps.
 
     `clock`: of the host; a GPU has its own.
     """
-    on_gpu = mesh.device.type == "cuda"
+    on_gpu = ranks.device.type == "cuda"
     runs = LAUNCHES if on_gpu else 1
 
     def once() -> float:
-        barrier()
+        barrier(ranks.everyone)
         return (_device_seconds(work, runs) if on_gpu else _host_seconds(work, clock)) / runs
 
     once()
-    fitting = torch.tensor(min(max(int(SECONDS / once() / runs), 3), REPEATS), device=mesh.device)
-    repeats = int(broadcast(fitting))  # the same on all ranks of the world: every run enters a barrier
-    return max(_gather(mesh, min(once() for _ in range(repeats))))
+    fitting = torch.tensor(min(max(int(SECONDS / once() / runs), 3), REPEATS), device=ranks.device)
+    repeats = int(broadcast(fitting, ranks.everyone))  # the same on all: every run enters a barrier
+    return max(_gather(ranks, min(once() for _ in range(repeats))))
 
 
 def _host_seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
@@ -392,28 +347,19 @@ def _device_seconds(work: Callable[[], object], runs: int) -> float:
     return began.elapsed_time(ended) / 1e3
 
 
-def _gather(mesh: Mesh, value: float) -> list[float]:
-    local: Tensor = torch.tensor([value], dtype=torch.float64, device=mesh.device)
-    return all_gather(local, mesh.ep.rows).flatten().tolist()
+def _gather(ranks: Ranks, value: float) -> list[float]:
+    local: Tensor = torch.tensor([value], dtype=torch.float64, device=ranks.device)
+    return all_gather(local, ranks.ep.rows).flatten().tolist()
 
 
-def _nodes(mesh: Mesh) -> tuple[int, ...]:
+def nodes_of(ranks: Ranks) -> tuple[int, ...]:
     """[R] the host of each rank of the expert group, numbered from 0."""
     name = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:6], "big")
-    hosts = [int(x) for x in _gather(mesh, float(name))]
+    hosts = [int(x) for x in _gather(ranks, float(name))]
     order = list(dict.fromkeys(hosts))
     return tuple(order.index(host) for host in hosts)
 
 
-def _ranks(mesh: Mesh) -> str:
-    return f"{mesh.world} on {mesh.device.type}, ep {mesh.ep.size}"
-
-
-def _key(mesh: Mesh, layer: Layer) -> str:
-    if mesh.device.type == "cuda":
-        device = torch.cuda.get_device_name(mesh.device)
-    else:
-        device = f"{socket.gethostname()} {os.cpu_count()} cores {torch.get_num_threads()} threads"
-        device += f" {torch.backends.cpu.get_cpu_capability()} {cpu_gemm.able()}"  # a name may move to another machine
-    facts = f"{device} {torch.__version__} {compiled.DIGEST} {_nodes(mesh)} {mesh.world} {mesh.ep.size} {layer}"
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+def describe_ranks(ranks: Ranks) -> str:
+    """Returns how many of what kind: costs are of these."""
+    return f"{ranks.everyone.size()} on {ranks.device.type}, ep {ranks.ep.size}"
