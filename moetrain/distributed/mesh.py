@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.common.errors import ConfigError
-from moetrain.distributed.comm import ALONE, Group, everyone, use_shared_memory
+from moetrain.distributed.comm import ALONE, Alone, Group, everyone, use_shared_memory
 from moetrain.launch.worker import STORE_SOCKET
 
 SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
@@ -38,23 +38,38 @@ class ExpertGroup:
         return cls(0, 1, ALONE, ALONE)
 
     @classmethod
-    def from_group(cls, group: dist.ProcessGroup | DeviceMesh) -> "ExpertGroup":
-        """The group of an existing process group, or of a device mesh with one axis. Never makes the default group.
+    def from_group(cls, group: dist.ProcessGroup | DeviceMesh | None) -> "ExpertGroup":
+        """The group of an existing process group, or of a device mesh with one axis; None: this process alone. Never
+        makes the default group.
 
         All ranks of the group call it: it makes the second communicator, for lending, with
         `torch.distributed.new_group`. Raises `ConfigError` where a device mesh has several axes, or this process is
         not in the group.
         """
-        if isinstance(group, DeviceMesh):
-            if group.ndim != 1:
-                raise ConfigError(f"group: must be one axis of the device mesh, mesh[NAME]; it has {group.ndim} axes")
-            group = group.get_group()
-        if not isinstance(group, dist.ProcessGroup) or group.rank() < 0:
-            raise ConfigError("group: this process is not in it; every rank passes the group that it belongs to")
-        if group.size() == 1:
+        given = join_group(group)
+        if isinstance(given, Alone) or given.size() == 1:
             return cls.alone()
-        lend = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
-        return cls(group.rank(), group.size(), group, lend)
+        ranks = dist.get_process_group_ranks(given)
+        lend = dist.new_group(ranks, use_local_synchronization=True)
+        is_shared = given is dist.group.WORLD  # in which DDP and FSDP communicate at times of their own
+        rows = dist.new_group(ranks, use_local_synchronization=True) if is_shared else given
+        return cls(given.rank(), given.size(), rows, lend)
+
+
+def join_group(group: dist.ProcessGroup | DeviceMesh | None) -> Group:
+    """Returns the process group of a device mesh with one axis, or a process group as it is; None: this process alone.
+
+    Raises `ConfigError` where a device mesh has several axes, or this process is not in the group.
+    """
+    if group is None:
+        return ALONE
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ConfigError(f"group: must be one axis of the device mesh, mesh[NAME]; it has {group.ndim} axes")
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup) or group.rank() < 0:
+        raise ConfigError("group: this process is not in it; every rank passes the group that it belongs to")
+    return group
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moetrain.config import Config
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
+from moetrain.distributed.norms import global_norm
 from moetrain.engine import precision
 from moetrain.engine.entries import MOMENTS, Entries
 from moetrain.models.transformer import Transformer
@@ -21,8 +22,6 @@ from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.planning.cost import Costs
 from moetrain.moe.routing.base import Replicated
 
-FP32_SQUARES = (1e-30, 1e36)  # sums of squares that fp32 has room for
-EXACT_ELEMENTS = 1 << 18  # squared in fp64 at a time
 GUEST_PART = 8  # of a GPU's memory, one is for guests, where `engine.guest_memory_mib` does not say
 CPU_GUEST_BYTES = 1 << 30
 
@@ -87,11 +86,7 @@ class Engine(ABC):
 
     def grad_norm(self) -> float:
         """The norm over all parameters of the model, each counted once, however many ranks hold it."""
-        grads, device = list(self._grads()), self.mesh.device
-        total = all_reduce_sum(sum_of_squares(grads, device)).item()
-        if not FP32_SQUARES[0] < total < FP32_SQUARES[1]:  # the same on every rank
-            total = all_reduce_sum(sum_of_squares(grads, device, exact=True)).item()
-        return math.sqrt(total)
+        return global_norm(list(self._grads()), self.mesh.device, all_reduce_sum)
 
     @abstractmethod
     def _grads(self) -> Iterator[tuple[Tensor, int]]:
@@ -112,32 +107,6 @@ class Engine(ABC):
     @abstractmethod
     def _forget(self) -> None:
         """Forget the gradients: the step is left out."""
-
-
-def sum_of_squares(grads: Iterable[tuple[Tensor, int]], device: torch.device, exact: bool = False) -> Tensor:
-    """fp64 scalar on `device`: Σ ‖gradient‖² / copies over (gradient, copies).
-
-    A GPU squares in fp32 (`fp32_squares`). A CPU would add up a whole gradient in fp32: there, and where `exact` asks
-    for it, squares are fp64, `EXACT_ELEMENTS` of them at a time, so that no gradient is copied as a whole.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    together: dict[tuple[torch.device, torch.dtype, int], list[Tensor]] = {}
-    for grad, copies in grads:
-        if exact or grad.device.type == "cpu":
-            parts = (part.double() for part in grad.detach().reshape(-1).split(EXACT_ELEMENTS))
-            squares = [part.dot(part) for part in parts]
-            total += torch.stack(squares).sum().to(device) / copies
-        elif grad.numel():
-            together.setdefault((grad.device, grad.dtype, copies), []).append(grad.detach())
-    for (*_, copies), group in together.items():
-        total += fp32_squares(group).to(device) / copies
-    return total
-
-
-def fp32_squares(tensors: list[Tensor]) -> Tensor:
-    """fp64 scalar: Σ ‖tensor‖², block by block in fp32, then in fp64; right to 1e-6 within `FP32_SQUARES` on a GPU,
-    in one pass over all of them without a copy."""
-    return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32)).double().square().sum()
 
 
 def guest_bytes(config: Config, device_bytes: int) -> int:

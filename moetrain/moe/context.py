@@ -35,6 +35,11 @@ class StepContext:
         self._is_last_micro_batch = True
         self._num_later = 0
 
+    def begin_step(self, num_micro_batches: int) -> None:
+        """Call before an optimizer step of so many backwards of micro-batches, instead of `begin_backward` before each:
+        where backwards are not the training loop's to announce."""
+        self._is_last_micro_batch, self._num_later = True, num_micro_batches * self._num_passes - 1
+
     def begin_backward(self, is_last_micro_batch: bool) -> None:
         """Call before the backward of every micro-batch; `is_last_micro_batch`: of the optimizer step."""
         self._is_last_micro_batch, self._num_later = is_last_micro_batch, self._num_passes - 1

@@ -10,10 +10,13 @@ ranks.
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
+from weakref import ReferenceType, ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moetrain.common.errors import ConfigError
 from moetrain.common.registry import Options
@@ -71,6 +74,14 @@ class LayerStats:
         """What the metrics of a step need: without scores and choice, which are large."""
         none = torch.empty(0)
         return replace(self, scores=Scores(none, none), choice=Choice(none, none))
+
+
+class Watcher(Protocol):
+    """Is told of a layer's forwards: by `moetrain.expert_parallel`."""
+
+    def before(self, layer: "MoE", x_TD: Tensor) -> None: ...
+
+    def after(self, layer: "MoE", stats: LayerStats) -> None: ...
 
 
 class MoE(nn.Module):
@@ -134,6 +145,9 @@ class MoE(nn.Module):
         self.plan_with(planner, planner_options)
         self.costs: Costs | None = None  # of this machine; None: those of the reference machine
         self.past_E: Floats | None = None  # [E] rows of the expert group in training so far, the later the heavier
+        self.recompute = False  # whether experts are computed again in the backward instead of keeping what they need
+        self.watcher: Watcher | None = None  # of a layer in somebody's own loop
+        self._alive: list[ReferenceType[Decision]] = []  # of forwards whose backward may be to come
         if others.total:
             self.room_weights = (others.tau,) * experts + (1.0,) * others.total
             for one in self.routers:
@@ -167,9 +181,37 @@ class MoE(nn.Module):
         self, x_TD: Tensor, carry: Any = None, place: Place | None = None
     ) -> tuple[Tensor, LayerStats, Any]:
         """Returns [T, D] for [T, D], the statistics of the pass, and the router's carry for the next layer."""
+        if self.watcher is not None:
+            self.watcher.before(self, x_TD)
         scores, carry = self.route(x_TD, carry, place)
-        decision = self.decide(scores, place)
-        return self.compute(x_TD, scores, decision), LayerStats.of(scores, decision), carry
+        is_again = torch._C._current_graph_task_id() != -1  # recomputed in a backward, by a checkpoint around the layer
+        decision = self._find_decision(scores, place) if is_again else self.decide(scores, place)
+        if self.recompute and torch.is_grad_enabled():
+            y_TD = checkpoint(self.compute, x_TD, scores, decision, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y_TD = self.compute(x_TD, scores, decision)
+        stats = LayerStats.of(scores, decision)
+        if not is_again:
+            if y_TD.requires_grad:  # the graph keeps them, and they go with it
+                y_TD.register_hook(partial(_keep, decision, stats))
+                self._alive = [one for one in self._alive if one() is not None] + [ref(decision)]
+            if self.watcher is not None:
+                self.watcher.after(self, stats)
+        return y_TD, stats, carry
+
+    def _find_decision(self, scores: Scores, place: Place | None) -> Decision:
+        """The decision of the forward that is computed again: of those whose backward is to come, the one with these
+        choices. Raises `RuntimeError` where there is none, or several with different plans."""
+        alive = [found for one in self._alive if (found := one()) is not None]
+        if not alive:  # a reentrant checkpoint, whose first forward has no graph
+            return self.decide(scores, place)
+        token_N, expert_N, _ = self.router.choose(Scores(*(x.detach() for x in scores)), place)
+        same = [d for d in alive if torch.equal(d.choice.expert_N, expert_N) and torch.equal(d.choice.token_N, token_N)]
+        if not same:
+            raise RuntimeError("a recomputed forward of an MoE layer chose other experts: is its input the same?")
+        if any(d.plan is not same[-1].plan and not _is_same_plan(d.plan, same[-1].plan) for d in same):
+            raise RuntimeError("recompute cannot tell micro-batches with equal choices apart; recompute one at a time")
+        return same[-1]
 
     @property
     def step(self) -> StepContext:
@@ -244,6 +286,15 @@ class MoE(nn.Module):
             return y_TD
         weight_N = routing.weight_N if decision.kept_N is None else routing.weight_N * decision.kept_N
         return y_TD + self.zero_compute(x_TD, routing.token_N, routing.expert_N, weight_N)
+
+
+def _keep(decision: Decision, stats: LayerStats, grad: Tensor) -> None:
+    """A hook that does nothing: it holds what has to live as long as the graph."""
+
+
+def _is_same_plan(one: Plan, other: Plan) -> bool:
+    pairs = ((one.expert, other.expert), (one.rank, other.rank), (one.num_rows, other.num_rows))
+    return all(np.array_equal(a, b) for a, b in (*pairs, (one.counts, other.counts)))
 
 
 def _count(index_N: Tensor, size: int, made_N: Tensor | None) -> Tensor:

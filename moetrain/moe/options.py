@@ -136,7 +136,7 @@ class BalanceOptions(Options):
     device_coefficient: float = option(0.0, "of the loss over groups of experts (DeepSeekMoE)", at_least=0)
     device_groups: int | None = option(None, "groups for that; none: the ranks of the expert group", above=0)
     entropy_coefficient: float = option(0.0, "of the routers' entropy", at_least=0)
-    z_coefficient: float = option(1e-3, "of the z-loss (ST-MoE)", at_least=0)
+    z_coefficient: float = option(0.0, "of the z-loss (ST-MoE)", at_least=0)
     bias: Literal["none", "sign", "proportional"] = option("none", "rule of the loss-free bias")
     bias_rate: float = option(1e-3, "step of the bias", at_least=0)
 
@@ -179,3 +179,20 @@ PLANNERS: Registry[Any] = Registry(
         "eplb": ("moetrain.moe.planning.eplb:eplb", EplbOptions),
     },
 )
+
+
+def register_router(name: str, options: type[RouterOptions] | None = None) -> Any:
+    """Returns a decorator that makes a subclass of `Router` known as `router.name=NAME`.
+
+    `options`: the dataclass of its options; None: the class's attribute `Options`.
+    """
+    return ROUTERS.register(name, options)
+
+
+def register_planner(name: str, options: type[Options] | None = None) -> Any:
+    """Returns a decorator that makes a planner known as `planner.name=NAME`: a function (counts, home, costs, limits,
+    state, **options) -> `Plan`, the same on every rank for the same arguments.
+
+    `options`: the dataclass of its options, which are its keyword-only arguments; None: it has none.
+    """
+    return PLANNERS.register(name, options)

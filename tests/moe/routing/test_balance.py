@@ -27,7 +27,7 @@ from moetrain.moe.routing.balance import BalanceLoss
 from moetrain.training.loop import train
 from moetrain.training.step import build, micro_batches, optimizer_step
 
-OPTIONS = BalanceOptions()
+OPTIONS = BalanceOptions(z_coefficient=1e-3)
 
 
 def stats(probs_TE: torch.Tensor, expert_N: torch.Tensor) -> LayerStats:

@@ -1,0 +1,447 @@
+"""Spread the MoE layers of any module over the ranks of a process group, in a training loop that is not ours.
+
+    handle = moetrain.expert_parallel(model, group)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for batch in batches:
+        with handle.step():
+            loss = criterion(model(batch.x), batch.y) + handle.balance_loss()
+            loss.backward()
+        handle.reduce_dense_gradients()  # DDP and FSDP2 do this themselves
+        handle.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+A whole expert lives on its home rank; while a step runs, others may hold a temporary replica of it, a guest. Its
+gradient comes home, so that an expert's gradient is complete there: that of the sum of all ranks' losses.
+
+E experts, R ranks of the group.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.common.errors import ConfigError
+from moetrain.common.registry import Options
+from moetrain.distributed import sharded
+from moetrain.distributed.comm import Group, all_gather, all_reduce_sum, broadcast
+from moetrain.distributed.mesh import ExpertGroup, join_group
+from moetrain.distributed.norms import global_norm
+from moetrain.moe.calibrate import Layer, measure
+from moetrain.moe.kernels.api import KernelChoice, use_kernels
+from moetrain.moe.layer import LayerStats, MoE
+from moetrain.moe.options import BalanceOptions
+from moetrain.moe.planning.cost import Costs
+from moetrain.moe.planning.plan import Ints, imbalance
+from moetrain.moe.routing.balance import BalanceLoss, add_buffers
+
+Reduction = Literal["auto", "sum", "mean"]
+Recompute = Literal["none", "selective", "full"]
+GUEST_PART = 8  # of a GPU's memory, one is for guests, where `guest_memory` does not say
+CPU_GUEST_BYTES = 1 << 30
+NEED_NO_COSTS = ("home", "llep")  # planners
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one layer has done since `begin_step`, or in its last forward where there is no step."""
+
+    name: str  # of the layer in the module
+    counts: Ints  # [E] rows of each expert, of all ranks of the group
+    guests: tuple[tuple[int, int, int], ...]  # (expert, its home rank, the rank that it was lent to), sorted
+    loads_before: Ints  # [R] rows that each rank would compute under standard expert parallelism
+    loads_after: Ints  # [R] rows that it did compute
+
+    @property
+    def imbalance_before(self) -> float:
+        """The largest over the mean load of `loads_before`; 1 is perfect balance."""
+        return imbalance(self.loads_before)
+
+    @property
+    def imbalance_after(self) -> float:
+        """The largest over the mean load of `loads_after`."""
+        return imbalance(self.loads_after)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who measures costs."""
+
+    ep: ExpertGroup
+    device: torch.device
+    everyone: Group
+
+
+def expert_parallel(
+    module: nn.Module,
+    group: Any,
+    planner: str = "makespan",
+    planner_options: Options | Mapping[str, Any] | None = None,
+    costs: Costs | None = None,
+    *,
+    replicas: Any = None,
+    guest_slots: int | None = None,
+    guest_memory: int | None = None,
+    max_rows: int | None = None,
+    recompute: Recompute = "none",
+    reduction: Reduction = "auto",
+    balance: BalanceOptions | None = None,
+) -> "ExpertParallel":
+    """Spread every MoE layer in `module` over the ranks of `group`, in place. All those ranks call it.
+
+    Parameters and buffers become those of the group's rank 0 first, as DDP does it. Experts' parameters are replaced by
+    those of the experts at home here: make the optimizer, and wrap the module in DDP or FSDP2, after this.
+
+    Arguments:
+        module: anything with `moetrain.MoE` layers in it; every rank has built it whole.
+        group: a `torch.distributed.ProcessGroup`, a device mesh with one axis (`mesh["ep"]`), an `ExpertGroup`, or None
+            for this process alone. The default group has to exist; it is never made here.
+        planner, planner_options: a key of `moetrain.PLANNERS`, and its options.
+        costs: what the planner decides with; None: measured at the first forward, which takes a few seconds.
+        replicas: the group or mesh axis of the ranks that hold the same experts as this one, where the world is larger
+            than `group`; their experts' gradients are summed in `end_step`.
+        guest_slots: guests of a layer that stay on a rank during a step; None: what fits in `guest_memory` bytes, by
+            default an eighth of a GPU's memory, or 1 GiB.
+        max_rows: rows of a layer that a rank computes at a time, which bounds its memory; None: all.
+        recompute: "selective" keeps the tokens that came, no activations of experts; "full" sends tokens again too. A
+            checkpoint around the layer needs neither: it replays choices and plan.
+        reduction: how gradients of all ranks are combined. "sum": the gradient of the sum of all ranks' losses; "mean":
+            of their mean, as DDP and FSDP2 have it; "auto": mean under DDP or FSDP2, else sum.
+        balance: the losses that `balance_loss` is made of.
+
+    Raises `ConfigError`, a `ValueError`, for what does not fit.
+    """
+    ep = group if isinstance(group, ExpertGroup) else ExpertGroup.from_group(group)
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, MoE)}
+    if not layers:
+        raise ConfigError("module: has no moetrain.MoE layer")
+    for name, layer in layers.items():
+        if layer.experts.ep.size > 1:
+            raise ConfigError(f"module: its layer {name or 'itself'} is spread over ranks already")
+        if layer.experts.num_experts < ep.size:
+            few = layer.experts.num_experts
+            raise ConfigError(
+                f"group: has {ep.size} ranks, more than the {few} experts of the layer {name or 'itself'}"
+            )
+    if recompute not in ("none", "selective", "full"):
+        raise ConfigError(f"recompute={recompute}: must be one of none, selective, full")
+    if reduction not in ("auto", "sum", "mean"):
+        raise ConfigError(f"reduction={reduction}: must be one of auto, sum, mean")
+    return ExpertParallel(
+        module,
+        layers,
+        ep,
+        join_group(replicas),
+        planner=(planner, planner_options),
+        costs=costs,
+        guest_slots=guest_slots,
+        guest_memory=guest_memory,
+        max_rows=max_rows,
+        recompute=recompute,
+        reduction=reduction,
+        balance=balance or BalanceOptions(),
+    )
+
+
+class ExpertParallel:
+    """What a training loop needs of a module whose experts are spread; made by `expert_parallel`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, MoE],
+        ep: ExpertGroup,
+        replicas: Group,
+        *,
+        planner: tuple[str, Options | Mapping[str, Any] | None],
+        costs: Costs | None,
+        guest_slots: int | None,
+        guest_memory: int | None,
+        max_rows: int | None,
+        recompute: Recompute,
+        reduction: Reduction,
+        balance: BalanceOptions,
+    ) -> None:
+        self.module, self.group = module, ep
+        self._layers, self._names = dict(layers), {id(layer): name for name, layer in layers.items()}
+        self._replicas, self._reduction, self._options = replicas, reduction, balance
+        self._needs_costs = costs is None and ep.size > 1 and planner[0] not in NEED_NO_COSTS
+        self._lends_again = 3 if recompute == "full" else 2  # forward, recompute, backward
+        self._measured: dict[Layer, Costs] = {}
+        self._num_micro_steps: int | None = None  # of the step that we are in
+        self._under_ddp = False
+        self._found: list[tuple[ReferenceType[MoE], ReferenceType[LayerStats]]] = []  # for the next balance loss
+        self._balance: BalanceLoss | None = None
+        self._done: dict[str, LayerStatistics] = {}
+        self._broadcast()
+        self._slots = self._count_slots(guest_memory) if guest_slots is None else guest_slots
+        for layer in self._layers.values():
+            layer.plan_with(*planner)
+            layer.experts.shard(ep, 0, max_rows, keep_hidden=recompute != "selective")
+            layer.recompute, layer.watcher, layer.costs = recompute == "full", self, costs
+            add_buffers(layer.routers, balance)
+            for parameter in layer.experts.parameters():
+                parameter.register_hook(self._scaled)
+        names = [name for name, p in module.named_parameters() if p in self.expert_parameters()]
+        ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+        module._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]
+
+    # What DDP, FSDP2 and optimizers ask for.
+
+    def expert_parameters(self) -> set[nn.Parameter]:
+        """The parameters of experts, which differ from rank to rank: `ignored_params` of `fully_shard`. DDP around the
+        module leaves them alone by itself."""
+        return {p for layer in self._layers.values() for p in layer.experts.parameters()}
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks whose losses the gradients are of."""
+        return self.group.size * self._replicas.size()
+
+    # A step.
+
+    @contextmanager
+    def step(self, num_micro_steps: int = 1) -> Iterator["ExpertParallel"]:
+        """`begin_step`, and `end_step` unless the body raises."""
+        self.begin_step(num_micro_steps)
+        yield self
+        self.end_step()
+
+    def begin_step(self, num_micro_steps: int = 1) -> None:
+        """Begin an optimizer step of so many forwards and backwards of every layer.
+
+        During a step a guest stays for the micro-steps to come; without one, every backward ends the loans of its
+        forward. The results are the same.
+        """
+        if num_micro_steps < 1:
+            raise ConfigError(f"num_micro_steps={num_micro_steps}: must be at least 1")
+        self._num_micro_steps, self._balance = num_micro_steps, None
+        self._found.clear()
+        self._done.clear()
+        for layer in self._layers.values():
+            self._set_slots(layer, self._slots)
+            layer.step.begin_step(num_micro_steps)
+
+    def end_step(self) -> None:
+        """End the step: after its last backward, before the optimizer's update. Sums experts' gradients over `replicas`
+        and updates the routers' biases (`BalanceOptions.bias`).
+
+        Raises `RuntimeError` where a layer has had fewer backwards than `begin_step` announced: its guests' gradients
+        are not home.
+        """
+        if self._num_micro_steps is None:
+            raise RuntimeError("end_step() comes after begin_step()")
+        behind = [name for name, layer in self._layers.items() if layer.experts.residents.has_sums]
+        num_announced, self._num_micro_steps = self._num_micro_steps, None
+        for layer in self._layers.values():
+            self._set_slots(layer, 0)
+        if behind:
+            raise RuntimeError(
+                f"begin_step({num_announced}): the layer {behind[0] or 'itself'} has had fewer backwards; gradients of "
+                "its guests are lost"
+            )
+        for parameter in self._in_order(self.expert_parameters()):
+            if self._replicas.size() > 1 and len(parameter):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                all_reduce_sum(parameter.grad, self._replicas)
+        if self._balance is not None:
+            self._balance.finish()
+
+    def balance_loss(self) -> Tensor:
+        """Returns this rank's share of the routers' losses for the forwards since the last call. Every rank of the
+        group and its replicas calls it, once in every micro-step, before the backward.
+
+        Add it to the micro-step's share of the loss as it is: shares are of the whole global batch (the ranks and the
+        step's micro-steps), and already scaled for the mean over ranks where that is how gradients are combined. Load
+        balance goes by the counts of the global batch so far ("Demons in the Detail", Qwen, ACL 2025), per selection: a
+        balanced layer has loss `coefficient`. Exact where micro-steps have equally many tokens.
+        """
+        found = [(layer, stats) for one, two in self._found if (layer := one()) is not None and (stats := two())]
+        self._found.clear()
+        if not found:
+            raise RuntimeError("balance_loss() comes after a forward with gradient and before its backward")
+        if self._balance is None or self._num_micro_steps is None:
+            tokens = torch.tensor(len(found[0][1].scores.probs_TE), device=found[0][1].counts_E.device)
+            self._sum(tokens)
+            self._balance = BalanceLoss(
+                self._options,
+                [layer.router for layer, _ in found],
+                int(tokens) * (self._num_micro_steps or 1),
+                length=len(found[0][1].scores.probs_TE),
+                groups=self.group.size,
+                reduce=self._sum,
+            )
+        weighted = self._balance.losses([stats for _, stats in found]).weighted
+        return weighted * self.num_ranks if self.averages else weighted
+
+    def statistics(self) -> list[LayerStatistics]:
+        """What each layer has done in this step, in the order of the module's layers; no communication."""
+        return [self._done[name] for name in self._layers if name in self._done]
+
+    # Gradients.
+
+    @property
+    def averages(self) -> bool:
+        """Whether gradients are those of the mean of all ranks' losses, not of their sum."""
+        if self._reduction != "auto":
+            return self._reduction == "mean"
+        return self._under_ddp or sharded.is_fsdp(self.module)
+
+    def _scaled(self, grad: Tensor) -> Tensor:
+        return grad / self.num_ranks if self.averages else grad
+
+    def reduce_dense_gradients(self) -> None:
+        """Sum, or average, the gradients of all parameters but the experts' over the ranks. DDP and FSDP2 do it
+        themselves, and then this must not be called."""
+        dense = [p for p in self.module.parameters() if p.requires_grad and p not in self.expert_parameters()]
+        together: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = defaultdict(list)
+        for parameter in dense:
+            if sharded.is_sharded(parameter):
+                raise RuntimeError("reduce_dense_gradients() is for modules without FSDP2, which does it itself")
+            together[parameter.device, parameter.dtype].append(parameter)
+        for parameters in together.values():
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            flat = self._sum(torch.cat([grad.flatten() for grad in grads]))
+            if self.averages:
+                flat /= self.num_ranks
+            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Returns the norm over all parameters of the module, each expert's and each dense one counted once, and scales
+        all gradients so that it is at most `max_norm`. All ranks call it, when gradients are reduced.
+
+        Where the norm is not finite, gradients stay as they are.
+        """
+        experts, grads = self.expert_parameters(), []
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                if parameter in experts:
+                    copies = self._replicas.size()
+                else:
+                    copies = self.num_ranks // sharded.count_shards(parameter)
+                grads.append((sharded.local_part(parameter.grad), copies))
+        device = next(self.module.parameters()).device
+        norm = global_norm(grads, device, self._sum)
+        if max_norm < norm < float("inf"):
+            torch._foreach_mul_([grad for grad, _ in grads], max_norm / (norm + 1e-6))
+        return norm
+
+    # The whole module's weights.
+
+    @torch.no_grad()
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Returns `module.state_dict()` as it is on one device: all experts, nothing sharded; on every rank, in the
+        CPU's memory. All ranks call it."""
+        owners = {f"{name}.experts".lstrip("."): layer for name, layer in self._layers.items()}
+        whole = {}
+        for name, value in self.module.state_dict().items():
+            owner, _, last = name.rpartition(".")
+            if owner in owners and last in ("gate_up", "down"):
+                value = self._gather_experts(owners[owner], value)
+            whole[name] = sharded.gather_whole(value).detach().to("cpu", copy=True)
+        return whole
+
+    @torch.no_grad()
+    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Fill the module from what `full_state_dict` returned, or `state_dict` of the module on one device.
+
+        Raises `KeyError` where a name is missing, `ValueError` where a shape differs.
+        """
+        owners = {f"{name}.experts".lstrip("."): layer for name, layer in self._layers.items()}
+        for name, target in self.module.state_dict().items():
+            owner, _, last = name.rpartition(".")
+            value = state[name]
+            if owner in owners and last in ("gate_up", "down"):
+                value = value[owners[owner].experts.own_experts()]
+            if value.shape != target.shape:
+                raise ValueError(f"{name}: has the shape {tuple(value.shape)}, must have {tuple(target.shape)}")
+            sharded.fill(target, value)
+
+    def _gather_experts(self, layer: MoE, own: Tensor) -> Tensor:
+        """[E, ...] of the experts at home here [S, ...]."""
+        num_experts, size = layer.experts.num_experts, self.group.size
+        most = -(-num_experts // size)
+        padded = own.new_zeros(most, *own.shape[1:])
+        padded[: len(own)] = own
+        return all_gather(padded, self.group.rows).flatten(0, 1)[:num_experts]
+
+    # What layers tell.
+
+    def before(self, layer: MoE, x_TD: Tensor) -> None:
+        """Called at the beginning of a layer's forward: measures costs at the first one."""
+        active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        self._under_ddp = self._under_ddp or active is not None
+        if layer.costs is None and self._needs_costs:
+            experts = layer.experts
+            _, width, dim = experts.gate_up.shape
+            shape = Layer(dim, width // 2, experts.num_experts, layer.router.options.top_k, x_TD.dtype)
+            if shape not in self._measured:
+                self._measured[shape] = measure(Ranks(self.group, x_TD.device, self.group.rows), shape)
+            layer.use_costs(self._measured[shape])
+            use_kernels(layer, KernelChoice(left_to_torch=frozenset(self._measured[shape].by_torch)))
+            self._set_lends(layer)
+
+    def after(self, layer: MoE, stats: LayerStats) -> None:
+        """Called at the end of a layer's forward, with its statistics."""
+        if stats.scores.probs_TE.requires_grad:
+            self._found.append((ref(layer), ref(stats)))
+            if len(self._found) > 2 * len(self._layers):
+                self._found = [one for one in self._found if one[1]() is not None]
+        name, plan = self._names[id(layer)], stats.plan
+        new = LayerStatistics(name, plan.counts.sum(0), tuple(plan.guests()), plan.home_loads(), plan.loads())
+        old = self._done.get(name)
+        if old is not None and self._num_micro_steps is not None:
+            new = LayerStatistics(
+                name,
+                old.counts + new.counts,
+                tuple(sorted({*old.guests, *new.guests})),
+                old.loads_before + new.loads_before,
+                old.loads_after + new.loads_after,
+            )
+        self._done[name] = new
+
+    def _set_slots(self, layer: MoE, slots: int) -> None:
+        """How many guests may stay from now on; those that are here go."""
+        layer.experts.residents.reset()
+        layer.experts.residents.slots = slots
+        layer.step.begin_step(1)
+        self._set_lends(layer)
+
+    def _set_lends(self, layer: MoE) -> None:
+        """How often a guest's weights travel: once where it stays."""
+        if layer.costs is not None:
+            layer.use_costs(replace(layer.costs, lends=1 if layer.experts.residents.slots else self._lends_again))
+
+    def _count_slots(self, memory: int | None) -> int:
+        """Guests of a layer that fit: weights, and gradients adding up in fp32."""
+        if memory is None:
+            device = next(self.module.parameters()).device
+            on_gpu = device.type == "cuda"
+            memory = torch.cuda.get_device_properties(device).total_memory // GUEST_PART if on_gpu else CPU_GUEST_BYTES
+        guest = 0
+        for layer in self._layers.values():
+            guest += sum(p[0].numel() * (p.element_size() + 4) for p in layer.experts.parameters())
+        return memory // max(guest, 1)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks, in place."""
+        return all_reduce_sum(tensor, self.group.rows, self._replicas)
+
+    def _broadcast(self) -> None:
+        """Rank 0's parameters and buffers, to all ranks."""
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if not tensor.is_meta and not sharded.is_sharded(tensor):
+                for group in (self._replicas, self.group.rows):
+                    broadcast(tensor.detach(), group)
+
+    def _in_order(self, parameters: set[nn.Parameter]) -> Sequence[nn.Parameter]:
+        return [p for p in self.module.parameters() if p in parameters]
