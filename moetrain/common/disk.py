@@ -25,13 +25,13 @@ BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, Recursion
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when the block is through and its last byte is on the disk.
 
     Links are replaced, not followed. Where the block or the disk fails, what was there stays. Raises `OSError`.
     """
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     with suppress(OSError):  # where the file system has locks: `remove_parts` leaves alone what is being written
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
@@ -47,9 +47,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     sync(path.parent)
 
 
-def write(path: Path, data: str | bytes) -> None:
-    """`data` in place of what `path` held; text as UTF-8. Raises `OSError`."""
-    with replacing(path) as out:
+def write(path: Path, data: str | bytes, mode: int = 0o666) -> None:
+    """`data` in place of what `path` held; text as UTF-8; `mode` less the umask. Raises `OSError`."""
+    with replacing(path, mode) as out:
         out.write(data.encode() if isinstance(data, str) else data)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from moetrain import __version__
 from moetrain.common import disk
+from moetrain.common.redact import redacted
 from moetrain.report.cards import about, cards, circumstances
 from moetrain.report.compare import compare, flat
 from moetrain.report.figures import figures
@@ -53,7 +54,7 @@ def _one(run: Run, name: str) -> dict[str, Any]:
         "alerts": run.alerts[-50:],
         "figures": figures(run),
         "missing": run.missing,
-        "config": flat(run.config),
+        "config": flat(redacted(run.config)),
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.common.redact import redacted
 from moetrain.observe import reduce
 from moetrain.observe.metrics import IMBALANCE_PLANNED, LAYER_DOMAIN_MI, LM_LOSS, TOKENS_PER_SECOND
 from moetrain.observe.reduce import plain
@@ -85,7 +86,7 @@ def _information(runs: Sequence[Run], names: Sequence[str]) -> Figure:
 
 
 def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    configs = [flat(run.config) for run in runs]
+    configs = [flat(redacted(run.config)) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config)
     rows = [{"field": field, "values": [config.get(field, "–") for config in configs]} for field in fields]
     return [row for row in rows if row["field"] not in BESIDES and len({str(v) for v in row["values"]}) > 1]

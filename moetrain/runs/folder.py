@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.common import disk
+from moetrain.common.redact import holds_secret
 from moetrain.config import Config, ConfigError, dump
 
 ROOM = 1 << 18  # bytes that must fit on the disk: what a run writes before its first step
@@ -89,7 +90,8 @@ def keep_submitted(config: Config) -> Path:
 def _write(config: Config, name: str) -> Path:
     folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
-    disk.write(folder / name, dump(config))
+    secret = holds_secret(config.model_dump(mode="json"))
+    disk.write(folder / name, dump(config), 0o600 if secret else 0o666)  # the run needs it complete
     return folder
 
 

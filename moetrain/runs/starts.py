@@ -18,15 +18,10 @@ import torch
 
 from moetrain import __version__
 from moetrain.common import disk
+from moetrain.common.redact import redacted_text
 from moetrain.distributed.mesh import Mesh
 
 NAME = "starts.jsonl"
-SECRET = re.compile(
-    r"((?:secret|passw|credential|api_?key|access_?key|private_?key|(?<![a-z])key|token(?![a-z])|auth(?!or))[\w.-]*"
-    r"[\"']?\s*[:=]).+",
-    re.IGNORECASE | re.DOTALL,
-)
-SIGNED_IN = re.compile(r"://[^/@\s]+@")  # name and password in an address
 
 
 class Start:
@@ -52,7 +47,7 @@ class Start:
 
 def command(arguments: Sequence[str]) -> str:
     """As one would type it; what stands behind a name that may be a secret's is left out."""
-    shown = [SIGNED_IN.sub("://***@", SECRET.sub(r"\1***", argument)) for argument in arguments]
+    shown = [redacted_text(argument) for argument in arguments]
     return shlex.join(["moetrain", *shown])
 
 

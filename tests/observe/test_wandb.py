@@ -193,3 +193,15 @@ def test_tensorboards_trouble_is_a_line(tmp_path: Path, capfd: pytest.CaptureFix
     track(tmp_path, "track.wandb=false", "track.tensorboard=true")
     (line,) = said_of("TensorBoard", capfd.readouterr().out)
     assert line.endswith("nothing more goes there, metrics.jsonl has everything")
+
+
+def test_no_secret_goes_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the configuration nor by the command line that wandb keeps."""
+    secrets = {"notes": "hf_" + "a1B2" * 8, "argument": "ghp_" + "c3D4" * 9, "variable": "open-sesame-1"}
+    monkeypatch.setenv("MY_TEAM_PASSWORD", secrets["variable"])
+    monkeypatch.setattr(sys, "argv", ["moetrain", "train", f"track.notes={secrets['argument']}", "seen=this-one"])
+    (part,) = track(tmp_path / "one", f"track.notes='{secrets['notes']}'", f"generate.prompt={secrets['variable']}")
+    assert sys.argv[2].endswith(secrets["argument"])
+    written = b"".join(path.read_bytes() for path in part.rglob("*") if path.is_file())
+    assert b"seen=this-one" in written
+    assert [name for name, secret in secrets.items() if secret.encode() in written] == []

@@ -10,7 +10,9 @@ import logging
 import os
 import re
 import secrets
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 
 from moetrain.common import disk
 from moetrain.common.console import console
+from moetrain.common.redact import redacted, redacted_text
 from moetrain.config import Config
 from moetrain.observe.collect.alerts import Alert
 from moetrain.observe.collect.arrays import Array
@@ -104,21 +107,33 @@ def _begin(config: Config, folder: Path, mode: Any) -> Any:
     if not os.environ.get("WANDB_DIR"):
         disk.make_own(folder / "wandb")
     settings = {k: v for k, v in ours.items() if k in known and f"WANDB_{k.upper()}" not in os.environ}
-    return wandb.init(
-        project=track.project or os.environ.get("WANDB_PROJECT") or "moetrain",
-        entity=track.entity,
-        group=track.group,
-        tags=track.tags or None,
-        job_type=track.job_type,
-        notes=track.notes,
-        name=None if os.environ.get("WANDB_NAME") else config.run.name,
-        id=_run_id(folder),
-        resume=None if os.environ.get("WANDB_RESUME") else "allow",
-        dir=None if os.environ.get("WANDB_DIR") else folder,
-        config=config.model_dump(mode="json"),
-        mode=mode,
-        settings=wandb.Settings(**settings),
-    )
+    with _arguments_without_secrets():
+        return wandb.init(
+            project=track.project or os.environ.get("WANDB_PROJECT") or "moetrain",
+            entity=track.entity,
+            group=track.group,
+            tags=track.tags or None,
+            job_type=track.job_type,
+            notes=redacted_text(track.notes) if track.notes else track.notes,
+            name=None if os.environ.get("WANDB_NAME") else config.run.name,
+            id=_run_id(folder),
+            resume=None if os.environ.get("WANDB_RESUME") else "allow",
+            dir=None if os.environ.get("WANDB_DIR") else folder,
+            config=redacted(config.model_dump(mode="json")),
+            mode=mode,
+            settings=wandb.Settings(**settings),
+        )
+
+
+@contextmanager
+def _arguments_without_secrets() -> Iterator[None]:
+    """wandb keeps the command line of a run in its metadata, and reads it from `sys.argv`."""
+    kept = sys.argv
+    sys.argv = [*kept[:1], *map(redacted_text, kept[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = kept
 
 
 def _mode() -> str:
