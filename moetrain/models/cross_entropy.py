@@ -43,6 +43,24 @@ def chunk_rows(vocabulary: int, device_bytes: int, logit_bytes: int) -> int:
     return rows // 128 * 128 or rows
 
 
+def peak_bytes(tokens: int, dim: int, vocabulary: int, itemsize: int, is_fused: bool, device_bytes: int) -> int:
+    """Return the most bytes that forward and backward hold at a time, besides x and the weight.
+
+    These are the logits of a chunk of tokens, or of all where they stay for the backward; their gradient, which takes
+    their place on a GPU; nats and logsumexp of every token; the gradient of x; and that of the weight, in fp32.
+    `itemsize`: bytes of an element of x; `is_fused`: whether the kernels take logits in their own dtype;
+    `device_bytes`: memory of the GPU, 0 for a CPU.
+    """
+    all_logits = tokens * vocabulary * itemsize
+    logit_bytes = itemsize if is_fused else WIDE_BYTES
+    chunk = min(tokens, chunk_rows(vocabulary, device_bytes, logit_bytes)) * vocabulary
+    logits = chunk * logit_bytes
+    if not device_bytes:
+        logits += chunk * itemsize if is_fused else 0
+        logits += all_logits - chunk * itemsize if all_logits <= KEPT_BYTES else 0
+    return logits + 8 * tokens + tokens * dim * itemsize + 4 * vocabulary * dim
+
+
 def _chunks(x_TD: Tensor, weight_VD: Tensor, is_fused: bool) -> list[slice]:
     logit_bytes = x_TD.element_size() if is_fused else WIDE_BYTES
     size = chunk_rows(len(weight_VD), memory_of(x_TD.device), logit_bytes)
@@ -67,6 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats_T[part], lse_T[part] = kernels.cross_entropy(logits_TV, target_T[part])
             if keeps:
                 kept.append(logits_TV)
+            del logits_TV  # before those of the next chunk are made
         ctx.save_for_backward(x_TD, weight_VD, target_T, lse_T, *kept)
         return nats
 
@@ -82,4 +101,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_TV = kernels.cross_entropy_backward(logits_TV, target_T[part], lse_T[part], grad_T[part])
             grad_x_TD[part] = times(grad_TV, weight_VD, choice)
             add_outer(grad_TV, x_TD[part], grad_weight_VD, choice)
+            del logits_TV, grad_TV
         return grad_x_TD, grad_weight_VD.to(weight_VD.dtype), None, None

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from moetrain.config import Config, Native, resolve_layout
+from moetrain.distributed.mesh import device_of, memory_of
 from moetrain.engine import precision
+from moetrain.models.cross_entropy import peak_bytes
 from moetrain.models.transformer import Transformer
+from moetrain.moe.kernels.api import DEFAULT_KERNELS
 from moetrain.moe.routing import Replicated
 
 GIB = 2**30
@@ -69,7 +72,7 @@ def estimate(config: Config, world: int) -> Estimate:
     sent = ep * (1 - (1 - 1 / ep) ** config.router.top_k)  # ranks that a token goes to
     inputs = {"none": 0.0, "selective": 2 + sent * (ep - 1) / ep, "full": 2.0}[t.recompute]  # tokens that a layer keeps
     kept = layer + m.num_layers * (layer if t.recompute == "none" else round(width * inputs * tokens * m.dim))
-    activations = kept + tokens * m.vocab_size * (width + 8)
+    activations = kept + _head_bytes(config, tokens)
     matrices = active - (0 if m.tied_embeddings else m.vocab_size * m.dim)
     matrices += (m.chain - 1) * m.num_moe_layers * shared
     flops = 6 * matrices + 6 * m.num_layers * m.num_heads * m.head_dim * t.seq_len
@@ -84,6 +87,15 @@ def estimate(config: Config, world: int) -> Estimate:
         activations,
         flops,
     )
+
+
+def _head_bytes(config: Config, tokens: int) -> int:
+    """Bytes that the head and its cross entropy hold on this host's device."""
+    device, dtype = device_of(0), precision.of(config)
+    is_fused = DEFAULT_KERNELS.choose(device, dtype).has_fused_cross_entropy
+    assert config.model.vocab_size is not None
+    sizes = tokens, config.model.dim, config.model.vocab_size, dtype.itemsize
+    return peak_bytes(*sizes, is_fused, memory_of(device))
 
 
 def _replicated(config: Config) -> int:
