@@ -74,6 +74,7 @@ def collect(
     found = {
         "run": str(folder),
         "steps": config.train.steps,
+        "recorded_steps": len(rows),  # fewer than steps: sums over steps are estimated from these
         "tokens": column[TOKENS][-1],
         "parameters": {"total": size.total, "active": size.active},
         "loss": {
@@ -116,6 +117,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         numbers += [found["parameters"][name] for name in ("total", "active")]
         open_ones = [found["loss"]["first"], found["loss"]["last"], *found["bits_per_byte"].values()]
         open_ones += (found["bigram_bits_per_byte"] or {}).values()
+        numbers.append(found.get("recorded_steps", 0))
         texts = [found["run"], *(each[name] for each in found["generated"] for name in ("title", "prompt", "text"))]
     except (LookupError, TypeError, AttributeError):
         return None
@@ -144,6 +146,8 @@ def show(found: dict[str, Any], logger: RunLogger) -> None:
         table.add_row(name, number(value), number(bigram[name] if bigram else None), style=style)
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     home, planned = found["imbalance"]["home"], found["imbalance"]["planned"]
+    recorded = found.get("recorded_steps", found["steps"])  # older summaries lack it
+    about = "about " if recorded < found["steps"] else ""
     for name, text in (
         (
             "parameters",
@@ -163,8 +167,9 @@ def show(found: dict[str, Any], logger: RunLogger) -> None:
         ),
         (
             "moved",
-            f"{found['guests']:,} guests lent, {found['rows_moved']:,} rows "
-            f"({found['rows_moved_fraction']:.1%} of all)",
+            f"{about}{found['guests']:,} guests (temporary replicas of experts) lent, {about}{found['rows_moved']:,} "
+            f"rows (token copies, {found['rows_moved_fraction']:.1%} of all)"
+            + (f"; estimated from {recorded:,} of {found['steps']:,} steps" if about else ""),
         ),
     ):
         facts.add_row(Text(name, "dim"), text)

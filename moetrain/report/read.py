@@ -19,6 +19,10 @@ from moetrain.observe.collect.arrays import BROKEN, read_arrays
 from moetrain.observe.metrics import LM_LOSS, LOSS
 
 Row = dict[str, Any]
+PARSED_BYTES = 64 << 20  # of metrics.jsonl, about, that are parsed: of a longer file every nth training row is
+READ_BYTES = 1 << 30  # of it that are read at all: of a longer file the end
+LINE_BYTES = 16 << 20  # of a line: a longer one is unreadable
+TRAINING_ROW = f'"{LM_LOSS}"'.encode()
 TRACE = ("step", "layers", "counts", "owner", "placed", "traffic", "home", "planned", "waited")  # what figures use
 
 
@@ -29,6 +33,10 @@ class Metrics:
     path: Path
     rows: list[Row] = field(default_factory=list)
     torn: int = 0  # lines that are no JSON object with a step
+    every: int = 1  # training rows of which one is kept
+    begin: int = 0  # byte from which on the file is read
+    _lines: int = 0  # training rows that were met
+    _skipped: bytes = b""  # the last of them, where it was not kept
     _offset: int = 0
     _known: dict[str, Any] = field(default_factory=dict)  # columns that were asked for since the last line came
 
@@ -37,25 +45,52 @@ class Metrics:
         size = self.path.stat().st_size if self.path.is_file() else 0
         anew = size < self._offset  # a run that resumed wrote the file again
         if anew:
-            self.rows, self.torn, self._offset = [], 0, 0
+            self.rows, self.torn, self._offset, self._lines = [], 0, 0, 0
         if size == self._offset:
             return anew
-        self._known = {}
-        with self.path.open("rb") as file:
+        self._known, before = {}, self._offset
+        if not self._offset:  # the first time: how much of it
+            self.begin = self._offset = max(0, size - READ_BYTES)
+            self.every = -(-(size - self.begin) // PARSED_BYTES)
+        with self.path.open("rb", buffering=1 << 20) as file:
             file.seek(self._offset)
-            text = file.read()
-        whole = text.rfind(b"\n") + 1
-        self._offset += whole
-        for line in text[:whole].splitlines():
-            self._add(line)
-        return anew or whole > 0
+            if self._offset and self._offset == self.begin:
+                self._offset += len(file.readline(LINE_BYTES))  # the rest of a line whose beginning is left out
+            while self._offset < size and (line := file.readline(LINE_BYTES)):
+                if not line.endswith(b"\n") and len(line) < LINE_BYTES:
+                    break  # still being written
+                self._offset += len(line)
+                if line.endswith(b"\n"):
+                    self._add(line)
+                else:
+                    self.torn += 1
+        if self._skipped:  # the newest row is there in any case
+            self._keep(self._skipped)
+            self._skipped = b""
+        return anew or self._offset > before
 
     @property
     def cut(self) -> bool:
         """Whether the file ends in the middle of a line."""
         return self.path.is_file() and self.path.stat().st_size > self._offset
 
+    @property
+    def left_out(self) -> str:
+        """Which rows of a long file are not here, in words; empty where all are."""
+        parts = [f"all but its last {READ_BYTES >> 30} GiB"] if self.begin else []
+        if self.every > 1:
+            parts.append(f"of every {self.every} training rows all but one, to parse {PARSED_BYTES >> 20} MiB")
+        return " and ".join(parts)
+
     def _add(self, line: bytes) -> None:
+        if self.every > 1 and TRAINING_ROW in line:
+            self._lines += 1
+            self._skipped = line if self._lines % self.every else b""
+            if self._skipped:
+                return
+        self._keep(line)
+
+    def _keep(self, line: bytes) -> None:
         row = disk.row_of(line)
         if row is None:
             self.torn += 1
@@ -116,6 +151,8 @@ class Run:
             self.missing.append("metrics.jsonl has no complete line yet: no curves")
         if self.metrics.cut:
             self.missing.append("the last line of metrics.jsonl is cut off: left out")
+        if self.metrics.left_out:
+            self.missing.append(f"metrics.jsonl is long, left out: {self.metrics.left_out}")
         if self.metrics.torn:
             self.missing.append(f"metrics.jsonl: {self.metrics.torn} unreadable line(s) left out")
         self.config = self._mapping("config.yaml", "not there")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import tracemalloc
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from moetrain import cli
 from moetrain.config import ConfigError
 from moetrain.observe import palette, picture, reduce
 from moetrain.observe.sinks.terminal import Plain
-from moetrain.report import build, curves
+from moetrain.report import build, curves, read
 from moetrain.report.cards import cards
 from moetrain.report.figures import FIGURES
 from moetrain.report.live import server
@@ -576,6 +577,49 @@ def test_held_out_text_over_the_run_needs_two_evaluations(full: Path, tmp_path: 
     assert [line["name"] for line in figure["series"]] == ["all", *made_run.DOMAINS]
     folder = _once_evaluated(full, tmp_path / "once")
     assert "fewer than two evaluations" in FIGURES["held_out_steps"](open_run(str(folder)))["text"]
+
+
+def test_of_a_huge_file_of_metrics_every_nth_row_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations and the newest row are there; what is left out is said; memory is that of the rows kept."""
+    folder = made_run.write(tmp_path / "huge", steps=400, layers=1)
+    size = (folder / "metrics.jsonl").stat().st_size
+    monkeypatch.setattr(read, "PARSED_BYTES", size // 3)
+    run = open_run(str(folder))
+    steps = [row["step"] for row in run.metrics.training]
+    assert run.metrics.every == 4
+    assert steps == list(range(4, 401, 4))
+    assert [row["step"] for row in run.metrics.rows if "eval/loss" in row] == [200, 400]
+    said = "metrics.jsonl is long, left out: of every 4 training rows all but one"
+    assert any(text.startswith(said) for text in run.missing)
+    assert [card["value"] for card in cards(run) if card["name"] == "Steps"] == ["400"]
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    for step in (401, 402):  # while it is live
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row | {"step": step}) + "\n")
+        assert run.refresh()
+        assert run.metrics.training[-1]["step"] == step
+    monkeypatch.setattr(read, "READ_BYTES", size // 2)
+    run = open_run(str(folder))
+    assert 150 < run.metrics.training[0]["step"] < 260
+    assert run.metrics.torn == 0
+    assert any("all but its last" in text for text in run.missing)
+
+
+def test_a_file_of_metrics_without_an_end_is_left(tmp_path: Path) -> None:
+    """4 TiB of zeros, as a hole, before the rows of a run: the end is read, in pieces."""
+    folder = made_run.write(tmp_path / "hole", steps=20, layers=1)
+    rows = (folder / "metrics.jsonl").read_bytes()
+    with (folder / "metrics.jsonl").open("wb") as file:
+        file.truncate((4 << 40) - len(rows))
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n" + rows)
+    tracemalloc.start()
+    run = open_run(str(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert run.metrics.training[-1]["step"] == 20
+    assert run.metrics.torn > 0
+    assert peak < 20 * read.LINE_BYTES
 
 
 def _once_evaluated(full: Path, folder: Path) -> Path:
