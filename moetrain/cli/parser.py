@@ -99,11 +99,10 @@ def _parser_for(chosen: str | None) -> argparse.ArgumentParser:
 
 def _unknown_option(unknown: str, given: list[str]) -> ConfigError:
     """`unknown` is one of the arguments, `given`: perhaps a field, followed by a value."""
-    from moetrain import config
     from moetrain.config import messages
 
     word, equals, value = unknown.partition("=")
     after = given[given.index(unknown) + 1 :][:1]
     if not equals and after and "=" not in after[0] and not after[0].startswith("-"):
         value = after[0]
-    return messages.option(word, value or "VALUE", config.Config)
+    return messages.unknown_option(word, value or "VALUE")

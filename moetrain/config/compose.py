@@ -15,9 +15,11 @@ from pydantic import ValidationError
 
 from moetrain.common import disk
 from moetrain.common.errors import ConfigError, short
-from moetrain.config import messages, rules, unused
+from moetrain.config import kinds, messages, rules, unused
+from moetrain.config.fields import all_fields, classes_of
 from moetrain.config.overrides import fields_of, leaves
 from moetrain.config.schema import Config
+from moetrain.config.sections.base import Section
 
 
 def config_dir() -> Path:
@@ -59,13 +61,22 @@ def load(overrides: Sequence[str] = (), extra_dir: str | None = None) -> Config:
 
     try:
         with composing(extra_dir):
-            tree = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
+            composed = compose("config", [_may_add(override) for override in overrides])
+            tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(messages.of_composition(error, Config)) from None
+        raise ConfigError(messages.describe_composition(error)) from None
     config = from_tree(tree, [*fields_of(overrides), *_changed(tree, extra_dir)])
     if config.data.path is not None and config.data.on_change != "keep" and not Path(config.data.path).exists():
         raise ConfigError(f"data.path={config.data.path}: there is no such file or folder")
     return config
+
+
+def _may_add(override: str) -> str:
+    """`++override` for an option of another package's kind, which stands in none of our files."""
+    section, _, name = override.partition("=")[0].partition(".")
+    theirs = section in kinds.SORTS and name not in kinds.SORTS[section].known
+    theirs = theirs and name not in kinds.SORTS[section].base.model_fields
+    return f"++{override}" if theirs and f"{section}.{name}" in all_fields() else override
 
 
 def _changed(tree: Any, extra_dir: str | None) -> list[str]:
@@ -100,46 +111,56 @@ def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
             parsed = value if _takes_text(key) and value != "null" else yaml.safe_load(value)
             OmegaConf.update(tree, key, parsed, merge=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(messages.of_composition(error, Config)) from None
+        raise ConfigError(messages.describe_composition(error)) from None
     return from_tree(OmegaConf.to_container(tree), [*fields_of(overrides)])
 
 
 def from_tree(tree: Any, given: Sequence[str] = ()) -> Config:
     """Validate a plain tree of dicts: fields, what holds between them, and that all those `given` have an effect."""
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(tree | _read_kinds(tree))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
-        if place[0] == "engine":
-            del place[1:2]  # which of the engines
-        field = ".".join(place)
-        if first["type"] == "union_tag_invalid":
-            raise ConfigError(
-                f"{field}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
-            ) from None
-        rule = messages.plain(first["msg"])
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"{field}={short(first['input'])}: no such field{messages.nearest(field, Config)}"
-            ) from None
-        raise ConfigError(f"{field}={short(first['input'])}: {rule}") from None
+        raise _describe(error) from None
     rules.check(config)
     unused.check(config, given)
     return config
 
 
+def _read_kinds(tree: dict[str, Any]) -> dict[str, Section]:
+    """The sections that have kinds, each validated by the class of its kind."""
+    found = {}
+    for section in kinds.SORTS:
+        if isinstance(values := tree.get(section), dict):
+            kind, own = kinds.split_options(section, values)
+            try:
+                found[section] = kind.model_validate(own)
+            except ValidationError as error:
+                raise _describe(error, section) from None
+    return found
+
+
+def _describe(error: ValidationError, *section: str) -> ConfigError:
+    """The first mistake in one line; `section` is what was validated."""
+    first = error.errors()[0]
+    place = [*section, *map(str, first["loc"])]
+    if place[0] == "engine":
+        del place[1:2]  # which of the engines
+    field, value = ".".join(place), short(first["input"])
+    if first["type"] == "union_tag_invalid":
+        return ConfigError(f"{field}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}")
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{field}={value}: no such field{messages.nearest(field)}")
+    return ConfigError(f"{field}={value}: {messages.plain(first['msg'])}")
+
+
 def dump(config: Config) -> str:
     """The resolved config as YAML, as it is kept in the run's folder."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
 
 
 def _takes_text(field: str) -> bool:
     """Whether `field` holds text, so that what a user writes is meant literally."""
-    section: Any = Config
-    *path, last = field.split(".")
-    for part in path:
-        section = getattr(section, "model_fields", {}).get(part)
-        section = section.annotation if section else None
-    found = getattr(section, "model_fields", {}).get(last)
-    return found is not None and found.annotation in (str, str | None)
+    section, _, name = field.partition(".")
+    found = [kind.model_fields[name].annotation for kind in classes_of(section) if name in kind.model_fields]
+    return bool(found) and all(annotation in (str, str | None) for annotation in found)

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from moetrain.common.errors import ConfigError
 from moetrain.config import messages
 from moetrain.config.compose import config_dir
+from moetrain.config.fields import classes_of
 from moetrain.config.schema import Config
 
 WORDS: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text", type(None): "null"}
@@ -40,20 +41,20 @@ def explain(name: str | None = None) -> list[Entry]:
     entries = list(_entries())
     found = [entry for entry in entries if name in (None, entry.field, entry.field.partition(".")[0])]
     if not found:
-        raise ConfigError(f"--explain {name}: no such field{messages.nearest(str(name), Config)}")
+        raise ConfigError(f"--explain {name}: no such field{messages.nearest(str(name))}")
     return found
 
 
 def sections() -> dict[str, list[type[BaseModel]]]:
     """The classes of every section: several where `name` tells kinds apart."""
-    return {name: list(_classes(field.annotation)) for name, field in Config.model_fields.items()}
+    return {name: classes_of(name) for name in Config.model_fields}
 
 
 def page() -> str:
     """docs/config.md."""
     parts = [PAGE]
     for section, classes in sections().items():
-        about = "\n\n".join(_first_paragraph(kind) for kind in classes)
+        about = "\n\n".join(dict.fromkeys(_first_paragraph(kind) for kind in classes))
         parts.append(f"\n## {section}\n\n{about}\n\n| field | type | default | meaning |\n|---|---|---|---|\n")
         for entry in explain(section):
             cells = (f"`{entry.field}`", entry.type, f"`{entry.default}`" if entry.default else "–", entry.meaning)
@@ -70,9 +71,10 @@ def _entries() -> Iterator[Entry]:
             fields = {_kind_name(kind): kind.model_fields[name] for kind in kinds}
             said = {kind: _describe_type(field.annotation, field) for kind, field in fields.items()}
             meanings = {kind: str(field.description) for kind, field in fields.items()}
-            meaning = _join_kinds({f"Under {section}={kind}": text for kind, text in meanings.items()}, " ")
+            chosen = "router.name" if section == "router" else section  # others are chosen by their group
+            meaning = _join_kinds({f"Under {chosen}={kind}": text for kind, text in meanings.items()}, " ")
             if len(kinds) < len(classes):
-                meaning += f" Only for {section}={' or '.join(fields)}."
+                meaning += f" Only for {chosen}={' or '.join(fields)}."
             type_ = " | ".join(said.values()) if name == "name" else _join_kinds(said, "; ")
             yield Entry(f"{section}.{name}", type_, default, meaning)
 
@@ -99,14 +101,6 @@ def shipped_defaults() -> Mapping[str, Mapping[str, Any]]:
                 for field, value in yaml.safe_load(text).items():
                     out.setdefault(group, {}).setdefault(field, value)
     return out
-
-
-def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-        return
-    for part in get_args(annotation):
-        yield from _classes(part)
 
 
 def _kind_name(kind: type[BaseModel]) -> str:

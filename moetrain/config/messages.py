@@ -1,47 +1,27 @@
-"""How a mistake in the configuration is put into one line: the field, the value, the rule.
-
-`config` is the class of the whole configuration.
-"""
+"""How a mistake in the configuration is put into one line: the field, the value, the rule."""
 
 import difflib
 import re
-from typing import TYPE_CHECKING, get_args
 
 from moetrain.common.errors import ConfigError
+from moetrain.config.fields import all_fields
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-
-FEW = 16  # fields of a section that may be told
+FEW = 16  # fields of a section that a line may list
 
 
 def plain(message: str) -> str:
+    """pydantic's message as a rule that begins with "must"."""
     message = message.removeprefix("Input should be ").removeprefix("Value error, ")
     message = "must be given" if message == "Field required" else message
     message = re.sub(r"^a valid (\w+)(, .*)?$", r"must be a valid \1", message)
     return message if message.startswith("must") else f"must be {message}"
 
 
-def fields(section: "type[BaseModel]", prefix: str = "") -> list[str]:
-    from pydantic import BaseModel
-
-    names: list[str] = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        for kind in get_args(field.annotation) or (field.annotation,):
-            kind = getattr(kind, "__origin__", kind)
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                names += [name for name in fields(kind, f"{prefix}{name}.") if name not in names]
-    return names
-
-
-def nearest(field: str, config: "type[BaseModel]") -> str:
-    """What may have been meant by a field that there is not: nothing where nothing is near."""
-    known = fields(config)
-    if field in known:
+def nearest(field: str) -> str:
+    """What may have been meant by a field that does not exist, as the end of a line; "" where nothing is near."""
+    leaves = all_fields()
+    if field in leaves:
         return f" in this {field.partition('.')[0]} preset"
-    leaves = [name for name in known if not any(other.startswith(f"{name}.") for other in known)]
     section, _, last = field.rpartition(".")
     own = [name.removeprefix(f"{section}.") for name in leaves if section and name.startswith(f"{section}.")]
     if close := difflib.get_close_matches(last, own, n=1, cutoff=0.7):
@@ -55,16 +35,15 @@ def nearest(field: str, config: "type[BaseModel]") -> str:
     return f"; {section} has {', '.join(own)}" if 0 < len(own) <= FEW else ""
 
 
-def option(word: str, value: str, config: "type[BaseModel]") -> ConfigError:
+def unknown_option(word: str, value: str) -> ConfigError:
     """For `--word value`, which is no option of the command line."""
     field = word.lstrip("-").replace("-", "_")
-    known = fields(config)
-    hint = f"; did you mean {field}?" if field in known else nearest(field, config)
+    hint = f"; did you mean {field}?" if field in all_fields() else nearest(field)
     hint = hint.replace(" or ", f"={value} or ").replace("?", f"={value}?")
-    return ConfigError(f"{word}: no such option, a field is set by field=value{hint}")
+    return ConfigError(f"{word}: no such option; fields are set as field=value{hint}")
 
 
-def of_override(override: str) -> str:
+def describe_override(override: str) -> str:
     """For what Hydra cannot read."""
     key, equals, value = override.partition("=")
     if not equals:
@@ -76,14 +55,15 @@ def of_override(override: str) -> str:
     return f"{override}: {rule}"
 
 
-def of_composition(error: Exception, config: "type[BaseModel]") -> str:
+def describe_composition(error: Exception) -> str:
+    """What Hydra or OmegaConf found wrong."""
     text, override = str(error), getattr(error, "override", None)
     if override is not None:
-        return of_override(str(override))
+        return describe_override(str(override))
     if found := re.search(r"Could not override '([^']+)'", text):
-        return f"{found[1]}: no such field{nearest(found[1], config)}"
+        return f"{found[1]}: no such field{nearest(found[1])}"
     if found := re.search(r"Key '[^']+' (?:is not in struct|not in)[\s\S]*?full_key: (\S+)", text):
-        return f"{found[1]}: no such field{nearest(found[1], config)}"
+        return f"{found[1]}: no such field{nearest(found[1])}"
     if found := re.search(
         r"Could not find '(\w+)/([^']+)'[\s\S]*?Available options in '[^']*':\n([\s\S]*?)\nConfig", text
     ):

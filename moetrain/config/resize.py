@@ -5,6 +5,7 @@ nothing but the layout changes; shares of the batch may be uneven (ElasWave keep
 """
 
 from pathlib import Path
+from typing import Any
 
 from moetrain.common.errors import ConfigError
 from moetrain.config.layout import check_world
@@ -31,7 +32,7 @@ def fitting(config: Config, world: int, heartbeats: Path) -> Config:
     return out
 
 
-def _with(config: Config, changed: dict) -> Config:
+def _with(config: Config, changed: dict[str, Any]) -> Config:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=changed)})
 
 

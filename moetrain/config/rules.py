@@ -1,10 +1,11 @@
 """What must hold between the fields of a configuration, and between it and the number of ranks.
 
-A mistake is told at once: neither torch nor compiled code is loaded.
+Mistakes are found at once: neither torch nor compiled code is loaded.
 """
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,6 @@ from typing import Any
 from moetrain.common.errors import ConfigError, short
 from moetrain.config.core_options import planner_options, router_options
 from moetrain.config.schema import Config
-from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions
-
-
-def options_of_router(name: str) -> frozenset[str]:
-    """The options that a router has besides everybody's."""
-    return frozenset(ROUTERS.options(name).names()) - frozenset(RouterOptions.names())
 
 
 def check(c: Config) -> None:
@@ -37,7 +32,6 @@ def check(c: Config) -> None:
         rule(c.run.name.isprintable(), "run.name", "must have no control characters")
         rule(max(len(os.fsencode(part)) for part in place.parts) <= 200, "run.name", "must have at most 200 bytes")
     m, k = c.model, c.router.top_k
-    rule(c.planner.name in PLANNERS, "planner.name", f"known planners are {', '.join(PLANNERS)}")
     planner_options(c.planner)
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     groups = c.balance.device_groups
@@ -51,18 +45,17 @@ def check(c: Config) -> None:
     if m.min_experts is not None:
         rule(m.num_experts % m.min_experts == 0, "model.min_experts", f"must divide model.num_experts={m.num_experts}")
     for experts, top_k in zip(m.experts_of_layers, c.top_k_of_layers, strict=True):
-        most = f"a layer has top-{top_k} of {experts} experts"
+        most = f"must leave every layer enough experts; one has {experts} for {top_k} per token"
         rule(top_k <= experts, "router.k_schedule" if k <= experts else "model.min_experts", most)
-    if c.router.name != "topk" or c.router.own_options:
-        for field, text in _of_router(c):
-            rule(False, field, text)
+    for field, text in _find_broken_router_rules(c):
+        rule(False, field, text)
     rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
-    rule(m.head_dim % 2 == 0, "model.head_dim", "must be even (RoPE turns pairs)")
-    rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8 (grouped GEMM: 16-byte rows)")
+    rule(m.head_dim % 2 == 0, "model.head_dim", "must be even: rotary position embedding rotates pairs")
+    rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8: grouped GEMMs need rows of 16 bytes")
     rule(
         m.expert_hidden % 8 == 0,
         "model.expert_hidden",
-        "must be a multiple of 8 (grouped GEMM: 16-byte rows)",
+        "must be a multiple of 8: grouped GEMMs need rows of 16 bytes",
     )
     rule(
         m.num_dense_layers < m.num_layers,
@@ -71,27 +64,25 @@ def check(c: Config) -> None:
     )
     rule(c.optim.min_lr <= c.optim.lr, "optim.min_lr", f"must be at most optim.lr={c.optim.lr}")
     if c.track.tensorboard:
-        rule(find_spec("tensorboard") is not None, "track.tensorboard", "needs `pip install moetrain[tensorboard]`")
+        rule(
+            find_spec("tensorboard") is not None,
+            "track.tensorboard",
+            "needs the package tensorboard: pip install 'moetrain[tensorboard]'",
+        )
     if c.data.source == "folder":
-        rule(c.data.path is not None, "data.path", "data.source=folder needs a folder or a file")
+        rule(c.data.path is not None, "data.path", "must be given for data.source=folder: a folder or a file")
     if c.data.tokenizer is not None:
-        rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "there is no such file")
+        rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "must be an existing file")
 
 
-def _of_router(c: Config) -> Iterator[tuple[str, str]]:
-    """(field, rule) that a router's own options break."""
-    if c.router.name not in ROUTERS:
-        yield "router.name", f"known routers are {', '.join(ROUTERS)}"
-    takes = options_of_router(c.router.name)
-    for option in c.router.own_options:
-        if option not in takes:
-            yield f"router.{option}", f"the router {c.router.name} has no such option"
+def _find_broken_router_rules(c: Config) -> Iterator[tuple[str, str]]:
+    """Yields (field, rule) for all that the options of the router break."""
     options = router_options(c.router)
     if not options.biased and c.balance.bias != "none":
-        yield "balance.bias", f"means nothing to the router {c.router.name}"
+        yield "balance.bias", f"must be none for the router {c.router.name}, which has no use for a bias"
     if options.equal_layers and c.model.expert_schedule != "uniform":
-        rule = f"must be uniform for the router {c.router.name}: it adds the last layer's logits"
+        rule = f"must be uniform for the router {c.router.name}, which adds the logits of the layer before"
         yield "model.expert_schedule", rule
-    for experts in c.model.experts_of_layers:
-        for field, rule in options.problems(experts + c.model.num_zero_compute):
+    for experts, top_k in zip(c.model.experts_of_layers, c.top_k_of_layers, strict=True):
+        for field, rule in replace(options, top_k=top_k).problems(experts + c.model.num_zero_compute):
             yield f"router.{field}", rule

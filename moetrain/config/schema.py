@@ -3,6 +3,8 @@
 `config.load` composes YAML with Hydra and turns the result into it. Nothing changes a configuration after that.
 """
 
+from pydantic import SerializeAsAny
+
 from moetrain.config.schedules import spread
 from moetrain.config.sections.base import Dtype, Section
 from moetrain.config.sections.engine import AnyEngine, DeepSpeed, Native
@@ -41,7 +43,7 @@ class Config(Section):
     train: Train
     optim: Optim
     parallel: Parallel
-    router: Router
+    router: SerializeAsAny[Router]  # of a kind's own class, as `config.kinds` makes it
     balance: Balance
     eval: Eval
     generate: Generate
@@ -50,7 +52,7 @@ class Config(Section):
     track: Track
     model: Model
     data: Data
-    planner: Planner
+    planner: SerializeAsAny[Planner]  # likewise
     engine: AnyEngine
 
     @property

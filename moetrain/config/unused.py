@@ -4,12 +4,11 @@ A default never is: only what is set, on the command line or in a file of the us
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from moetrain.common.errors import ConfigError, short
+from moetrain.config.kinds import SORTS, own_options
 from moetrain.config.overrides import fields_of
-from moetrain.config.rules import options_of_router
-from moetrain.config.schema import Config, Native, Optim, Router
+from moetrain.config.schema import Config, Native, Optim
 
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
 OF_A_RUN: tuple[str, ...] = ("run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
@@ -46,18 +45,20 @@ def check(c: Config, fields: Iterable[str]) -> None:
     known = set(fields)
     for field, reason in _without_effect(c):
         if field in known:
-            value: Any = c
-            for part in field.split("."):
-                value = getattr(value, part)
+            section, _, name = field.partition(".")
+            value = getattr(getattr(c, section), name, None)
+            value = getattr(c, section).model_dump()[name] if value is None else value
             raise ConfigError(f"{field}={short(value)}: {reason}")
 
 
 def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
     """(field, why it has no effect) of all fields that have none."""
-    m, b, takes = c.model, c.balance, options_of_router(c.router.name)
-    for option in Router.model_fields:
-        if not Router.model_fields[option].is_required() and option not in takes:
-            yield f"router.{option}", f"the router {c.router.name} has no such option"
+    m, b = c.model, c.balance
+    for section, sort in SORTS.items():
+        name = getattr(c, section).name
+        own = own_options(section, name)
+        for option in (option for option in sort.known if option not in own):
+            yield f"{section}.{option}", f"the {section} {name} has no such option"
     if c.router.name == "top_p":
         yield "router.k_schedule", "the router top_p takes as many experts as a token needs"
     if not m.num_zero_compute:

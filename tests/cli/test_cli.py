@@ -197,7 +197,7 @@ def test_generate_continues_a_prompt(trained: tuple[Path, str]) -> None:
         (["train", "train.stepz=1"], "error: train.stepz: no such field; did you mean train.steps?"),
         (
             ["train", "--steps", "5"],
-            "error: --steps: no such option, a field is set by field=value; did you mean train.steps=5?",
+            "error: --steps: no such option; fields are set as field=value; did you mean train.steps=5?",
         ),
         (
             ["train", "run.dir=/proc/nothing"],

@@ -202,9 +202,12 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
             ["router.name=nope"],
             f"router.name=nope: known routers are {', '.join(ROUTERS)}",
         ),
-        (["router.noise=1", "router.name=top_p"], "router.noise=1.0: the router top_p has no such option"),
+        (["router.noise=1", "router.name=top_p"], "router.noise=1: the router top_p has no such option"),
         (["router.top_p=0.5"], "router.top_p=0.5: the router topk has no such option"),
-        (["router.name=top_p", "balance.bias=sign"], "balance.bias=sign: means nothing to the router top_p"),
+        (
+            ["router.name=top_p", "balance.bias=sign"],
+            "balance.bias=sign: must be none for the router top_p, which has no use for a bias",
+        ),
         (["router.groups=4"], "router.groups=4: goes with router.top_groups, which is None"),
         (["router.groups=3", "router.top_groups=1"], "router.groups=3: must divide the 8 experts of a layer"),
         (["router.groups=2", "router.top_groups=3"], "router.top_groups=3: must be at most router.groups=2"),
@@ -223,12 +226,12 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["model.min_experts=3"], "model.min_experts=3: must divide model.num_experts=8"),
         (
             ["router.k_schedule=descending", "router.top_k=6"],
-            "router.k_schedule=descending: a layer has top-11 of 8 experts",
+            "router.k_schedule=descending: must leave every layer enough experts; one has 8 for 11 per token",
         ),
         (
             ["router.name=gating_residual", "model.expert_schedule=ascending", "model.min_experts=4"],
-            "model.expert_schedule=ascending: must be uniform for the router gating_residual: it adds the last layer's "
-            "logits",
+            "model.expert_schedule=ascending: must be uniform for the router gating_residual, which adds the logits "
+            "of the layer before",
         ),
         (
             ["model.expert_schedule=ascending", "model.min_experts=4", "parallel.nproc=8", "parallel.ep=8"],
@@ -265,7 +268,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
             ["parallel.nproc=2", "train.global_batch=8", "train.micro_batch=3"],
             "train.global_batch=8: must be a multiple of 2 ranks × micro_batch=3",
         ),
-        (["model.dim=100"], "model.dim=100: must be a multiple of 8 (grouped GEMM: 16-byte rows)"),
+        (["model.dim=100"], "model.dim=100: must be a multiple of 8: grouped GEMMs need rows of 16 bytes"),
         (["model.num_kv_heads=3"], "model.num_kv_heads=3: must divide model.num_heads=4"),
         (
             ["model.num_dense_layers=4"],
@@ -277,7 +280,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["track.tags=['']"], "track.tags=['']: must be words of 1 to 64 characters"),
         (["data=folder"], "data.path: must be given"),
         (["data=folder", "data.path=/nowhere"], "data.path=/nowhere: there is no such file or folder"),
-        (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere: there is no such file"),
+        (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere: must be an existing file"),
         (["train.steps"], "train.steps: an override reads field=value"),
     ],
 )

@@ -421,7 +421,8 @@ def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch: pytest.Monke
     monkeypatch.setattr("moetrain.config.rules.find_spec", lambda _: None)
     with pytest.raises(config.ConfigError) as caught:
         config.load(["track.tensorboard=true"])
-    assert str(caught.value) == "track.tensorboard=True: needs `pip install moetrain[tensorboard]`"
+    line = "track.tensorboard=True: needs the package tensorboard: pip install 'moetrain[tensorboard]'"
+    assert str(caught.value) == line
 
 
 def test_wandb_that_is_not_installed_is_a_line(

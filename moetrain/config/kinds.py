@@ -1,0 +1,101 @@
+"""Sections that have kinds: `router` and `planner`, told apart by `name`. One class per kind, made of its options.
+
+A kind is one of the registries in `moetrain.moe.options`, whether it is ours or another package's: its options become
+the fields of its section, with their types, bounds, defaults and descriptions. A section takes the options of its kind
+only. The files may hold those of our other kinds too, at their defaults: config.yaml lists all of them.
+"""
+
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from pydantic import Field, create_model
+
+from moetrain.common.errors import ConfigError, short
+from moetrain.common.registry import Registry
+from moetrain.config.sections.base import Section
+from moetrain.config.sections.router import PLANNER_OPTIONS, ROUTER_OPTIONS, Planner, Router
+from moetrain.moe.options import PLANNERS, ROUTERS
+
+BOUNDS = {"above": "gt", "at_least": "ge", "below": "lt", "at_most": "le"}  # of registry.option -> of pydantic
+
+
+class Sort(NamedTuple):
+    """A section whose kinds are registered."""
+
+    base: type[Section]
+    registry: Registry[Any]
+    known: dict[str, tuple[Any, str]]  # options of our kinds: default and meaning
+    optional: bool  # whether null stands for the kind's own default
+
+
+SORTS: dict[str, Sort] = {
+    "router": Sort(Router, ROUTERS, ROUTER_OPTIONS, optional=False),
+    "planner": Sort(Planner, PLANNERS, PLANNER_OPTIONS, optional=True),
+}
+
+
+def find_section(section: str, name: str) -> type[Section]:
+    """The class of the section for the kind `name`. Raises `ConfigError` where there is no such kind."""
+    options: Any = SORTS[section].registry.options(name)
+    return _make_section(section, name, options)
+
+
+def find_sections(section: str) -> Iterator[type[Section]]:
+    """The classes of all kinds."""
+    return (find_section(section, name) for name in SORTS[section].registry)
+
+
+def own_options(section: str, name: str) -> list[str]:
+    """The options of the kind `name` besides those of every kind."""
+    base = SORTS[section].base
+    return [field for field in find_section(section, name).model_fields if field not in base.model_fields]
+
+
+def split_options(section: str, values: dict[str, Any]) -> tuple[type[Section], dict[str, Any]]:
+    """The class for the kind that `values` name, and the values that are for it.
+
+    Raises `ConfigError` for an unknown kind, and for an option of another one that is not at its default.
+    """
+    name, known = values.get("name"), SORTS[section].known
+    if not isinstance(name, str):
+        return SORTS[section].base, values
+    kind = find_section(section, name)
+    for option, value in values.items():
+        if option in known and option not in kind.model_fields and value != known[option][0]:
+            raise ConfigError(f"{section}.{option}={short(value)}: the {section} {name} has no such option")
+    return kind, {option: v for option, v in values.items() if option in kind.model_fields or option not in known}
+
+
+@cache
+def _make_section(section: str, name: str, options: Any) -> type[Section]:
+    sort, hints = SORTS[section], get_type_hints(options)
+    about = sort.base.model_fields["name"].description
+    fields: dict[str, Any] = {"name": (Literal[name], Field(description=about))}
+    for field in dataclasses.fields(options):
+        if field.name in sort.base.model_fields:
+            continue
+        default, meaning = sort.known.get(field.name, (field.default, str(field.metadata.get("description", ""))))
+        type_ = _bounded_type(hints[field.name], field.metadata, sort.optional)
+        fields[field.name] = (type_, Field(default=None if sort.optional else default, description=meaning))
+    made = create_model(
+        f"{name.title().replace('_', '')}{sort.base.__name__}Section",
+        __base__=sort.base,
+        __module__=__name__,
+        **fields,
+    )
+    made.__doc__ = sort.base.__doc__
+    return made
+
+
+def _bounded_type(hint: Any, metadata: Mapping[str, Any], optional: bool) -> Any:
+    """The type of an option with its bounds, as pydantic has them."""
+    bounds: dict[str, Any] = {BOUNDS[name]: value for name, value in metadata.items() if name in BOUNDS}
+    parts = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+    made: list[Any] = []
+    for part in parts:
+        finite = {"allow_inf_nan": False} if part is float else {}
+        made.append(Annotated[part, Field(**(bounds | finite))] if part in (int, float) else part)
+    return Union[tuple(made + ([None] if optional else []))]  # noqa: UP007
