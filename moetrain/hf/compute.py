@@ -18,7 +18,8 @@ from torch import Tensor
 from moetrain.hf.layout import ExpertsLayout
 from moetrain.moe.context import Gradients, LayerContext
 from moetrain.moe.exchange.residents import Weights
-from moetrain.moe.kernels.api import Backend, Matrices
+from moetrain.moe.kernels.api import Backend
+from moetrain.moe.kernels.reference import Matrices
 from moetrain.moe.passes import ParameterGradients, WeightProducts, return_guests
 
 

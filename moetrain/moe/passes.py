@@ -18,7 +18,8 @@ from torch import Tensor
 from moetrain.moe.context import Gradients, LayerContext
 from moetrain.moe.exchange.guests import Copy, PackedGradients, Returning, packed_size
 from moetrain.moe.exchange.residents import GuestLoan, Weights, batch_guests, start_returning
-from moetrain.moe.kernels.api import Backend, Matrices
+from moetrain.moe.kernels.api import Backend
+from moetrain.moe.kernels.reference import Matrices
 
 GRADIENT_BYTES = 8 << 20  # of guests' gradients that are computed, and sent home, together
 

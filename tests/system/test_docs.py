@@ -215,3 +215,24 @@ def test_the_check_finds_what_is_wrong() -> None:
     assert check_word("planner.alpha=2") is None
     assert check_word("planner.alpha") is None
     assert overrides_of(["-m", "planner=home,llep", "train.seed=0,1"]) == ["planner=home", "train.seed=0"]
+
+
+UNCLEAR = (  # phrases that new users stumbled over
+    "it is not here",
+    "word of it",
+    "what it costs a step",
+    "do not mind",
+    "less FIRST",
+    "learnt by heart",
+)
+BRITISH = r"\w*(?:al|im|on|il)is(?:e[ds]?|ing|ation)\b|\b(?:licences?|learnt|grey|colours?|behaviours?|neighbours?)\b"
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_words_are_those_of_the_glossary(page: str) -> None:
+    """No phrase of a private English, and US spelling; names in backticks and addresses stay as they are."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    text = re.sub(r"`[^`]*`|\[\S+\.md\]\([^)]*\)|\]\([^)]*\)", "", text)
+    text = " ".join(text.split())
+    assert not [phrase for phrase in UNCLEAR if phrase in text]
+    assert not {match[0].lower() for match in re.finditer(BRITISH, text, re.IGNORECASE)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.exchange.guests import Copy, Lending, Returning, split_packed
-from moetrain.moe.kernels.api import Matrices
+from moetrain.moe.kernels.reference import Matrices
 from moetrain.moe.planning.cost_model import RELAY_FROM
 from moetrain.moe.planning.plan import Ints, Plan
 
