@@ -185,6 +185,8 @@ def test_overrides_compose(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         if verb in ("eval", "generate"):  # these are on top of a run's own configuration
             wrong += [word for word in overrides if check_word(word)]
             continue
+        if verb == "simulate":  # a cluster and what is asked of it are no fields of a run
+            overrides = [word for word in overrides if not re.match(r"(cluster|routing|stack)\b", word)]
         if not overrides or verb not in verbs() or any("..." in word or word.endswith("=") for word in overrides):
             continue
         try:
@@ -202,8 +204,20 @@ def test_every_make_target_exists() -> None:
                 assert target[1] in targets, f"{page}: {line}"
 
 
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    named = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert len(named) == len(set(named))
+    assert {name for name in named if "/" not in name} == {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert all((ROOT / "docs" / name).is_file() for name in named)
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_readme_shows_the_example_as_it_is() -> None:
+    """The tests of the examples run the file."""
+    assert read_blocks("README.md", "python") == [(ROOT / "examples" / "plain_loop.py").read_text()]
 
 
 def test_the_check_finds_what_is_wrong() -> None:
