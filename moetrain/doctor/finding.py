@@ -1,12 +1,12 @@
-"""One line of what the doctor says."""
+"""The result of one check."""
 
 from typing import NamedTuple
 
-GOOD, NOTE, BAD = "good", "note", "bad"  # a note: a run works, but less well
+GOOD, NOTE, BAD = "good", "note", "bad"  # note: a run works, but something could be better
 
 
 class Finding(NamedTuple):
     name: str
     state: str
     text: str
-    advice: str = ""  # what to do; where it is not good
+    advice: str = ""  # what to do; empty where nothing is

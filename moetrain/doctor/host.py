@@ -1,4 +1,4 @@
-"""What a run needs of the host that it is on."""
+"""Checks of the host that this process runs on."""
 
 import ctypes
 import importlib.metadata
@@ -33,7 +33,7 @@ TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """In the order in which things would fail."""
+    """Yield the result of every check, in the order in which a run would fail."""
     yield _python()
     yield _torch()
     yield from _devices()
@@ -59,7 +59,9 @@ def parameters(config: Config) -> int:
 def _python() -> Finding:
     text = f"{platform.python_version()} on {platform.system()} {platform.release()}, {platform.machine()}"
     if sys.platform != "linux":
-        return Finding("python", NOTE, text, "snapshots in memory and huge pages are of Linux; train elsewhere without")
+        return Finding(
+            "python", NOTE, text, "in-memory checkpoints and huge pages need Linux; training works without them"
+        )
     return Finding("python", GOOD, text)
 
 
@@ -70,9 +72,11 @@ def _torch() -> Finding:
     backends = [name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")()]
     text = f"{torch.__version__}, backends {', '.join(backends) or 'none'}"
     if here < LEAST_TORCH:
-        return Finding("torch", BAD, text, f"pip install 'torch>={'.'.join(map(str, LEAST_TORCH))}'")
+        return Finding(
+            "torch", BAD, text, f"install a newer torch: pip install 'torch>={'.'.join(map(str, LEAST_TORCH))}'"
+        )
     if "gloo" not in backends or (torch.cuda.is_available() and "nccl" not in backends):
-        return Finding("torch", BAD, text, "install a build of torch with gloo, and with NCCL for GPUs")
+        return Finding("torch", BAD, text, "install a build of torch with the gloo backend, and with NCCL for GPUs")
     return Finding("torch", GOOD, text)
 
 
@@ -80,22 +84,35 @@ def _devices() -> Iterator[Finding]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("cpu", GOOD if cores > 1 else NOTE, f"{cores} cores", "" if cores > 1 else "parallel.nproc=1")
+    yield Finding(
+        "cpu",
+        GOOD if cores > 1 else NOTE,
+        f"{cores} core{'s' * (cores > 1)}",
+        "" if cores > 1 else "one worker is enough here: parallel.nproc=1",
+    )
     if not torch.cuda.is_available():
         found = [path for path in ("/dev/nvidia0", "/dev/nvidiactl") if Path(path).exists()]
         if found:
             yield Finding(
-                "gpu", BAD, f"{found[0]} is there, torch sees no GPU", "a CUDA build of torch for this driver"
+                "gpu",
+                BAD,
+                f"{found[0]} exists, but torch finds no GPU",
+                "install a CUDA build of torch for this driver",
             )
         else:
-            yield Finding("gpu", GOOD, f"none: {local.auto_nproc()} workers on the CPU, over gloo")
+            yield Finding("gpu", GOOD, f"none; runs start {local.auto_nproc()} workers on the CPU, connected by gloo")
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         text = f"{about.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
         busy = free < 0.9 * total
-        yield Finding(f"gpu {index}", NOTE if busy else GOOD, text, "another process holds memory" if busy else "")
+        yield Finding(
+            f"gpu {index}",
+            NOTE if busy else GOOD,
+            text,
+            "another process uses its memory: end it, or choose GPUs with CUDA_VISIBLE_DEVICES" if busy else "",
+        )
 
 
 def _dtype(config: Config) -> Finding:
@@ -107,7 +124,9 @@ def _dtype(config: Config) -> Finding:
     speed = precision.speed_of_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     text = f"train.dtype={asked}; auto takes {precision.chosen(speed)}: {precision.describe(speed)}"
     slow = asked == "bf16" and speed * precision.CLEARLY < 1
-    return Finding("dtype", NOTE if slow else GOOD, text, "train.dtype=auto" if slow else "")
+    return Finding(
+        "dtype", NOTE if slow else GOOD, text, "bf16 is slower than fp32 here: train.dtype=auto" if slow else ""
+    )
 
 
 def _packages() -> Finding:
@@ -118,7 +137,7 @@ def _packages() -> Finding:
         except importlib.metadata.PackageNotFoundError:
             lack.append(f"{name} ({use})")
     text = "; ".join(
-        [", ".join(have) or "none of the optional ones"] + ([f"without {', '.join(lack)}"] if lack else [])
+        ["optional: " + (", ".join(have) or "none installed")] + ([f"not installed: {', '.join(lack)}"] if lack else [])
     )
     if newer := versions.newer_than_tested():
         return Finding("packages", NOTE, text, newer[0])
@@ -130,50 +149,78 @@ def _disks(config: Config) -> Iterator[Finding]:
     try:
         runs.check_writable(config)
     except ConfigError as error:
-        yield Finding("runs", BAD, str(error), "run.dir=FOLDER, one that all hosts share")
+        yield Finding("runs", BAD, str(error), "set run.dir to a folder that can be written and that all hosts share")
     else:
         free = shutil.disk_usage(_there(Path(config.run.dir))).free
-        text = f"{config.run.dir}: {free / 2**30:.1f} GiB free, checkpoints take {needed / 2**30:.2f}"
+        text = (
+            f"{config.run.dir} has {free / 2**30:.1f} GiB free; the checkpoints of a run take {needed / 2**30:.2f} GiB"
+        )
         bad = free < needed
-        yield Finding("runs", BAD if bad else GOOD, text, "another run.dir, or checkpoint.keep=1" if bad else "")
+        yield Finding(
+            "runs", BAD if bad else GOOD, text, "free space, set another run.dir, or checkpoint.keep=1" if bad else ""
+        )
     folder = prepare.current(config.data) or prepare.folder_of(config.data)
     if folder.is_dir():
-        yield Finding("data", GOOD, f"{folder} is prepared")
+        yield Finding("data", GOOD, f"the corpus {folder} is prepared")
         return
     try:
         with tempfile.TemporaryFile(dir=_there(folder)):
             pass
     except OSError as error:
-        yield Finding("data", BAD, f"{config.data.dir}: {error.strerror}", "data.dir=FOLDER, one that all hosts share")
+        yield Finding(
+            "data",
+            BAD,
+            f"{config.data.dir}: {error.strerror}",
+            "set data.dir to a folder that can be written and that all hosts share",
+        )
     else:
         yield Finding(
-            "data", NOTE, f"{folder} is not prepared", "`moetrain data` does it once; else the first run does"
+            "data",
+            NOTE,
+            f"the corpus {folder} is not prepared yet",
+            "run `moetrain data`; otherwise the first run prepares it",
         )
 
 
 def _shared_memory(config: Config) -> Finding:
     if not memory.ROOT.is_dir():
-        return Finding("memory", NOTE, f"there is no {memory.ROOT}", "recovery.snapshot_every=0")
+        return Finding(
+            "memory",
+            NOTE,
+            f"{memory.ROOT} does not exist, which in-memory checkpoints need",
+            "recovery.snapshot_every=0",
+        )
     if said := memory.distrust_reason(memory.root()):
-        return Finding("memory", BAD, f"{said}: no snapshots", "have it removed, or recovery.snapshot_every=0")
+        return Finding(
+            "memory", BAD, f"{said}: no in-memory checkpoints", "remove it, or set recovery.snapshot_every=0"
+        )
     usage = shutil.disk_usage(memory.ROOT)
     needed = 2 * STATES * parameters(config)
     left = memory.left_behind()
-    text = f"{memory.ROOT}: {usage.free / 2**30:.1f} GiB free, snapshots of one host alone take {needed / 2**30:.2f}"
+    text = f"{memory.ROOT} has {usage.free / 2**30:.1f} GiB free; "
+    text += f"the in-memory checkpoints of a run on this host alone take {needed / 2**30:.2f} GiB"
     if left:
         names = ", ".join(folder.name.rpartition("-")[0] for folder, _ in left)
-        text += f"; {sum(size for _, size in left) / 2**30:.2f} in use by runs in progress or left behind: {names}"
+        used = sum(size for _, size in left) / 2**30
+        text += f"; {used:.2f} GiB are used by runs in progress or left by ended ones: {names}"
     if config.recovery.snapshot_every and usage.free < needed:
-        return Finding("memory", NOTE, text, f"mount it larger, remove old runs in {memory.root()}, or go without")
+        return Finding(
+            "memory",
+            NOTE,
+            text,
+            f"enlarge {memory.ROOT}, remove old runs in {memory.root()}, or set recovery.snapshot_every=0",
+        )
     return Finding("memory", GOOD, text)
 
 
 def _loopback() -> Finding:
     try:
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
-            return Finding("loopback", GOOD, "workers of this host can meet")
+            return Finding("loopback", GOOD, "workers on this host can connect to each other")
     except OSError as error:
-        return Finding("loopback", BAD, f"127.0.0.1: {error.strerror}", "ip link set lo up")
+        return Finding(
+            "loopback", BAD, f"127.0.0.1: {error.strerror}", "enable the loopback interface: ip link set lo up"
+        )
 
 
 def _name() -> Finding:
@@ -181,27 +228,41 @@ def _name() -> Finding:
     try:
         address = socket.gethostbyname(name)
     except OSError:
-        advice = "GLOO_SOCKET_IFNAME=INTERFACE (and NCCL_SOCKET_IFNAME), or a line for it in /etc/hosts"
-        return Finding("name", NOTE, f"{name} has no address", advice)
+        advice = "add the name to /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to a network interface"
+        return Finding("name", NOTE, f"the host name {name} has no address", advice)
     if address.startswith("127."):
-        advice = "on several hosts set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them"
-        return Finding("name", NOTE, f"{name} is {address}", advice)
-    return Finding("name", GOOD, f"{name} is {address}")
+        advice = "for runs on several hosts set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them"
+        return Finding("name", NOTE, f"the host name {name} has the address {address}", advice)
+    return Finding("name", GOOD, f"the host name {name} has the address {address}")
 
 
 def _clock() -> Finding:
     if sys.platform != "linux":
-        return Finding("clock", NOTE, "not looked at on this system", "synchronise the hosts' clocks (NTP)")
+        return Finding("clock", NOTE, "not checked on this system", "synchronize the clocks of all hosts (NTP)")
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
     if state == TIME_ERROR:
-        return Finding("clock", NOTE, "is not synchronised", "chronyd or ntpd; heartbeats compare the hosts' clocks")
-    return Finding("clock", GOOD, "is synchronised" if state >= 0 else "cannot be asked here")
+        return Finding(
+            "clock",
+            NOTE,
+            "the system clock is not synchronized",
+            "run chronyd or ntpd: heartbeats compare the hosts' clocks",
+        )
+    return Finding(
+        "clock",
+        GOOD,
+        "the system clock is synchronized" if state >= 0 else "whether it is synchronized cannot be read here",
+    )
 
 
 def _open_files() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft < 4096
-    return Finding("files", NOTE if few else GOOD, f"{soft} may be open", "ulimit -n 65536" if few else "")
+    return Finding(
+        "files",
+        NOTE if few else GOOD,
+        f"a process may open {soft} files",
+        "raise the limit: ulimit -n 65536" if few else "",
+    )
 
 
 def _there(folder: Path) -> Path:

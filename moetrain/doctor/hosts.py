@@ -30,7 +30,7 @@ def meet(where: str, nodes: int, patience: float) -> Iterator[Finding]:
     try:
         store, own = _join(host, int(port), patience)
     except (OSError, DistError, RuntimeError) as error:
-        advice = "the same command on the host with that address? the port open in its firewall?"
+        advice = "run the same command on the host with that address, and open the port in its firewall"
         yield Finding("rendezvous", BAD, f"{where} cannot be reached: {str(error).splitlines()[0][:100]}", advice)
         return
     with socket.create_server((own, 0)) as server:
@@ -42,8 +42,10 @@ def meet(where: str, nodes: int, patience: float) -> Iterator[Finding]:
         found = _others(store, nodes, patience)
         if len(found) < nodes:
             names = ", ".join(other["name"] for other in found)
-            advice = f"the same command on all {nodes} hosts at the same time; what of it fails there?"
-            yield Finding("rendezvous", BAD, f"{len(found)} of {nodes} hosts came in {patience:.0f} s: {names}", advice)
+            advice = f"run the same command on all {nodes} hosts at the same time, and read what it prints there"
+            yield Finding(
+                "rendezvous", BAD, f"{len(found)} of {nodes} hosts arrived within {patience:.0f} s: {names}", advice
+            )
         else:
             yield Finding("rendezvous", GOOD, f"{nodes} hosts met at {where}")
         for number, other in enumerate(found):
@@ -85,7 +87,7 @@ def _others(store: TCPStore, nodes: int, patience: float) -> list[dict[str, Any]
 
 
 def _answer(server: socket.socket) -> None:
-    """Tell whoever asks what time it is here."""
+    """Send the time of this host to every connection."""
     while True:
         try:
             way, _ = server.accept()
@@ -103,13 +105,18 @@ def _reach(other: dict[str, Any], own: dict[str, Any]) -> Finding:
             theirs = float(way.makefile().read())
         took = time.time() - began
     except (OSError, ValueError) as error:
-        advice = "hosts must reach each other on any port; a firewall?"
+        advice = "open all ports between the hosts in their firewalls"
         return Finding(name, BAD, f"{address} does not answer ({error})", advice)
     ahead = round(theirs - began - took / 2, 2) + 0.0  # never -0
     text = f"{address} answers in {1e3 * took:.1f} ms; its clock is {ahead:+.2f} s"
     for package in ("torch", "moetrain"):
         if other[package] != own[package]:
-            return Finding(name, BAD, f"{text}; {package} {other[package]}, here {own[package]}", "install one version")
+            return Finding(
+                name,
+                BAD,
+                f"{text}; it has {package} {other[package]}, this host {own[package]}",
+                "install the same version everywhere",
+            )
     if abs(ahead) > SKEW_SECONDS:
-        return Finding(name, NOTE, text, "synchronise the clocks; heartbeats compare them")
+        return Finding(name, NOTE, text, "synchronize the clocks: heartbeats compare them")
     return Finding(name, GOOD, text)

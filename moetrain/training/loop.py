@@ -11,6 +11,7 @@ from moetrain.engine import build_engine, saved_costs
 from moetrain.engine.optim import learning_rate
 from moetrain.launch.exits import Ended, Preempted
 from moetrain.moe.clock import Clock
+from moetrain.observe import metrics as metric
 from moetrain.observe import summary
 from moetrain.observe.estimate import matmul_rate
 from moetrain.observe.recorder import Recorder
@@ -65,12 +66,12 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
             if saves:
                 watch.mark("save")
                 recorder.flush()
-                metrics["perf/checkpoint_stall_seconds"] = saver.save(step, position)
+                metrics[metric.CHECKPOINT_STALL_SECONDS] = saver.save(step, position)
                 watch.saved()
             run.logger.print_lines(saver.news())
             if metrics:
-                metrics |= {"train/lr": lr, "train/grad_norm": done.norm}
-                metrics |= {"train/tokens": position * config.train.seq_len, "train/skipped_steps": watch.skipped}
+                metrics |= {metric.LR: lr, metric.GRAD_NORM: done.norm}
+                metrics |= {metric.TOKENS: position * config.train.seq_len, metric.SKIPPED_STEPS: watch.skipped}
                 recorder.log(step, metrics | _speed(run, seconds, peak_flops))
             if not is_last and _is_every(config.eval.every, step):
                 recorder.held_out(step, evaluate(engine.model, run.corpus, config, mesh))
@@ -101,7 +102,7 @@ def _speed(run: Beginning, seconds: float, peak_flops: float) -> dict[str, float
     """Return the metrics of a step that took `seconds`; `peak_flops`: a second, of all ranks."""
     tokens = run.config.train.global_batch * run.config.train.seq_len
     mfu = run.size.flops_per_token * tokens / seconds / peak_flops
-    return {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens / seconds, "perf/mfu": mfu}
+    return {metric.STEP_SECONDS: seconds, metric.TOKENS_PER_SECOND: tokens / seconds, metric.MFU: mfu}
 
 
 def _end_record(run: Beginning) -> None:
