@@ -60,41 +60,53 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
         for option in (option for option in sort.known if option not in own):
             yield f"{section}.{option}", f"the {section} {name} has no such option"
     if c.router.name == "top_p":
-        yield "router.k_schedule", "the router top_p takes as many experts as a token needs"
+        yield "router.k_schedule", "has no effect with router.name=top_p, which takes as many experts as a token needs"
     if not m.num_zero_compute:
-        yield "router.zero_compute_tau", "goes with model.zero_experts, copy_experts or constant_experts above 0"
+        yield (
+            "router.zero_compute_tau",
+            "has an effect only with model.zero_experts, copy_experts or constant_experts above 0",
+        )
     if c.data.source == "local":
-        yield "data.path", "goes with data=folder; the corpus chosen, data=local, is text of this installation"
+        yield (
+            "data.path",
+            "has an effect only with data=folder; data=local, which is chosen, reads text of this installation",
+        )
     if c.data.source != "folder":
-        yield "data.on_bad", f"goes with data=folder, not data={c.data.source}"
+        yield "data.on_bad", f"has an effect only with data=folder, not data={c.data.source}"
     if c.data.path is None:
-        yield "data.on_change", f"goes with data.path; data={c.data.source} is not watched"
+        yield "data.on_change", f"has an effect only with data.path; data={c.data.source} is not checked for changes"
     if c.data.tokenizer is not None:
-        yield "data.vocab_size", "data.tokenizer has a vocabulary of its own"
+        yield "data.vocab_size", "has no effect with data.tokenizer, which has a vocabulary of its own"
     if c.optim.schedule != "wsd":
-        yield "optim.decay_fraction", f"goes with optim.schedule=wsd, not {c.optim.schedule}"
+        yield "optim.decay_fraction", f"has an effect only with optim.schedule=wsd, not {c.optim.schedule}"
     if not b.coefficient:
-        yield "balance.micro_fraction", "goes with balance.coefficient above 0, of which it is a fraction"
+        yield "balance.micro_fraction", "has an effect only with balance.coefficient above 0, of which it is a fraction"
     if not b.device_coefficient:
-        yield "balance.device_groups", "goes with balance.device_coefficient above 0"
+        yield "balance.device_groups", "has an effect only with balance.device_coefficient above 0"
         if not b.coefficient:
-            yield "balance.scope", "goes with balance.coefficient or balance.device_coefficient above 0"
+            yield "balance.scope", "has an effect only with balance.coefficient or balance.device_coefficient above 0"
     if b.scope != "global" or not (b.coefficient or b.device_coefficient):
-        yield "balance.accumulate", "goes with balance.scope=global and a coefficient above 0"
+        yield "balance.accumulate", "has an effect only with balance.scope=global and a coefficient above 0"
     if b.bias == "none":
-        yield "balance.bias_rate", "goes with balance.bias=sign or proportional"
+        yield "balance.bias_rate", "has an effect only with balance.bias=sign or proportional"
     if not c.generate.temperature:
-        yield "generate.seed", "goes with generate.temperature above 0; at 0 nothing is drawn"
+        yield (
+            "generate.seed",
+            "has an effect only with generate.temperature above 0; at 0 the most probable token is taken",
+        )
     if not c.track.wandb:
         for option in ("project", "entity", "group", "tags", "job_type", "notes"):
-            yield f"track.{option}", "goes with track.wandb=true"
+            yield f"track.{option}", "has an effect only with track.wandb=true"
     if c.track.profile_from is None:
-        yield "track.profile_steps", "goes with track.profile_from=STEP"
+        yield "track.profile_steps", "has an effect only with track.profile_from=STEP"
     if not m.num_dense_layers:
-        yield "model.dense_hidden", "goes with model.num_dense_layers above 0"
+        yield "model.dense_hidden", "has an effect only with model.num_dense_layers above 0"
     if m.expert_schedule == "uniform":
-        yield "model.min_experts", "goes with a model.expert_schedule that is not uniform"
+        yield "model.min_experts", "has an effect only with a model.expert_schedule other than uniform"
     if isinstance(c.engine, Native) and c.engine.offload != "disk":
-        yield "engine.offload_dir", f"goes with engine.offload=disk, not {c.engine.offload}"
+        yield "engine.offload_dir", f"has an effect only with engine.offload=disk, not {c.engine.offload}"
     if c.planner.name == "home":
-        yield "engine.guest_memory_mib", "goes with a planner that lends experts; planner=home moves nothing"
+        yield (
+            "engine.guest_memory_mib",
+            "has an effect only with a planner that lends experts; planner=home moves nothing",
+        )

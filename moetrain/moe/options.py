@@ -57,7 +57,8 @@ class TopKOptions(NoisyOptions):
         yield from super().problems(num_experts)
         groups, top = self.groups, self.top_groups
         if (groups is None) != (top is None):
-            yield "groups", f"goes with router.top_groups, which is {top}"
+            field, other = ("groups", "top_groups") if top is None else ("top_groups", "groups")
+            yield field, f"must be set together with router.{other}, which is null"
         elif groups is not None and top is not None:
             if num_experts % groups:
                 yield "groups", f"must divide the {num_experts} experts of a layer"

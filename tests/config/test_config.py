@@ -81,35 +81,68 @@ def test_a_file_of_ones_own_wins_over_the_shipped_one_of_its_name(tmp_path: Path
 
 
 WITHOUT_EFFECT = [
-    (["data.path=tests"], "data.path=tests: goes with data=folder; the corpus chosen, data=local, is text of"),
-    (["data.on_bad=skip"], "data.on_bad=skip: goes with data=folder, not data=local"),
-    (["data.tokenizer=README.md", "data.vocab_size=300"], "data.vocab_size=300: data.tokenizer has a vocabulary of"),
-    (["optim.decay_fraction=0.3"], "optim.decay_fraction=0.3: goes with optim.schedule=wsd, not cosine"),
-    (["optim={decay_fraction:0.3}"], "optim.decay_fraction=0.3: goes with optim.schedule=wsd, not cosine"),
-    (["balance.coefficient=0", "balance.scope=micro"], "balance.scope=micro: goes with balance.coefficient or"),
-    (["balance.scope=micro", "balance.accumulate=exact"], "balance.accumulate=exact: goes with balance.scope=global"),
+    (["data.path=tests"], "data.path=tests: has an effect only with data=folder; data=local, which is"),
+    (["data.on_bad=skip"], "data.on_bad=skip: has an effect only with data=folder, not data=local"),
+    (
+        ["data.tokenizer=README.md", "data.vocab_size=300"],
+        "data.vocab_size=300: has no effect with data.tokenizer, which",
+    ),
+    (["optim.decay_fraction=0.3"], "optim.decay_fraction=0.3: has an effect only with optim.schedule=wsd, not cosine"),
+    (
+        ["optim={decay_fraction:0.3}"],
+        "optim.decay_fraction=0.3: has an effect only with optim.schedule=wsd, not cosine",
+    ),
+    (
+        ["balance.coefficient=0", "balance.scope=micro"],
+        "balance.scope=micro: has an effect only with balance.coefficient or",
+    ),
+    (
+        ["balance.scope=micro", "balance.accumulate=exact"],
+        "balance.accumulate=exact: has an effect only with balance.scope=global",
+    ),
     (
         ["balance.coefficient=0", "balance.micro_fraction=1"],
-        "balance.micro_fraction=1.0: goes with balance.coefficient",
+        "balance.micro_fraction=1.0: has an effect only with balance.coefficient",
     ),
-    (["balance.device_groups=2"], "balance.device_groups=2: goes with balance.device_coefficient above 0"),
-    (["balance.bias_rate=0.1"], "balance.bias_rate=0.1: goes with balance.bias=sign or proportional"),
+    (
+        ["balance.device_groups=2"],
+        "balance.device_groups=2: has an effect only with balance.device_coefficient above 0",
+    ),
+    (["balance.bias_rate=0.1"], "balance.bias_rate=0.1: has an effect only with balance.bias=sign or proportional"),
     (["router.top_p=0.4"], "router.top_p=0.4: the router topk has no such option"),
     (["router.state_dim=8"], "router.state_dim=8: the router topk has no such option"),
-    (["router.zero_compute_tau=0.5"], "router.zero_compute_tau=0.5: goes with model.zero_experts, copy_experts or"),
-    (["router.name=top_p", "router.k_schedule=ascending"], "router.k_schedule=ascending: the router top_p takes as"),
-    (["generate.temperature=0", "generate.seed=3"], "generate.seed=3: goes with generate.temperature above 0"),
-    (["track.wandb=false", "track.project=x"], "track.project=x: goes with track.wandb=true"),
-    (["track.wandb=false", "track.entity=x"], "track.entity=x: goes with track.wandb=true"),
-    (["track.wandb=false", "track.group=x"], "track.group=x: goes with track.wandb=true"),
-    (["track.wandb=false", "track.tags=[x]"], "track.tags=('x',): goes with track.wandb=true"),
-    (["track.wandb=false", "track.job_type=x"], "track.job_type=x: goes with track.wandb=true"),
-    (["track.wandb=false", "track.notes=x"], "track.notes=x: goes with track.wandb=true"),
-    (["track.profile_steps=5"], "track.profile_steps=5: goes with track.profile_from=STEP"),
-    (["model=tiny", "model.dense_hidden=64"], "model.dense_hidden=64: goes with model.num_dense_layers above 0"),
-    (["model.min_experts=4"], "model.min_experts=4: goes with a model.expert_schedule that is not uniform"),
-    (["engine.offload_dir=/tmp"], "engine.offload_dir=/tmp: goes with engine.offload=disk, not none"),
-    (["planner=home", "engine.guest_memory_mib=5"], "engine.guest_memory_mib=5: goes with a planner that lends"),
+    (
+        ["router.zero_compute_tau=0.5"],
+        "router.zero_compute_tau=0.5: has an effect only with model.zero_experts, copy_experts or",
+    ),
+    (
+        ["router.name=top_p", "router.k_schedule=ascending"],
+        "router.k_schedule=ascending: has no effect with router.name=top_p",
+    ),
+    (
+        ["generate.temperature=0", "generate.seed=3"],
+        "generate.seed=3: has an effect only with generate.temperature above 0",
+    ),
+    (["track.wandb=false", "track.project=x"], "track.project=x: has an effect only with track.wandb=true"),
+    (["track.wandb=false", "track.entity=x"], "track.entity=x: has an effect only with track.wandb=true"),
+    (["track.wandb=false", "track.group=x"], "track.group=x: has an effect only with track.wandb=true"),
+    (["track.wandb=false", "track.tags=[x]"], "track.tags=('x',): has an effect only with track.wandb=true"),
+    (["track.wandb=false", "track.job_type=x"], "track.job_type=x: has an effect only with track.wandb=true"),
+    (["track.wandb=false", "track.notes=x"], "track.notes=x: has an effect only with track.wandb=true"),
+    (["track.profile_steps=5"], "track.profile_steps=5: has an effect only with track.profile_from=STEP"),
+    (
+        ["model=tiny", "model.dense_hidden=64"],
+        "model.dense_hidden=64: has an effect only with model.num_dense_layers above 0",
+    ),
+    (
+        ["model.min_experts=4"],
+        "model.min_experts=4: has an effect only with a model.expert_schedule other than uniform",
+    ),
+    (["engine.offload_dir=/tmp"], "engine.offload_dir=/tmp: has an effect only with engine.offload=disk, not none"),
+    (
+        ["planner=home", "engine.guest_memory_mib=5"],
+        "engine.guest_memory_mib=5: has an effect only with a planner that lends",
+    ),
     (["planner=home", "+planner.replicas=1"], "planner.replicas=1: the planner home has no such option"),
 ]
 
@@ -135,7 +168,7 @@ def test_every_option_is_refused_somewhere_or_has_an_effect_by_itself() -> None:
 def test_a_file_of_ones_own_may_not_set_what_has_no_effect(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim: {decay_fraction: 0.5}\n")
-    with pytest.raises(ConfigError, match=r"optim\.decay_fraction=0\.5: goes with optim\.schedule=wsd"):
+    with pytest.raises(ConfigError, match=r"optim\.decay_fraction=0\.5: has an effect only with optim\.schedule=wsd"):
         config.load(["experiment=mine"], str(tmp_path))
     assert config.load(["experiment=mine", "optim.schedule=wsd"], str(tmp_path)).optim.decay_fraction == 0.5
 
@@ -208,7 +241,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
             ["router.name=top_p", "balance.bias=sign"],
             "balance.bias=sign: must be none for the router top_p, which has no use for a bias",
         ),
-        (["router.groups=4"], "router.groups=4: goes with router.top_groups, which is None"),
+        (["router.groups=4"], "router.groups=4: must be set together with router.top_groups, which is null"),
         (["router.groups=3", "router.top_groups=1"], "router.groups=3: must divide the 8 experts of a layer"),
         (["router.groups=2", "router.top_groups=3"], "router.top_groups=3: must be at most router.groups=2"),
         (

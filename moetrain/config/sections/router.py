@@ -17,7 +17,7 @@ ROUTER_OPTIONS: dict[str, tuple[Any, str]] = {  # of single kinds of ours: defau
     ),
     "top_groups": (
         None,
-        "Groups per token: those whose two best experts have the highest sum of scores. It goes with `router.groups`.",
+        "Groups per token: those whose two best experts have the highest sum of scores. Set it with `router.groups`.",
     ),
     "top_p": (0.4, "A token's experts are added, best first, until their probabilities sum to this."),
     "k_start": (1, "Experts per token at the first step; the number rises linearly to `router.top_k`."),
