@@ -1,71 +1,173 @@
-"""`moetrain.hf.expert_parallel`: every experts module of a transformers model under dispatch, planning and lending."""
+"""`moetrain.hf.expert_parallel`: every experts module of a transformers model under dispatch, planning and lending.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+    handle = moetrain.hf.expert_parallel(model, group)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for batch in batches:
+        with handle.step():
+            model(**batch).loss.backward()
+        handle.reduce_dense_gradients()  # DDP and FSDP2 do this themselves
+        handle.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.save_pretrained("folder")
+
+Routers, attention and losses stay the family's own code.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moetrain.common.errors import ConfigError
-from moetrain.distributed.mesh import ExpertGroup
+from moetrain.common.registry import Options
+from moetrain.distributed.comm import Group
+from moetrain.distributed.mesh import ExpertGroup, join_group
 from moetrain.hf.layout import is_experts
 from moetrain.hf.replay import replay_in_recompute
-from moetrain.hf.spread import NAME, SpreadExperts, register
-from moetrain.moe.options import PLANNERS
+from moetrain.hf.spread import NAME, Decision, SpreadExperts, register
+from moetrain.moe.calibrate import Layer, measure
+from moetrain.moe.kernels.api import KernelChoice
+from moetrain.moe.parallel import NEED_NO_COSTS, ExpertParallel, Ranks, Reduction
 from moetrain.moe.planning.cost import Costs
-from moetrain.moe.planning.plan import Plan
 
 SOMETIMES = "vision_moe.experts"  # of ERNIE 4.5 VL: entered where there are images, so perhaps not on all ranks
 
 
-def spread_experts(
+def expert_parallel(
     model: nn.Module,
-    group: ExpertGroup,
-    planner: str | Callable[..., Plan] = "makespan",
-    planner_options: Mapping[str, Any] | None = None,
+    group: Any,
+    planner: str = "makespan",
+    planner_options: Options | Mapping[str, Any] | None = None,
     costs: Costs | None = None,
-    grouped: bool = False,
-) -> list[SpreadExperts]:
-    """Spread every experts module of `model` over the group, in place, and make their forward ours."""
-    found = [(name, module) for name, module in model.named_modules() if is_experts(module)]
-    whole = [module for name, module in found if name.endswith(SOMETIMES)]
-    found = [(name, module) for name, module in found if module not in whole]
+    *,
+    replicas: Any = None,
+    guest_slots: int | None = None,
+    guest_memory: int | None = None,
+    reduction: Reduction = "auto",
+) -> "HFExpertParallel":
+    """Spread every experts module in `model` over the ranks of `group`, in place. All those ranks call it.
+
+    Parameters and buffers become those of the group's rank 0 first. Experts' parameters are replaced by those of the
+    experts at home here: make the optimizer, and wrap the model in DDP or FSDP2, after this. Recompute
+    (`model.gradient_checkpointing_enable()`, before or after) replays choices and plans.
+
+    Arguments:
+        model: a `PreTrainedModel`, or any module with one in it; every rank has built it whole.
+        group, planner, planner_options, costs, replicas, guest_slots, guest_memory, reduction: as for
+            `moetrain.expert_parallel`.
+
+    Raises `ConfigError`, a `ValueError`, for a model that is not covered or does not fit the group.
+    """
+    ep = group if isinstance(group, ExpertGroup) else ExpertGroup.from_group(group)
+    return HFExpertParallel(
+        model,
+        _find_experts(model, ep),
+        ep,
+        join_group(replicas),
+        planner=(planner, planner_options),
+        costs=costs,
+        guest_slots=guest_slots,
+        guest_memory=guest_memory,
+        reduction=reduction,
+    )
+
+
+class HFExpertParallel(ExpertParallel):
+    """What a training loop needs of a transformers model whose experts are spread; made by `expert_parallel`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        ep: ExpertGroup,
+        replicas: Group,
+        *,
+        planner: tuple[str, Options | Mapping[str, Any] | None],
+        costs: Costs | None,
+        guest_slots: int | None,
+        guest_memory: int | None,
+        reduction: Reduction,
+    ) -> None:
+        self._start(model, ep, replicas, reduction, needs_costs=costs is None and planner[0] not in NEED_NO_COSTS)
+        self._broadcast()
+        register()
+        spread = {}
+        for name, module in modules.items():
+            spread[name] = SpreadExperts(name, module, ep, planner, costs)
+            spread[name].regions = [model.get_submodule(name[:end]) for end in _ends(name)]
+            spread[name].watcher = self
+            module._moetrain = spread[name]
+            module.config._experts_implementation = NAME
+        self._layers = spread
+        self._slots = self._count_slots(guest_memory) if guest_slots is None else guest_slots
+        for inner in model.modules():
+            if hasattr(inner, "_set_gradient_checkpointing"):
+                replay_in_recompute(inner)
+        self._own_parameters()
+
+    def _find_owners(self) -> dict[str, Any]:
+        return {f"{name}.{key}": one for name, one in self._layers.items() for key in one.layout.names}
+
+    def balance_loss(self) -> Tensor:
+        """Raise `ConfigError`: a model's own auxiliary loss (`output_router_logits=True`) stays the family's code."""
+        raise ConfigError(f"balance_loss: not for {type(self.module).__name__}; its own is output_router_logits=True")
+
+    def join_without_tokens(self) -> Tensor:
+        """Enter what the other ranks enter, on a rank that has no tokens for this forward; returns a loss of zero.
+
+        transformers' own code refuses an empty batch, so such a rank calls this in place of the model, and `backward()`
+        on what it returns.
+        """
+        first = next(iter(self._layers.values()))
+        carry = torch.zeros((), device=first.gate_up.device, requires_grad=True)
+        for one in self._layers.values():
+            carry = one.run_empty(carry)
+        return carry
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Save the model with all its experts, as `model.save_pretrained` does. All ranks call it; rank 0 writes."""
+        state = self.full_state_dict()
+        if self.group.rank == 0 and self._replicas.rank() == 0:
+            inner: Any = self.module
+            inner.save_pretrained(folder, state_dict=state, **options)
+
+    def before_experts(self, one: SpreadExperts, hidden_TD: Tensor, top_k: int) -> None:
+        """The experts call this at the beginning of a pass: measure costs at the first one."""
+        self._look_for_ddp()
+        if one.costs is None and self._needs_costs:
+            shape = Layer(one.dim, one.hidden, one.num_experts, top_k, one.gate_up.dtype)
+            if shape not in self._measured:
+                self._measured[shape] = measure(Ranks(self.group, hidden_TD.device, self.group.rows), shape)
+            one.use_costs(self._measured[shape])
+            one.kernel_choice = KernelChoice(left_to_torch=frozenset(self._measured[shape].by_torch))
+            self._set_lends(one)
+
+    def after_decision(self, one: SpreadExperts, decision: Decision) -> None:
+        """The experts call this when they have planned, which a recompute does not."""
+        self._record(one.name, decision.plan)
+
+
+def _find_experts(model: nn.Module, ep: ExpertGroup) -> dict[str, nn.Module]:
+    """Return the modules to spread by name. Raises `ConfigError`."""
     kind = type(model).__name__
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not found:
         raise ConfigError(f"model: {kind} is not covered: none of its modules carries @use_experts_implementation")
-    if any(hasattr(module, "_moetrain") for _, module in found):
-        raise ConfigError(f"model: {kind} is spread over ranks already")
-    for name, module in found:
-        if module.num_experts % group.size:
-            raise ConfigError(f"group: {group.size} ranks do not divide the {module.num_experts} experts of {name}")
-    if isinstance(planner, str):
-        options = PLANNERS.make_options(planner, planner_options or {})
-        planner = partial(PLANNERS[planner], **asdict(options))
-    register()
-    for module in whole:
-        module._moetrain_whole = True
-    spread = []
-    for name, module in found:
-        regions = [model.get_submodule(".".join(name.split(".")[:end])) for end in range(name.count(".") + 1)]
-        one = SpreadExperts(name, module, group, planner, costs, regions, grouped)
-        module._moetrain = one
-        module.config._experts_implementation = NAME
-        spread.append(one)
-    for module in model.modules():
-        if hasattr(module, "_set_gradient_checkpointing"):
-            replay_in_recompute(module)
-    return spread
+    for name, module in found.items():
+        if hasattr(module, "_moetrain"):
+            raise ConfigError(f"model: {kind} is spread over ranks already")
+        num_experts: Any = module.num_experts
+        if num_experts % ep.size:
+            raise ConfigError(f"group: its {ep.size} ranks do not divide the {num_experts} experts of {name}")
+    for name, module in found.items():
+        if name.endswith(SOMETIMES):
+            module._moetrain_whole = True  # type: ignore[assignment]
+    return {name: module for name, module in found.items() if not name.endswith(SOMETIMES)}
 
 
-def join_without_tokens(spread: Sequence[SpreadExperts]) -> Tensor:
-    """Enter what the other ranks enter, on a rank that has no tokens for this forward; returns a loss of zero.
-
-    transformers' own code refuses an empty batch, so such a rank calls this in place of the model, and `backward()` on
-    what it returns.
-    """
-    carry = torch.zeros((), device=spread[0].gate_up.device, requires_grad=True)
-    for one in spread:
-        carry = one.run_empty(carry)
-    return carry
+def _ends(name: str) -> list[int]:
+    """Where the names of the modules around a module end in its own."""
+    return [0, *(place for place, letter in enumerate(name) if letter == ".")]

@@ -6,9 +6,10 @@ chosen experts and their weights; routers and all else stay the family's own cod
 T tokens here, K experts a token, D width, E experts, N selections, R ranks.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moetrain.common.errors import ConfigError
+from moetrain.common.registry import Options
 from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.hf.compute import GroupedExperts
@@ -27,6 +29,7 @@ from moetrain.moe.exchange.dispatch import DispatchTables
 from moetrain.moe.exchange.residents import GuestLoan, ResidentGuests
 from moetrain.moe.kernels.api import KernelUser
 from moetrain.moe.kernels.bags import find_true
+from moetrain.moe.options import PLANNERS
 from moetrain.moe.passes import DispatchTokens, ExpertsCombine
 from moetrain.moe.planning import default_home
 from moetrain.moe.planning.cost import Costs, Limits, State
@@ -45,6 +48,14 @@ class Decision:
     most_per_token: int  # rows of a token, on any rank
 
 
+class Watcher(Protocol):
+    """Who is told what the experts do."""
+
+    def before_experts(self, one: "SpreadExperts", hidden_TD: Tensor, top_k: int) -> None: ...
+
+    def after_decision(self, one: "SpreadExperts", decision: Decision) -> None: ...
+
+
 class SpreadExperts(KernelUser):
     """The experts of one module, of which this rank keeps those whose home it is."""
 
@@ -53,28 +64,44 @@ class SpreadExperts(KernelUser):
         name: str,
         module: Any,
         group: ExpertGroup,
-        planner: Callable[..., Plan],
+        planner: tuple[str, Options | Mapping[str, Any] | None],
         costs: Costs | None,
-        regions: Sequence[nn.Module] = (),
-        grouped: bool = False,
     ) -> None:
         """Take away the other experts' weights from `module`, in place.
 
-        `name`: of the module; `regions`: the modules around it, one of which may be recomputed; `grouped`: use the
-        path of any family for SwiGLU too. Raises `ConfigError` where the module is none that is covered.
+        `name`: of the module. Raises `ConfigError` where the module or the planner is none that is covered.
         """
-        self.name, self.module, self.ep, self.planner, self.costs = name, module, group, planner, costs
-        self.regions = regions
+        self.name, self.module, self.ep, self.costs = name, module, group, costs
+        self.regions: Sequence[nn.Module] = ()  # the modules around it, one of which may be recomputed
+        self.watcher: Watcher | None = None
+        self.plan_with(*planner)
         self.layout = ExpertsLayout.read(name, module)
         self.num_experts: int = module.num_experts
-        self.is_fused = self.layout.is_swiglu and not grouped
+        self.is_fused = self.layout.is_swiglu  # else: the path of any family
         self.residents, self.step = ResidentGuests.empty(0, group.size, self.num_experts), StepContext()
-        self.last: Decision | None = None
-        self.observe: Callable[[SpreadExperts, Decision], None] | None = None
         for key in self.layout.names:
             whole = getattr(module, key)
             own = nn.Parameter(whole.detach()[self.own_experts()].clone(), requires_grad=whole.requires_grad)
             setattr(module, key, own)
+
+    def plan_with(self, planner: str, options: Options | Mapping[str, Any] | None = None) -> None:
+        """Choose the planner by its name and options. Raises `ConfigError` where there is no such one."""
+        made = options if isinstance(options, Options) else PLANNERS.make_options(planner, options or {})
+        self.planner: Callable[..., Plan] = partial(PLANNERS[planner], **asdict(made))
+
+    def use_costs(self, costs: Costs) -> None:
+        """Have the planner decide with these costs from now on."""
+        self.costs = costs
+
+    @property
+    def experts(self) -> "SpreadExperts":
+        """Itself: where a `moetrain.MoE` has its experts."""
+        return self
+
+    @property
+    def routers(self) -> tuple[None]:
+        """One pass through the experts in every forward; the router is the family's own."""
+        return (None,)
 
     @property
     def home(self) -> Ints:
@@ -103,11 +130,19 @@ class SpreadExperts(KernelUser):
         return self.gate_up.shape[1 if self.layout.transposed else 2]
 
     @property
+    def hidden(self) -> int:
+        """H"""
+        down = self.parameters()[1]
+        return down.shape[1 if self.layout.transposed else 2]
+
+    @property
     def gate_up(self) -> nn.Parameter:
         return self.parameters()[0]
 
     def __call__(self, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return [T, D], the weighted sum of every token's experts, wherever the plan has them computed."""
+        if self.watcher is not None:
+            self.watcher.before_experts(self, hidden_TD, index_TK.shape[1])
         decision: Decision = decide_once(lambda: self.decide(index_TK))
         routing = _routing(index_TK, weight_TK)
         if decision.rows_N is not None:
@@ -182,10 +217,10 @@ class SpreadExperts(KernelUser):
         )
         if torch.is_grad_enabled():
             self.residents.admit(plan)
-        self.last = Decision(plan, rows_N, int(gathered[:, -1].max()))
-        if self.observe is not None:
-            self.observe(self, self.last)
-        return self.last
+        decision = Decision(plan, rows_N, int(gathered[:, -1].max()))
+        if self.watcher is not None:
+            self.watcher.after_decision(self, decision)
+        return decision
 
 
 def compute_spread(

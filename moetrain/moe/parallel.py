@@ -38,7 +38,7 @@ from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning.cost import Costs
-from moetrain.moe.planning.plan import Ints, imbalance
+from moetrain.moe.planning.plan import Ints, Plan, imbalance
 from moetrain.moe.routing.balance import BalanceLoss, add_buffers
 
 Reduction = Literal["auto", "sum", "mean"]
@@ -168,17 +168,10 @@ class ExpertParallel:
         reduction: Reduction,
         balance: BalanceOptions,
     ) -> None:
-        self.module, self.group = module, ep
+        self._start(module, ep, replicas, reduction, costs is None and planner[0] not in NEED_NO_COSTS)
         self._layers, self._names = dict(layers), {id(layer): name for name, layer in layers.items()}
-        self._replicas, self._reduction, self._options = replicas, reduction, balance
-        self._needs_costs = costs is None and ep.size > 1 and planner[0] not in NEED_NO_COSTS
+        self._options = balance
         self._lends_again = 3 if recompute == "full" else 2  # forward, recompute, backward
-        self._measured: dict[Layer, Costs] = {}
-        self._num_micro_steps: int | None = None  # of the step that we are in
-        self._under_ddp = False
-        self._found: list[tuple[ReferenceType[MoE], ReferenceType[LayerStats]]] = []  # for the next balance loss
-        self._balance: BalanceLoss | None = None
-        self._done: dict[str, LayerStatistics] = {}
         self._broadcast()
         self._slots = self._count_slots(guest_memory) if guest_slots is None else guest_slots
         for layer in self._layers.values():
@@ -186,8 +179,29 @@ class ExpertParallel:
             layer.experts.shard(ep, 0, max_rows, keep_hidden=recompute != "selective")
             layer.recompute, layer.watcher, layer.costs = recompute == "full", self, costs
             add_buffers(layer.routers, balance)
-            for parameter in layer.experts.parameters():
-                parameter.register_hook(self._scaled)
+        self._own_parameters()
+
+    def _start(
+        self, module: nn.Module, ep: ExpertGroup, replicas: Group, reduction: Reduction, needs_costs: bool
+    ) -> None:
+        """Note what every kind of module has."""
+        self.module, self.group = module, ep
+        self._layers: dict[str, Any] = {}
+        self._replicas, self._reduction = replicas, reduction
+        self._needs_costs = needs_costs and ep.size > 1
+        self._lends_again = 2
+        self._measured: dict[Layer, Costs] = {}
+        self._num_micro_steps: int | None = None  # of the step that we are in
+        self._under_ddp = False
+        self._found: list[tuple[ReferenceType[MoE], ReferenceType[LayerStats]]] = []  # for the next balance loss
+        self._balance: BalanceLoss | None = None
+        self._done: dict[str, LayerStatistics] = {}
+
+    def _own_parameters(self) -> None:
+        """Scale the gradients of the experts here, and have DDP leave them alone; call when they are spread."""
+        module = self.module
+        for parameter in self._in_order(self.expert_parameters()):
+            parameter.register_hook(self._scaled)
         names = [name for name, p in module.named_parameters() if p in self.expert_parameters()]
         ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
         module._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]
@@ -341,12 +355,10 @@ class ExpertParallel:
     def full_state_dict(self) -> dict[str, Tensor]:
         """Returns `module.state_dict()` as it is on one device: all experts, nothing sharded; on every rank, in the
         CPU's memory. All ranks call it."""
-        owners = {f"{name}.experts".lstrip("."): layer for name, layer in self._layers.items()}
-        whole = {}
+        owners, whole = self._find_owners(), {}
         for name, value in self.module.state_dict().items():
-            owner, _, last = name.rpartition(".")
-            if owner in owners and last in ("gate_up", "down"):
-                value = self._gather_experts(owners[owner], value)
+            if name in owners:
+                value = self._gather_experts(owners[name], value)
             whole[name] = sharded.gather_whole(value).detach().to("cpu", copy=True)
         return whole
 
@@ -356,15 +368,19 @@ class ExpertParallel:
 
         Raises `KeyError` where a name is missing, `ValueError` where a shape differs.
         """
-        owners = {f"{name}.experts".lstrip("."): layer for name, layer in self._layers.items()}
+        owners = self._find_owners()
         for name, target in self.module.state_dict().items():
-            owner, _, last = name.rpartition(".")
             value = state[name]
-            if owner in owners and last in ("gate_up", "down"):
-                value = value[owners[owner].experts.own_experts()]
+            if name in owners:
+                value = value[owners[name].experts.own_experts()]
             if value.shape != target.shape:
                 raise ValueError(f"{name}: has the shape {tuple(value.shape)}, must have {tuple(target.shape)}")
             sharded.fill(target, value)
+
+    def _find_owners(self) -> dict[str, Any]:
+        """Returns the layer of every tensor in `module.state_dict()` that has one entry an expert."""
+        tensors = ("gate_up", "down")
+        return {f"{name}.experts.{last}".lstrip("."): layer for name, layer in self._layers.items() for last in tensors}
 
     def _gather_experts(self, layer: MoE, own: Tensor) -> Tensor:
         """[E, ...] of the experts at home here [S, ...]."""
@@ -378,8 +394,7 @@ class ExpertParallel:
 
     def before(self, layer: MoE, x_TD: Tensor) -> None:
         """Called at the beginning of a layer's forward: measures costs at the first one."""
-        active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-        self._under_ddp = self._under_ddp or active is not None
+        self._look_for_ddp()
         if layer.costs is None and self._needs_costs:
             experts = layer.experts
             _, width, dim = experts.gate_up.shape
@@ -390,13 +405,20 @@ class ExpertParallel:
             use_kernels(layer, KernelChoice(left_to_torch=frozenset(self._measured[shape].by_torch)))
             self._set_lends(layer)
 
+    def _look_for_ddp(self) -> None:
+        active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        self._under_ddp = self._under_ddp or active is not None
+
     def after(self, layer: MoE, stats: LayerStats) -> None:
         """Called at the end of a layer's forward, with its statistics."""
         if stats.scores.probs_TE.requires_grad:
             self._found.append((ref(layer), ref(stats)))
             if len(self._found) > 2 * len(self._layers):
                 self._found = [one for one in self._found if one[1]() is not None]
-        name, plan = self._names[id(layer)], stats.plan
+        self._record(self._names[id(layer)], stats.plan)
+
+    def _record(self, name: str, plan: Plan) -> None:
+        """Add what a layer did to its statistics."""
         new = LayerStatistics(name, plan.counts.sum(0), tuple(plan.guests()), plan.home_loads(), plan.loads())
         old = self._done.get(name)
         if old is not None and self._num_micro_steps is not None:

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.distributed.mesh import Mesh
-from moetrain.hf.parallel import join_without_tokens, spread_experts
+from moetrain.hf.parallel import HFExpertParallel, expert_parallel
 from moetrain.hf.pinning import PinnedChoices
 from moetrain.moe.planning.plan import Plan
 from tests.hf.families import build
@@ -51,6 +50,16 @@ def reference(name: str) -> tuple[nn.Module, Tensor, PinnedChoices]:
     return model, logits.detach(), pins
 
 
+def spread_forced(mesh: Mesh, model: nn.Module, grouped: bool = False) -> HFExpertParallel:
+    """Spread the model; the plans are `forced`. `grouped`: SwiGLU takes the path of any family too."""
+    replicas = mesh.expert_data if mesh.expert_data.size() > 1 else None
+    handle = expert_parallel(model, mesh.ep, "home", replicas=replicas, reduction="sum")
+    for one in handle._layers.values():
+        one.planner = forced
+        one.is_fused &= not grouped
+    return handle
+
+
 def shares(ranks: int, idle: bool) -> list[int]:
     """Sequences of each rank; with `idle` the last one has none."""
     if not idle:
@@ -58,21 +67,20 @@ def shares(ranks: int, idle: bool) -> list[int]:
     return [SEQUENCES - (ranks - 2), *[1] * (ranks - 2), 0]
 
 
-def compare(
-    mesh: Mesh, name: str, cases: list[tuple[bool, bool]], planner: Any = forced, grouped: bool = False
-) -> list[tuple[float, str]]:
+def compare(mesh: Mesh, name: str, cases: list[tuple[bool, bool]], grouped: bool = False) -> list[tuple[float, str]]:
     """For each case of (recompute, idle): the largest difference, of the largest element, and where it is."""
     found = []
     whole, logits, pins = reference(name)
     for recompute, idle in cases:
         model = model_of(name)
-        spread = spread_experts(model, mesh.ep, planner, grouped=grouped)
+        handle = spread_forced(mesh, model, grouped)
         if recompute:
             recomputed = model if hasattr(model, "activation_checkpointing_enable") else model.model
             recomputed.activation_checkpointing_enable()
         sizes = shares(mesh.world, idle)
         begin, end = sum(sizes[: mesh.rank]), sum(sizes[: mesh.rank + 1])
         ids = batch()[begin:end]
+        handle.begin_step()
         if begin < end:
             part = pins.part(begin, end, SEQUENCES).replay() if not recompute else nullcontext()
             with part:  # a recompute has to replay what was chosen here
@@ -80,25 +88,25 @@ def compare(
             loss_of(mine, ids).backward()
         else:
             mine = logits[:0]
-            join_without_tokens(spread).backward()
-        assert not idle or any(len(one.last.plan.guests()) for one in spread) or mesh.ep.size == 1
+            handle.join_without_tokens().backward()
+        handle.end_step()
+        handle.reduce_dense_gradients()
+        assert any(one.guests for one in handle.statistics())
         worst = (_difference(mine.detach(), logits[begin:end], float(logits.abs().max())), "logits")
-        whole_of = dict(whole.named_parameters())
-        spread_of = {id(p): one for one in spread for p in one.parameters()}
+        whole_of, owners = dict(whole.named_parameters()), handle._find_owners()
         for key, parameter in model.named_parameters():
             expected, got = whole_of[key].grad, parameter.grad
             if expected is None:
                 assert got is None or not got.any(), key
                 continue
-            got = torch.zeros_like(parameter) if got is None else got
             largest = float(expected.abs().max())
-            one = spread_of.get(id(parameter))
-            if one is None:
-                dist.all_reduce(got)
-            else:
-                expected = expected[one.own_experts()]
-                dist.all_reduce(got, group=mesh.expert_data.get_group())
+            if key in owners:
+                expected = expected[owners[key].own_experts()]
             worst = max(worst, (_difference(got, expected, largest), key))
+        norm = handle.clip_grad_norm_(1e9)
+        squares = [p.grad.double().square().sum() for p in whole.parameters() if p.grad is not None]
+        expected_norm = float(torch.stack(squares).sum().sqrt())
+        worst = max(worst, (abs(norm - expected_norm) / expected_norm, "norm"))
         found.append(worst)
     return found
 
