@@ -210,7 +210,7 @@ def main() -> int:
     (given.out / "table.md").write_text(markdown(records))
     draw(records, given.out / "picture.png")
     print((given.out / "table.md").read_text())
-    print(f"written: {given.out}/table.md, table.json, picture.png")
+    print(f"written to {given.out}: table.md, table.json, picture.png")
     return 0
 
 

@@ -13,7 +13,9 @@ COLORS = {"home": "tab:red", "llep": "tab:orange", "makespan": "tab:green", "epl
 WORST = 3  # cells that are named
 HEADING = "One MoE layer, forward and backward"
 COST = "speed as a share of that of the GEMMs alone · rows crossing · guests · peak memory × balanced"
-LEGEND = "ms forward and backward · % of our own layer under balanced routing, in pairs, ± half the quartiles' distance"
+LEGEND = (
+    "ms forward and backward · speed as % of our layer under balanced routing, in pairs, ± half the quartiles' distance"
+)
 
 
 def publish(records: Records, out: Path | None) -> None:

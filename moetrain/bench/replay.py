@@ -61,7 +61,7 @@ def records(run: Path) -> Records:
         raise ConfigError(f"--trace {run}: has no load trace that can be read (track.trace_every=0 keeps none)")
     costs = calibrate.of_tree(disk.read_json(run / COSTS))
     if costs is None:
-        raise ConfigError(f"--trace {run}: has no sound {COSTS}")
+        raise ConfigError(f"--trace {run}: its {COSTS} is missing or damaged")
     own = config.load_resolved(run / "config.yaml").planner
     found = [_recorded(parts)]
     for name in PLANNERS:

@@ -212,9 +212,10 @@ def run(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
 
 COLUMNS = ("routing", "planner", "step ms", "tokens/s", "% of ideal", "imbalance", "guests", "rows crossing", "sync")
 LEGEND = (
-    "% of ideal: median of round robin's time over this one's, each repetition by itself (and its quartiles). "
-    "imbalance: largest device load over the mean, at home → planned, mean of the layers. guests: of a whole step. "
-    "sync: having the balance frequencies of the global batch, all micro-steps, as a share of the step."
+    "% of ideal: round robin's time divided by this one's, median over repetitions (and quartiles). "
+    "imbalance: largest device load over the mean, at home → planned, mean of the layers. guests: temporary replicas, "
+    "in a whole step. "
+    "sync: time to synchronize the balance frequencies over the global batch, as a share of the step."
 )
 
 

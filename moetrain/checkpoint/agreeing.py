@@ -38,11 +38,11 @@ def agree_on_start(config: Config, folder: Path, mesh: Mesh, model: nn.Module, d
         worst, said = passed[0]
         if choice != "auto":
             raise ConfigError(f"checkpoint.resume={choice}: {said}")
-        rule = f"none of its checkpoints is whole, {worst.name}: {said}; another name begins anew"
+        rule = f"none of its checkpoints is complete ({worst.name}: {said}); another run.name starts a new run"
         raise ConfigError(f"run.name={config.run.name}: {rule}")
     if path is not None:
         _first_rank_checks(mesh, partial(_check_all, config, path, choice == "auto", model, data))
-    notes = [f"{bad} is not whole and is passed over: {said}" for bad, said in passed]
+    notes = [f"{bad} is incomplete or damaged and is skipped: {said}" for bad, said in passed]
     return Start(path, notes if path is None else [*notes, *of_the_layout(config, path, mesh)])
 
 
@@ -103,4 +103,6 @@ def of_the_layout(config: Config, path: Path, mesh: Mesh) -> list[str]:
     if not any(fields.values()):
         return []
     names = ", ".join(name for name, depends in fields.items() if depends)
-    return [f"{path} was trained in other shares a rank, on which {names} depend: the loss may not go on smoothly"]
+    return [
+        f"{path} was trained with another layout or other micro-batches, on which {names} depend: the loss may jump"
+    ]

@@ -86,7 +86,9 @@ def _check(path: Path, saved: dict[str, Entry], name: str, shape: tuple[int, ...
     if name not in saved:
         raise ConfigError(f"checkpoint={path}: has no {name}, which this configuration needs")
     if saved[name].shape != shape:
-        raise ConfigError(f"checkpoint={path}: {name} is {list(saved[name].shape)} there, {list(shape)} here")
+        raise ConfigError(
+            f"checkpoint={path}: {name} has shape {list(saved[name].shape)}, this configuration needs {list(shape)}"
+        )
     return saved[name]
 
 

@@ -190,7 +190,7 @@ class Saver(Behind):
         except Unsaved as why:
             if self._mesh.is_main:
                 shutil.rmtree(part, ignore_errors=True)
-            self._news.append(f"checkpoint of step {step} was not saved: {why}. What was saved before stays.")
+            self._news.append(f"checkpoint of step {step} was not saved: {why}. Earlier checkpoints are kept.")
         except BaseException as error:
             self._failure = error
 

@@ -143,7 +143,7 @@ def describe_stall(before: Sequence[Beat], beats: Sequence[Beat], own: int, wait
         ago = max(0.0, newest - (beat.since if how == "is behind" else beat.now))  # a clock may have been set back
         lines.append(f"rank {beat.rank} on {beat.host} {state or how}, last seen {ago:.0f} s ago in {beat.place()}")
     if not missing:
-        lines.append("every rank is alive and as far as the others: the network between them may be cut")
+        lines.append("all ranks respond and wait at the same place: the network between them may be down")
     waiting: dict[str, list[str]] = {}
     for beat in alive:
         waiting.setdefault(beat.place(), []).append(str(beat.rank))

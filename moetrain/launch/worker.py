@@ -83,7 +83,7 @@ def run_worker(body: Callable[[], None]) -> int:
         return 0
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
-            line = f"{error.strerror}{f': {error.filename}' if error.filename else ''}; what was saved before stays"
+            line = f"{error.strerror}{f': {error.filename}' if error.filename else ''}; earlier checkpoints are kept"
             _write_error(line, line)
             return 1
         if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)) and not signals.end_requested():

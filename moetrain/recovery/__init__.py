@@ -1,1 +1,1 @@
-"""Going on when something fails: heartbeats, requests to end, steps that are not finite, snapshots in memory."""
+"""Going on when something fails: heartbeats, requests to end, steps that are not finite, in-memory checkpoints."""

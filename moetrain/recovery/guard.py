@@ -36,13 +36,13 @@ class Guard:
         self.in_a_row += 1
         self.skipped += 1
         if self.in_a_row < self._skips:
-            return f"step {step} is left out: its loss or gradient is not finite ({self.in_a_row} in a row)"
+            return f"step {step} is skipped: its loss or gradient norm is not finite ({self.in_a_row} in a row)"
         said = f"step {step}: the loss or the gradient norm was not finite {self.in_a_row} times in a row"
         if not self.saved or self._went_back_from:
             again = ", again after the run went back" if self._went_back_from else ", and nothing was saved before"
-            advice = "no weight was changed by them; a lower optim.lr may help, or other data"
+            advice = "they changed no weight; a lower optim.lr or other data may help"
             raise Diverged(f"{said}{again}; {advice}", GAVE_UP)
         if self._mesh.is_main:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             disk.write(self._file, str(step))
-        raise Diverged(f"{said}; started again, the run goes back to what was saved last")
+        raise Diverged(f"{said}; when it is started again, the run goes back to its last checkpoint")

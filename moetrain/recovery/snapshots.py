@@ -135,13 +135,13 @@ class Snapshots(Behind):
             memory.data_file(self._place / slot, key[1]).unlink(missing_ok=True)
             del self._held[key]
         if not memory.ROOT.is_dir():
-            return f"no snapshots in memory: there is no {memory.ROOT}"
+            return f"no in-memory checkpoints: there is no {memory.ROOT}"
         if code not in (errno.ENOSPC, errno.ENOMEM):
             said = memory.distrust_reason(self._place / slot) or f"{memory.root()} on some host: {os.strerror(code)}"
-            return f"no snapshots in memory: {said}"
+            return f"no in-memory checkpoints: {said}"
         here = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]]
         most = 2 * len(here) * size * (1 if self._to is None else 2)
-        return f"no snapshots in memory: {memory.ROOT} is too small, a host needs about {most / 2**30:.1f} GiB there"
+        return f"no in-memory checkpoints: {memory.ROOT} is too small, a host needs about {most / 2**30:.1f} GiB there"
 
     def _clear_assembled(self) -> None:
         """What this start was loaded from, `restore.assemble`: all ranks have by now."""

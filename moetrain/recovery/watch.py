@@ -40,17 +40,17 @@ def find_newer(start: Start, config: Config, folder: Path, mesh: Mesh) -> Start:
     hosts = _hosts(mesh)
     mine = memory.distrust_reason(memory.host_folder(run, hosts[mesh.rank])) if run else ""
     if said := next(filter(None, gather_texts(mine, mesh.saving)), ""):
-        start = start._replace(notes=[*start.notes, f"a snapshot in memory would not be used: {said}"])
+        start = start._replace(notes=[*start.notes, f"an in-memory checkpoint is not used: {said}"])
     found = restore.newest(run, mesh, hosts, checkpoint.progress(start.path)[0]) if run else None
     if found is None:
         return start
     begun_with = json.loads(broadcast_text(json.dumps(_begun_with(start, folder)), mesh.device))
     if begun_with is None:
-        said = f"a snapshot in memory of step {found.step} is passed over: its config.yaml is missing or damaged"
+        said = f"an in-memory checkpoint of step {found.step} is skipped: the run's config.yaml is missing or damaged"
         return start._replace(notes=[*start.notes, said])
     path = restore.assemble(found, run, mesh, hosts, layout_of(config, mesh), begun_with, folder / COSTS)
     checkpoint.check_fits(config, path, same_run=True)
-    return Start(path, [*start.notes, f"a snapshot in memory is newer than what is on the disk: step {found.step}"])
+    return Start(path, [*start.notes, f"an in-memory checkpoint is newer than the one on the disk: step {found.step}"])
 
 
 def _begun_with(start: Start, folder: Path) -> dict[str, Any] | None:

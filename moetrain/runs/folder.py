@@ -119,7 +119,7 @@ def find(name: str | None, directory: str = "runs") -> Path:
     if name is None:
         runs = sorted(Path(directory).glob("*/config.yaml"), key=os.path.getmtime)
         if not runs:
-            raise ConfigError(f"run: there is none in {directory}; `moetrain train` makes one")
+            raise ConfigError(f"run: {directory} has no run; `moetrain train` makes one")
         return runs[-1].parent
     for folder in (Path(name), Path(directory) / name):
         if (folder / "config.yaml").is_file():

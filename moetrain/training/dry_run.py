@@ -89,7 +89,7 @@ def _memory(size: Estimate, config: Config) -> Table:
         (f"AdamW's moments, {config.optim.state_dtype}", size.moments, "disk" if offload == "disk" else host),
         (f"gathered parameters, {config.train.dtype}", size.gathered, "device"),
         (f"activations, recompute {config.train.recompute}, ±30 %", size.activations, "device"),
-        (f"guests that stay, at most{of}", guests, "device"),
+        (f"guest experts kept for a step, at most{of}", guests, "device"),
     ):
         table.add_row(name, f"{amount / GIB:.2f}", place)
     table.add_row("all", f"{(size.bytes + guests) / GIB:.2f}", "")

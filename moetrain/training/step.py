@@ -89,7 +89,9 @@ def check_same_corpus(corpus: Corpus, mesh: Mesh) -> None:
     ranks = {tuple(json.loads(text)[0].values()): rank for rank, text in reversed([*enumerate(found)])}
     if len(ranks) > 1:
         places = " and ".join(f"rank {rank} {json.loads(found[rank])[1]}" for rank in sorted(ranks.values())[:2])
-        raise ConfigError(f"data: ranks have different corpora, {places}; data.dir=FOLDER, one that all hosts share")
+        raise ConfigError(
+            f"data: ranks have different corpora ({places}); set data.dir to a folder that all hosts share"
+        )
 
 
 def micro_batches(config: Config, mesh: Mesh, loader: Samples, position: int) -> Iterator[Sequences]:

@@ -52,7 +52,7 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     if as_json:
         print(calibrate.to_json(costs, mesh))
         return
-    kept = "not kept: no folder of the cache can be written" if path is None else str(path)
+    kept = "not saved: no cache folder can be written" if path is None else str(path)
     console.print(styled((str(kept), "bold"), (f", measured in {time.perf_counter() - began:.1f} s", "")))
     console.print(
         f"layer      width {layer.dim}, hidden {layer.hidden}, top-{layer.top_k}, {config.train.dtype}, "
@@ -68,8 +68,8 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         console.print(f"link       {link.bandwidth / 1e9:.2f} GB/s and {1e6 * link.latency:.0f} µs a message {where}")
     for each in costs.kernels:
         ours, theirs = f"{1e3 * each.own:.2f} ms with our kernels", f"{1e3 * each.torch:.2f} with torch's"
-        console.print(f"{each.part:<10} {ours}, {theirs}: {'torch' if each.torch_is_faster else 'ours'} from now on")
-    console.print(f"overlap    {costs.overlap:.0%} of a transfer passes while rows are computed")
+        console.print(f"{each.part:<10} {ours}, {theirs}: {'torch' if each.torch_is_faster else 'ours'} will be used")
+    console.print(f"overlap    {costs.overlap:.0%} of a transfer is hidden behind the computation")
 
 
 def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
@@ -112,7 +112,7 @@ def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     config = precision.settled(with_vocabulary(config, corpus), mesh)
     saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
     for path, said in passed if mesh.is_main else []:
-        errors.print(f"{path} is not whole and is passed over: {said}")
+        errors.print(f"{path} is incomplete or damaged and is skipped: {said}")
     if saved is None:
         raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
     checkpoint.check_data(saved, corpus.fingerprint, same_run=False)

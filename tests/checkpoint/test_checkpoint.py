@@ -198,7 +198,7 @@ def test_every_fault_is_named_and_the_previous_one_is_taken(pool, tmp_path: Path
             (line,) = notes
             bad = tmp_path / name / "checkpoints" / "step_4"
             assert start == "step_2", name
-            assert line.startswith(f"{bad} is not whole and is passed over: {FAULTS[name][1]}"), line
+            assert line.startswith(f"{bad} is incomplete or damaged and is skipped: {FAULTS[name][1]}"), line
     for found in pool.run(agreed, 2, str(tmp_path), "step_4", names):
         for name, (start, notes) in zip(names, found, strict=True):
             bad = tmp_path / name / "checkpoints" / "step_4"
@@ -213,7 +213,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_silently_begin_anew(pool, tmp
         flip(tmp_path / "checkpoints" / f"step_{step}" / RANK_1)
     for ((start, notes),) in pool.run(agreed, 2, str(tmp_path), "auto", ["."]):
         assert start == "error"
-        assert "none of its checkpoints is whole, step_4: rank_00001.safetensors is damaged" in notes[0]
+        assert "none of its checkpoints is complete (step_4: rank_00001.safetensors is damaged" in notes[0]
 
 
 def data_checked(mesh: Mesh, path: str) -> list[str]:
@@ -278,7 +278,7 @@ def saved_on_a_full_disk(mesh: Mesh, folder: str) -> tuple[list[str], list[str]]
 
 def test_a_full_disk_is_said_and_what_was_saved_stays(pool, tmp_path: Path) -> None:
     for news, seen in pool.run(saved_on_a_full_disk, 2, str(tmp_path)):
-        assert news == ["checkpoint of step 2 was not saved: File too large (rank 1). What was saved before stays."]
+        assert news == ["checkpoint of step 2 was not saved: File too large (rank 1). Earlier checkpoints are kept."]
         assert seen == [["step_1"], ["step_1"], ["step_1", "step_3"]]
     assert manifest.problem(tmp_path / "checkpoints" / "step_3") is None
 
@@ -305,7 +305,7 @@ def test_what_cannot_be_mapped_exactly_is_refused(pool, tmp_path: Path) -> None:
     pool.run(saved, 1, str(tmp_path), [2])
     assert pool.run(refused, 1, str(tmp_path / "checkpoints" / "step_2"))[0] == [
         "has no model/missing, which this configuration needs",
-        "model/weight is [7, 3] there, [8, 3] here",
+        "model/weight has shape [7, 3], this configuration needs [8, 3]",
         "model/weight is F32 and would be rounded to BF16 here",
         "has no exp_avg/weight, which this configuration needs",
     ]
@@ -364,7 +364,7 @@ def test_a_whole_program_saves_recovers_and_keeps_secrets(tiny, tmp_path: Path) 
     assert line.startswith(f"error: checkpoint.resume={folder}/checkpoints/step_4: {RANK_1} is damaged")
     again = moetrain("train.steps=6")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"step_4 is not whole and is passed over: {RANK_1} is damaged" in again.stdout
+    assert f"step_4 is incomplete or damaged and is skipped: {RANK_1} is damaged" in again.stdout
     assert "step_2, 2 steps done" in again.stdout
     assert [p.name for p in manifest.folders(folder)] == ["step_6", "step_4"]
     assert (folder / "checkpoints" / "step_4.damaged").is_dir()

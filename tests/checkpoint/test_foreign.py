@@ -140,7 +140,7 @@ def test_a_foreign_checkpoint_is_whole_or_named_in_one_line(pool, tmp_path: Path
             (line,) = notes
             assert "\n" not in line
             bad = tmp_path / name / "checkpoints" / "step_4"
-            assert line.startswith(f"{bad} is not whole and is passed over: {said}"), line
+            assert line.startswith(f"{bad} is incomplete or damaged and is skipped: {said}"), line
 
 
 def test_a_linked_step_is_read_and_its_target_stays(pool, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_later_is_one_line_too(tmp_path: Path) -> None:
     said = json.loads(word.read_text())["message"]
     assert done.returncode == 1
     assert said["message"] == said["extraInfo"]["py_callstack"]
-    assert said["message"] == "No space left on device: runs/x/config.yaml; what was saved before stays"
+    assert said["message"] == "No space left on device: runs/x/config.yaml; earlier checkpoints are kept"
 
 
 # Readers
@@ -242,7 +242,9 @@ def test_a_snapshot_without_a_config_is_passed_over(pool, tmp_path: Path, data: 
                 (folder / "config.yaml").write_bytes(text)
             ((path, notes),) = pool.run(newer, 1, identity, str(folder), overrides)
             assert path == ""
-            assert notes == ["a snapshot in memory of step 3 is passed over: its config.yaml is missing or damaged"]
+            assert notes == [
+                "an in-memory checkpoint of step 3 is skipped: the run's config.yaml is missing or damaged"
+            ]
         runs.create(config.load(overrides))
         ((path, notes),) = pool.run(newer, 1, identity, str(folder), overrides)
         assert path == "step_3"
@@ -370,7 +372,7 @@ def test_shared_memory_that_another_user_prepared_is_not_used(
     theirs = planted(tmp_path, how)
     ours = os.getuid()
     (line,) = pool.run(prepared_by_another, 1, str(tmp_path), theirs.parent.name, how == "of another user")
-    assert line.startswith(f"no snapshots in memory: {tmp_path}/moetrain-"), line
+    assert line.startswith(f"no in-memory checkpoints: {tmp_path}/moetrain-"), line
     assert said in line
     assert sorted(path.name for path in theirs.rglob("*")) == ["a", "rank_00000.json", "rank_00000.safetensors"]
     assert os.getuid() == ours

@@ -461,7 +461,7 @@ def another_corpus_on_rank_1(mesh: Mesh, folder: str) -> str:
 
 def test_ranks_with_different_corpora_are_refused_on_all_of_them(pool: Pool, small: Corpus) -> None:
     said = pool.run(another_corpus_on_rank_1, 2, str(small.folder))
-    line = f"data: ranks have different corpora, rank 0 {small.folder} and rank 1 {small.folder}; data.dir=FOLDER, one"
+    line = f"data: ranks have different corpora (rank 0 {small.folder} and rank 1 {small.folder}); set data.dir to a f"
     assert [words.startswith(line) for words in said] == [True, True]
 
 

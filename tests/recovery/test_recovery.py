@@ -137,8 +137,8 @@ def test_a_report_names_the_rank_that_is_behind_or_the_network() -> None:
     )
     level = [beat(0, 4, None, "update", 100), beat(1, 4, None, "update", 100, "y")]
     assert describe_stall([], level, 1, 9) == (
-        "rank 1: no progress for 9 s; every rank is alive and as far as the others: the network between them may be "
-        "cut; ranks 0, 1 wait in step 7, update"
+        "rank 1: no progress for 9 s; all ranks respond and wait at the same place: the network between them may be "
+        "down; ranks 0, 1 wait in step 7, update"
     )
 
 
@@ -195,7 +195,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_go_back_once(pool, t
     many = [*more, "run.name=many", "recovery.skips=2"]
     ends = pool.run(run_poisoned, 2, many, [6, 7])
     said = "step 7: the loss or the gradient norm was not finite 2 times in a row"
-    assert ends == [f"1: {said}; started again, the run goes back to what was saved last"] * 2
+    assert ends == [f"1: {said}; when it is started again, the run goes back to its last checkpoint"] * 2
     (again, _) = pool.run(run_poisoned, 2, many, [6, 7])
     assert again.startswith(f"{GAVE_UP}: {said}, again after the run went back")
     folder = pool.run(run_poisoned, 2, many, [])[0]
@@ -215,7 +215,7 @@ def judged(mesh: Mesh, folder: str) -> list[str | None]:
 
 
 def test_only_steps_in_a_row_count(pool, tmp_path: Path) -> None:
-    left = "is left out: its loss or gradient is not finite"
+    left = "is skipped: its loss or gradient norm is not finite"
     wanted = [None, f"step 2 {left} (1 in a row)", f"step 3 {left} (2 in a row)", None, f"step 5 {left} (1 in a row)"]
     assert pool.run(judged, 1, str(tmp_path)) == [wanted]
 

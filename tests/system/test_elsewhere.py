@@ -81,7 +81,7 @@ def test_a_run_is_the_same_without_what_linux_has(pool, tiny: list[str], lacks: 
     folder, said, groups = pool.run(run, 2, [*more, "run.name=lacking"], lacks)[0]
     assert losses(folder) == losses(usual)
     assert (groups > 0) == (lacks == ["/dev/shm"])
-    assert ("no snapshots in memory: there is no /nonexistent/shm" in said) == ("/dev/shm" in lacks)
+    assert ("no in-memory checkpoints: there is no /nonexistent/shm" in said) == ("/dev/shm" in lacks)
     assert not Path("/nonexistent").exists()
 
 

@@ -49,9 +49,9 @@ def test_a_dry_run_shows_memory_and_where_it_lies(capsys, monkeypatch) -> None:
     shown = capsys.readouterr().out
     for word in ("4 ranks", "experts", "AdamW's moments, fp32", "disk", "activations"):
         assert word in shown
-    assert re.search(r"guests that stay, at most, of a GPU's 80 GiB +10\.00 +device", shown)
+    assert re.search(r"guest experts kept for a step, at most, of a GPU's 80 GiB +10\.00 +device", shown)
     dry_run.run(config.load([*overrides, "engine.guest_memory_mib=512"]), 4, as_json=False)
-    assert re.search(r"guests that stay, at most +0\.50 +device", capsys.readouterr().out)
+    assert re.search(r"guest experts kept for a step, at most +0\.50 +device", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

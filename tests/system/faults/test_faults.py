@@ -57,7 +57,7 @@ def test_a_run_survives_a_kill_a_hang_and_a_request_to_end(job: list[str], sound
     assert "rank 0 on " in said
     assert "is stopped, last seen" in said
     assert "ended on request: saved after step" in said
-    assert said.count("a snapshot in memory is newer than what is on the disk") == 2
+    assert said.count("an in-memory checkpoint is newer than the one on the disk") == 2
     assert not struck.ranks()
     with Job([*job, f"run.dir={tmp_path}", "run.name=struck"]) as again:
         assert again.end() == 0, again.said
@@ -86,7 +86,7 @@ def test_torchrun_starts_again_and_its_workers_do_not_outlive_it(job, sound, tmp
     flip(newest / "rank_00001.safetensors")
     with Job([*overrides, "parallel.ep=1"]) as again:
         assert again.end() == 0, again.said
-    assert f"{newest.name} is not whole" in " ".join(again.said.split())
+    assert f"{newest.name} is incomplete or damaged" in " ".join(again.said.split())
     assert list(steps(elastic.folder).values()) == pytest.approx(sound, rel=1e-3)
 
 
@@ -182,7 +182,7 @@ def test_a_cut_link_is_named_and_one_host_goes_on_alone(job, sound, tmp_path: Pa
         shutil.rmtree(memory.host_folder(run_of, hosts.names[1]))
         alone = hosts.start(0, command, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", **HERE}, out)
         assert alone.wait(120) == 0, log.read_text()
-    assert "a snapshot in memory is newer than what is on the disk: step 20" in " ".join(log.read_text().split())
+    assert "an in-memory checkpoint is newer than the one on the disk: step 20" in " ".join(log.read_text().split())
     assert list(steps(folder).values()) == pytest.approx(sound, rel=1e-3)
 
 
