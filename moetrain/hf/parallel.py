@@ -81,7 +81,7 @@ class HFExpertParallel(ExpertParallel):
     def __init__(
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Any],
         ep: ExpertGroup,
         replicas: Group,
         *,
@@ -101,7 +101,7 @@ class HFExpertParallel(ExpertParallel):
             spread[name].watcher = self
             module._moetrain = spread[name]
             module.config._experts_implementation = NAME
-        self._layers = spread
+        self._layers |= spread
         self._slots = self._count_slots(guest_memory) if guest_slots is None else guest_slots
         for inner in model.modules():
             if hasattr(inner, "_set_gradient_checkpointing"):
@@ -150,10 +150,10 @@ class HFExpertParallel(ExpertParallel):
         self._record(one.name, decision.plan)
 
 
-def _find_experts(model: nn.Module, ep: ExpertGroup) -> dict[str, nn.Module]:
+def _find_experts(model: nn.Module, ep: ExpertGroup) -> dict[str, Any]:
     """Return the modules to spread by name. Raises `ConfigError`."""
     kind = type(model).__name__
-    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not found:
         raise ConfigError(f"model: {kind} is not covered: none of its modules carries @use_experts_implementation")
     for name, module in found.items():
@@ -164,7 +164,7 @@ def _find_experts(model: nn.Module, ep: ExpertGroup) -> dict[str, nn.Module]:
             raise ConfigError(f"group: its {ep.size} ranks do not divide the {num_experts} experts of {name}")
     for name, module in found.items():
         if name.endswith(SOMETIMES):
-            module._moetrain_whole = True  # type: ignore[assignment]
+            module._moetrain_whole = True
     return {name: module for name, module in found.items() if not name.endswith(SOMETIMES)}
 
 

@@ -169,7 +169,8 @@ class ExpertParallel:
         balance: BalanceOptions,
     ) -> None:
         self._start(module, ep, replicas, reduction, costs is None and planner[0] not in NEED_NO_COSTS)
-        self._layers, self._names = dict(layers), {id(layer): name for name, layer in layers.items()}
+        self._layers |= layers
+        self._names = {id(layer): name for name, layer in layers.items()}
         self._options = balance
         self._lends_again = 3 if recompute == "full" else 2  # forward, recompute, backward
         self._broadcast()
@@ -382,7 +383,7 @@ class ExpertParallel:
         tensors = ("gate_up", "down")
         return {f"{name}.experts.{last}".lstrip("."): layer for name, layer in self._layers.items() for last in tensors}
 
-    def _gather_experts(self, layer: MoE, own: Tensor) -> Tensor:
+    def _gather_experts(self, layer: Any, own: Tensor) -> Tensor:
         """[E, ...] of the experts at home here [S, ...]."""
         num_experts, size = layer.experts.num_experts, self.group.size
         most = -(-num_experts // size)
@@ -431,14 +432,14 @@ class ExpertParallel:
             )
         self._done[name] = new
 
-    def _set_slots(self, layer: MoE, slots: int) -> None:
+    def _set_slots(self, layer: Any, slots: int) -> None:
         """How many guests may stay from now on; those that are here go."""
         layer.experts.residents.reset()
         layer.experts.residents.slots = slots
         layer.step.begin_step(1)
         self._set_lends(layer)
 
-    def _set_lends(self, layer: MoE) -> None:
+    def _set_lends(self, layer: Any) -> None:
         """How often a guest's weights travel: once where it stays."""
         if layer.costs is not None:
             layer.use_costs(replace(layer.costs, lends=1 if layer.experts.residents.slots else self._lends_again))
