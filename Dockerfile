@@ -15,7 +15,7 @@ COPY configs /src/configs
 # torch's CUDA build asks for a Triton of its own
 RUN sed -i '/^triton==/d' /src/constraints.txt
 RUN python3 -m venv /opt/moetrain
-RUN /opt/moetrain/bin/pip install --no-cache-dir -c /src/constraints.txt '/src[deepspeed,tensorboard]'
+RUN /opt/moetrain/bin/pip install --no-cache-dir -c /src/constraints.txt '/src[deepspeed,hf,tensorboard]'
 
 ENTRYPOINT ["moetrain"]
 CMD ["doctor"]
