@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -20,8 +21,12 @@ import pytest
 import torch
 
 from moetrain import cli
+from moetrain.common.console import RunLogger
 from moetrain.config import ConfigError
-from moetrain.observe import palette, picture, reduce
+from moetrain.config import load as load_config
+from moetrain.observe import palette, picture, reduce, summary
+from moetrain.observe.estimate import estimate, short
+from moetrain.observe.scores import Score
 from moetrain.observe.sinks.terminal import Plain
 from moetrain.report import build, curves, read
 from moetrain.report.cards import cards
@@ -478,6 +483,112 @@ def test_every_number_is_that_of_the_metrics(
         for name, text in opened.evaluate(said):
             value = by_step[step].get(metrics[name])
             assert text == "–" if value is None else float(text) == pytest.approx(value, rel=5e-3), name
+
+
+def cards_by_hand(folder: Path) -> dict[str, tuple[str, str, str]]:
+    """{card: (value, unit, note)}, worked out from the files alone."""
+    rows, config = rows_of(folder), json.loads((folder / "config.yaml").read_text())
+    last = rows[-max(10, len(rows) // 10) :]
+    column = lambda name, among: [row[name] for row in among if name in row]  # noqa: E731
+    mean = lambda name: float(np.mean(column(name, last)))  # noqa: E731
+    spent = 1e3 * (mean("perf/phase/lend") + mean("perf/phase/backward_lend"))
+    saved, losses = mean("balance/saved_seconds"), column("train/lm_loss", rows)
+    home, planned = mean("balance/imbalance_home"), mean("balance/imbalance_planned")
+    layers = [f"balance/layer_{n:02d}/load" for n in range(config["model"]["num_layers"])]
+    used = sum(int(np.any(column(name, last), axis=0).sum()) for name in layers)
+    evaluated = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    bits = [row["eval/bits_per_byte"] for row in evaluated if "eval/bits_per_byte" in row][-1]
+    bigram = json.loads((folder / "summary.json").read_text())["bigram_bits_per_byte"]["all"]
+    speed = np.median(column("perf/tokens_per_second", rows))
+    every, wanted = config["train"].get("log_every", 1), config["train"]["steps"]
+    share, experts = saved / mean("perf/step_seconds"), len(layers) * config["model"]["num_experts"]
+    return {
+        "Steps": (f"{rows[-1]['step']:,}", f"of {wanted:,}", f"{short(rows[-1]['train/tokens'])} tokens"),
+        "Validation loss": (f"{bits:.3f}", "bits/byte", f"bigram model: {bigram:.3f}"),
+        "Training loss": (f"{losses[-1]:.3f}", "nats/token", f"at the last step, from {losses[0]:.3f}"),
+        "Throughput": (f"{speed:,.0f}", "tokens/s", f"median; MFU {mean('perf/mfu'):.1%}"),
+        "Device imbalance": (
+            f"{home:.2f} → {planned:.2f}", "", "busiest device over the mean: experts at home → as planned"
+        ),
+        "Saved by the plan": (
+            f"{1e3 * saved:.3g}", "ms/step", f"{share:.1%} of a step; lending took {spent:.3g} ms"
+        ),
+        "Rows moved": (
+            f"{mean('balance/rows_moved_fraction'):.1%}", "",
+            f"{mean('balance/guests'):.3g} guests/step" + f", estimated from every {every}th step" * (every > 1),
+        ),
+        "Experts in use": (
+            str(used), f"of {experts}", f"selected in the last {len(last)} recorded steps"
+        ),
+        "Congestion coefficient γ̂": (f"{mean('balance/gamma_eff'):.3g}", "", "stabilization"),
+        "Memory": (f"{max(np.mean(column('perf/memory_gib', last), axis=0)):.2f}", "GiB", "on the fullest rank"),
+    }  # fmt: skip
+
+
+def test_every_card_and_table_is_what_the_files_say(tmp_path: Path, browser: Browser | None) -> None:
+    """On the page and in a comparison; also the fields that differ."""
+    folders = [made_run.write(tmp_path / "one", steps=250, layers=3, ranks=4), made_run.write(tmp_path / "two", seed=1)]
+    for folder, guests in zip(folders, (7, 2), strict=True):
+        change(
+            folder,
+            lambda step, guests=guests: {"balance/guests": guests + step % 3, "perf/memory_gib": [1.0, step / 9]},
+        )
+    config = json.loads((folders[1] / "config.yaml").read_text())
+    config["train"]["log_every"] = 10
+    (folders[1] / "config.yaml").write_text(json.dumps(config))
+    expected = [cards_by_hand(folder) for folder in folders]
+    path, page = write(*folders)
+    for run, cards_ in zip(page["runs"], expected, strict=True):
+        assert {card["name"]: (card["value"], card["unit"], card["note"]) for card in run["cards"]} == cards_
+    table = page["compare"]["table"]
+    columns = [column["text"] for column in table["columns"]]
+    assert columns == [*expected[0]]
+    for row, cards_ in zip(table["rows"], expected, strict=True):
+        cells = [f"{value} {unit}" if unit.startswith("of ") else value for value, unit, _ in cards_.values()]
+        assert [cell["text"] for cell in row["cells"]] == cells
+    differing = {row["field"]: row["values"] for row in page["compare"]["differences"]}
+    assert differing == {"model.num_layers": ["3", "2"], "train.steps": ["250", "40"], "train.log_every": ["–", "10"]}
+    if browser is None:
+        return
+    opened = browser.open(path.as_uri())
+    text = "[...document.querySelectorAll('SELECTOR')].map((e) => e.textContent.replace(/\\s+/g, ' ').trim())"
+    for number, cards_ in enumerate(expected):
+        opened.evaluate(f"document.querySelectorAll('#runs button')[{number}].click()")
+        shown = [f"{name}{value} {unit}".strip() + note for name, (value, unit, note) in cards_.items()]
+        assert [found.replace(" ", "") for found in opened.evaluate(text.replace("SELECTOR", ".card"))] == [
+            card.replace(" ", "") for card in shown
+        ]
+    shown = opened.evaluate(text.replace("SELECTOR", "#table tbody td"))
+    assert shown == [text for row in table["rows"] for text in (row["name"], *(cell["text"] for cell in row["cells"]))]
+    fields = opened.evaluate(text.replace("SELECTOR", "#differences tbody td"))
+    assert fields == [text for field, values in differing.items() for text in (field, *values)]
+
+
+def test_the_summary_on_the_terminal_is_that_of_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Sums over all steps are called estimates where not every step has a row."""
+    for recorded, about in ((40, ""), (10, "about ")):
+        folder = made_run.write(tmp_path / f"every_{recorded}", steps=40)
+        change(folder, lambda step: {"balance/rows_moved": 100 + step})
+        rows = rows_of(folder)[40 // recorded - 1 :: 40 // recorded]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = load_config(["model=tiny", "model.vocab_size=512", "train.steps=40", "train.dtype=fp32"])
+        size, score = estimate(settings, 1), Score(nats=120.0, tokens=40, num_bytes=80)
+        found = summary.collect(folder, settings, size, {"all": score}, {"all": 2.5}, [])
+        summary.show(found, RunLogger(None))
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        moved = round(float(np.mean([row["balance/rows_moved"] for row in rows])) * 40)
+        home = np.mean([row["balance/imbalance_home"] for row in rows])
+        speed = np.median([row["perf/tokens_per_second"] for row in rows])
+        for text in (
+            f"{short(size.total)}, {short(size.active)} active per token",
+            f"{rows[-1]['train/tokens']:,} tokens in 40 steps, {speed:,.0f} tokens/s",
+            f"{rows[0]['train/lm_loss']:.3f} → {rows[-1]['train/lm_loss']:.3f} nats/token",
+            f"{home:.3f} at home → 1.020 planned",
+            f"{about}120 guests (temporary replicas of experts) lent, {about}{moved:,} rows (token copies, 20.0%",
+            f"all {120 / math.log(2) / 80:.3f} 2.500",
+        ):
+            assert text in shown, text
+        assert ("estimated from 10 of 40 steps" in shown) == bool(about)
 
 
 def test_a_line_through_a_slope_lies_on_it() -> None:
