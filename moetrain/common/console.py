@@ -15,8 +15,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from moetrain.common import disk
-
 # Control characters but tab and new line, those that turn the direction of text, halves of surrogate pairs.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -76,6 +74,8 @@ class RunLogger:
     """Prints to the terminal and to the run's `log.txt`; on `silent` ranks it does neither."""
 
     def __init__(self, log: Path | None, silent: bool = False) -> None:
+        from moetrain.common import disk  # which loads yaml: not for `moetrain --help`
+
         self._file = disk.append(log) if log is not None and not silent else None
         self._copies = [Terminal(file=self._file, width=120)] if self._file else []
         self.silent = silent
