@@ -49,7 +49,7 @@ def all_gather(local: Tensor, group: Group) -> Tensor:
 
 
 def all_reduce_sum(tensor: Tensor, *groups: Group) -> Tensor:
-    """Summed over the ranks of each group in turn, in place; over all ranks where none is named. No gradient."""
+    """Sum over the ranks of each group in turn, in place; over all ranks where none is named. No gradient."""
     for group in groups or (everyone(),):
         if not isinstance(group, Alone):
             dist.all_reduce(tensor, group=group)
@@ -57,7 +57,7 @@ def all_reduce_sum(tensor: Tensor, *groups: Group) -> Tensor:
 
 
 def everyone() -> Group:
-    """All ranks; this process alone where no process group has been made."""
+    """Return the group of all ranks; this process alone where no process group has been made."""
     if not dist.is_initialized():
         return ALONE
     assert dist.group.WORLD is not None
@@ -65,7 +65,7 @@ def everyone() -> Group:
 
 
 def broadcast(tensor: Tensor, group: Group | None = None) -> Tensor:
-    """The values of the group's rank 0, in place. `group` None: all ranks."""
+    """Receive the values of the group's rank 0, in place. `group` None: all ranks."""
     group = group or everyone()
     if not isinstance(group, Alone):
         dist.broadcast(tensor, group=group, group_src=0)
@@ -73,7 +73,7 @@ def broadcast(tensor: Tensor, group: Group | None = None) -> Tensor:
 
 
 def broadcast_text(text: str, device: torch.device, group: Group | None = None) -> str:
-    """The text of the group's rank 0. `group` None: all ranks."""
+    """Return the text of the group's rank 0. `group` None: all ranks."""
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     size = broadcast(torch.tensor(len(data), device=device), group)
     if len(data) != int(size):
@@ -82,7 +82,7 @@ def broadcast_text(text: str, device: torch.device, group: Group | None = None) 
 
 
 def gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
-    """The text of every rank of a gloo group."""
+    """Return the text of every rank of a gloo group."""
     data = torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).copy())
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
@@ -98,7 +98,7 @@ def start_sending(tensor: Tensor, to: int, group: dist.ProcessGroup) -> Any:
 
 
 def receive(out: Tensor, source: int, group: dist.ProcessGroup) -> Tensor:
-    """What rank `source` of the world sends, in `out`."""
+    """Receive in `out` what rank `source` of the world sends."""
     dist.recv(out, source, group=group)
     return out
 
@@ -120,6 +120,7 @@ class Pending:
         self._out, self._finish = out, finish
 
     def wait(self) -> Tensor:
+        """Wait for the rows, once; return them."""
         if self._finish is not None:
             self._out, self._finish = self._finish(), None
         assert self._out is not None

@@ -118,7 +118,7 @@ def _match_greeting(peer: socket.socket, greetings: dict[bytes, int]) -> int | N
 def _is_own_process(peer: socket.socket) -> bool:
     """Tell whether the process at the other end is this user's, as the kernel knows."""
     _, user, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return user == os.geteuid()
+    return int(user) == os.geteuid()
 
 
 def _listen(listener: socket.socket) -> str:

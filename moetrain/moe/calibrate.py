@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.distributed.comm import Group, all_gather, barrier, broadcast, broadcast_text, start_all_to_all
+from moetrain.distributed.comm import Group, Pending, all_gather, barrier, broadcast, broadcast_text, start_all_to_all
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.exchange.guests import Copy, Lending, Returning
 from moetrain.moe.kernels.api import PARTS, Backend, KernelChoice
@@ -191,7 +191,7 @@ class Work(NamedTuple):
     def of(cls, layer: Layer, segments: int, rows: int, device: torch.device) -> "Work":
         """`segments` experts of `rows` rows."""
         dim, hidden, total = layer.dim, layer.hidden, rows * segments
-        new = lambda *shape: torch.randn(shape, device=device).mul_(0.1).to(layer.dtype)  # noqa: E731
+        new: Callable[..., Tensor] = lambda *shape: torch.randn(shape, device=device).mul_(0.1).to(layer.dtype)  # noqa: E731
         gate_up, down, index = new(segments, 2 * hidden, dim), new(segments, dim, hidden), torch.arange(total)
         bags = Bags.group(index.to(device) // 2, (total + 1) // 2, 2)
         grads, weight = (torch.empty_like(gate_up), torch.empty_like(down)), torch.ones(total, device=device)
@@ -274,10 +274,10 @@ def _overlap(ranks: Ranks, layer: Layer, sizes: Sizes) -> float:
     """Share of a transfer that passes while experts are computed: both take equally long, apart and together."""
     splits = [0 if r == ranks.ep.rank else 8 * sizes.message_bytes[1] // ranks.ep.size for r in range(ranks.ep.size)]
     message = torch.ones(sum(splits), dtype=torch.uint8, device=ranks.device)
-    new = lambda *shape: torch.randn(shape, device=ranks.device).to(layer.dtype)  # noqa: E731
+    new: Callable[..., Tensor] = lambda *shape: torch.randn(shape, device=ranks.device).to(layer.dtype)  # noqa: E731
     x, weight = new(sizes.product_rows, layer.dim), new(layer.dim, layer.hidden)
     out = new(sizes.product_rows, layer.hidden)
-    send = lambda: start_all_to_all(message, splits, splits, ranks.ep.lend)  # noqa: E731
+    send: Callable[[], Pending] = lambda: start_all_to_all(message, splits, splits, ranks.ep.lend)  # noqa: E731
     travelling = _time(ranks, lambda: send().wait())
     count = max(1, round(travelling / _time(ranks, lambda: torch.mm(x, weight, out=out))))
 
@@ -344,7 +344,7 @@ def _device_seconds(work: Callable[[], object], runs: int) -> float:
         work()
     ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) / 1e3
+    return float(began.elapsed_time(ended)) / 1e3
 
 
 def _gather(ranks: Ranks, value: float) -> list[float]:

@@ -34,7 +34,7 @@ class Clock:
         self.sent_bytes = 0  # of tokens, to other ranks, in the forward
 
     def stop(self) -> None:
-        """The forward is over: what a recompute does is not counted again."""
+        """Count no more: the forward is over, and what a recompute does is not counted again."""
         self._running = False
 
     def _now(self) -> Any:
@@ -46,7 +46,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A part of the forward."""
+        """Time a part of the forward, inside the context."""
         self._observe(name)
         if not self._running:
             yield
@@ -56,7 +56,7 @@ class Clock:
 
     @contextmanager
     def backward(self, name: str) -> Iterator[None]:
-        """A part of the backward; it is called `backward_` and `name`."""
+        """Time a part of the backward, inside the context; it is called `backward_` and `name`."""
         self._observe(f"backward_{name}")
         with self._marked(f"backward_{name}"):
             yield
@@ -68,6 +68,7 @@ class Clock:
         self._marks.append((name, begin, self._now()))
 
     def seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase so far; waits for the device."""
         total: dict[str, float] = {}
         for name, begin, end in self._marks:
             if self._cuda:

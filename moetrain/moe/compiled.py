@@ -41,7 +41,7 @@ if FOLDER is not None:
 
 
 def is_cached() -> bool:
-    """Whether an earlier process has compiled kernels of this source here."""
+    """Tell whether an earlier process has compiled kernels of this source here."""
     return FOLDER is not None and next(FOLDER.rglob("*.nbi"), None) is not None
 
 
@@ -77,7 +77,7 @@ class _Cache(FunctionCache):
             return None
 
     def _acquire(self) -> bool:
-        """False where files cannot be locked, or another process has held it for too long."""
+        """Lock; returns False where files cannot be locked, or another process has held the lock for too long."""
         until = time.monotonic() + LONGEST_SECONDS
         try:
             self._impl.locator.ensure_cache_path()
@@ -100,7 +100,7 @@ class _Cache(FunctionCache):
 
 
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit`, cached."""
+    """Compile as `numba.njit` does, with the cache of this source."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(**options)(function)

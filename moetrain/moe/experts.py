@@ -18,7 +18,7 @@ from moetrain.moe.context import LayerContext, StepContext
 from moetrain.moe.exchange.dispatch import DispatchTables
 from moetrain.moe.exchange.residents import GuestLoan, ResidentGuests
 from moetrain.moe.kernels.api import Backend, KernelUser
-from moetrain.moe.passes import DispatchTokens, ExpertsCombine
+from moetrain.moe.passes import combine_experts, dispatch_tokens
 from moetrain.moe.planning import default_home
 from moetrain.moe.planning.cost import Limits
 from moetrain.moe.planning.plan import Ints, Plan
@@ -77,7 +77,7 @@ class Experts(nn.Module, KernelUser):
 
     def own_experts(self) -> list[int]:
         """Return the global numbers of the experts kept here, in the order of their slots."""
-        return (self.home == self.ep.rank).nonzero()[0].tolist()
+        return np.flatnonzero(self.home == self.ep.rank).tolist()
 
     def forward(
         self,
@@ -115,9 +115,9 @@ class Experts(nn.Module, KernelUser):
                 keep_hidden=self.keep_hidden,
             )
             context.loan.put(loan)
-            ticket = DispatchTokens.apply(x_TD, routing.weight_N, context)
+            ticket = dispatch_tokens(x_TD, routing.weight_N, context)
         shared_TD = None if meanwhile is None else meanwhile(x_TD)
-        y_TD = ExpertsCombine.apply(ticket, *weights, context)
+        y_TD: Tensor = combine_experts(ticket, *weights, context)
         return y_TD if shared_TD is None else y_TD + shared_TD
 
     def choose_kernels(self, x_TD: Tensor) -> Backend:

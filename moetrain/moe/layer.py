@@ -281,11 +281,12 @@ class MoE(nn.Module):
         shared = partial(run_shared, self.shared) if run_shared and self.shared else self.shared
         routing = self.routers[turn].weigh(scores, decision.choice)
         rows = routing if decision.rows_N is None else routing.take(decision.rows_N)
-        y_TD = self.experts(x_TD, rows, decision.plan, decision.most_per_token, decision.clock, shared)
+        y_TD: Tensor = self.experts(x_TD, rows, decision.plan, decision.most_per_token, decision.clock, shared)
         if self.zero_compute is None:
             return y_TD
         weight_N = routing.weight_N if decision.kept_N is None else routing.weight_N * decision.kept_N
-        return y_TD + self.zero_compute(x_TD, routing.token_N, routing.expert_N, weight_N)
+        cheap_TD: Tensor = self.zero_compute(x_TD, routing.token_N, routing.expert_N, weight_N)
+        return y_TD + cheap_TD
 
 
 def _keep(decision: Decision, stats: LayerStats, grad: Tensor) -> None:
@@ -309,5 +310,6 @@ def _router_options(router: str, options: RouterOptions | Mapping[str, Any] | No
         values = dict(options or {})
         if top_k is not None:
             values["top_k"] = top_k
-        return ROUTERS.make_options(router, values)
+        made: RouterOptions = ROUTERS.make_options(router, values)
+        return made
     return options if top_k is None else replace(options, top_k=top_k)

@@ -8,7 +8,7 @@ T tokens here, D width, H expert hidden width, N selections here, M rows compute
 parameters of an expert.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -237,3 +237,7 @@ def _list_overwritten(context: LayerContext, leaving: Sequence[Copy]) -> set[int
     """Return own slots without rows whose gradients come home with this backward: all there is of them."""
     own = {expert - context.first_expert for expert, home, _ in leaving if home == context.ep.rank}
     return {slot for slot in own if not context.tables.slot_rows[slot]}
+
+
+dispatch_tokens: Callable[..., Tensor] = DispatchTokens.apply
+combine_experts: Callable[..., Tensor] = ExpertsCombine.apply

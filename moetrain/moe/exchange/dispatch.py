@@ -211,7 +211,7 @@ class DispatchTables:
 
 
 def _regroup(sizes: Ints, second: list[int] | None = None, first_at: Ints | None = None) -> Runs:
-    """Rising runs: the index that turns an order by (first, second) into one by (second, first).
+    """Return rising runs: the index that turns an order by (first, second) into one by (second, first).
 
     `sizes` [first, second] are run lengths; `second` the order of the second key, ascending if None; `first_at`
     where each first key's runs begin, one after another if None.
@@ -226,7 +226,7 @@ def _regroup(sizes: Ints, second: list[int] | None = None, first_at: Ints | None
 
 
 def _expand(device: torch.device, rising: list[Runs], level: list[Runs]) -> tuple[list[Tensor], list[Tensor]]:
-    """Tables of each value so many times; of `rising` ones every element is the larger by its place in the table.
+    """Return tables of each value so many times; in `rising` ones an element is larger by its place in the table.
 
     On a GPU all of them are one copy from the host and one expansion there.
     """
@@ -251,7 +251,7 @@ def _expand(device: torch.device, rising: list[Runs], level: list[Runs]) -> tupl
 
 
 def _to(device: torch.device, values: Ints) -> Tensor:
-    """A copy on the device that the host does not wait for."""
+    """Return a copy on the device that the host does not wait for."""
     found = torch.from_numpy(values)
     if device.type == "cuda" and torch.cuda.is_available():
         found = found.pin_memory()

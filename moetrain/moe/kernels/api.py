@@ -145,8 +145,11 @@ class KernelChoice:
         return bool(matrices) and "products" not in self.left_to_torch and cpu_gemm.fits(*matrices)
 
     def _find_row_step(self, device: torch.device, dtype: torch.dtype) -> int:
-        """On a CPU, torch's bf16 products compile a kernel for every new number of rows, which takes longer than the
-        product; routing brings new numbers all the time."""
+        """Return what the rows of a segment are padded to.
+
+        On a CPU, torch's bf16 products compile a kernel for every new number of rows, which takes longer than the
+        product; routing brings new numbers all the time.
+        """
         own = cpu_gemm.able(dtype) and "products" not in self.left_to_torch
         return PADDED_ROWS if device.type == "cpu" and dtype == torch.bfloat16 and not own else 1
 

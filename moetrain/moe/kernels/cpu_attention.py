@@ -7,6 +7,7 @@ block are left out. Products run through the tile of `cpu_gemm_code`, the softma
 B sequences, L positions, A heads, G key/value heads, C head width; addresses and strides in bytes.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ _compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract",
 
 
 def fits(q_BALC: Tensor, k_BGLC: Tensor) -> bool:
-    """Whether these kernels take them: on such a CPU, in fp32 or bf16, lengths and head widths multiples of 32."""
+    """Tell whether these kernels take them: on such a CPU, in fp32 or bf16, lengths and head widths multiples of 32."""
     return (
         q_BALC.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -37,11 +38,13 @@ def fits(q_BALC: Tensor, k_BGLC: Tensor) -> bool:
 
 
 def attention(q_BALC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor) -> Tensor:
-    """[B, L, A, C], contiguous: softmax(q kᵀ / √C) v, every position looking at itself and what is before it.
+    """Return [B, L, A, C], contiguous: softmax(q kᵀ / √C) v, every position looking at itself and what is before it.
 
     A is a multiple of G; head a looks at key/value head a · G // A.
     """
-    return _Attention.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q_BALC, k_BGLC, v_BGLC)))
+    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BALC, k_BGLC, v_BGLC)]
+    run: Callable[..., Tensor] = _Attention.apply
+    return run(*rows)
 
 
 class _Attention(torch.autograd.Function):

@@ -25,11 +25,11 @@ _compiled = partial(njit, nogil=True, error_model="numpy", fastmath={"contract",
 
 
 def wide(x: Any) -> Any:
-    """An element as fp32."""
+    """Return an element as fp32."""
 
 
 def narrow(x: Any, like: Any) -> Any:
-    """fp32 as an element: bf16 rounded to the nearest even, not-a-number staying one."""
+    """Return fp32 as an element: bf16 rounded to the nearest even, not-a-number staying one."""
 
 
 @overload(wide, inline="always")
@@ -55,7 +55,7 @@ def _(x, like):  # type: ignore[no-untyped-def]
 
 @_compiled()
 def power_of_two(t):  # type: ignore[no-untyped-def]
-    """2^t, zero for -127 and less: the whole part of t as the bits of an exponent, the rest by a polynomial (2e-7)."""
+    """Return 2^t, zero for -127 and less: its whole part as an exponent's bits, the rest by a polynomial (2e-7)."""
     t = np.float32(-127.0) if t < np.float32(-127.0) else t  # in this order not-a-number stays one
     t = np.float32(126.0) if t > np.float32(126.0) else t
     whole = np.int32(np.int32(t + np.float32(127.5)) - np.int32(127))  # t + 127.5 is positive: to the nearest
@@ -72,7 +72,7 @@ def power_of_two(t):  # type: ignore[no-untyped-def]
 
 @_compiled()
 def _sigmoid(x):  # type: ignore[no-untyped-def]
-    """1 / (1 + e^-x)."""
+    """Return 1 / (1 + e^-x)."""
     return np.float32(1.0) / (np.float32(1.0) + power_of_two(-x * LOG2_E))
 
 
@@ -203,6 +203,7 @@ def cross_entropy_backward(logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, g
 
 
 def array(tensor: Tensor) -> Array:
+    """Return the tensor's memory as an array; bf16 as uint16."""
     tensor = tensor.detach()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
@@ -212,7 +213,7 @@ def _by_rows(count: int, kernel: Callable[..., None], *arguments: Any) -> None:
 
 
 def share(count: int, least: int, work: Callable[[int, int], None]) -> None:
-    """`work(begin, end)` over parts of `count`, one for each of torch's threads if they get `least` each."""
+    """Call `work(begin, end)` for parts of `count`, one for each of torch's threads if they get `least` each."""
     threads = torch.get_num_threads()
     if threads == 1 or count < least * threads:
         work(0, count)

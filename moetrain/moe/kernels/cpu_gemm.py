@@ -45,8 +45,11 @@ _compiled = partial(njit, nogil=True, error_model="numpy")
 
 @_compiled()
 def tiles(left, left_row, panel, lanes, start, out, out_row, narrow, count, ahead, end, size):  # type: ignore[no-untyped-def]
-    """`count` rows through one panel. Meanwhile each tile fetches a line for every lane, from `ahead` on, if that is
-    before `end`. `start`: the sums of all rows so far, or 0."""
+    """Multiply `count` rows with one panel.
+
+    Meanwhile each tile fetches a line for every lane, from `ahead` on, if that is before `end`. `start`: the sums of
+    all rows so far, or 0.
+    """
     wide = 8 if size == 4 else 0
     for m in range(0, count, 8):
         fetch, fetch_lane = (ahead, 64) if ahead < end else (left, 0)
@@ -58,7 +61,7 @@ def tiles(left, left_row, panel, lanes, start, out, out_row, narrow, count, ahea
 
 @_compiled()
 def pack(source, row, count, panels, to, stride, size):  # type: ignore[no-untyped-def]
-    """`count` rows, `row` apart, of a few panels; in bf16 an odd last row is paired with zeros."""
+    """Pack `count` rows, `row` apart, of a few panels; in bf16 an odd last row is paired with zeros."""
     if size == 4:
         for m in range(count):
             one = source + m * row
@@ -80,7 +83,7 @@ def pack(source, row, count, panels, to, stride, size):  # type: ignore[no-untyp
 
 @_compiled()
 def pack_transposed(source, row, length, panels, to, stride):  # type: ignore[no-untyped-def]
-    """A few panels of 32 rows each, `length` bytes of them, `row` apart."""
+    """Pack a few panels of 32 rows each, `length` bytes of them, `row` apart."""
     for p in range(panels):
         for lane in range(0, length // 4, 16):
             one, at = source + 32 * p * row + 4 * lane, to + p * stride + 128 * lane
@@ -90,7 +93,7 @@ def pack_transposed(source, row, length, panels, to, stride):  # type: ignore[no
 
 @_compiled()
 def _few(left, weight, out, count, depth, width, first, last, packed, sums, following, size):  # type: ignore[no-untyped-def]
-    """A few rows times weights [K, N], which are read from beginning to end; `following`: what is read next."""
+    """Multiply a few rows with weights [K, N], which are read from beginning to end; `following`: what is read next."""
     stride, panel_width = FEW_DEPTH * 32 * size + 128, 32 * size
     left_row, row = size * depth, size * width
     for begin in range(0, depth, FEW_DEPTH):
@@ -112,7 +115,10 @@ def _few(left, weight, out, count, depth, width, first, last, packed, sums, foll
 
 @_compiled()
 def _mm(left, weights, sizes, out, depth, width, transpose, first, last, packed, sums, size):  # type: ignore[no-untyped-def]
-    """Panels `first` to `last` of all segments: left [M, K], weights [N, K] if `transpose` else [K, N], out [M, N]."""
+    """Compute panels `first` to `last` of all segments.
+
+    left [M, K], weights [N, K] if `transpose` else [K, N], out [M, N].
+    """
     lanes, panel_width = depth * size // 4, 32 * size
     left_row, row = size * depth, size * width
     stride = lanes * 128 + 128  # not a power of two: panels would share cache sets
@@ -150,8 +156,10 @@ def _mm(left, weights, sizes, out, depth, width, transpose, first, last, packed,
 
 @_compiled()
 def _outer_tile(source, panel, lanes, total, ends, load, at, row, size):  # type: ignore[no-untyped-def]
-    """8 × 32 elements at `at`; `total`: their sums in fp32, if these are begun and not done with; `load`: begin with
-    what is in the elements. The next tile's sums are fetched meanwhile."""
+    """Compute 8 × 32 elements at `at`, and fetch the next tile's sums meanwhile.
+
+    `total`: their sums in fp32, if these are begun and not done with; `load`: begin with what is in the elements.
+    """
     begun, done = ends
     if load:
         for m in range(8):
@@ -171,7 +179,7 @@ def _outer_tile(source, panel, lanes, total, ends, load, at, row, size):  # type
 
 @_compiled()
 def pack_left(left, row, begin, end, at, to, size):  # type: ignore[no-untyped-def]
-    """16 columns, from byte `at` on, of rows `begin` to `end`: 16 lanes a row, or a pair of rows."""
+    """Pack 16 columns, from byte `at` on, of rows `begin` to `end`: 16 lanes a row, or a pair of rows."""
     if size == 4:
         for m in range(begin, end):
             copy_lanes(left + m * row + at, to + 64 * (m - begin))
@@ -183,7 +191,7 @@ def pack_left(left, row, begin, end, at, to, size):  # type: ignore[no-untyped-d
 
 @_compiled()
 def _outer(left, right, sizes, outs, height, width, add, first, last, packed_left, packed_right, sums, size):  # type: ignore[no-untyped-def]
-    """Groups `first` to `last` of 16 rows of outs [height, width] (+)= leftᵀ · right; left [M, height]."""
+    """Compute groups `first` to `last` of 16 rows of outs [height, width] (+)= leftᵀ · right; left [M, height]."""
     stride, panel_stride = SUM_LANES * 64 + 64, FEW * 32 * size + 128
     panels, halves, sum_block = width // 32, 2 * (last - first), SUM_LANES * 4 // size
     left_row, row = size * height, size * width
@@ -221,7 +229,7 @@ def _outer(left, right, sizes, outs, height, width, add, first, last, packed_lef
 
 @cache
 def able(dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the code for these instructions can be made and run here, and nothing faster is there."""
+    """Tell whether the code for these instructions can be made and run here, and nothing faster is there."""
     if os.environ.get("NUMBA_CPU_NAME") or os.environ.get("NUMBA_CPU_FEATURES") or os.environ.get("NUMBA_DISABLE_JIT"):
         return False
     try:
@@ -234,8 +242,10 @@ def able(dtype: torch.dtype = torch.bfloat16) -> bool:
 
 
 def fits(*tensors: Matrices) -> bool:
-    """Whether these kernels take them: all bf16 or all fp32 on such a CPU, rows one after another, sizes multiples of
-    32 but for M."""
+    """Tell whether these kernels take them.
+
+    All bf16 or all fp32 on such a CPU, rows one after another, sizes multiples of 32 but for M.
+    """
     each = [t for some in tensors for t in ([some] if isinstance(some, Tensor) else some)]
     return able(each[0].dtype) and all(
         t.device.type == "cpu" and t.dtype == each[0].dtype and t.is_contiguous() and t.shape[-1] % 32 == 0
@@ -287,7 +297,7 @@ _own = threading.local()
 
 
 def scratch(name: str, size: int) -> int:
-    """Address of memory of this thread that is kept for the next call."""
+    """Return the address of memory of this thread that is kept for the next call."""
     kept = vars(_own).get(name)
     if kept is None or kept.nbytes < size:
         kept = vars(_own)[name] = np.empty(max(size, 1), np.uint8)

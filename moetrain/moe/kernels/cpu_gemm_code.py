@@ -6,6 +6,7 @@ one. A lane of four bytes is a pair of bf16 or one fp32; of the left operand one
 Addresses, strides and the size of an element in bytes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -20,7 +21,7 @@ _intrinsic: Any = intrinsic
 
 
 def _at(builder: Any, base: Any, kind: Any, stride: Any = None, times: int = 0, plus: int = 0) -> Any:
-    """A pointer to base + stride · times + plus."""
+    """Return a pointer to base + stride · times + plus."""
     if stride is not None:
         base = builder.add(base, builder.mul(stride, ir.Constant(_I64, times)))
     return builder.inttoptr(builder.add(base, ir.Constant(_I64, plus)), kind.as_pointer())
@@ -33,14 +34,14 @@ def _emit_fetch(builder: Any, at: Any) -> None:
 
 
 def _emit_tile(builder: Any, rows: int, wide: bool, arguments: Any) -> None:
-    """A tile of `rows` × 32; `wide`: of fp32."""
+    """Emit the code of a tile of `rows` × 32; `wide`: of fp32."""
     left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair = arguments
     zero = ir.Constant(_I64, 0)
-    call = lambda name, kind: cgutils.get_or_insert_function(builder.module, kind, name)  # noqa: E731
+    call: Callable[..., Any] = lambda name, kind: cgutils.get_or_insert_function(builder.module, kind, name)  # noqa: E731
     if wide:
         operand = _SUMS
         fma = call("llvm.fma.v16f32", ir.FunctionType(_SUMS, [_SUMS, _SUMS, _SUMS]))
-        dot = lambda total, left, right: builder.call(fma, [left, right, total])  # noqa: E731
+        dot: Callable[..., Any] = lambda total, left, right: builder.call(fma, [left, right, total])  # noqa: E731
     else:
         operand = _PAIRS
         dots = call("llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]))
@@ -102,9 +103,11 @@ def _emit_tile(builder: Any, rows: int, wide: bool, arguments: Any) -> None:
 
 @_intrinsic
 def tile(typing, kind, left, left_row, left_pair, panel, pairs, start, out, out_row, narrow, ahead, ahead_pair):  # type: ignore[no-untyped-def]
-    """A tile of 1 to 8 rows × 32. `kind`: its rows, and 8 more for fp32; `start`: address of fp32 sums [rows, 32] to
-    begin with, or 0; `narrow`: bf16 out; `ahead`: what is fetched meanwhile, a line for every lane, `ahead_pair`
-    apart."""
+    """Compute a tile of 1 to 8 rows × 32.
+
+    `kind`: its rows, and 8 more for fp32; `start`: address of fp32 sums [rows, 32] to begin with, or 0; `narrow`: bf16
+    out; `ahead`: what is fetched meanwhile, a line for every lane, `ahead_pair` apart.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         over = builder.function.append_basic_block("over")
@@ -123,7 +126,7 @@ def tile(typing, kind, left, left_row, left_pair, panel, pairs, start, out, out_
 
 @_intrinsic
 def prefetch(typing, address):  # type: ignore[no-untyped-def]
-    """Bring it into L2; nothing if there is no such memory."""
+    """Fetch a cache line into L2; nothing if there is no such memory."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _emit_fetch(builder, _at(builder, arguments[0], _I32))
@@ -134,7 +137,7 @@ def prefetch(typing, address):  # type: ignore[no-untyped-def]
 
 @_intrinsic
 def transpose_pairs(typing, source, source_row, to, to_row):  # type: ignore[no-untyped-def]
-    """16 × 16 pairs; what the next panel will read is fetched ahead."""
+    """Transpose 16 × 16 pairs; what the next panel will read is fetched ahead."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, source_row, to, to_row = arguments
@@ -158,7 +161,7 @@ def transpose_pairs(typing, source, source_row, to, to_row):  # type: ignore[no-
 
 @_intrinsic
 def pair_rows(typing, one, two, to):  # type: ignore[no-untyped-def]
-    """16 elements of a row and of the next become 16 pairs; `two` 0: the next row is zero."""
+    """Pair 16 elements of a row with those of the next; `two` 0: the next row is zero."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one, two, to = arguments
@@ -176,7 +179,7 @@ def pair_rows(typing, one, two, to):  # type: ignore[no-untyped-def]
 
 @_intrinsic
 def copy_lanes(typing, source, to):  # type: ignore[no-untyped-def]
-    """16 fp32."""
+    """Copy 16 fp32."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, to = arguments
@@ -189,7 +192,7 @@ def copy_lanes(typing, source, to):  # type: ignore[no-untyped-def]
 
 @_intrinsic
 def widen_lanes(typing, source, to):  # type: ignore[no-untyped-def]
-    """16 bf16 as fp32."""
+    """Copy 16 bf16 as fp32."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, to = arguments

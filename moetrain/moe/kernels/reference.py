@@ -46,7 +46,7 @@ def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> T
     weight_M1 = weight_M[:, None]  # fp32: what is weighted is rounded once
     silu_MH = F.silu(gate_MH)
     hidden_MH = silu_MH * up_MH
-    grad_weight_M = torch.linalg.vecdot(grad_MH.float(), hidden_MH.float())
+    grad_weight_M: Tensor = torch.linalg.vecdot(grad_MH.float(), hidden_MH.float())
     weighted_MH = torch.mul(grad_MH, weight_M1, out=torch.empty_like(grad_MH))
     grad_gate_MH = torch.ops.aten.silu_backward(weighted_MH * up_MH, gate_MH)
     gate_up_MH2[:, gate_MH.shape[1] :] = weighted_MH.mul_(silu_MH)

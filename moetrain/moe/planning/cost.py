@@ -67,13 +67,13 @@ class Costs:
         return [each.part for each in self.kernels if each.torch_is_faster]
 
     def node(self, num_ranks: int) -> Ints:
-        """[R] the node of each rank."""
+        """Return [R] the node of each rank."""
         if len(self.nodes) == num_ranks:
             return np.array(self.nodes, np.int64)
         return np.arange(num_ranks, dtype=np.int64) // 8
 
     def vector(self) -> Floats:
-        """[14] the numbers for compiled code, in the order of `CostFigures`."""
+        """Return [14] the numbers for compiled code, in the order of `CostFigures`."""
         figures = CostFigures(
             row_forward=self.row_forward,
             row_backward=self.row_backward,
@@ -124,10 +124,10 @@ class State:
 
 
 def default_costs() -> Costs:
-    """The reference machine: nodes of 8 H100 with NVLink and a 400 Gbit/s link each; the gpt-oss-120b layer in bf16.
+    """Return the costs of the reference machine: nodes of 8 H100 with NVLink, and a 400 Gbit/s link each.
 
-    D = H = 2880: 50 MFLOP a row forward at 600 TFLOP/s, 50 MB an expert, half of whose reading at 3 TB/s a segment
-    pays. Two thirds of the nominal link rates.
+    They are of the gpt-oss-120b layer in bf16. D = H = 2880: 50 MFLOP a row forward at 600 TFLOP/s, 50 MB an expert,
+    half of whose reading at 3 TB/s a segment pays. Two thirds of the nominal link rates.
     """
     width = hidden = 2880
     weights = 3 * width * hidden
@@ -147,7 +147,7 @@ def default_costs() -> Costs:
 
 
 def layer_time(plan: Plan, counts: Ints, home: Ints, costs: Costs, resident: Ints | None = None) -> LayerTime:
-    """Predicted seconds of `plan` for counts [R, E] and home [E]; `resident` [R, E] guests are lent already."""
+    """Predict the seconds of `plan` for counts [R, E] and home [E]; `resident` [R, E] guests are lent already."""
     num_ranks = counts.shape[0]
     node = costs.node(num_ranks)
     traffic = plan.traffic.copy()
@@ -168,10 +168,11 @@ def layer_time(plan: Plan, counts: Ints, home: Ints, costs: Costs, resident: Int
 
 
 def compute_seconds(rows: Ints, segments: Ints, costs: Costs, forwards: float = 1.0) -> Floats:
-    """[...] seconds of expert computation on the slowest rank: rows [..., R] of so many experts, segments [..., R].
+    """Return [...] seconds of expert computation on the slowest rank: rows [..., R] of segments [..., R] experts.
 
     `forwards`: times that the forward is computed: 2 under full recompute, 5/3 with two of its three products again.
     """
     row = forwards * costs.row_forward + costs.row_backward
     segment = forwards * costs.segment_forward + costs.segment_backward
-    return (rows * row + segments * segment).max(-1)
+    seconds: Floats = rows * row + segments * segment
+    return np.asarray(seconds.max(-1))

@@ -39,7 +39,7 @@ NUM_FIGURES = len(CostFigures._fields)
 
 @njit()
 def name_figures(vector):  # type: ignore[no-untyped-def]
-    """The `CostFigures` of a vector [14] as `Costs.vector` makes it.
+    """Return the `CostFigures` of a vector [14] as `Costs.vector` makes it.
 
     Compiled functions are handed the vector: numba takes 5 µs to recognize a named tuple that comes from Python.
     """
@@ -178,5 +178,5 @@ def _slowest(amounts, costs):  # type: ignore[no-untyped-def]
 
 @njit()
 def predict_from_vector(loads, at_home, segments, flow, copies, vector):  # type: ignore[no-untyped-def]
-    """`predict_seconds` for callers outside of compiled code; `vector` [14] as `Costs.vector` makes it."""
+    """Run `predict_seconds` for a caller outside of compiled code; `vector` [14] as `Costs.vector` makes it."""
     return predict_seconds(loads, at_home, segments, flow, copies, name_figures(vector))

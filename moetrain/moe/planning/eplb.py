@@ -14,13 +14,15 @@ MEMORY = 0.8  # weight of what was before in the past that is planned from
 
 
 def remember(past: Floats | None, counts: Ints) -> Floats:
-    """The past [E] after the rows `counts` [R, E] as well."""
-    load = counts.sum(0).astype(np.float64)
-    return load if past is None else MEMORY * past + (1 - MEMORY) * load
+    """Return the past [E] after the rows `counts` [R, E] as well."""
+    load: Floats = counts.sum(0).astype(np.float64)
+    if past is not None:
+        load = MEMORY * past + (1 - MEMORY) * load
+    return load
 
 
 def place(past: Floats, home: Ints, num_ranks: int, replicas: int) -> list[list[int]]:
-    """[E] the ranks that hold each expert, home first. past [E] loads, home [E]; `replicas` guest slots per rank."""
+    """Return [E] the ranks that hold each expert, home first. past [E] loads; `replicas` guest slots per rank."""
     copies = np.ones(len(home), np.int64)
     for _ in range(num_ranks * replicas):  # one more of what is the largest load per copy
         load = np.where(copies < num_ranks, past / copies, 0)
@@ -49,7 +51,7 @@ def eplb(
     *,
     replicas: int = 1,
 ) -> Plan:
-    """Rows of each expert split evenly over its copies, local rows first; without past loads, the plan of `home`.
+    """Split the rows of each expert evenly over its copies, local rows first; without past loads, plan as `home` does.
 
     counts [R, E] rows, home [E]; `replicas` guest slots per rank, fewer where `limits` has fewer. Copies know the past
     only, so that no limit on rows can be kept.

@@ -8,7 +8,7 @@ from moetrain.moe.planning.plan import Ints, Plan
 
 
 def home(counts: Ints, home: Ints, costs: Any = None, limits: Any = None, state: Any = None) -> Plan:
-    """The plan that moves nothing. counts [R, E], home [E]."""
+    """Return the plan that moves nothing: standard expert parallelism. counts [R, E] rows, home [E]."""
     totals = counts.sum(0)
     expert = np.flatnonzero(totals)
     return Plan(counts, home, expert, home[expert], totals[expert])

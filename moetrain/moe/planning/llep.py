@@ -28,7 +28,7 @@ def _helper(rest, native, capacity, load, min_rows):  # type: ignore[no-untyped-
 
 @njit()
 def spread(load, home, num_ranks, alpha, min_rows):  # type: ignore[no-untyped-def]
-    """LLA: (expert, rank, rows) of the chunks, experts ascending. load [E], home [E]."""
+    """Return (expert, rank, rows) of the chunks, experts ascending: Alg. 2, LLA. load [E], home [E]."""
     num_experts = len(load)
     capacity = alpha * load.sum() / num_ranks
     pending = np.zeros(num_ranks, np.int64)  # g_p: rows of experts not placed yet, at their homes
@@ -69,7 +69,7 @@ def llep(
     min_rows: int = 1024,
     threshold: float = 1.3,
 ) -> Plan:
-    """Experts by falling load; each fills its home up to m_α = α · mean load and spills the rest.
+    """Take experts by falling load; each fills its home up to m_α = α · mean load and spills the rest.
 
     counts [R, E] rows; `alpha` capacity of a device in mean loads (≥ 1), `min_rows` the paper's m in rows,
     `threshold` its λ: below this max/mean device load, the plan of `home`.

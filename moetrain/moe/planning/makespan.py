@@ -28,7 +28,7 @@ NO_LIMIT = 1 << 60
 
 @njit()
 def judge_chunks(problem, chunks_C3, local_first, best, best_over):  # type: ignore[no-untyped-def]
-    """(predicted seconds, rows above the limit) of the home plan with these experts' chunks instead; infinite as
+    """Return (predicted seconds, rows above the limit) of the home plan with these experts' chunks instead; infinite as
     soon as it cannot be better than the best. A guest too many on a rank counts like rows without end."""
     num_ranks = len(problem.loads)
     loads, at_home, segments, flow = (
@@ -73,7 +73,7 @@ def judge_chunks(problem, chunks_C3, local_first, best, best_over):  # type: ign
 
 @njit()
 def complete_chunks(totals, home, chunks_C3):  # type: ignore[no-untyped-def]
-    """(expert, rank, rows) of all chunks: these, and all rows of the other experts at home."""
+    """Return (expert, rank, rows) of all chunks: these, and all rows of the other experts at home."""
     size = len(totals) + len(chunks_C3)
     expert, rank, rows = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
     used = c = 0
@@ -89,7 +89,10 @@ def complete_chunks(totals, home, chunks_C3):  # type: ignore[no-untyped-def]
 
 @njit()
 def search_chunks(problem, given_ER, links_C2, chunks_C3):  # type: ignore[no-untyped-def]
-    """The chunks of the best plan found, and whether its sources are local first. The last three: workspaces."""
+    """Return the chunks of the best plan found, and whether its sources are local first.
+
+    `problem` as `make_problem` makes it; the others are workspaces.
+    """
     totals, home, loads = problem.totals, problem.home, problem.loads
     num_ranks, num_experts = len(loads), len(home)
     mean = -(-loads.sum() // num_ranks)
@@ -143,7 +146,7 @@ def search_chunks(problem, given_ER, links_C2, chunks_C3):  # type: ignore[no-un
 
 @lru_cache(maxsize=4)
 def _workspace(num_ranks: int, num_experts: int) -> tuple[Ints, ...]:
-    """Memory that every call uses again: on some machines new pages cost more than planning."""
+    """Return memory that every call uses again: on some machines new pages cost more than planning."""
     most = num_experts * (num_ranks + 1)  # chunks
     shapes = (num_experts, num_ranks), (num_experts, num_ranks), (most, 2), (most, 3)
     return tuple(np.zeros(shape, np.int64) for shape in shapes)
@@ -161,7 +164,9 @@ def makespan(
     limits: Limits | None = None,
     state: State | None = None,
 ) -> Plan:
-    """counts [R, E] rows, home [E]; without `costs`, those of the reference machine (`cost.default_costs`).
+    """Return the plan with the least predicted layer time. counts [R, E] rows, home [E].
+
+    Without `costs`, those of the reference machine (`cost.default_costs`).
 
     Within `limits` if a plan that is was found; else the one whose fullest rank is the least above them.
     """

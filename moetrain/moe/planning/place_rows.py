@@ -36,6 +36,7 @@ class Problem(NamedTuple):
 
 @njit()
 def make_problem(counts, home, node, resident_RE, guests_G2, vector, max_rows, max_guests, counts_ER):  # type: ignore[no-untyped-def]
+    """Return the `Problem`; `vector` [14] as `Costs.vector` makes it, counts_ER [E, R] is written to."""
     num_ranks, num_experts = counts.shape
     traffic, totals = np.zeros((num_ranks, num_ranks), np.int64), np.zeros(num_experts, np.int64)
     for s in range(num_ranks):
@@ -84,7 +85,7 @@ class Work(NamedTuple):
 
 @njit()
 def _give(problem, work, used, expert, rank, rows):  # type: ignore[no-untyped-def]
-    """Rows of an expert from its home to `rank`. Returns the number of chunks so far."""
+    """Move rows of an expert from its home to `rank`. Returns the number of chunks so far."""
     if work.given_ER[expert, rank] == 0:
         work.slots[rank] += 1
         work.links_C2[used, 0], work.links_C2[used, 1], work.last[expert] = work.last[expert], rank, used
@@ -98,7 +99,7 @@ def _give(problem, work, used, expert, rank, rows):  # type: ignore[no-untyped-d
 
 @njit()
 def _give_local(problem, work, used, ceiling):  # type: ignore[no-untyped-def]
-    """To where the most rows of an expert lie already, as long as that saves more travel than lending costs."""
+    """Move rows to where most of an expert's lie already, as long as that saves more travel than lending costs."""
     num_ranks = len(problem.loads)
     for p in range(num_ranks):
         first, end = problem.begin[p], problem.begin[p + 1]
@@ -124,7 +125,7 @@ def _give_local(problem, work, used, ceiling):  # type: ignore[no-untyped-def]
 
 @njit()
 def _give_own(problem, work, used):  # type: ignore[no-untyped-def]
-    """To every rank its own rows of every expert, full or not, as long as that saves more travel than lending costs."""
+    """Give every rank its own rows, full or not, as long as that saves more travel than lending costs."""
     for e in range(len(problem.home)):
         for q in range(len(problem.loads)):
             rest = problem.counts_ER[e, q] - work.given_ER[e, q]
@@ -139,7 +140,7 @@ def _give_own(problem, work, used):  # type: ignore[no-untyped-def]
 
 @njit()
 def _give_most(problem, work, used, ceiling, same_node):  # type: ignore[no-untyped-def]
-    """From the fullest rank to the emptiest, of its own node first if so wanted, until none is above `ceiling`."""
+    """Move rows from the fullest rank to the emptiest, or of its own node first, until none is above `ceiling`."""
     load, node = work.load, problem.node
     full = np.zeros(len(load), np.bool_)  # no free slot
     while True:

@@ -1,6 +1,7 @@
 """A `Plan` says which rank computes which rows of one MoE layer in one micro-step. Pure data, no torch.
 
-Dimensions: R expert-parallel ranks, E experts, C chunks. A *row* is one selection: one token for one expert.
+Dimensions: R expert-parallel ranks, E experts, C chunks. A *row* is a token copy: one token for one of its experts.
+An expert has a *home*, the rank that owns it; a *guest* is a temporary replica on another rank.
 A chunk is a number of rows of one expert that one rank computes. Which source's rows they are follows from `near`:
 the sources nearest to the rank give theirs first, the others in the order of ranks.
 """
@@ -52,7 +53,7 @@ def pair(supply, rank, demand, order, begin, near, taken):  # type: ignore[no-un
 
 @njit()
 def stages(near):  # type: ignore[no-untyped-def]
-    """Per stage, the ranks sorted by label, and where each label begins. near [stages, R], labels below R."""
+    """Return, per stage, the ranks sorted by label, and where each label begins. near [stages, R], labels below R."""
     num_stages, num_ranks = near.shape
     order = np.empty((num_stages, num_ranks), np.int64)
     begin = np.zeros((num_stages, num_ranks + 1), np.int64)
@@ -123,18 +124,18 @@ class Plan:
 
     @property
     def num_ranks(self) -> int:
-        return self.counts.shape[0]
+        return len(self.counts)
 
     @property
     def num_experts(self) -> int:
-        return self.counts.shape[1]
+        return int(self.counts.shape[1])
 
     def loads(self) -> Ints:
-        """[R] rows computed on each rank."""
+        """Return [R] rows computed on each rank."""
         return _sum_at(self.rank, self.num_rows, self.num_ranks)
 
     def home_loads(self) -> Ints:
-        """[R] rows that each rank would compute under standard expert parallelism."""
+        """Return [R] rows that each rank would compute under standard expert parallelism."""
         return _sum_at(self.home, self.counts.sum(0), self.num_ranks)
 
     @cached_property
@@ -145,16 +146,16 @@ class Plan:
         return sorted(set(triples))
 
     def guests(self) -> list[tuple[int, int, int]]:
-        """`(expert, home_rank, guest_rank)` of every expert copy that computes rows away from home, sorted."""
+        """Return `(expert, home_rank, guest_rank)` of every replica that computes rows away from home, sorted."""
         return self._guests
 
     def placed(self) -> Ints:
-        """[R, E] rows of each expert that each rank computes."""
+        """Return [R, E] rows of each expert that each rank computes."""
         flat = _sum_at(self.rank * self.num_experts + self.expert, self.num_rows, self.num_ranks * self.num_experts)
         return flat.reshape(self.num_ranks, self.num_experts)
 
     def moved(self) -> int:
-        """Rows computed on another rank than the home of their expert."""
+        """Return how many rows are computed on another rank than the home of their expert."""
         return int(self.num_rows[self.rank != self.home[self.expert]].sum())
 
     @cached_property
@@ -163,23 +164,23 @@ class Plan:
         return self._match(-1)[0]
 
     def crossing(self) -> int:
-        """Rows computed on another rank than the one that holds them."""
+        """Return how many rows are computed on another rank than the one that holds them."""
         return int(self.traffic.sum() - self.traffic.trace())
 
     def rows(self, source: int) -> Ints:
-        """[E, R] how many of its rows of each expert `source` sends to each rank."""
+        """Return [E, R] how many of its rows of each expert `source` sends to each rank."""
         return self._share(source)[0]
 
     def received(self, rank: int) -> Ints:
-        """[R, E] how many rows of each expert `rank` gets from each source."""
+        """Return [R, E] how many rows of each expert `rank` gets from each source."""
         return self._share(rank)[1]
 
     def slots(self, rank: int) -> list[int]:
-        """The experts that `rank` computes, in the order of its slots: its own, then its guests."""
+        """Return the experts that `rank` computes, in the order of its slots: its own, then its guests."""
         return np.flatnonzero(self.home == rank).tolist() + self.guests_on(rank)
 
     def guests_on(self, rank: int) -> list[int]:
-        """The experts that are guests on `rank`, ascending."""
+        """Return the experts that are guests on `rank`, ascending."""
         return [e for e, _, guest in self._guests if guest == rank]
 
     def _share(self, rank: int) -> tuple[Ints, Ints]:
@@ -191,7 +192,9 @@ class Plan:
         near = np.zeros((len(self.near) + 1, self.num_ranks), np.int64)
         for stage, labels in enumerate(self.near):
             near[stage] = labels
-        return _match(np.ascontiguousarray(self.counts, np.int64), self.expert, self.rank, self.num_rows, near, me)
+        counts = np.ascontiguousarray(self.counts, np.int64)
+        found: tuple[Ints, Ints, Ints] = _match(counts, self.expert, self.rank, self.num_rows, near, me)
+        return found
 
 
 def _sum_at(index: Ints, values: Ints, size: int) -> Ints:
@@ -199,6 +202,6 @@ def _sum_at(index: Ints, values: Ints, size: int) -> Ints:
 
 
 def imbalance(loads: Ints) -> float:
-    """Largest over mean device load; 1 is perfect balance, and by convention also no load at all."""
+    """Return largest over mean device load; 1 is perfect balance, and by convention also no load at all."""
     total = loads.sum()
     return float(loads.max() * len(loads) / total) if total else 1.0

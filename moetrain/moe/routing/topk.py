@@ -57,4 +57,5 @@ class TopK(Router):
         group_TG = best_TGE.topk(min(2, best_TGE.shape[2]), dim=-1).values.sum(-1)
         open_TG = torch.zeros_like(group_TG, dtype=torch.bool)
         open_TG.scatter_(1, group_TG.topk(self.top_groups, dim=-1).indices, True)
-        return best_TGE.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
+        left_TGE: Tensor = best_TGE.masked_fill(~open_TG[..., None], -torch.inf)
+        return left_TGE.flatten(1)
