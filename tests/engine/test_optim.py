@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from moetrain import config
 from moetrain.config import Optim
+from moetrain.distributed import norms
 from moetrain.distributed.mesh import Mesh
 from moetrain.distributed.norms import EXACT_ELEMENTS, fp32_squares, sum_of_squares
 from moetrain.engine import base
@@ -169,7 +170,7 @@ class Engine(base.Engine):
 Engine.__abstractmethods__ = frozenset()
 
 
-def norms(mesh: Mesh) -> list[float]:
+def find_norms(mesh: Mesh) -> list[float]:
     def in_fp32(grads: Any, device: torch.device, exact: bool = False) -> torch.Tensor:
         return sum_of_squares(grads, device, exact) if exact else fp32_squares([g for g, _ in grads]) / mesh.world
 
@@ -180,5 +181,5 @@ def norms(mesh: Mesh) -> list[float]:
 
 def test_a_norm_that_fp32_has_no_squares_for_is_found(pool) -> None:
     """The norm of finite gradients is finite, whatever squares in."""
-    (found, other) = pool.run(norms, 2)
+    (found, other) = pool.run(find_norms, 2)
     assert found == other == pytest.approx([value * 12**0.5 for value in (1e20, 1e-25, 0.0, 2.0, math.inf)], rel=1e-6)
