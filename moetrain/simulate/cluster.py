@@ -66,6 +66,7 @@ class Network(Links):
 class Host(_Figures):
     launch: NonNegativeFloat  # seconds that the host takes to launch an operation
     sync: NonNegativeFloat  # seconds that the device idles where the host waits for a result
+    runs_ahead: bool = True  # of a device of its own; false where host and device are the same cores
 
 
 class Cluster(_Figures):

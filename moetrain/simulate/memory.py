@@ -10,8 +10,9 @@ import numpy as np
 
 from moetrain.simulate.cluster import BYTES, Cluster
 from moetrain.simulate.layer import LayerResult
-from moetrain.simulate.layout import Layout, Work
+from moetrain.simulate.layout import Layout
 from moetrain.simulate.shape import Shape
+from moetrain.simulate.step import Job
 
 DRAWS = 20  # of the layers of a model
 BLOCK = 2 << 20  # of the allocator: every large tensor is rounded up to a multiple of it
@@ -35,13 +36,12 @@ class Memory:
         return self.on_device <= cluster.memory.capacity
 
 
-def predict_memory(
-    shape: Shape, layout: Layout, work: Work, cluster: Cluster, layers: list[LayerResult], is_drawn: bool = False
-) -> Memory:
+def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) -> Memory:
     """Peak of the fullest rank, from the layers that were drawn.
 
     `is_drawn`: any rank may be the busy one of a layer; otherwise the same ranks are busy in all layers.
     """
+    shape, layout, work, cluster = job.shape, job.layout, job.work, job.cluster
     dense = (shape.dense_params + shape.embedding_params) / layout.pp / layout.tp
     experts = shape.num_moe * -(-shape.experts // layout.ep) * shape.expert_params / layout.pp
     routers = shape.num_moe * shape.router_params / layout.pp
@@ -69,7 +69,7 @@ def predict_memory(
     }
     in_flight = min(layout.pp * (1 + (layout.virtual - 1) / layout.virtual), micro_steps) if layout.pp > 1 else 1
     activations = live + in_flight * depth * kept[work.recompute]
-    logits = tokens * shape.vocab * (width + 8)
+    logits = _logits(job, tokens, width)
     most = max((layer.most_guests for layer in layers), default=0)
     guests = 2 * most * shape.expert_params * width  # weights and gradients, of one layer at a time
     states = {"masters": 4.0 * own, "gradients": 4.0 * own, "moments": float(work.moment_bytes) * own}
@@ -84,6 +84,15 @@ def predict_memory(
     parts["allocator"] = cluster.memory.fragmentation * (activations + logits) + 40 * depth * BLOCK / 2
     parts["context"] = cluster.memory.context
     return Memory({name: float(value) for name, value in parts.items() if value or name != "guests"})
+
+
+def _logits(job: Job, tokens: int, width: int) -> float:
+    """The head's: all logits and their gradient, or a chunk of them (models/cross_entropy.py) and fp32 gradients."""
+    every = float(tokens) * job.shape.vocab
+    if not job.stack.has_chunked_logits:
+        return every * (width + 8)
+    chunk = min(every * width, job.cluster.memory.capacity / 32)
+    return chunk + tokens * job.shape.dim * width + 4.0 * job.shape.vocab * job.shape.dim
 
 
 def _selective(shape: Shape, layout: Layout, tokens: float) -> float:

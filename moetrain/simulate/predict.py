@@ -92,5 +92,5 @@ def predict(
     source = find_routing(routing, job.group, natural or Natural())
     time = predict_step(job, source, planner, seed, samples)
     balanced = predict_step(job, "balanced", PlannerChoice("home"), seed, samples).total
-    memory = predict_memory(job.shape, job.layout, job.work, job.cluster, time.layers, source.is_drawn)
+    memory = predict_memory(job, time.layers, source.is_drawn)
     return Prediction(job, source.name, planner.name, time, balanced, memory)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moetrain import config
 from moetrain.common.errors import ConfigError
 from moetrain.config import Config, Native
 from moetrain.simulate.cluster import Cluster, load_cluster, split_name
+from moetrain.simulate.here import measured_cluster, read_costs
 from moetrain.simulate.layer import PlannerChoice
 from moetrain.simulate.layout import Layout, Work
 from moetrain.simulate.shape import Shape, from_config, from_hf
@@ -35,6 +37,7 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     own, rest = _split(overrides)
     name, devices = split_name(own.get("cluster", "h100"))
     figures = {key.removeprefix("cluster."): value for key, value in own.items() if key.startswith("cluster.")}
+    figures.pop("costs", None)
     cluster = load_cluster(name, figures)
     is_hf = own.pop("model", None) == "hf"
     if is_hf != ("model.path" in own):
@@ -49,7 +52,11 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     natural = Natural(
         _number(own, "routing.concentration", CONCENTRATION), _number(own, "routing.agreement", AGREEMENT)
     )
-    job = Job(cluster, shape, layout, _work(own, settings, given, layout), find_stack(own.get("stack", "moetrain")))
+    work = _work(own, settings, given, layout)
+    measured = read_costs(Path(costs)) if (costs := own.get("cluster.costs")) else None
+    if measured is not None:
+        cluster = measured_cluster(cluster, measured, shape, work.dtype)
+    job = Job(cluster, shape, layout, work, find_stack(own.get("stack", "moetrain")), measured)
     layout.check(shape)
     job.work.micro_steps(layout)
     cluster.peak_of(job.work.dtype)

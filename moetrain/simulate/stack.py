@@ -25,13 +25,14 @@ class Stack:
     logit_bytes: float  # moved for a logit, forward and backward, besides the head's products
     optimizer_bytes: float  # moved for a parameter in the update
     router_dtype: str
+    has_chunked_logits: bool  # of the cross entropy: never all of a micro-step
     two_level: bool  # a token crosses between NVLink domains once, and is forwarded inside
 
 
 STACKS = {
-    "moetrain": Stack("moetrain", 0.0, 0.8, 120, 600, 0.1, 2, 8.0, 40.0, 46.0, "fp32", False),
-    "automodel": Stack("automodel", 0.0, 0.8, 120, 200, 0.1, 1, 8.0, 16.0, 30.0, "bf16", True),
-    "megatron": Stack("megatron", 0.0, 0.8, 60, 1150, 0.1, 1, 8.0, 16.0, 30.0, "bf16", True),
+    "moetrain": Stack("moetrain", 0.0, 0.8, 120, 600, 0.1, 2, 8.0, 40.0, 46.0, "fp32", True, False),
+    "automodel": Stack("automodel", 0.0, 0.8, 120, 200, 0.1, 1, 8.0, 16.0, 30.0, "bf16", False, True),
+    "megatron": Stack("megatron", 0.0, 0.8, 60, 1150, 0.1, 1, 8.0, 16.0, 30.0, "bf16", False, True),
 }
 
 

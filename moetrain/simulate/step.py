@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import BYTES, Cluster
 from moetrain.simulate.layer import LayerResult, Machine, PlannerChoice, run_layers
 from moetrain.simulate.layout import Layout, Work
@@ -60,6 +61,7 @@ class Job:
     layout: Layout
     work: Work
     stack: Stack
+    measured: Costs | None = None  # of the experts' layer and the links on this very machine
 
     @property
     def tokens(self) -> int:
@@ -71,7 +73,15 @@ class Job:
 
     @property
     def machine(self) -> Machine:
-        return Machine(self.cluster, self.shape, self.group, self.stack, self.work.dtype, self.work.recompute)
+        return Machine(
+            self.cluster,
+            self.shape,
+            self.group,
+            self.stack,
+            self.work.dtype,
+            self.work.recompute,
+            measured=self.measured,
+        )
 
     @property
     def again(self) -> float:
@@ -199,6 +209,8 @@ def _host(job: Job, dense: float, layer: LayerResult) -> float:
     """Seconds of a layer that the device waits for the host; `dense`: of its attention and shared experts."""
     launches = job.stack.layer_launches + job.stack.moe_launches
     host = launches * job.cluster.host.launch + job.stack.syncs * job.cluster.host.sync
+    if not job.cluster.host.runs_ahead:
+        return host
     return max(0.0, host - job.stack.host_ahead * layer.experts - dense)
 
 

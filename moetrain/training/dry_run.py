@@ -23,6 +23,14 @@ from moetrain.observe.estimate import GIB, Estimate, estimate, short
 from moetrain.training.step import build
 
 ASSUMED_BYTES = 80 << 30
+LIBRARY_BYTES = 2 << 30  # that the driver, communication and the allocator take of a device
+REMEDIES: dict[str, dict[str, dict[str, str | bool]]] = {  # what may make a run fit, the cheapest first
+    "engine.reshard_after_forward=true": {"engine": {"reshard_after_forward": True}},
+    "train.recompute=selective": {"train": {"recompute": "selective"}},
+    "train.recompute=full": {"train": {"recompute": "full"}},
+    "optim.state_dtype=bf16": {"optim": {"state_dtype": "bf16"}},
+    "engine.offload=cpu": {"engine": {"offload": "cpu"}},
+}
 
 
 def run(config: Config, world: int, as_json: bool) -> int:
@@ -40,7 +48,10 @@ def run(config: Config, world: int, as_json: bool) -> int:
         own = dict(_count(whole))
     size = estimate(config, world)
     if as_json:
-        print(json.dumps({"world": world, **layout.model_dump(), "parameters": total, "per_rank": own, **_bytes(size)}))
+        device = _device_bytes()
+        needed = needed_bytes(config, world, device)
+        found = {"world": world, **layout.model_dump(), "parameters": total, "per_rank": own, **_bytes(size)}
+        print(json.dumps({**found, "device_bytes": device, "needed_bytes": needed, "fits": needed <= device}))
         return 0
     console.print(
         f"{world} ranks = dp_replicate {layout.dp_replicate} × dp_shard {layout.dp_shard}; ep {layout.ep}. "
@@ -48,7 +59,45 @@ def run(config: Config, world: int, as_json: bool) -> int:
     )
     console.print(_parameters(total, own))
     console.print(_memory(size, config))
+    console.print(describe_fit(config, world, _device_bytes()))
     return 0
+
+
+def _device_bytes() -> int:
+    """Memory of a device: this host's, or the assumed one where it has no GPU."""
+    return mesh.memory_of(mesh.device_of(0)) or ASSUMED_BYTES
+
+
+def needed_bytes(config: Config, world: int, device_bytes: int) -> int:
+    """Returns what lies on a device of a rank, guests and libraries included; activations are good to ±30 %."""
+    size = estimate(config, world)
+    guests = guest_bytes(config, device_bytes) if config.planner.name != "home" else 0
+    states = size.states if config.engine.offload == "none" else 0
+    return states + size.gathered + size.activations + guests + LIBRARY_BYTES
+
+
+def describe_fit(config: Config, world: int, device_bytes: int) -> str:
+    """Says whether the run fits into a device's memory; where it does not, which changes would make it fit."""
+    needed = needed_bytes(config, world, device_bytes)
+    about = f"in {device_bytes / GIB:.0f} GiB: about {needed / GIB:.1f} GiB on a device"
+    if needed <= device_bytes:
+        return f"fits {about}"
+    enough = [name for name, change in REMEDIES.items() if _would_fit(config, world, device_bytes, [change])]
+    if enough:
+        return f"does not fit {about}; would with {', or with '.join(enough)}"
+    steps = [name for name in REMEDIES if name != "train.recompute=selective"]
+    for number in range(2, len(steps) + 1):
+        if _would_fit(config, world, device_bytes, [REMEDIES[name] for name in steps[:number]]):
+            return f"does not fit {about}; would with all of {', '.join(steps[:number])}"
+    return f"does not fit {about}; needs more ranks, a smaller train.micro_batch or a shorter train.seq_len"
+
+
+def _would_fit(config: Config, world: int, device_bytes: int, changes: list[dict[str, dict[str, str | bool]]]) -> bool:
+    for change in changes:
+        for section, update in change.items():
+            changed = getattr(config, section).model_copy(update=update)
+            config = config.model_copy(update={section: changed})
+    return needed_bytes(config, world, device_bytes) <= device_bytes
 
 
 def _count(model: Transformer) -> Iterator[tuple[str, int]]:
@@ -79,7 +128,7 @@ def _memory(size: Estimate, config: Config) -> Table:
     """GiB, and where they lie on a GPU machine."""
     offload = config.engine.offload
     host = "device" if offload == "none" else "host"
-    device_bytes = mesh.memory_of(mesh.device_of(0)) or ASSUMED_BYTES
+    device_bytes = _device_bytes()
     guests = guest_bytes(config, device_bytes) if config.planner.name != "home" else 0
     of = f", of a GPU's {device_bytes / GIB:.0f} GiB" if config.engine.guest_memory_mib is None and guests else ""
     table = Table("memory of a rank", "GiB", "on", box=None, padding=(0, 2, 0, 0))

@@ -1,5 +1,6 @@
 """`moetrain simulate` as a user calls it, and what it loads."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.cli import main
+from moetrain.moe.planning import default_costs
 from tests import made_run
 
 SMALL = ["model=qwen3_30b_a3b", "cluster=h100x64"]
@@ -96,3 +98,25 @@ def test_a_prediction_loads_no_torch() -> None:
     ask = f"from moetrain.cli import main; import sys; main(['simulate', *{words!r}]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_measured_costs_take_the_place_of_nominal_figures(capsys, tmp_path: Path) -> None:
+    costs = default_costs()
+    tree = {"ranks": "2 on cpu, ep 2", **dataclasses.asdict(costs), "weight_bytes": 4 * 3 * 64 * 64, "nodes": [0, 0]}
+    (tmp_path / "costs.json").write_text(json.dumps(tree))
+    words = [
+        "model=tiny",
+        "cluster=herex2",
+        "parallel.ep=2",
+        "train.dtype=fp32",
+        "train.seq_len=128",
+        "routing=balanced",
+    ]
+    (found,) = simulate(capsys, *words, f"cluster.costs={tmp_path}/costs.json")
+    rows, segments = 128 * 2, 4
+    layer = rows * (costs.row_forward + costs.row_backward)
+    layer += segments * (costs.segment_forward + costs.segment_backward)
+    assert found["parts_seconds"]["experts"] == pytest.approx(2 * layer)
+    assert "must be the costs.json of a run" in refused(capsys, *words, f"cluster.costs={tmp_path}/none.json")
+    refusal = refused(capsys, *words, "model.expert_hidden=128", f"cluster.costs={tmp_path}/costs.json")
+    assert "is of experts of 49,152 bytes, the model's have 24,576 weights" in refusal

@@ -105,10 +105,7 @@ def test_moving_load_pays_where_it_is_lopsided() -> None:
     }
     assert times["makespan"].total < 0.6 * times["home"].total
     assert predict_step(lopsided, "balanced").total < times["makespan"].total
-    memory = {
-        name: predict_memory(lopsided.shape, lopsided.layout, lopsided.work, lopsided.cluster, time.layers).total
-        for name, time in times.items()
-    }
+    memory = {name: predict_memory(lopsided, time.layers).total for name, time in times.items()}
     assert memory["makespan"] < memory["home"]
 
 

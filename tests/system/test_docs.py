@@ -14,6 +14,7 @@ import yaml
 from moetrain import config
 from moetrain.cli import main
 from moetrain.config import ConfigError
+from moetrain.simulate import request
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -22,9 +23,9 @@ RESULTS = sorted((ROOT / "docs" / "results").rglob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 FOLDERS = ("moetrain", "tests", "scripts", "configs", "docs", "launch", "examples")
-GROUPS = ("model", "data", "planner", "engine", "experiment")
+GROUPS = ("model", "data", "planner", "engine", "experiment", "cluster")
 # what readers are told to make themselves: docs/add-a-router.md, docs/launch.md
-THEIRS = {"router.name=cosine", "model=mine", "experiment=warm"}
+THEIRS = {"router.name=cosine", "model=mine", "experiment=warm", "cluster=NAMExDEVICES"}
 NO_COMMAND = {"VERB"}
 
 
@@ -185,12 +186,10 @@ def test_overrides_compose(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         if verb in ("eval", "generate"):  # these are on top of a run's own configuration
             wrong += [word for word in overrides if check_word(word)]
             continue
-        if verb == "simulate":  # a cluster and what is asked of it are no fields of a run
-            overrides = [word for word in overrides if not re.match(r"(cluster|routing|stack)\b", word)]
         if not overrides or verb not in verbs() or any("..." in word or word.endswith("=") for word in overrides):
             continue
         try:
-            config.load(overrides)
+            (request.read if verb == "simulate" else config.load)(overrides)
         except ConfigError as error:
             wrong.append(f"{verb} {' '.join(overrides)}: {error}")
     assert not wrong

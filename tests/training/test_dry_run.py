@@ -62,3 +62,23 @@ def test_guests_get_a_share_of_the_devices_memory(given: str, device_bytes: int,
     for engine in ("native", "deepspeed"):
         settings = config.load([f"engine={engine}", f"engine.guest_memory_mib={given}"])
         assert guest_bytes(settings, device_bytes) == found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.recompute=selective"], r"fits in 80 GiB: about \d+\.\d GiB on a device"),
+        (["train.micro_batch=2", "train.global_batch=128"], r"does not fit in 80 GiB: .*; would with train.recompute="),
+        (["train.seq_len=131072"], r"does not fit in 80 GiB: .*; would with all of engine."),
+        (["train.seq_len=262144"], r"does not fit in 80 GiB: .*; needs more ranks, a smaller train.micro_batch"),
+    ],
+)
+def test_a_dry_run_says_whether_it_fits(overrides: list[str], said: str) -> None:
+    words = ["model=qwen3_30b_a3b", "parallel.nproc=64", "parallel.ep=8", "train.seq_len=4096", "train.micro_batch=1"]
+    settings = config.load([*words, "train.global_batch=64", "planner=home", *overrides])
+    settings = precision.taken(settings, "bf16")
+    assert re.fullmatch(said + ".*", dry_run.describe_fit(settings, 64, 80 << 30))
+    needed = dry_run.needed_bytes(settings, 64, 80 << 30)
+    assert (needed <= 80 << 30) == said.startswith("fits")
+    offloaded = settings.model_copy(update={"engine": settings.engine.model_copy(update={"offload": "cpu"})})
+    assert needed - dry_run.needed_bytes(offloaded, 64, 80 << 30) == estimate(settings, 64).states
