@@ -16,7 +16,8 @@ from typing import Any
 import torch.multiprocessing as mp
 
 MOST = 4
-TIMEOUT_SECONDS = 120
+JOIN_SECONDS = 150  # for a collective: on a busy machine one rank may compile a kernel for a minute while others wait
+TIMEOUT_SECONDS = 240  # for a job
 
 
 def _serve(rank: int, jobs: Any, results: Any) -> None:
@@ -34,7 +35,7 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
     while (job := _next(jobs)) is not None:
         number, function, world, path, axes, args = job
         try:
-            with mesh.start(rank=rank, world=world, **axes, init_method=f"file://{path}", timeout=60) as joined:
+            with mesh.start(rank=rank, world=world, **axes, init_method=f"file://{path}", timeout=JOIN_SECONDS) as joined:
                 result = function(joined, *args)
             results.put((number, rank, True, result))
         except BaseException:
