@@ -96,7 +96,7 @@ def packages(options: Data) -> dict[str, Path]:
 def _download(names: list[str], folder: Path) -> None:
     """A package takes its place in `folder` once it is whole."""
     if shutil.which("apt-get") is None:
-        raise ConfigError(f"data.source=debian: needs apt-get, which is not here; {INSTEAD}")
+        raise ConfigError(f"data.source=debian: needs apt-get, which this host does not have; {INSTEAD}")
     console.print(f"fetching {len(names)} Debian packages into {folder}, once (about 100 MB)")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as here:
@@ -135,7 +135,7 @@ def _archive(package: Path) -> bytes:
         name, size = raw[at : at + 16].decode("ascii", "replace").strip(" /"), int(raw[at + 48 : at + 58])
         if name == "data.tar.zst":
             if shutil.which("dpkg-deb") is None:
-                raise ConfigError(f"data.path={package}: needs dpkg-deb to be read (zstd), which is not here")
+                raise ConfigError(f"data.path={package}: needs dpkg-deb (for zstd), which this host does not have")
             return subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True).stdout
         if name.startswith("data.tar"):
             return raw[at + 60 : at + 60 + size]

@@ -49,7 +49,7 @@ def trained(overrides: list[str]) -> tuple[Path, str]:
 def test_train_prints_layout_progress_and_summary(trained: tuple[Path, str]) -> None:
     folder, printed = trained
     for expected in (
-        "2 ranks on", "ep 2", "per rank", "GiB", "step     1/3", "imbalance", "Run complete", "active a token",
+        "2 ranks on", "ep 2", "per rank", "GiB", "step     1/3", "imbalance", "Run complete", "active per token",
         "guests lent", "bits per byte", "bigram", "greek", "numbers", "all", "what the model wrote", str(folder),
     ):  # fmt: skip
         assert expected in printed, expected
@@ -103,7 +103,13 @@ def test_the_report_of_a_real_run_lacks_nothing(trained: tuple[Path, str]) -> No
     absent = {name for name, figure in page["figures"].items() if figure["kind"] == "absent"}
     assert absent - {"gamma"} == {"held_out_steps"}  # null with fewer than three experts in use; one evaluation
     assert page["missing"] == []
-    assert {card["name"] for card in page["cards"]} >= {"Steps", "Held-out", "Speed", "Saved by the plan", "Memory"}
+    assert {card["name"] for card in page["cards"]} >= {
+        "Steps",
+        "Validation loss",
+        "Throughput",
+        "Saved by the plan",
+        "Memory",
+    }
 
 
 def test_wandbs_own_reader_shows_what_was_sent(trained: tuple[Path, str]) -> None:

@@ -131,7 +131,9 @@ def test_packages_that_are_not_there_are_named(packages: Path, tmp_path: Path, m
     with pytest.raises(ConfigError, match=r"must hold the packages fortunes, anarchism, .*fortunes-zh, manpages-zh as"):
         prepare.ensure(options(tmp_path / "few", tmp_path / "out"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"data.source=debian: needs apt-get, which is not here; data=local and"):
+    with pytest.raises(
+        ConfigError, match=r"data.source=debian: needs apt-get, which this host does not have; data=local and"
+    ):
         prepare.ensure(config.load(["data=debian", f"data.dir={tmp_path}/out"]).data)
     assert not [*(tmp_path / "out").glob("debian*/*")]
 
