@@ -21,7 +21,7 @@ BANDS = (  # from the bottom to the top; what a band is called, its color, the p
     ("what a run is", "#fdebc8", ("config", "runs")),
     ("model, states, data", "#d6e4f7", ("models", "hf", "engine", "checkpoint", "data")),
     ("around the loop", "#eadcf4", ("observe", "recovery")),
-    ("the loop", "#f9d5d3", ("training",)),
+    ("the loop", "#f9d5d3", ("training", "verify")),
     ("tools", "#e8e8e8", ("report", "simulate", "bench", "doctor")),
     ("command line", "#ffffff", ("cli",)),
 )

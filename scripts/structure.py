@@ -40,6 +40,7 @@ LAYERS = (
     "observe",
     "recovery",
     "training",
+    "verify",
     "report",
     "simulate",
     "bench",

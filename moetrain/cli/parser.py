@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from moetrain import __version__
-from moetrain.cli import bench, data, doctor, evaluate, generate, profile, report, simulate, train, workspace
+from moetrain.cli import bench, data, doctor, evaluate, generate, profile, report, simulate, train, verify, workspace
 from moetrain.cli import config as config_verb
 from moetrain.common.console import console
 from moetrain.common.errors import ConfigError
@@ -40,6 +40,7 @@ VERBS: dict[str, Verb] = {
     "report": report,
     "workspace": workspace,
     "config": config_verb,
+    "verify": verify,
     "doctor": doctor,
 }
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from moetrain.common.errors import ConfigError
 from moetrain.common.registry import Options
+from moetrain.distributed import sharded
 from moetrain.distributed.comm import Group
 from moetrain.distributed.mesh import ExpertGroup, join_group
 from moetrain.hf.layout import is_experts
@@ -110,6 +111,25 @@ class HFExpertParallel(ExpertParallel):
 
     def _find_owners(self) -> dict[str, Any]:
         return {f"{name}.{key}": one for name, one in self._layers.items() for key in one.layout.names}
+
+    @property
+    def experts(self) -> list[SpreadExperts]:
+        """The experts of each layer, in the order of the model."""
+        return list(self._layers.values())
+
+    @property
+    def replica_groups(self) -> tuple[Group, ...]:
+        """The ranks that hold the same experts as this one."""
+        return (self._replicas,)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of all parameters that have one, of all experts; all ranks call it when reduced."""
+        owners, whole = self._find_owners(), {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                grad = sharded.gather_whole(parameter.grad)
+                whole[name] = self._gather_experts(owners[name], grad) if name in owners else grad.clone()
+        return whole
 
     def balance_loss(self) -> Tensor:
         """Raise `ConfigError`: a model's own auxiliary loss (`output_router_logits=True`) stays the family's code."""

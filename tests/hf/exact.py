@@ -54,7 +54,7 @@ def spread_forced(mesh: Mesh, model: nn.Module, grouped: bool = False) -> HFExpe
     """Spread the model; the plans are `forced`. `grouped`: SwiGLU takes the path of any family too."""
     replicas = mesh.expert_data if mesh.expert_data.size() > 1 else None
     handle = expert_parallel(model, mesh.ep, "home", replicas=replicas, reduction="sum")
-    for one in handle._layers.values():
+    for one in handle.experts:
         one.planner = forced
         one.is_fused &= not grouped
     return handle
