@@ -35,7 +35,9 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
     while (job := _next(jobs)) is not None:
         number, function, world, path, axes, args = job
         try:
-            with mesh.start(rank=rank, world=world, **axes, init_method=f"file://{path}", timeout=JOIN_SECONDS) as joined:
+            with mesh.start(
+                rank=rank, world=world, **axes, init_method=f"file://{path}", timeout=JOIN_SECONDS
+            ) as joined:
                 result = function(joined, *args)
             results.put((number, rank, True, result))
         except BaseException:
