@@ -14,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from moetrain.config import load
 from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import load_cluster
 from moetrain.simulate.layer import Machine, PlannerChoice, run_layer
 from moetrain.simulate.layout import Layout, Work
 from moetrain.simulate.links import domain_of, exchange
+from moetrain.simulate.memory import predict_memory
 from moetrain.simulate.paths import congestion, least_splits
-from moetrain.simulate.shape import from_hf
+from moetrain.simulate.shape import Shape, from_config, from_hf
 from moetrain.simulate.stack import STACKS
 from moetrain.simulate.step import Job, predict_step
 from moetrain.simulate.traffic import Group, Natural, balanced, draw, inclusion
@@ -35,10 +37,11 @@ steps are throughputs of other programs under forced balance. None of ours was m
 FITTED = """
 Two parameters were fit to published steps, one row each: the share of the peak on Blackwell, and the host's launches of
 Megatron. Which two was decided after a first look at all rows. The host's part of our own layers was fit to two of four
-layers that were measured on one H100. Everything else is a nominal figure, a measured one, or an assumption that the
-cluster's file names as such; the parameters of `automodel` were never changed. Left out of the published tables: dense
-models, models with other layers (Nemotron), and a row whose columns are shifted (Qwen3-235B on H100); of LLEP's figure,
-its balanced column.
+layers that were measured on one H100, the copies of FSDP and the update to the trace of one step there, whose peak
+memory also decided that activations and gradients are not counted at once. Everything else is a nominal figure, a
+measured one, or an assumption that the cluster's file names as such; what `automodel` is taken to be was never changed.
+Left out of the published tables: dense models, models with other layers (Nemotron), and a row whose columns are shifted
+(Qwen3-235B on H100); of LLEP's figure, its balanced column.
 
 Where the model is unfit: steps that the host or launches bound (Megatron's small recipes on H100 and B200, of one to
 four sequences a micro-step or many model chunks); 8-bit products, whose casts and scales it takes to be free; gpt-oss
@@ -71,13 +74,32 @@ def job_of(row: Row) -> Job:
         sharding="fsdp" if row["sharding"] == "fsdp" else "zero1",
     )
     work = Work(int(row["seq_len"]), int(row["micro_batch"]), int(row["global_batch"]), row["dtype"], row["recompute"])
-    return Job(load_cluster(row["cluster"]), from_hf(row["model"]), layout, work, STACKS[row["stack"]])
+    return Job(load_cluster(row["cluster"]), shape_of(row["model"]), layout, work, STACKS[row["stack"]])
+
+
+def shape_of(model: str) -> Shape:
+    """A published model, or OLMoE with so many layers."""
+    if not model.startswith("olmoe-"):
+        return from_hf(model)
+    layers = model.split("-")[1]
+    return from_config(load(["model=olmoe_1b7b", f"model.num_layers={layers}"]))
 
 
 def predict_tokens(row: Row) -> float:
     """Tokens a second and device of a whole step under forced balance."""
     job = job_of(row)
     return job.work.global_batch * job.work.seq_len / predict_step(job).total / job.layout.world
+
+
+def predict_own_step(row: Row) -> float:
+    """Milliseconds of one of our own steps."""
+    return 1e3 * predict_step(job_of(row)).total
+
+
+def predict_own_memory(row: Row) -> float:
+    """GiB of one of our own steps, without what libraries take and what the allocator loses."""
+    parts = predict_memory(job_of(row), predict_step(job_of(row)).layers).parts
+    return sum(value for name, value in parts.items() if name not in ("context", "allocator")) / 2**30
 
 
 def machine_of(row: Row) -> Machine:
@@ -120,7 +142,13 @@ def predict_speedup(row: Row) -> float:
     return times[0] / times[1]
 
 
-PREDICT = {"step": predict_tokens, "layer": predict_layer, "speed-up": predict_speedup}
+PREDICT = {
+    "step": predict_tokens,
+    "layer": predict_layer,
+    "own step": predict_own_step,
+    "own memory": predict_own_memory,
+    "speed-up": predict_speedup,
+}
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -145,8 +173,8 @@ def errors_page(rows: list[Row]) -> tuple[list[str], list[str]]:
             [
                 name,
                 str(len(held)),
-                f"{100 * statistics.median(held):.0f} %",
-                f"{100 * max(held):.0f} %",
+                f"{100 * statistics.median(held):.0f} %" if held else "none",
+                f"{100 * max(held):.0f} %" if held else "none",
                 ", ".join(f"{100 * x:.0f} %" for x in apart["fit"]) or "none",
             ]
         )
@@ -158,7 +186,7 @@ def errors_page(rows: list[Row]) -> tuple[list[str], list[str]]:
                     r["model"],
                     f"{r['cluster']} × {r['devices']}, {r['dtype']}",
                     f"ep {r['ep']}, pp {r['pp']}, tp {r['tp']}, mbs {r['micro_batch']}, {r['recompute']}"
-                    if r["kind"] == "step"
+                    if r["tp"]
                     else f"ep {r['ep']}, {r['recompute']}",
                     f"{float(r['value']):,.5g} {r['unit']}",
                     f"{p:,.4g}",

@@ -37,7 +37,7 @@ class Memory:
 
 
 def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) -> Memory:
-    """Peak of the fullest rank, from the layers that were drawn.
+    """Peak of the fullest rank, from the layers that were drawn: where the backward begins, or where it ends.
 
     `is_drawn`: any rank may be the busy one of a layer; otherwise the same ranks are busy in all layers.
     """
@@ -68,11 +68,14 @@ def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) 
         "full": width * 2.0 * tokens * shape.dim,
     }
     in_flight = min(layout.pp * (1 + (layout.virtual - 1) / layout.virtual), micro_steps) if layout.pp > 1 else 1
-    activations = live + in_flight * depth * kept[work.recompute]
+    waiting, gradients = in_flight * depth * kept[work.recompute], 4.0 * own
+    if layout.sharding == "fsdp" and micro_steps == 1:  # layer by layer, gradients take the place of activations
+        waiting, gradients = (waiting, 0.0) if waiting > gradients else (0.0, gradients)
+    activations = live + waiting
     logits = _logits(job, tokens, width)
     most = max((layer.most_guests for layer in layers), default=0)
     guests = 2 * most * shape.expert_params * width  # weights and gradients, of one layer at a time
-    states = {"masters": 4.0 * own, "gradients": 4.0 * own, "moments": float(work.moment_bytes) * own}
+    states = {"masters": 4.0 * own, "gradients": gradients, "moments": float(work.moment_bytes) * own}
     parts = {"states in host memory": sum(states.values())} if work.offload else states
     parts |= {
         "parameters in use": gathered,

@@ -79,7 +79,8 @@ def print_sweep(found: Sequence[Candidate], left_out: dict[str, int], job: Job) 
         "MFU",
         "GiB",
     )
-    table = Table(*columns, "most of the rest", box=None, padding=(0, 2, 0, 0))
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+    table.add_column("besides computing, most of it", no_wrap=True)
     for candidate in found:
         p = candidate.prediction
         layout, work = p.job.layout, p.job.work

@@ -226,7 +226,10 @@ def _tensor(job: Job) -> float:
 
 
 def _shards(job: Job, micro_steps: int, busy: float) -> tuple[float, dict[str, float]]:
-    """(seconds that nothing hides, bytes): parameters gathered, gradients reduced over the data-parallel ranks."""
+    """(seconds that nothing hides, bytes): parameters gathered, gradients reduced over the data-parallel ranks.
+
+    What FSDP copies into and out of its buffers is done on one rank, too.
+    """
     shape, layout = job.shape, job.layout
     dense = (shape.dense_params + shape.embedding_params) / layout.pp / layout.tp
     experts = shape.num_moe * -(-shape.experts // layout.ep) * shape.expert_params / layout.pp
@@ -246,7 +249,9 @@ def _shards(job: Job, micro_steps: int, busy: float) -> tuple[float, dict[str, f
             seconds += 2 * gather_seconds(part, layout.dp_replicate, job.cluster, apart)
             moved += 2 * part * (layout.dp_replicate - 1) / layout.dp_replicate
     hidden = min(job.stack.gather_hidden * seconds, busy)
-    return seconds - hidden, {"parameters and gradients": moved}
+    copied = job.stack.gather_bytes * gathers + job.stack.reduce_bytes if layout.sharding == "fsdp" else 0.0
+    copies = job.cluster.memory_seconds(copied * (dense + experts))
+    return seconds - hidden + copies, {"parameters and gradients": moved}
 
 
 def _update(job: Job) -> float:

@@ -77,9 +77,9 @@ def explain(prediction: Prediction) -> str:
     group = prediction.job.layout.ep
     where = "between nodes" if group > prediction.job.cluster.domain else "inside a node"
     costs = {
-        f"tokens exchanged {where}": exchange,
+        f"exchange {where}": exchange,
         "pipeline bubble": parts["bubble"],
-        "parameters gathered": parts["shards"],
+        "gathers and reductions": parts["shards"],
         "waiting for the host": parts["host"],
         "recomputing": 0.0
         if prediction.job.work.recompute == "none"
