@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from moetrain.cli import arguments
@@ -21,7 +22,8 @@ examples:
 
 besides the fields of the configuration: cluster, cluster.FIELD, routing (balanced, natural, W0_balanced ... W7_burst,
 a run's folder), routing.concentration, routing.agreement, stack (moetrain, automodel, megatron), train.dtype=fp8,
-parallel.tp, parallel.cp, parallel.pp, parallel.virtual, parallel.sharding (fsdp, zero1), model=hf with model.path.
+parallel.tp, parallel.cp, parallel.pp, parallel.virtual, parallel.sharding (fsdp, zero1), model=hf with model.path,
+parallel.layout (fixed, or auto: the fastest that --sweep finds).
 """
 
 
@@ -42,6 +44,13 @@ def run(options: argparse.Namespace) -> int:
     from moetrain.simulate.predict import predict
 
     asked = request.read(options.overrides, options.config_dir)
+    if asked.is_auto and not options.sweep:
+        best, _ = sweep.sweep(asked.job, asked.routing, asked.planner, options.seed, asked.natural, options.formulas)
+        if not best:
+            raise ConfigError(
+                "parallel.layout=auto: no layout fits into the devices' memory; --sweep says what they lack"
+            )
+        asked = replace(asked, job=best[0].prediction.job)
     if options.sweep:
         if options.compare:
             raise ConfigError("--compare: cannot be combined with --sweep")

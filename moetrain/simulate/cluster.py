@@ -61,6 +61,7 @@ class Network(Links):
     spines: Positive  # above the leaves
     oversubscription: Annotated[float, Field(ge=1)]  # of a leaf: down over up
     multipath: Literal["spray", "chosen", "hashed"]  # how flows get their spine
+    flow_splits: Positive = 1  # parts of a flow, each with a path of its own
 
 
 class Host(_Figures):

@@ -69,7 +69,7 @@ def exchange(bytes_RR: Floats, cluster: Cluster, domain_R: Ints, crossing_R: Flo
     return Exchange(seconds, float(inside[0].mean()), float(between[0].mean()))
 
 
-def spine_factor(far_RR: Floats, cluster: Cluster, splits: int = 1) -> float:
+def spine_factor(far_RR: Floats, cluster: Cluster) -> float:
     """Slow-down by leaves and spines of bytes [R, R] between domains: 1 where all ranks hang at one leaf."""
     network, num_ranks = cluster.network, len(far_RR)
     devices = np.arange(num_ranks)
@@ -86,7 +86,7 @@ def spine_factor(far_RR: Floats, cluster: Cluster, splits: int = 1) -> float:
     share = across / max(demand.sum(), 1e-300)
     if share <= 0:
         return 1.0
-    slow = network.oversubscription * congestion(demand, network.spines, network.multipath, splits)
+    slow = network.oversubscription * congestion(demand, network.spines, network.multipath, network.flow_splits)
     return float(max(1.0, share * slow))
 
 

@@ -67,7 +67,7 @@ def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) 
         "selective": width * _selective(shape, layout, tokens),
         "full": width * 2.0 * tokens * shape.dim,
     }
-    in_flight = min(layout.pp * (1 + (layout.virtual - 1) / layout.virtual), micro_steps) if layout.pp > 1 else 1
+    in_flight = min(_in_flight(layout), micro_steps)
     waiting, gradients = in_flight * depth * kept[work.recompute], 4.0 * own
     if layout.sharding == "fsdp" and micro_steps == 1:  # layer by layer, gradients take the place of activations
         waiting, gradients = (waiting, 0.0) if waiting > gradients else (0.0, gradients)
@@ -87,6 +87,11 @@ def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) 
     parts["allocator"] = cluster.memory.fragmentation * (activations + logits) + 40 * depth * BLOCK / 2
     parts["context"] = cluster.memory.context
     return Memory({name: float(value) for name, value in parts.items() if value or name != "guests"})
+
+
+def _in_flight(layout: Layout) -> float:
+    """Micro-batches whose activations the first stage holds: p, with v chunks a stage p + (p - 1) / v."""
+    return layout.pp + ((layout.pp - 1) / layout.virtual if layout.virtual > 1 else 0.0)
 
 
 def _logits(job: Job, tokens: int, width: int) -> float:

@@ -30,6 +30,7 @@ class Request:
     routing: str
     natural: Natural
     planner: PlannerChoice
+    is_auto: bool = False  # the layout is to be chosen
 
 
 def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
@@ -61,7 +62,10 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     job.work.micro_steps(layout)
     cluster.peak_of(job.work.dtype)
     planner = PlannerChoice(settings.planner.name, settings.planner.options)
-    return Request(job, own.get("routing", "natural"), natural, planner)
+    choice = own.get("parallel.layout", "fixed")
+    if choice not in ("auto", "fixed"):
+        raise ConfigError(f"parallel.layout={choice}: must be auto or fixed")
+    return Request(job, own.get("routing", "natural"), natural, planner, choice == "auto")
 
 
 def choose_planner(name: str, extra_dir: str | None = None) -> PlannerChoice:
@@ -80,7 +84,9 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         field, _, value = override.partition("=")
         section, _, last = field.partition(".")
         is_own = (
-            field in OWN or field.startswith("cluster.") or (section == "parallel" and last in (*PARALLEL, "sharding"))
+            field in OWN
+            or field.startswith("cluster.")
+            or (section == "parallel" and last in (*PARALLEL, "sharding", "layout"))
         )
         if is_own or override in ("model=hf", "train.dtype=fp8"):
             own[field] = value

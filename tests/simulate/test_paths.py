@@ -81,7 +81,25 @@ def test_a_hot_receiver_is_its_own_limit_and_no_split_helps() -> None:
     received = demand[8:, 0].sum()
     assert hot.seconds > 10 * even.seconds
     assert hot.seconds == pytest.approx(received / 45e9, rel=0.1)
-    assert spine_factor(demand, cluster, splits=8) == 1.0
+    for splits in ("1", "8"):
+        figures = {"network.multipath": "chosen", "network.flow_splits": splits, "network.rails": "false"}
+        chosen = load_cluster("h100", {**figures, "network.leaf_devices": "8", "network.spines": "4"})
+        assert exchange(demand, chosen, np.arange(64) // 8).seconds >= hot.seconds
+
+
+def test_hashed_paths_slow_an_exchange_and_splits_bring_it_back() -> None:
+    figures = {"network.rails": "false", "network.leaf_devices": "8", "network.spines": "16"}
+    demand, domain = np.full((64, 64), 1e6), np.arange(64) // 8
+    ways = {"spray": {}, "hashed": {"network.multipath": "hashed"}}
+    ways |= {"hashed, split": {"network.multipath": "hashed", "network.flow_splits": "16"}}
+    ways |= {"chosen, split": {"network.multipath": "chosen", "network.flow_splits": "16"}}
+    seconds = {
+        name: exchange(demand, load_cluster("h100", {**figures, **more}), domain).seconds for name, more in ways.items()
+    }
+    assert seconds["hashed"] > 1.5 * seconds["hashed, split"] > 1.5 * seconds["spray"]
+    assert seconds["chosen, split"] == pytest.approx(seconds["spray"], rel=1e-9)
+    one_leaf = load_cluster("h100", {**figures, "network.multipath": "hashed", "network.leaf_devices": "64"})
+    assert spine_factor(demand, one_leaf) == 1.0
 
 
 def finish(flows: Flows, links: list[list[int]], rate: float) -> float:

@@ -66,8 +66,13 @@ def test_a_sweep_shows_the_fastest_that_fit(capsys) -> None:
     assert all(r["fits"] for r in found)
     assert [r["step_seconds"] for r in found] == sorted(r["step_seconds"] for r in found)
     assert main(["simulate", *words, "--sweep"]) == 0
-    shown = capsys.readouterr().out
-    assert "out of memory, most of it activations" in shown
+    assert "out of memory, most of it activations" in capsys.readouterr().out
+    (best,) = simulate(capsys, *words, "parallel.layout=auto", "--samples", "2")
+    assert (best["ep"], best["recompute"]) == (found[0]["ep"], found[0]["recompute"])
+    assert best["step_seconds"] == pytest.approx(found[0]["step_seconds"])
+    tight = refused(capsys, *words, "parallel.layout=auto", "cluster.memory.capacity=8e9")
+    assert "no layout fits into the devices' memory" in tight
+    assert "parallel.layout=any: must be auto or fixed" in refused(capsys, *words, "parallel.layout=any")
 
 
 def test_mistakes_are_told_in_one_line(capsys) -> None:
