@@ -5,9 +5,9 @@
 
 Every layout is a short `moetrain train` in a process of its own; repeats go round all layouts, so that what drifts
 drifts for all. A run's figure is the median of its steps after the first few, a layout's the median of its repeats; the
-noise floor is the median distance of a repeat from its layout's median. Three figures of `cluster=here` (the rate of
-dense products, memory's bandwidth, the host's time of an operation) and two of memory are fit to every other layout,
-and errors are reported on the rest. Routing is each run's own load trace.
+noise floor is the median distance of a repeat from its layout's median. Four figures of `cluster=here` (the rates of
+dense products and of attention, memory's bandwidth, the host's time of an operation) and two of memory are fit to every
+other layout, and errors are reported on the rest. Routing is each run's own load trace.
 """
 
 import argparse
@@ -19,10 +19,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from moetrain.simulate import request
-from moetrain.simulate.predict import Prediction, predict
+from moetrain.simulate.memory import predict_memory
+from moetrain.simulate.step import predict_step
+from moetrain.simulate.traffic import Routing, find_routing
 
 COMMON = ["data=local", "track.wandb=false", "track.trace_every=2", "eval.tokens_per_domain=512", "generate.tokens=2"]
 LAYOUTS: dict[str, list[str]] = {
@@ -56,6 +59,7 @@ class Figures:
     """What is fit: factors on figures of `cluster=here`, and two terms of memory."""
 
     dense: float = 1.0
+    attention: float = 1.0
     memory: float = 1.0
     host: float = 1.0
 
@@ -83,36 +87,45 @@ def measure(name: str, number: int, folder: Path, options: argparse.Namespace) -
     return Run(run, seconds, max(row["perf/peak_memory_gib"] for row in steps) * 2**30)
 
 
-def predicted(name: str, run: Path, figures: Figures, options: argparse.Namespace) -> Prediction:
-    """The step of a layout with the costs and the load trace of one of its runs."""
+@cache
+def prepare(name: str, run: Path, dtype: str) -> tuple[request.Request, Routing]:
+    """What the simulator is asked for a layout, with the costs and the load trace of one of its runs."""
     words = [word for word in LAYOUTS[name] if not word.startswith(NO_SIMULATION)]
     world = next(word.partition("=")[2] for word in LAYOUTS[name] if word.startswith("parallel.nproc="))
-    is_told = any(word.startswith("train.seq_len=") for word in words)
-    words += [] if is_told else ["train.seq_len=256"]
+    words += [] if any(word.startswith("train.seq_len=") for word in words) else ["train.seq_len=256"]
     words += [f"cluster=herex{world}", f"cluster.costs={run / 'costs.json'}", "train.global_batch=16"]
-    words += [f"train.dtype={options.dtype}", f"cluster.devices_per_node={world}", f"cluster.domain={world}"]
+    words += [f"train.dtype={dtype}", f"cluster.devices_per_node={world}", f"cluster.domain={world}"]
     asked = request.read(words)
+    return asked, find_routing(str(run), asked.job.group, asked.natural)
+
+
+def predicted(name: str, run: Path, figures: Figures, options: argparse.Namespace) -> tuple[float, float]:
+    """(seconds of a step, bytes of the fullest rank) of a layout."""
+    asked, routing = prepare(name, run, options.dtype)
     cluster = asked.job.cluster
     cluster = cluster.model_copy(
         update={
             "peak": {key: value * figures.dense for key, value in cluster.peak.items()},
+            "gemm": cluster.gemm.model_copy(update={"attention": cluster.gemm.attention * figures.attention}),
             "memory": cluster.memory.model_copy(update={"bandwidth": cluster.memory.bandwidth * figures.memory}),
             "host": cluster.host.model_copy(update={"launch": cluster.host.launch * figures.host}),
         }
     )
-    return predict(replace(asked.job, cluster=cluster), str(run), asked.planner, samples=8)
+    job = replace(asked.job, cluster=cluster)
+    time = predict_step(job, routing, asked.planner)
+    return float(time.total), predict_memory(job, time.layers, routing.is_drawn).total
 
 
 def fit(names: Sequence[str], found: dict[str, list[Run]], folder: Path, options: argparse.Namespace) -> Figures:
     """The factors with the least squared relative error on these layouts, on a grid, one after the other."""
     best, least = Figures(), math.inf
     for _ in range(3):
-        for field in ("dense", "memory", "host"):
+        for field in ("dense", "attention", "memory", "host"):
             for factor in GRID:
                 trial = replace(best, **{field: factor})
                 total = 0.0
                 for name in names:
-                    seconds = predicted(name, folder / found[name][0].name, trial, options).time.total
+                    seconds, _ = predicted(name, folder / found[name][0].name, trial, options)
                     total += math.log(seconds / statistics.median(r.seconds for r in found[name])) ** 2
                 if total < least - 1e-12:
                     best, least = trial, total
@@ -147,7 +160,7 @@ def main() -> int:
     figures = fit(fitted, found, options.dir, options)
     results = {name: predicted(name, options.dir / found[name][0].name, figures, options) for name in names}
     peaks = {name: statistics.median(r.bytes for r in found[name]) for name in names}
-    besides, factor = fit_memory([(results[name].memory.total, peaks[name]) for name in fitted])
+    besides, factor = fit_memory([(results[name][1], peaks[name]) for name in fitted])
 
     noise = []
     errors: dict[str, list[float]] = {"time": [], "memory": []}
@@ -157,7 +170,7 @@ def main() -> int:
         times = [r.seconds for r in found[name]]
         middle = statistics.median(times)
         noise += [abs(t / middle - 1) for t in times]
-        seconds, memory = results[name].time.total, besides + factor * results[name].memory.total
+        seconds, memory = results[name][0], besides + factor * results[name][1]
         time_error, memory_error = seconds / middle - 1, memory / peaks[name] - 1
         if name in held:
             errors["time"].append(abs(time_error))
