@@ -44,7 +44,7 @@ class ExpertsLayout:
             has_bias=module.has_bias,
             activate=activate,
             norm=norm,
-            is_swiglu=bool(plain and module.has_gate and _is_default_gate(module) and _is_silu(module.act_fn)),
+            is_swiglu=bool(plain and module.has_gate and has_default_gate(module) and _is_silu(module.act_fn)),
         )
 
 
@@ -53,7 +53,8 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
 
 
-def _is_default_gate(module: Any) -> bool:
+def has_default_gate(module: Any) -> bool:
+    """Whether its gate is that of transformers, act_fn(gate) * up, and not the family's own."""
     from transformers.integrations.moe import _default_apply_gate
 
     return type(module)._apply_gate is _default_apply_gate
