@@ -22,7 +22,7 @@ sizes = {"hidden_size": 64, "intermediate_size": 48, "vocab_size": 128, "head_di
 heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2}
 config = GptOssConfig(**sizes, **heads, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
 model = GptOssForCausalLM(config)
-model.gradient_checkpointing_enable()  # recompute replays choices and plans
+model.activation_checkpointing_enable()  # recompute replays choices and plans
 handle = hf.expert_parallel(model, dist.group.WORLD)
 parallel = DistributedDataParallel(model)  # leaves the experts alone
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # after the experts are spread

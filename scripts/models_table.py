@@ -42,16 +42,15 @@ def describe(name: str) -> list[str]:
 
 
 def note(name: str) -> str:
-    """What a feature does not do for the family."""
-    if name in NOT_RECOMPUTED:
-        return "transformers has no gradient checkpointing for it"
-    if name in LOOKED_UP:
-        return "first layers look experts up by token"
-    if name in ONE_BY_ONE:
-        return "experts are chosen one by one; its noise in training is off in the comparison"
-    if name in exact.IN_FP64:
-        return "compared in fp64"
-    return "text experts; those for images stay whole" if name == "ernie4_5_vl_moe" else ""
+    """What differs for the family."""
+    notes = {
+        "transformers has no gradient checkpointing for it": name in NOT_RECOMPUTED,
+        "first layers look experts up by token": name in LOOKED_UP,
+        "experts are chosen one by one; its noise in training is off in the comparison": name in ONE_BY_ONE,
+        "compared in fp64": name in exact.IN_FP64,
+        "text experts; those for images stay whole": name == "ernie4_5_vl_moe",
+    }
+    return "; ".join(text for text, holds in notes.items() if holds)
 
 
 def row(pool: Pool, name: str) -> str:

@@ -81,3 +81,54 @@ def test_one_rank_alone() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7, msg=name)
     counts = handle.statistics()[0].counts
     assert counts.sum() == ids.numel() * 2
+
+
+def count_passes(mesh: Mesh, name: str) -> tuple[int, int, int]:
+    """Layers, passes through the experts and plans made in a forward and backward with recompute."""
+    model: Any = build(name)
+    handle = hf.expert_parallel(model, mesh.ep, "home", reduction="sum")
+    model.activation_checkpointing_enable()
+    passes, plans = [], []
+    for one in handle.experts:
+        before, planner = one.watcher, one.planner
+        one.planner = lambda *args, planner=planner: (plans.append(1), planner(*args))[1]
+        assert before is handle
+        one.module.register_forward_pre_hook(lambda *args: passes.append(1))
+    exact.loss_of(model(input_ids=exact.batch()).logits, exact.batch()).backward()
+    return len(handle.experts), len(passes), len(plans)
+
+
+def test_recompute_passes_again_and_plans_once(pool: Pool) -> None:
+    for layers, passes, plans in pool.run(count_passes, 2, "gpt_oss"):
+        assert (layers, passes, plans) == (2, 4, 2)
+
+
+def shard_the_rest(mesh: Mesh, name: str) -> float:
+    """The largest difference of a gradient under FSDP2 around the dense part, of its largest element."""
+    from torch.distributed.fsdp import fully_shard
+
+    whole, _, pins = exact.reference(name)
+    model: Any = build(name)
+    handle = hf.expert_parallel(model, mesh.ep, "home")
+    for one in handle.experts:
+        one.planner = exact.forced
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh.dense, ignored_params=handle.expert_parameters())
+    fully_shard(model, mesh=mesh.dense, ignored_params=handle.expert_parameters())
+    each = exact.SEQUENCES // mesh.world
+    begin = mesh.rank * each
+    ids = exact.batch()[begin : begin + each]
+    with handle.step(), pins.part(begin, begin + each, exact.SEQUENCES).replay():
+        logits = model(input_ids=ids).logits
+        (exact.loss_of(logits, ids) * mesh.world).backward()  # FSDP2 averages over ranks
+    found, worst = handle.full_gradients(), 0.0
+    for key, parameter in whole.named_parameters():
+        assert parameter.grad is not None
+        worst = max(worst, float((found[key] - parameter.grad).abs().max() / parameter.grad.abs().max()))
+    squares = [p.grad.double().square().sum() for p in whole.parameters() if p.grad is not None]
+    norm = float(torch.stack(squares).sum().sqrt())
+    return max(worst, abs(handle.clip_grad_norm_(1e9) - norm) / norm)
+
+
+def test_fsdp2_around_the_dense_part(pool: Pool) -> None:
+    assert max(pool.run(shard_the_rest, 2, "qwen3_moe")) < 1e-5
