@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetrain.common.extensions import register_corpus as register_corpus
     from moetrain.distributed.mesh import ExpertGroup as ExpertGroup
     from moetrain.moe.experts import Experts as Experts
     from moetrain.moe.layer import MoE as MoE
@@ -49,6 +50,7 @@ _HOMES = {
     "ExpertGroup": "moetrain.distributed.mesh",
     "register_router": "moetrain.moe.options",
     "register_planner": "moetrain.moe.options",
+    "register_corpus": "moetrain.common.extensions",
 }
 __all__ = ["__version__", *_HOMES]
 

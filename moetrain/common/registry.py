@@ -136,17 +136,18 @@ class _Kind:
 class Registry(MutableMapping[str, T]):
     """Kinds of one sort by name; a kind is imported when it is looked up."""
 
-    def __init__(self, sort: str, own: Mapping[str, tuple[str, type[Options]]]) -> None:
+    def __init__(self, sort: str, own: Mapping[str, tuple[str, type[Options]]], field: str | None = None) -> None:
         """`sort`: "router", also the plural of the entry points' group and the name in errors. `own`: of every kind of
-        this package "module:attribute" and its options."""
-        self.sort = sort
+        this package "module:attribute" and its options. `field`: what chooses a kind; None: "router.name"."""
+        self.sort, self.field = sort, field or f"{sort}.name"
+        self.plural = "corpora" if sort == "corpus" else f"{sort}s"
         self._kinds = {name: _Kind(_importer(path), options) for name, (path, options) in own.items()}
         self._searched = False
 
     @property
     def group(self) -> str:
         """The group of entry points in which other packages name theirs."""
-        return f"moetrain.{self.sort.removesuffix('us') + 'ora' if self.sort == 'corpus' else self.sort + 's'}"
+        return f"moetrain.{self.plural}"
 
     def register(self, name: str, options: type[Options] | None = None) -> Callable[[Any], Any]:
         """Returns a decorator that makes a class or function known as `name`.
@@ -158,7 +159,7 @@ class Registry(MutableMapping[str, T]):
         def decorate(kind: Any) -> Any:
             known = self._kinds.get(name)
             if known is not None and not _same(known.load(), kind):
-                raise ConfigError(f"{self.sort}.name={name}: there is a {self.sort} of that name already")
+                raise ConfigError(f"{self.field}={name}: there is a {self.sort} of that name already")
             self._kinds[name] = _Kind(lambda: kind, options)
             return kind
 
@@ -174,14 +175,14 @@ class Registry(MutableMapping[str, T]):
 
     def make_options(self, name: str, values: Mapping[str, Any], prefix: str | None = None) -> Any:
         """Returns the options of the kind `name` with these values. Raises `ConfigError` as `make_options` does."""
-        prefix = f"{self.sort}." if prefix is None else prefix
+        prefix = f"{self.field.partition('.')[0]}." if prefix is None else prefix
         return make_options(self.options(name), values, prefix, f"the {self.sort} {name}")
 
     def _find(self, name: str) -> _Kind:
         if name not in self._kinds:
             self._search()
         if name not in self._kinds:
-            raise ConfigError(f"{self.sort}.name={short(name)}: known {self.sort}s are {', '.join(self._kinds)}")
+            raise ConfigError(f"{self.field}={short(name)}: known {self.plural} are {', '.join(self._kinds)}")
         return self._kinds[name]
 
     def _search(self) -> None:

@@ -1,8 +1,10 @@
 """From the sections of a configuration to the options of the core, which knows no configuration."""
 
+from moetrain.common.extensions import CORPORA
 from moetrain.common.registry import Options
 from moetrain.config.sections.model import Model
 from moetrain.config.sections.router import Planner, Router
+from moetrain.config.sections.running import Data
 from moetrain.config.sections.training import Balance
 from moetrain.moe.options import PLANNERS, ROUTERS, BalanceOptions, RouterOptions, ZeroComputeOptions
 
@@ -18,6 +20,13 @@ def router_options(router: Router) -> RouterOptions:
 def planner_options(planner: Planner) -> Options:
     """Returns the options of the planner's kind. Raises `ConfigError` for a kind or a value that there is not."""
     made: Options = PLANNERS.make_options(planner.name, planner.options)
+    return made
+
+
+def corpus_options(data: Data) -> Options:
+    """Returns the options of the corpus's kind. Raises `ConfigError` for a kind or a value that there is not."""
+    names = CORPORA.options(data.source).names()
+    made: Options = CORPORA.make_options(data.source, {name: value for name, value in data if name in names})
     return made
 
 

@@ -14,9 +14,11 @@ from moetrain.common.errors import ConfigError
 from moetrain.config import messages
 from moetrain.config.compose import config_dir
 from moetrain.config.fields import classes_of
+from moetrain.config.kinds import SORTS
 from moetrain.config.schema import Config
 
 WORDS: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text", type(None): "null"}
+CHOSEN_BY = {"router": "router.name", "data": "data.source"}  # other sections: by their group
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
 PAGE = """# Configuration
 
@@ -68,14 +70,14 @@ def _entries() -> Iterator[Entry]:
         for name in dict.fromkeys(name for kind in classes for name in kind.model_fields):
             kinds = [kind for kind in classes if name in kind.model_fields]
             default = _write_value(defaults[section][name]) if name in defaults[section] else ""
-            fields = {_kind_name(kind): kind.model_fields[name] for kind in kinds}
+            fields = {_kind_name(section, kind): kind.model_fields[name] for kind in kinds}
             said = {kind: _describe_type(field.annotation, field) for kind, field in fields.items()}
             meanings = {kind: str(field.description) for kind, field in fields.items()}
-            chosen = "router.name" if section == "router" else section  # others are chosen by their group
+            chosen = CHOSEN_BY.get(section, section)
             meaning = _join_kinds({f"Under {chosen}={kind}": text for kind, text in meanings.items()}, " ")
             if len(kinds) < len(classes):
                 meaning += f" Only for {chosen}={' or '.join(fields)}."
-            type_ = " | ".join(said.values()) if name == "name" else _join_kinds(said, "; ")
+            type_ = " | ".join(said.values()) if name == _choice(section) else _join_kinds(said, "; ")
             yield Entry(f"{section}.{name}", type_, default, meaning)
 
 
@@ -103,9 +105,15 @@ def shipped_defaults() -> Mapping[str, Mapping[str, Any]]:
     return out
 
 
-def _kind_name(kind: type[BaseModel]) -> str:
-    """The value of `name` that stands for this kind; nothing where a section has one kind."""
-    return " or ".join(map(str, get_args(kind.model_fields["name"].annotation))) if "name" in kind.model_fields else ""
+def _choice(section: str) -> str:
+    """The field that chooses the kind of the section."""
+    return SORTS[section].choice if section in SORTS else "name"
+
+
+def _kind_name(section: str, kind: type[BaseModel]) -> str:
+    """The value of the choosing field that stands for this kind; nothing where a section has one kind."""
+    choice = kind.model_fields.get(_choice(section))
+    return " or ".join(map(str, get_args(choice.annotation))) if choice else ""
 
 
 def _first_paragraph(kind: type[BaseModel]) -> str:

@@ -1,8 +1,10 @@
-"""Sections that have kinds: `router` and `planner`, told apart by `name`. One class per kind, made of its options.
+"""Sections that have kinds: `router` and `planner`, told apart by `name`, and `data`, by `source`. One class per kind,
+made of its options.
 
-A kind is one of the registries in `moetrain.moe.options`, whether it is ours or another package's: its options become
-the fields of its section, with their types, bounds, defaults and descriptions. A section takes the options of its kind
-only. The files may hold those of our other kinds too, at their defaults: config.yaml lists all of them.
+A kind is one of the registries in `moetrain.moe.options` and `moetrain.common.extensions`, whether it is ours or
+another package's: its options become the fields of its section, with their types, bounds, defaults and descriptions. A
+section takes the options of its kind only. The files may hold those of our other kinds too, at their defaults:
+config.yaml lists all of them.
 """
 
 import dataclasses
@@ -14,9 +16,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import Field, create_model
 
 from moetrain.common.errors import ConfigError, short
+from moetrain.common.extensions import CORPORA
 from moetrain.common.registry import Registry
 from moetrain.config.sections.base import Section
 from moetrain.config.sections.router import PLANNER_OPTIONS, ROUTER_OPTIONS, Planner, Router
+from moetrain.config.sections.running import Data
 from moetrain.moe.options import PLANNERS, ROUTERS
 
 BOUNDS = {"above": "gt", "at_least": "ge", "below": "lt", "at_most": "le"}  # of registry.option -> of pydantic
@@ -28,12 +32,14 @@ class Sort(NamedTuple):
     base: type[Section]
     registry: Registry[Any]
     known: dict[str, tuple[Any, str]]  # options of our kinds: default and meaning
-    optional: bool  # whether null stands for the kind's own default
+    optional: bool = False  # whether null stands for the kind's own default
+    choice: str = "name"  # the field that chooses the kind
 
 
 SORTS: dict[str, Sort] = {
-    "router": Sort(Router, ROUTERS, ROUTER_OPTIONS, optional=False),
+    "router": Sort(Router, ROUTERS, ROUTER_OPTIONS),
     "planner": Sort(Planner, PLANNERS, PLANNER_OPTIONS, optional=True),
+    "data": Sort(Data, CORPORA, {}, choice="source"),
 }
 
 
@@ -59,9 +65,10 @@ def split_options(section: str, values: dict[str, Any]) -> tuple[type[Section], 
 
     Raises `ConfigError` for an unknown kind, and for an option of another one that is not at its default.
     """
-    name, known = values.get("name"), SORTS[section].known
+    sort, known = SORTS[section], SORTS[section].known
+    name = values.get(sort.choice, sort.base.model_fields[sort.choice].default)
     if not isinstance(name, str):
-        return SORTS[section].base, values
+        return sort.base, values
     kind = find_section(section, name)
     for option, value in values.items():
         if option in known and option not in kind.model_fields and value != known[option][0]:
@@ -72,8 +79,9 @@ def split_options(section: str, values: dict[str, Any]) -> tuple[type[Section], 
 @cache
 def _make_section(section: str, name: str, options: Any) -> type[Section]:
     sort, hints = SORTS[section], get_type_hints(options)
-    about = sort.base.model_fields["name"].description
-    fields: dict[str, Any] = {"name": (Literal[name], Field(description=about))}
+    choice = sort.base.model_fields[sort.choice]
+    about = Field(default=choice.default, description=choice.description)
+    fields: dict[str, Any] = {sort.choice: (Literal[name], about)}
     for field in dataclasses.fields(options):
         if field.name in sort.base.model_fields:
             continue

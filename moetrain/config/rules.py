@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.common.errors import ConfigError, short
-from moetrain.config.core_options import planner_options, router_options
+from moetrain.config.core_options import corpus_options, planner_options, router_options
 from moetrain.config.schema import Config
 
 
@@ -33,6 +33,7 @@ def check(c: Config) -> None:
         rule(max(len(os.fsencode(part)) for part in place.parts) <= 200, "run.name", "must have at most 200 bytes")
     m, k = c.model, c.router.top_k
     planner_options(c.planner)
+    corpus_options(c.data)
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     groups = c.balance.device_groups
     rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")

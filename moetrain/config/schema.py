@@ -51,8 +51,8 @@ class Config(Section):
     recovery: Recovery
     track: Track
     model: Model
-    data: Data
-    planner: SerializeAsAny[Planner]  # likewise
+    data: SerializeAsAny[Data]  # likewise
+    planner: SerializeAsAny[Planner]
     engine: AnyEngine
 
     @property

@@ -55,7 +55,7 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
     """(field, why it has no effect) of all fields that have none."""
     m, b = c.model, c.balance
     for section, sort in SORTS.items():
-        name = getattr(c, section).name
+        name = getattr(getattr(c, section), sort.choice)
         own = own_options(section, name)
         for option in (option for option in sort.known if option not in own):
             yield f"{section}.{option}", f"the {section} {name} has no such option"
@@ -71,9 +71,9 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
             "data.path",
             "has an effect only with data=folder; data=local, which is chosen, reads text of this installation",
         )
-    if c.data.source != "folder":
+    if c.data.source in ("local", "debian"):
         yield "data.on_bad", f"has an effect only with data=folder, not data={c.data.source}"
-    if c.data.path is None:
+    if c.data.path is None or c.data.source not in ("folder", "debian"):
         yield "data.on_change", f"has an effect only with data.path; data={c.data.source} is not checked for changes"
     if c.data.tokenizer is not None:
         yield "data.vocab_size", "has no effect with data.tokenizer, which has a vocabulary of its own"

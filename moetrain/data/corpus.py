@@ -1,4 +1,5 @@
-"""Where documents come from: text that every installation has, Debian packages, or a folder of the user's own.
+"""Where documents come from: text that every installation has, Debian packages, a folder of the user's own, or a corpus
+that another package registers.
 
 A document is (domain, text, name). Order is fixed; copies are taken once and counted.
 """
@@ -9,10 +10,11 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from moetrain.common.extensions import CORPORA
 from moetrain.config import ConfigError, Data
 from moetrain.data import debian, files
 from moetrain.data.files import BadText, LeftOut
@@ -33,10 +35,10 @@ def documents(options: Data, left_out: LeftOut) -> Iterator[Document]:
     taken: dict[str, int] = {}
     seen: dict[bytes, str] = {}
     labels: dict[str, str] = {}
-    for found in SOURCES[options.source](options, left_out):
-        document = found._replace(domain=domain_name(found.domain))
-        if labels.setdefault(document.domain, found.domain) != found.domain:
-            both = f"{labels[document.domain]!r} and {found.domain!r} would both be named {document.domain}"
+    for label, text, name in CORPORA[options.source](options, left_out):
+        document = Document(domain_name(label), text, name)
+        if labels.setdefault(document.domain, label) != label:
+            both = f"{labels[document.domain]!r} and {label!r} would both be named {document.domain}"
             raise ConfigError(f"data.path={options.path}: two domains, {both}; give one another name")
         size = len(document.text.encode())
         limit = options.max_bytes_per_domain
@@ -80,7 +82,7 @@ def cut(document: Document, share: float) -> tuple[Document, Document] | None:
     return None
 
 
-def _local(options: Data, left_out: LeftOut) -> Iterator[Document]:
+def read_local(options: Data, left_out: LeftOut) -> Iterator[Document]:
     """Python sources, C++ headers, prose and data files of this Python installation and its packages."""
     limit = options.max_bytes_per_domain or 1 << 62
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -142,7 +144,7 @@ def _read(path: Path) -> str | None:
     return text if len(text) >= MIN_CHARACTERS and "\0" not in text else None
 
 
-def _folder(options: Data, left_out: LeftOut) -> Iterator[Document]:
+def read_folder(options: Data, left_out: LeftOut) -> Iterator[Document]:
     """Text files, the first folder below `data.path` being the domain; and JSONL with `text` and perhaps `domain`."""
     path = Path(str(options.path))
     count = 0
@@ -178,7 +180,7 @@ def _rows(file: Path, domain: str, on_bad: str, left_out: LeftOut) -> Iterator[D
             yield Document(label or domain, text, f"{file}:{number}")
 
 
-def _debian(options: Data, left_out: LeftOut) -> Iterator[Document]:
+def read_debian(options: Data, left_out: LeftOut) -> Iterator[Document]:
     """Files of Debian packages, in fifteen domains."""
     for domain, text in debian.texts(options):
         if len(text) >= MIN_CHARACTERS:
@@ -197,10 +199,5 @@ def near(text: str) -> bytes:
     return hashlib.sha256(signs[max(0, middle - 500) : middle + 500].encode()).digest()
 
 
-SOURCES: dict[str, Callable[[Data, LeftOut], Iterator[Document]]] = {
-    "local": _local,
-    "debian": _debian,
-    "folder": _folder,
-}
 FINGERPRINTS = {"exact": exact, "near": near}
 COPIES = {"exact": "copies of others", "near": "near-copies of others (data.dedup=near)"}

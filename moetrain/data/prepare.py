@@ -191,6 +191,8 @@ def _prepare(options: Data, folder: Path) -> None:
         for document in documents(options, left_out):
             found.append(document)
             progress.update(task, advance=1, description=f"reading documents ({len(found)})")
+        if not found:
+            raise ConfigError(f"data.source={options.source}: must have a document that is not left out")
         progress.remove_task(task)
 
         domains = sorted({d.domain for d in found})

@@ -12,15 +12,17 @@ from moetrain.data import debian, files
 from moetrain.data.files import LeftOut
 
 NAME = "sources.json"
+WATCHED_SOURCES = ("folder", "debian")
 Listing = dict[str, tuple[int, int]]  # a file's name below `data.path`: its size in bytes, its time in ns
 
 
 def listing(options: Data) -> Listing | None:
     """The files of a folder or of Debian packages of the user's own; None where there are none to watch.
 
-    `data=local`, and packages that were fetched once, stay as they were when they were prepared.
+    `data=local`, packages that were fetched once and corpora of other packages stay as they were when they were
+    prepared.
     """
-    if options.path is None or options.source == "local":
+    if options.path is None or options.source not in WATCHED_SOURCES:
         return None
     path = Path(options.path)
     packages = options.source == "debian"

@@ -43,12 +43,33 @@ from moetrain.moe.planning.home import home
 def nowhere(counts, home_, costs=None, limits=None, state=None):
     return home(counts, home_)
 """
+WRITING = """
+from dataclasses import dataclass
+
+from moetrain.common.registry import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingOptions(Options):
+    documents: int = option(40, "Documents of the corpus.", at_least=2)
+
+
+def counting(data, left_out):
+    for number in range(data.documents):
+        yield "numbers", " ".join(map(str, range(number, number + 60))), f"document {number}"
+
+
+counting.Options = CountingOptions
+"""
 ENTRY_POINTS = """
 [moetrain.routers]
 cosine = their_kinds.routing:Cosine
 
 [moetrain.planners]
 nowhere = their_kinds.planning:nowhere
+
+[moetrain.corpora]
+counting = their_kinds.writing:counting
 """
 USE = """
 import torch
@@ -75,6 +96,17 @@ try:
     config.load(["model=tiny", "router.name=cosine", "+router.temperature=0"])
 except ConfigError as error:
     print(error)
+
+from moetrain.data import corpus, files
+
+made = config.load(["data.source=counting", "data.documents=3"])
+left_out = files.LeftOut()
+print([document.name for document in corpus.documents(made.data, left_out)], left_out.found)
+for overrides in (["data.source=counting", "data.documents=1"], ["data.source=count"], ["data.documents=3"]):
+    try:
+        config.load(overrides)
+    except ConfigError as error:
+        print(error)
 """
 
 
@@ -87,6 +119,7 @@ def installed(tmp_path: Path) -> Path:
     (package / "__init__.py").write_text("")
     (package / "routing.py").write_text(ROUTING)
     (package / "planning.py").write_text(PLANNING)
+    (package / "writing.py").write_text(WRITING)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-kinds\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(ENTRY_POINTS)
     return tmp_path
@@ -108,6 +141,10 @@ def test_kinds_of_an_installed_package_are_known_and_checked(installed: Path) ->
         "router.heat=1: the router cosine has no such option; it has top_k, scores, normalise, scaling, skew, "
         "capacity_factor, noise, temperature",
         "router.temperature=0: must be greater than 0",
+        "['document 0', 'document 1', 'document 2'] {}",
+        "data.documents=1: must be greater than or equal to 2",
+        "data.source=count: known corpora are local, debian, folder, counting",
+        "data.documents=3: no such field in this data preset",
     ]
 
 

@@ -113,9 +113,10 @@ class Track(Section):
 class Data(Section):
     """The corpus: its source, its tokenizer and how documents become sequences (docs/your-own-text.md)."""
 
-    source: Literal["local", "debian", "folder"] = Field(  # the keys of data.corpus.SOURCES
+    source: str = Field(
         description="Where text comes from. local: files of this Python installation. debian: Debian packages, fetched "
-        "with apt-get. folder: your own files. Choose it by the group, `data=folder`."
+        "with apt-get. folder: your own files. Choose these by the group, `data=folder`, and a corpus of another "
+        "package that is installed by `data.source=NAME` (docs/library.md)."
     )
     path: str | None = Field(
         description='Your text: a folder of text files (a subfolder is a domain) or JSONL with {"text", "domain"}, '
