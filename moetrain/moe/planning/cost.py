@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moetrain.moe.planning.cost_model import CostFigures, add_loan, predict_from_vector
+from moetrain.moe.planning.cost_model import add_loan, predict_from_vector
 from moetrain.moe.planning.plan import Floats, Ints, Plan
 
 
@@ -74,23 +74,23 @@ class Costs:
 
     def vector(self) -> Floats:
         """Return [14] the numbers for compiled code, in the order of `CostFigures`."""
-        figures = CostFigures(
-            row_forward=self.row_forward,
-            row_backward=self.row_backward,
-            segment_forward=self.segment_forward,
-            segment_backward=self.segment_backward,
-            row_bytes=self.row_bytes,
-            weight_bytes=self.weight_bytes,
-            gradient_bytes=self.gradient_bytes,
-            inside_latency=self.inside.latency,
-            inside_bandwidth=self.inside.bandwidth,
-            between_latency=self.between.latency,
-            between_bandwidth=self.between.bandwidth,
-            overlap=self.overlap,
-            lends=self.lends,
-            handling=self.handling,
+        numbers = (
+            self.row_forward,
+            self.row_backward,
+            self.segment_forward,
+            self.segment_backward,
+            self.row_bytes,
+            self.weight_bytes,
+            self.gradient_bytes,
+            self.inside.latency,
+            self.inside.bandwidth,
+            self.between.latency,
+            self.between.bandwidth,
+            self.overlap,
+            self.lends,
+            self.handling,
         )
-        return np.array(figures, np.float64)
+        return np.array(numbers, np.float64)
 
 
 @dataclass(frozen=True)
