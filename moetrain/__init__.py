@@ -56,6 +56,8 @@ __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hf":
+        return import_module("moetrain.hf")
     if name not in _HOMES:
         raise AttributeError(f"module 'moetrain' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -3,23 +3,29 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moetrain.common.errors import ConfigError
 from moetrain.distributed.mesh import Mesh, start
-from moetrain.verify import huggingface, preset
+from moetrain.verify import preset
 from moetrain.verify.compare import Case, Difference
-from moetrain.verify.huggingface import Step
+
+if TYPE_CHECKING:  # a model of ours needs no transformers
+    from moetrain.verify.huggingface import Step
 
 ALONE, FOUND = "alone.pt", "found.json"
 HF_CASES = ((False, 1), (True, 1), (True, 2))
 SEQUENCES_PER_RANK = 2
 
 
-def hf_step(overrides: Sequence[str], layers: int, workers: int, trust: bool, fault: str | None) -> Step:
+def hf_step(overrides: Sequence[str], layers: int, workers: int, trust: bool, fault: str | None) -> "Step":
     """The step that `model=hf model.path=DIR [planner=NAME]` describes. Raises `ConfigError` for other overrides."""
+    try:
+        from moetrain.verify import huggingface
+    except ImportError as error:
+        raise ConfigError(f"model=hf: {error}") from error
     values = dict(word.split("=", 1) for word in overrides)
     known = {"model", "model.path", "planner", "parallel.ep", "parallel.nproc"}
     for name in values.keys() - known:
@@ -27,7 +33,7 @@ def hf_step(overrides: Sequence[str], layers: int, workers: int, trust: bool, fa
     if "model.path" not in values:
         raise ConfigError("model.path: model=hf needs the folder with the model's config.json")
     planner = values.get("planner", huggingface.FORCED)
-    return Step(
+    return huggingface.Step(
         folder=values["model.path"],
         layers=layers,
         sequences=SEQUENCES_PER_RANK * workers,
@@ -38,9 +44,11 @@ def hf_step(overrides: Sequence[str], layers: int, workers: int, trust: bool, fa
     )
 
 
-def run_alone(step: Step | None, overrides: list[str], layers: int, workers: int, folder: Path) -> None:
+def run_alone(step: "Step | None", overrides: list[str], layers: int, workers: int, folder: Path) -> None:
     """Run the step in this process and keep the result in `folder`; `step` None: a model of ours."""
     if step is not None:
+        from moetrain.verify import huggingface
+
         alone: Any = huggingface.run_alone(step)
     else:
         sequences = SEQUENCES_PER_RANK * workers
@@ -50,10 +58,12 @@ def run_alone(step: Step | None, overrides: list[str], layers: int, workers: int
     torch.save(alone, folder / ALONE)
 
 
-def run_rank(step: Step | None, overrides: list[str], layers: int, mesh: Mesh, folder: Path) -> None:
+def run_rank(step: "Step | None", overrides: list[str], layers: int, mesh: Mesh, folder: Path) -> None:
     """Run the step on this rank; rank 0 writes what was found into `folder`."""
     alone = torch.load(folder / ALONE, weights_only=False)  # written by the process that started this one
     if step is not None:
+        from moetrain.verify import huggingface
+
         cases: list[Case] = huggingface.run_spread(step, mesh, alone)
     else:
         cases = preset.run_cases(overrides, layers, SEQUENCES_PER_RANK * mesh.world, mesh, alone)
