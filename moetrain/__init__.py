@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetrain.common.extensions import OptimizerOptions as OptimizerOptions
     from moetrain.common.extensions import register_corpus as register_corpus
+    from moetrain.common.extensions import register_optimizer as register_optimizer
     from moetrain.distributed.mesh import ExpertGroup as ExpertGroup
     from moetrain.moe.experts import Experts as Experts
     from moetrain.moe.layer import MoE as MoE
@@ -51,6 +53,8 @@ _HOMES = {
     "register_router": "moetrain.moe.options",
     "register_planner": "moetrain.moe.options",
     "register_corpus": "moetrain.common.extensions",
+    "register_optimizer": "moetrain.common.extensions",
+    "OptimizerOptions": "moetrain.common.extensions",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -11,6 +11,7 @@ from moetrain.checkpoint import manifest
 from moetrain.checkpoint.loading import check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
 from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_to_resume
+from moetrain.common.extensions import OPTIMIZERS, state_names
 from moetrain.config import Config, ConfigError
 from moetrain.distributed.comm import broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
@@ -80,7 +81,7 @@ def _first_rank_checks(mesh: Mesh, check: Callable[[], object]) -> None:
 def _check_all(config: Config, path: Path, same_run: bool, model: nn.Module, data: Mapping[str, str]) -> None:
     check_fits(config, path, same_run)
     check_data(path, data, same_run)
-    check_entries(path, model)
+    check_entries(path, model, state_names(OPTIMIZERS.options(config.optim.name)))
 
 
 def of_the_layout(config: Config, path: Path, mesh: Mesh) -> list[str]:

@@ -68,15 +68,16 @@ def mismatches(path: Path, names: Sequence[str]) -> list[str]:
     return []
 
 
-def check_entries(path: Path, model: nn.Module) -> None:
-    """The checkpoint must have what the whole, unsharded `model` is made of, moments included, and no more parameters.
+def check_entries(path: Path, model: nn.Module, states: tuple[str, ...] = MOMENTS) -> None:
+    """The checkpoint must have what the whole, unsharded `model` is made of, the optimizer's `states` included, and no
+    more parameters.
 
     Raises `ConfigError` that names the first difference.
     """
-    saved, wanted = manifest.read_entries(path), expected(model)
+    saved, wanted = manifest.read_entries(path), expected(model, states)
     for name, shape in wanted.items():
         _check(path, saved, name, shape)
-    parameters = {name.partition("/")[2] for name in saved if name.partition("/")[0] in MOMENTS}
+    parameters = {name.partition("/")[2] for name in saved if name.partition("/")[0] in states}
     for name in sorted(parameters):
         if f"{MODEL}/{name}" not in wanted:
             raise ConfigError(f"checkpoint={path}: has {MODEL}/{name}, which this configuration has no place for")

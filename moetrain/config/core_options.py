@@ -1,11 +1,11 @@
 """From the sections of a configuration to the options of the core, which knows no configuration."""
 
-from moetrain.common.extensions import CORPORA
+from moetrain.common.extensions import CORPORA, OPTIMIZERS
 from moetrain.common.registry import Options
 from moetrain.config.sections.model import Model
 from moetrain.config.sections.router import Planner, Router
 from moetrain.config.sections.running import Data
-from moetrain.config.sections.training import Balance
+from moetrain.config.sections.training import Balance, Optim
 from moetrain.moe.options import PLANNERS, ROUTERS, BalanceOptions, RouterOptions, ZeroComputeOptions
 
 
@@ -27,6 +27,15 @@ def corpus_options(data: Data) -> Options:
     """Returns the options of the corpus's kind. Raises `ConfigError` for a kind or a value that there is not."""
     names = CORPORA.options(data.source).names()
     made: Options = CORPORA.make_options(data.source, {name: value for name, value in data if name in names})
+    return made
+
+
+def optimizer_options(optim: Optim) -> Options:
+    """Returns the options of the optimizer's kind. Raises `ConfigError` for a kind or a value that there is not."""
+    names = OPTIMIZERS.options(optim.name).names()
+    made: Options = OPTIMIZERS.make_options(
+        optim.name, {name: value for name, value in optim if name in names}, "optim."
+    )
     return made
 
 

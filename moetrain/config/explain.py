@@ -18,7 +18,7 @@ from moetrain.config.kinds import SORTS
 from moetrain.config.schema import Config
 
 WORDS: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text", type(None): "null"}
-CHOSEN_BY = {"router": "router.name", "data": "data.source"}  # other sections: by their group
+CHOSEN_BY = {"router": "router.name", "optim": "optim.name", "data": "data.source"}  # other sections: by their group
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
 PAGE = """# Configuration
 

@@ -1,5 +1,5 @@
-"""Sections that have kinds: `router` and `planner`, told apart by `name`, and `data`, by `source`. One class per kind,
-made of its options.
+"""Sections that have kinds: `router`, `planner` and `optim`, told apart by `name`, and `data`, by `source`. One class
+per kind, made of its options.
 
 A kind is one of the registries in `moetrain.moe.options` and `moetrain.common.extensions`, whether it is ours or
 another package's: its options become the fields of its section, with their types, bounds, defaults and descriptions. A
@@ -16,11 +16,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import Field, create_model
 
 from moetrain.common.errors import ConfigError, short
-from moetrain.common.extensions import CORPORA
+from moetrain.common.extensions import CORPORA, OPTIMIZERS
 from moetrain.common.registry import Registry
 from moetrain.config.sections.base import Section
 from moetrain.config.sections.router import PLANNER_OPTIONS, ROUTER_OPTIONS, Planner, Router
 from moetrain.config.sections.running import Data
+from moetrain.config.sections.training import Optim
 from moetrain.moe.options import PLANNERS, ROUTERS
 
 BOUNDS = {"above": "gt", "at_least": "ge", "below": "lt", "at_most": "le"}  # of registry.option -> of pydantic
@@ -39,6 +40,7 @@ class Sort(NamedTuple):
 SORTS: dict[str, Sort] = {
     "router": Sort(Router, ROUTERS, ROUTER_OPTIONS),
     "planner": Sort(Planner, PLANNERS, PLANNER_OPTIONS, optional=True),
+    "optim": Sort(Optim, OPTIMIZERS, {}),
     "data": Sort(Data, CORPORA, {}, choice="source"),
 }
 

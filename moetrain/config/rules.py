@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.common.errors import ConfigError, short
-from moetrain.config.core_options import corpus_options, planner_options, router_options
+from moetrain.config.core_options import corpus_options, optimizer_options, planner_options, router_options
 from moetrain.config.schema import Config
 
 
@@ -34,6 +34,11 @@ def check(c: Config) -> None:
     m, k = c.model, c.router.top_k
     planner_options(c.planner)
     corpus_options(c.data)
+    optimizer_options(c.optim)
+    if c.optim.name != "adamw":
+        rule(c.engine.name == "native", "optim.name", "must be adamw under engine=deepspeed")
+        files = "must be none or cpu: only the states of optim.name=adamw lie in files"
+        rule(c.engine.offload != "disk", "engine.offload", files)
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     groups = c.balance.device_groups
     rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")

@@ -41,7 +41,7 @@ class Config(Section):
 
     run: Run
     train: Train
-    optim: Optim
+    optim: SerializeAsAny[Optim]  # likewise
     parallel: Parallel
     router: SerializeAsAny[Router]  # of a kind's own class, as `config.kinds` makes it
     balance: Balance

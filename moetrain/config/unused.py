@@ -6,6 +6,7 @@ A default never is: only what is set, on the command line or in a file of the us
 from collections.abc import Iterable, Iterator, Sequence
 
 from moetrain.common.errors import ConfigError, short
+from moetrain.common.extensions import OPTIMIZERS
 from moetrain.config.kinds import SORTS, own_options
 from moetrain.config.overrides import fields_of
 from moetrain.config.schema import Config, Native, Optim
@@ -77,6 +78,9 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
         yield "data.on_change", f"has an effect only with data.path; data={c.data.source} is not checked for changes"
     if c.data.tokenizer is not None:
         yield "data.vocab_size", "has no effect with data.tokenizer, which has a vocabulary of its own"
+    if c.optim.name != "adamw":
+        for option in {"betas", "eps", "state_dtype"} - set(OPTIMIZERS.options(c.optim.name).names()):
+            yield f"optim.{option}", f"the optimizer {c.optim.name} has no such option"
     if c.optim.schedule != "wsd":
         yield "optim.decay_fraction", f"has an effect only with optim.schedule=wsd, not {c.optim.schedule}"
     if not b.coefficient:

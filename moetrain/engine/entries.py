@@ -1,8 +1,9 @@
 """What a checkpoint is made of, whatever the engine: entries, each a tensor of its global shape.
 
 `model/NAME` per parameter (the fp32 master where there is one) and persistent buffer, `exp_avg/NAME` and
-`exp_avg_sq/NAME` per parameter; experts one by one under their global number. A rank holds a run of an entry's
-elements: whole rows under FSDP, a range of a flat buffer under ZeRO, all of them where it is not sharded.
+`exp_avg_sq/NAME` per parameter, or what another optimizer than AdamW has of its shape; experts one by one under their
+global number. A rank holds a run of an entry's elements: whole rows under FSDP, a range of a flat buffer under ZeRO,
+all of them where it is not sharded.
 """
 
 import math
@@ -89,9 +90,9 @@ def of_model(model: nn.Module, kinds: Callable[[nn.Parameter], Mapping[str, Held
     return out | {f"{MODEL}/{name}": held(buffer) for name, buffer in model.named_buffers() if name in kept}
 
 
-def expected(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every entry of a whole, unsharded model and its moments."""
-    entries = of_model(model, lambda parameter: dict.fromkeys((MODEL, *MOMENTS), held(parameter)))
+def expected(model: nn.Module, states: tuple[str, ...] = MOMENTS) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every entry of a whole, unsharded model and the optimizer's `states`."""
+    entries = of_model(model, lambda parameter: dict.fromkeys((MODEL, *states), held(parameter)))
     return {name: part.shape for name, part in entries.items()}
 
 

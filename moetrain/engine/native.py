@@ -1,4 +1,5 @@
-"""The native engine: FSDP2 for dense parameters and across the data ranks of an expert shard; AdamW.
+"""The native engine: FSDP2 for dense parameters and across the data ranks of an expert shard; AdamW or a
+registered optimizer.
 
 Three kinds of parameters:
 - dense: sharded over dp_shard (replicated over dp_replicate), gathered when used;
@@ -31,8 +32,9 @@ from moetrain.config import Config, Native
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.engine.base import Engine, groups, guest_slots, replicated
-from moetrain.engine.entries import MODEL, MOMENTS, Entries, Held, held, of_model
+from moetrain.engine.entries import MODEL, Entries, Held, held, of_model
 from moetrain.engine.optim import AdamW, local
+from moetrain.engine.registered import RegisteredStates, make_registered
 from moetrain.models.initialise import initialise
 from moetrain.models.transformer import Block, Transformer
 from moetrain.moe.routing.base import Replicated
@@ -52,7 +54,14 @@ class NativeEngine(Engine):
         else:
             model.to_empty(device=mesh.device)
         initialise(model, config.train.seed)
-        self.optimizer = AdamW(groups(model, config.optim.weight_decay), config.optim, _scratch(config))
+        parameters = groups(model, config.optim.weight_decay)
+        self._states: AdamW | RegisteredStates
+        if config.optim.name == "adamw":
+            self.optimizer = self._states = AdamW(parameters, config.optim, _scratch(config))
+        else:
+            device = torch.device("cpu") if _on_host(mesh, options) else mesh.device
+            self._states = make_registered(parameters, config.optim, device)
+            self.optimizer = self._states.optimizer
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         cast(FSDPModule, self.model).set_requires_gradient_sync(last)
@@ -79,13 +88,13 @@ class NativeEngine(Engine):
     def _kinds(self, optimizer: bool, parameter: nn.Parameter) -> dict[str, Held]:
         kinds = {MODEL: held(parameter)}
         if optimizer:
-            state = self.optimizer.state_of(parameter)
-            kinds |= {moment: held(state[moment]) for moment in MOMENTS}
+            state = self._states.state_of(parameter)
+            kinds |= {name: held(state[name]) for name in self._states.names}
         return kinds
 
     def restored(self, entries: Entries, step: int) -> None:
         """`entries` hold a checkpoint of `step` steps now."""
-        self.optimizer.restored(step)
+        self._states.restored(step)
 
     def _grads(self) -> Iterator[tuple[Tensor, int]]:
         for parameter in self.model.parameters():

@@ -40,6 +40,8 @@ class AdamW(torch.optim.AdamW):
     random numbers depend on the step and the parameter alone: replicas stay equal, and a resumed run repeats itself.
     """
 
+    names = MOMENTS  # of the state tensors of a parameter's shape
+
     def __init__(self, groups: Iterable[dict[str, Any]], options: Optim, folder: Path | None = None) -> None:
         super().__init__(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
         self._dtype = torch.bfloat16 if options.state_dtype == "bf16" else torch.float32

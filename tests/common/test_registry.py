@@ -61,12 +61,34 @@ def counting(data, left_out):
 
 counting.Options = CountingOptions
 """
+OPTIMIZING = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+import moetrain
+from moetrain.common.registry import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumOptions(moetrain.OptimizerOptions):
+    state_names: ClassVar = ("momentum_buffer",)
+    momentum: float = option(0.9, "Decay of the velocity per optimizer step.", at_least=0, below=1)
+
+
+class Momentum(torch.optim.SGD):
+    Options = MomentumOptions
+"""
 ENTRY_POINTS = """
 [moetrain.routers]
 cosine = their_kinds.routing:Cosine
 
 [moetrain.planners]
 nowhere = their_kinds.planning:nowhere
+
+[moetrain.optimizers]
+momentum = their_kinds.optimizing:Momentum
 
 [moetrain.corpora]
 counting = their_kinds.writing:counting
@@ -102,6 +124,17 @@ from moetrain.data import corpus, files
 made = config.load(["data.source=counting", "data.documents=3"])
 left_out = files.LeftOut()
 print([document.name for document in corpus.documents(made.data, left_out)], left_out.found)
+assert config.load(["optim.name=momentum", "optim.momentum=0.5"]).optim.momentum == 0.5
+for overrides in (["optim.name=momentum", "optim.momentum=1"], ["optim.name=momentum", "optim.betas=[0.8,0.9]"]):
+    try:
+        config.load(overrides)
+    except ConfigError as error:
+        print(error)
+for overrides in (["optim.name=momentum", "engine=deepspeed"], ["optim.name=adam"]):
+    try:
+        config.load(overrides)
+    except ConfigError as error:
+        print(error)
 for overrides in (["data.source=counting", "data.documents=1"], ["data.source=count"], ["data.documents=3"]):
     try:
         config.load(overrides)
@@ -120,6 +153,7 @@ def installed(tmp_path: Path) -> Path:
     (package / "routing.py").write_text(ROUTING)
     (package / "planning.py").write_text(PLANNING)
     (package / "writing.py").write_text(WRITING)
+    (package / "optimizing.py").write_text(OPTIMIZING)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-kinds\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(ENTRY_POINTS)
     return tmp_path
@@ -142,6 +176,10 @@ def test_kinds_of_an_installed_package_are_known_and_checked(installed: Path) ->
         "capacity_factor, noise, temperature",
         "router.temperature=0: must be greater than 0",
         "['document 0', 'document 1', 'document 2'] {}",
+        "optim.momentum=1: must be less than 1",
+        "optim.betas=(0.8, 0.9): the optimizer momentum has no such option",
+        "optim.name=momentum: must be adamw under engine=deepspeed",
+        "optim.name=adam: known optimizers are adamw, momentum",
         "data.documents=1: must be greater than or equal to 2",
         "data.source=count: known corpora are local, debian, folder, counting",
         "data.documents=3: no such field in this data preset",

@@ -212,10 +212,11 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
             "parallel.tp: no such field; parallel has nproc, ep, dp_shard, dp_replicate, uneven",
         ),
         (
-            ["optim.name=muon"],
-            "optim.name: no such field; optim has lr, min_lr, schedule, warmup, decay_fraction, betas, eps, "
+            ["optim.rule=muon"],
+            "optim.rule: no such field; optim has name, lr, min_lr, schedule, warmup, decay_fraction, betas, eps, "
             "weight_decay, clip, state_dtype",
         ),
+        (["optim.name=muon"], "optim.name=muon: known optimizers are adamw"),
         (["run.name=lr=0.1"], f"run.name=lr=0.1: {QUOTED}, \"run.name='lr=0.1'\""),
         (["run.name=é"], f"run.name=é: {QUOTED}, \"run.name='é'\""),
         (["generate.prompt=def f("], f"generate.prompt=def f(: {QUOTED}, \"generate.prompt='def f('\""),

@@ -48,8 +48,13 @@ class Train(Section):
 
 
 class Optim(Section):
-    """AdamW, its learning-rate schedule and gradient clipping."""
+    """The optimizer, its learning-rate schedule and gradient clipping."""
 
+    name: str = Field(
+        default="adamw",
+        description="The optimizer. Besides adamw those of other packages that are installed, under `engine=native` "
+        "(docs/library.md).",
+    )
     lr: PositiveFloat = Field(description="Highest learning rate, reached after the warm-up.")
     min_lr: NonNegativeFloat = Field(description="Learning rate at the last step; at most `optim.lr`.")
     schedule: Literal["cosine", "wsd"] = Field(
