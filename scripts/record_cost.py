@@ -41,7 +41,7 @@ class Switch:
 
     def of(self, stats: Sequence[LayerStats]) -> RouterSums:
         if self.on or self.last is None:
-            self.last = RouterSums.of(stats)
+            self.last = RouterSums.collect(stats)
         return self.last
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     layout = config.resolve_layout(settings, place.world)
 
     def measure_and_print(mesh: Mesh) -> None:
-        for way, ratios in measure(precision.settled(settings, mesh), mesh).items():
+        for way, ratios in measure(precision.resolve_dtype(settings, mesh), mesh).items():
             low, middle, high = statistics.quantiles(ratios, n=4)
             print(f"rank {mesh.rank} {way:5} with/without {middle:.4f} ({low:.4f} to {high:.4f}), {len(ratios)} pairs")
 

@@ -21,7 +21,7 @@ PRODUCTS = 4  # of them between two looks at the clock
 SETTLE = 3
 
 
-def run(options: argparse.Namespace) -> int:
+def run_benchmark(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale = options.scale or (1 if device.type == "cuda" else 16)
     found = [measure(name, shape_of(name, scale), device, options.repeats) for name in options.shape]

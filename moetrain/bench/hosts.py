@@ -54,7 +54,7 @@ LEGEND = (
 )
 
 
-def run(options: argparse.Namespace) -> int:
+def run_benchmark(options: argparse.Namespace) -> int:
     """Be a worker on a host; else make the hosts and start the workers on them."""
     place = local.from_env()
     if place is not None:
@@ -86,7 +86,7 @@ def _wait(workers: list) -> int:
 
 
 def _measure_and_write(options: argparse.Namespace, mesh: Mesh) -> None:
-    dtype = precision.agree(options.dtype, mesh)
+    dtype = precision.agree_on_dtype(options.dtype, mesh)
     shape = Shape(options.tokens, DIM, HIDDEN, HOST_EXPERTS, TOP_K, dtype)
     found = records(mesh, shape, options.scenario, options.per_host, options.repeats)
     if mesh.is_main:

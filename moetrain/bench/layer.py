@@ -31,11 +31,11 @@ from moetrain.training.ranks import run_on_rank
 SETTLE = 2  # runs of a cell before it is timed
 
 
-def run(options: argparse.Namespace) -> int:
+def run_benchmark(options: argparse.Namespace) -> int:
     """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
     place = local.from_env()
     workers = place[1] if place else 1 if options.virtual_ranks else options.nproc or local.auto_nproc()
-    grid = Grid.of(options, options.virtual_ranks or workers)
+    grid = Grid.from_options(options, options.virtual_ranks or workers)
     if "triton" in grid.kernels and not torch.cuda.is_available():
         raise ConfigError("--kernels triton: needs a GPU")
     if options.out:
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _measure_all(options: argparse.Namespace, grid: Grid, mesh: Mesh) -> None:
-    dtypes = {asked: precision.agree(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
+    dtypes = {asked: precision.agree_on_dtype(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
     grid = replace(grid, shapes=[replace(s, dtype=dtypes[s.dtype]) for s in grid.shapes])
     if options.virtual_ranks:
         found = by_kernels(grid, lambda backend: virtual.records(mesh, grid, options.virtual_ranks, backend))

@@ -27,7 +27,7 @@ class Grid:
     kernels: Sequence[str] = tuple(KERNELS[:1])
 
     @classmethod
-    def of(cls, options: argparse.Namespace, num_ranks: int) -> "Grid":
+    def from_options(cls, options: argparse.Namespace, num_ranks: int) -> "Grid":
         from moetrain.moe import planning  # compiled code: not for every command line
 
         for name in options.planner:

@@ -64,12 +64,12 @@ class Bench:
     position: int  # first global sample of the next step
 
     @classmethod
-    def of(cls, settings: Config, mesh: Mesh, options: Options) -> "Bench":
+    def build(cls, settings: Config, mesh: Mesh, options: Options) -> "Bench":
         """After the warm-up: ordinary steps from scratch; from a checkpoint, steps that change nothing."""
         corpus, loader = open_data(settings)
         settings = with_vocabulary(settings, corpus)
         saved = checkpoint.find_named(settings)
-        settings = precision.settled(settings, mesh, checkpoint.known_dtype(None, saved))
+        settings = precision.resolve_dtype(settings, mesh, checkpoint.known_dtype(None, saved))
         engine = build_engine(build(settings), mesh, settings)
         if saved is not None:
             checkpoint.load(saved, engine)
@@ -199,10 +199,10 @@ def _quartiles(ratios: np.ndarray) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def run(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
+def run_benchmark(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
     """What every worker does for the verb."""
-    options = Options.of(given)
-    found = records(Bench.of(settings, mesh, options), options)
+    options = Options.from_arguments(given)
+    found = records(Bench.build(settings, mesh, options), options)
     if not mesh.is_main:
         return
     if given.json:

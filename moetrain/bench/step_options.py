@@ -20,7 +20,7 @@ class Options:
     peers: bool = False
 
     @classmethod
-    def of(cls, given: argparse.Namespace) -> "Options":
+    def from_arguments(cls, given: argparse.Namespace) -> "Options":
         """Raises `ConfigError`."""
         from moetrain.moe.planning import PLANNERS
 

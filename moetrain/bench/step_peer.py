@@ -63,7 +63,7 @@ class Peer:
         optim, device = self._config.optim, self._mesh.device
         total = 0.0
         for number, share in enumerate(shares):
-            batch = Batch.of(share, self._config, device)
+            batch = Batch.from_sequences(share, self._config, device)
             last = number == len(shares) - 1
             with contextlib.nullcontext() if last else self._ddp.no_sync():  # type: ignore[operator]
                 with torch.autocast(device.type, torch.bfloat16, enabled=self._config.train.dtype == "bf16"):

@@ -85,7 +85,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
         arguments.add_json(parser, "print one JSON list")
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     if options.what == "plan":
         return _plan(options)
     if options.what == "step":
@@ -93,14 +93,14 @@ def run(options: argparse.Namespace) -> int:
     if options.what == "layer":
         from moetrain.bench import layer
 
-        return layer.run(options)
+        return layer.run_benchmark(options)
     if options.what == "gpu":
         from moetrain.bench import gpu
 
-        return gpu.run(options)
+        return gpu.run_benchmark(options)
     from moetrain.bench import hosts
 
-    return hosts.run(options)
+    return hosts.run_benchmark(options)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +209,7 @@ def _step(options: argparse.Namespace) -> int:
     from moetrain.cli.workers import run_with_workers
 
     settings = config.load(options.overrides)
-    if step_options.Options.of(options).peers:
+    if step_options.Options.from_arguments(options).peers:
         step_options.check_peer(settings)
     checkpoint.find_named(settings)
     return run_with_workers(options, settings, "bench")

@@ -29,7 +29,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_config_dir(verb)
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     if options.explain is not None:
         if options.overrides or options.keep or options.config_dir:
             raise ConfigError("--explain: can only be combined with --json")

@@ -20,7 +20,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_config_dir(verb)
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     from moetrain import config
     from moetrain.data import prepare
 

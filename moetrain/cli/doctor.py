@@ -33,7 +33,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_config_dir(verb)
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     from moetrain import config
 
     settings, found = config.load(options.overrides, options.config_dir), []

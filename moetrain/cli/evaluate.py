@@ -17,7 +17,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_json(verb)
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     from moetrain.cli.saved_run import load_run
     from moetrain.cli.workers import run_with_workers
 

@@ -24,7 +24,7 @@ class Verb(Protocol):
 
     def add_options(self, verb: argparse.ArgumentParser) -> None: ...
 
-    def run(self, options: argparse.Namespace) -> int:
+    def execute(self, options: argparse.Namespace) -> int:
         """Returns the exit code; raises `ConfigError` for bad input."""
         ...
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from moetrain.config import unused
 
             unused.check_verb(options.verb, options.overrides)
-        return VERBS[options.verb].run(options)
+        return VERBS[options.verb].execute(options)
     except ConfigError as error:
         return worker.report_bad_input(error)
 

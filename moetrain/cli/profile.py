@@ -18,7 +18,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_config_dir(verb)
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     from moetrain import config
     from moetrain.cli.workers import run_with_workers
 

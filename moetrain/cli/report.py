@@ -30,7 +30,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_json(verb, "print the findings as JSON")
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     from moetrain import runs
     from moetrain.report import build, pictures
     from moetrain.report.read import open_run

@@ -39,7 +39,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_config_dir(verb)
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     from moetrain.simulate import request, show, sweep
     from moetrain.simulate.predict import predict
 

@@ -36,7 +36,7 @@ ASKED = ".asked"  # a file in the sweep's folder: the runs under way are to save
 LOOK_SECONDS = 0.1
 
 
-def run(overrides: Sequence[str], extra_dir: str | None) -> int:
+def run_sweep(overrides: Sequence[str], extra_dir: str | None) -> int:
     """Every combination of the values given, `field=a,b,c`. Returns the exit code; raises `ConfigError`."""
     if "RANK" in os.environ:
         raise ConfigError("--multirun: a sweep starts the workers of its runs itself; start it without torchrun")
@@ -87,14 +87,14 @@ def _is_ours(override: Override) -> bool:
     return not override.is_hydra_override()
 
 
-def _given(parsed: Sequence[Override], group: str) -> str:
+def _find_override(parsed: Sequence[Override], group: str) -> str:
     """The value given for one of Hydra's own groups, or nothing."""
     return next((str(o.value()) for o in parsed if o.key_or_group == group), "")
 
 
 def _check_launcher(parsed: Sequence[Override]) -> None:
     """That Hydra's launcher is installed."""
-    launcher = _given(parsed, "hydra/launcher")
+    launcher = _find_override(parsed, "hydra/launcher")
     package = launcher.partition("_")[0]
     if package in ("joblib", "submitit") and find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
         raise ConfigError(f"hydra/launcher={launcher}: needs a package, pip install 'moetrain[sweep]'")
@@ -102,13 +102,13 @@ def _check_launcher(parsed: Sequence[Override]) -> None:
 
 def _checked(parsed: Sequence[Override], same: Sequence[str], extra_dir: str | None) -> list[str] | None:
     """The names of all runs, whose settings are sound. None where a sweeper finds out as it goes."""
-    if _given(parsed, "hydra/sweeper"):
+    if _find_override(parsed, "hydra/sweeper"):
         return None
     try:
         (jobs,) = BasicSweeper.split_arguments([o for o in parsed if _is_ours(o)], None)
     except HydraException as error:
         raise ConfigError(f"--multirun: {str(error).partition(chr(10))[0]}") from None
-    here = not _given(parsed, "hydra/launcher").startswith("submitit")
+    here = not _find_override(parsed, "hydra/launcher").startswith("submitit")
     for job in jobs:
         _check(config.load(job, extra_dir), here)
     return [_name(number, job, same) for number, job in enumerate(jobs)]

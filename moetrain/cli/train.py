@@ -31,7 +31,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_config_dir(verb)
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     from moetrain import checkpoint, config, runs
     from moetrain.cli.workers import run_with_workers
 
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
         if options.resolved or options.dry_run or options.json:
             raise ConfigError("--multirun: cannot be combined with --resolved, --dry-run or --json")
-        return sweep.run(options.overrides, options.config_dir)
+        return sweep.run_sweep(options.overrides, options.config_dir)
     if options.resolved:
         settings = config.load_resolved(Path(options.resolved), options.overrides)
     else:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         from moetrain.launch import local
         from moetrain.training import dry_run
 
-        return dry_run.run(settings, settings.parallel.nproc or local.auto_nproc(), options.json)
+        return dry_run.show_dry_run(settings, settings.parallel.nproc or local.auto_nproc(), options.json)
     runs.check_writable(settings)
     checkpoint.find_to_resume(settings, runs.folder_of(settings) if settings.run.name else None)
     return run_with_workers(options, settings, "train")

@@ -36,7 +36,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--found", metavar="FOLDER", help=argparse.SUPPRESS)  # for the workers that this starts
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     from moetrain.launch import local
 
     words = dict(word.split("=", 1) for word in options.overrides if "=" in word)

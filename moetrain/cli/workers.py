@@ -80,7 +80,7 @@ def _do(options: argparse.Namespace, settings: "Config", verb: str, mesh: "Mesh"
     if verb == "bench":
         from moetrain.bench import step
 
-        step.run(settings, mesh, options)
+        step.run_benchmark(settings, mesh, options)
         return
     if verb == "train":
         from moetrain.report.build import write_of

@@ -22,7 +22,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_json(verb, "only print the definition, without an account")
 
 
-def run(options: argparse.Namespace) -> int:
+def execute(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("workspace: needs the package wandb-workspaces: pip install 'moetrain[workspace]'")
     from moetrain.observe import workspace

@@ -51,7 +51,7 @@ def parameters(config: Config) -> int:
     from moetrain.engine import precision
     from moetrain.observe.estimate import estimate
 
-    config = precision.taken(config, "bf16")
+    config = precision.replace_auto(config, "bf16")
     model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.vocab_size})
     return estimate(config.model_copy(update={"model": model}), 1).total
 

@@ -40,7 +40,7 @@ class Engine(ABC):
 
     def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
         self.model, self.mesh, self.clip = model, mesh, config.optim.clip
-        self.dtype = precision.of(config)
+        self.dtype = precision.get_dtype(config)
         self._recompute = config.train.recompute == "full"
 
     def forward(self, *args: Any) -> tuple[Tensor, list[LayerStats]]:

@@ -107,7 +107,7 @@ def shard(model: Transformer, mesh: Mesh, config: Config) -> None:
     """Spread `model`, on whatever device it is, over the ranks; without values yet where that is the meta device."""
     options = _options(config)
     policy = MixedPrecisionPolicy(
-        param_dtype=precision.of(config),
+        param_dtype=precision.get_dtype(config),
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )

@@ -57,7 +57,7 @@ def chosen(speed: float) -> str:
 
 
 def describe(speed: float) -> str:
-    """`speed` in words."""
+    """Return `speed` in words."""
     if speed in (0.0, float("inf")):
         return f"this GPU has {'' if speed else 'no '}bf16"
     if speed < 1:
@@ -65,13 +65,13 @@ def describe(speed: float) -> str:
     return f"bf16 products run at {speed:.2g} times the speed of fp32 ones here"
 
 
-def of(config: Config) -> torch.dtype:
-    """What `config` computes in; `auto` is settled."""
+def get_dtype(config: Config) -> torch.dtype:
+    """Return what `config` computes in. Raises `KeyError` for `auto`: `resolve_dtype` comes first."""
     return DTYPES[config.train.dtype]
 
 
-def taken(config: Config, dtype: str) -> Config:
-    """`config` with `dtype` in place of `auto`."""
+def replace_auto(config: Config, dtype: str) -> Config:
+    """Return `config` with `dtype` in place of `auto`."""
     if config.train.dtype != AUTO:
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
@@ -81,17 +81,17 @@ def _say(note: str) -> None:
     errors.print(note)
 
 
-def settled(config: Config, mesh: Mesh, kept: str = "", say: Callable[[str], None] = _say) -> Config:
-    """`config` with the dtype that all ranks compute in, as `agree` finds it. All ranks call it.
+def resolve_dtype(config: Config, mesh: Mesh, kept: str = "", say: Callable[[str], None] = _say) -> Config:
+    """Return `config` with the dtype that all ranks compute in, as `agree_on_dtype` finds it. All ranks call it.
 
     `kept`: what the run has computed in so far, if anything, as rank 0 knows it; `auto` stays with it.
     """
     kept = broadcast_text(kept, mesh.device)
-    return taken(config, agree(taken(config, kept or AUTO).train.dtype, mesh, say))
+    return replace_auto(config, agree_on_dtype(replace_auto(config, kept or AUTO).train.dtype, mesh, say))
 
 
-def agree(asked: str, mesh: Mesh, say: Callable[[str], None] = _say) -> str:
-    """`asked`, or for `auto` what every rank does well. All ranks call it and get the same.
+def agree_on_dtype(asked: str, mesh: Mesh, say: Callable[[str], None] = _say) -> str:
+    """Return `asked`, or for `auto` what every rank does well. All ranks call it and get the same.
 
     Where bf16 is slow, rank 0 says so in one line.
     """

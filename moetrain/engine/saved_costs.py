@@ -28,7 +28,7 @@ COSTS = "costs.json"  # in a run's folder and in its checkpoints
 def layer_of(config: Config) -> Layer:
     """Returns the layer of experts of a run."""
     model, top_k = config.model, config.router.top_k
-    return Layer(model.dim, model.expert_hidden, model.num_experts, top_k, precision.of(config))
+    return Layer(model.dim, model.expert_hidden, model.num_experts, top_k, precision.get_dtype(config))
 
 
 def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Costs:

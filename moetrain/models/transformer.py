@@ -180,7 +180,7 @@ class Block(nn.Module):
                 flat_TD, scores, carry = run.dense(self._route, x, carry, place, turn)
             decision = self.moe.decide(scores, place, next(replay, None), turn)
             x = x + run.experts(self.moe.compute, flat_TD, scores, decision, turn, run.shared).view_as(x)
-            stats.append(LayerStats.of(scores, decision))
+            stats.append(LayerStats.collect(scores, decision))
         return x, stats, carry
 
     def _dense(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:

@@ -77,7 +77,7 @@ class Sizes(NamedTuple):
     product_rows: int  # of a dense product that a transfer is hidden behind
 
     @classmethod
-    def of(cls, layer: Layer, ranks: int, device: str, free_bytes: float) -> "Sizes":
+    def for_layer(cls, layer: Layer, ranks: int, device: str, free_bytes: float) -> "Sizes":
         """`device`: its type. On a GPU as many experts as a rank has, fewer where half of `free_bytes` is too little,
         and links at 64 MiB to each peer; a CPU, where little takes long, is measured at what takes milliseconds."""
         if device != "cuda":
@@ -128,9 +128,9 @@ def measure(ranks: Ranks, layer: Layer, backend: str | None = None) -> Costs:
 
     All ranks call it; a few seconds. `backend`: one of `kernels.api.BACKENDS` for the sums and the SwiGLU.
     """
-    sizes = Sizes.of(layer, ranks.ep.size, ranks.device.type, min(_gather(ranks, _free_bytes(ranks.device))))
+    sizes = Sizes.for_layer(layer, ranks.ep.size, ranks.device.type, min(_gather(ranks, _free_bytes(ranks.device))))
     segments, (few, many) = sizes.segments, sizes.rows
-    works = [Work.of(layer, segments, rows, ranks.device) for rows in (few, many)]
+    works = [Work.for_layer(layer, segments, rows, ranks.device) for rows in (few, many)]
     measured = _compare(ranks, works[1], backend)
     left = frozenset(each.part for each in measured if each.torch_is_faster)
     kernels = works[1].choose(KernelChoice(backend, left))
@@ -188,7 +188,7 @@ class Work(NamedTuple):
     sizes: list[int]  # [S]
 
     @classmethod
-    def of(cls, layer: Layer, segments: int, rows: int, device: torch.device) -> "Work":
+    def for_layer(cls, layer: Layer, segments: int, rows: int, device: torch.device) -> "Work":
         """`segments` experts of `rows` rows."""
         dim, hidden, total = layer.dim, layer.hidden, rows * segments
         new: Callable[..., Tensor] = lambda *shape: torch.randn(shape, device=device).mul_(0.1).to(layer.dtype)  # noqa: E731

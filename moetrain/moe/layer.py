@@ -64,7 +64,7 @@ class LayerStats:
     clock: Clock
 
     @classmethod
-    def of(cls, scores: Scores, decision: Decision) -> "LayerStats":
+    def collect(cls, scores: Scores, decision: Decision) -> "LayerStats":
         """After `compute`: ends the layer's clock."""
         decision.clock.stop()
         d = decision
@@ -190,7 +190,7 @@ class MoE(nn.Module):
             y_TD = checkpoint(self.compute, x_TD, scores, decision, use_reentrant=False, preserve_rng_state=False)
         else:
             y_TD = self.compute(x_TD, scores, decision)
-        stats = LayerStats.of(scores, decision)
+        stats = LayerStats.collect(scores, decision)
         if not is_again:
             if y_TD.requires_grad:  # the graph keeps them, and they go with it
                 y_TD.register_hook(partial(_keep, decision, stats))

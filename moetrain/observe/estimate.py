@@ -59,7 +59,7 @@ def estimate(config: Config, world: int) -> Estimate:
     whole = [math.ceil(math.ceil(e / ep) / (shard // ep)) for e in m.experts_of_layers]  # experts that a rank holds
     per_rank = dense // shard + sum(whole) * expert + routers
 
-    width = precision.of(config).itemsize
+    width = precision.get_dtype(config).itemsize
     tokens = t.seq_len * config.micro_batch(world)
     live = 1 if isinstance(config.engine, Native) and config.engine.reshard_after_forward else m.num_layers
     block = (dense - embeddings + experts // ep) // m.num_layers
@@ -91,7 +91,7 @@ def estimate(config: Config, world: int) -> Estimate:
 
 def _head_bytes(config: Config, tokens: int) -> int:
     """Bytes that the head and its cross entropy hold on this host's device."""
-    device, dtype = device_of(0), precision.of(config)
+    device, dtype = device_of(0), precision.get_dtype(config)
     is_fused = DEFAULT_KERNELS.choose(device, dtype).has_fused_cross_entropy
     assert config.model.vocab_size is not None
     sizes = tokens, config.model.dim, config.model.vocab_size, dtype.itemsize

@@ -49,7 +49,7 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     config = with_vocabulary(runs.absolute(config), corpus)
     folder, model, notes = runs.folder_of(config), build(config), versions.newer_than_tested()
     start = checkpoint.agree_on_start(config, folder, mesh, model, corpus.fingerprint)
-    config = precision.settled(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
+    config = precision.resolve_dtype(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
     saved, more = recovery.find_newer(start, config, folder, mesh)
     first, position = checkpoint.progress(saved)
     is_complete = first >= config.train.steps and _has_summary(folder, mesh)

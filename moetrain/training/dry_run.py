@@ -33,14 +33,15 @@ REMEDIES: dict[str, dict[str, dict[str, str | bool]]] = {  # what may make a run
 }
 
 
-def run(config: Config, world: int, as_json: bool) -> int:
+def show_dry_run(config: Config, world: int, as_json: bool) -> int:
     """Print parameters and memory per rank of `config` on `world` ranks. Raises `ConfigError`."""
     if not isinstance(config.engine, Native):
         raise ConfigError(f"engine={config.engine.name}: --dry-run lays out the native engine only")
     if config.model.vocab_size is None:  # that of the data, which need not be there yet
         model = config.model.model_copy(update={"vocab_size": config.data.vocab_size})
         config = config.model_copy(update={"model": model})
-    config, layout = precision.taken(config, "bf16"), resolve_layout(config, world)  # another machine, likely with GPUs
+    config = precision.replace_auto(config, "bf16")  # another machine, likely with GPUs
+    layout = resolve_layout(config, world)
     whole = build(config)
     total = dict(_count(whole))
     with mesh.pretend(rank=0, world=world, ep=layout.ep, dp_replicate=layout.dp_replicate) as pretended:

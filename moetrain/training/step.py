@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     about: tuple[Tensor | None, ...]  # what else the model takes: document, domain, sample of the tokens
 
     @classmethod
-    def of(cls, share: Sequences, config: Config, device: torch.device) -> "Batch":
+    def from_sequences(cls, share: Sequences, config: Config, device: torch.device) -> "Batch":
         tokens, domain, document, sample = (torch.from_numpy(x).to(device) for x in vars(share).values())
         within = document[:, :-1] if config.data.attend_within_documents else None
         return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], (within, domain[:, :-1], sample))
@@ -46,7 +46,7 @@ def optimizer_step(
     parts: list[Part] = []
     model, groups = engine.model, engine.mesh.ep.size
     balance = BalanceLoss(balance_options(config.balance), model.routers, tokens_in_batch, config.train.seq_len, groups)
-    batches = [Batch.of(share, config, engine.mesh.device) for share in shares]
+    batches = [Batch.from_sequences(share, config, engine.mesh.device) for share in shares]
     choices: list[list[Choice] | None] = [None] * len(batches)
     if balance.looks_ahead:
         with clock.phase("forward"):
@@ -54,10 +54,10 @@ def optimizer_step(
     for number, batch in enumerate(batches):
         with clock.phase("forward"):
             nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number])
-            losses, router = balance.losses(stats), RouterSums.of(stats)
+            losses, router = balance.losses(stats), RouterSums.collect(stats)
         with clock.phase("backward"):
             loss = nats.sum() / tokens_in_batch + losses.weighted
-            engine.backward(spoilt(loss), last=number == len(batches) - 1)
+            engine.backward(spread_not_finite(loss), last=number == len(batches) - 1)
         losses = losses._replace(weighted=losses.weighted.detach())
         parts.append(Part(nats.detach(), batch.domain, losses, [s.light() for s in stats], router))
         choices[number] = None  # they are large
@@ -68,8 +68,8 @@ def optimizer_step(
     return Step(parts, balance.counts, norm, clock)
 
 
-def spoilt(loss: Tensor) -> Tensor:
-    """The loss; where it is not finite, one whose gradients are not either, so that all ranks see it in their norm."""
+def spread_not_finite(loss: Tensor) -> Tensor:
+    """Return the loss, or where it is not finite one whose gradients are not either: all ranks see it in their norm."""
     return loss * (1 + 0 * loss.detach())
 
 

@@ -43,7 +43,7 @@ def train_run(config: Config, mesh: Mesh, as_json: bool, at_end: Sequence[AtEnd]
 
 def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     """Measure the layer of the config's model on these ranks and keep it in place of what was known."""
-    config = precision.settled(config, mesh)
+    config = precision.resolve_dtype(config, mesh)
     began, layer = time.perf_counter(), saved_costs.layer_of(config)
     costs = calibrate.measure(mesh, layer)
     path = saved_costs.keep(mesh, layer, costs)
@@ -109,7 +109,7 @@ def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
     corpus, _ = open_data(config)
     for line in prepare.outdated(corpus.folder, config.data) if mesh.is_main else []:
         errors.print(line)
-    config = precision.settled(with_vocabulary(config, corpus), mesh)
+    config = precision.resolve_dtype(with_vocabulary(config, corpus), mesh)
     saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
     for path, said in passed if mesh.is_main else []:
         errors.print(f"{path} is incomplete or damaged and is skipped: {said}")

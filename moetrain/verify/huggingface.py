@@ -213,7 +213,7 @@ def scatter_rows(counts: Ints, home: Ints, *rest: Any) -> Plan:
         cuts = np.sort(rng.integers(0, load + 1, len(ranks) - 1))
         sizes = np.diff(np.concatenate([[0], cuts, [load]])).tolist()
         chunks += [(expert, rank, size) for rank, size in zip(ranks, sizes, strict=True)]
-    return Plan.of(counts, home, chunks)
+    return Plan.from_chunks(counts, home, chunks)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ PLANNERS = ["home", "makespan"]
 
 def measured(mesh: Mesh, overrides: list[str], options: Options) -> tuple[list[dict[str, Any]], bool, set[int]]:
     """(records, whether all weights are bit for bit what they were, the domains that this rank reads)."""
-    bench = step.Bench.of(config.load(overrides), mesh, options)
+    bench = step.Bench.build(config.load(overrides), mesh, options)
     before = {name: weight.detach().clone() for name, weight in bench.engine.model.state_dict().items()}
     found = step.records(bench, options)
     after = bench.engine.model.state_dict()
@@ -81,7 +81,7 @@ def test_a_checkpoint_is_where_it_starts(pool: Pool, tiny: list[str]) -> None:
 
 def beside(mesh: Mesh, overrides: list[str]) -> tuple[list[dict[str, Any]], int, float]:
     """(records with a peer, its parameters, its loss on a batch before anything is learned)."""
-    bench = step.Bench.of(config.load(overrides), mesh, Options(["home"], repeats=1, warmup=0))
+    bench = step.Bench.build(config.load(overrides), mesh, Options(["home"], repeats=1, warmup=0))
     peer = Peer(bench.config, mesh, bench.shares(0))
     loss = peer.step(bench.shares(0), lr=0.0)
     found = step.records(bench, Options(["home"], repeats=2, warmup=0, peers=True))

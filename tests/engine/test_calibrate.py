@@ -32,21 +32,21 @@ GIB = 1 << 30
 
 @pytest.mark.parametrize("layer", PUBLISHED.values(), ids=PUBLISHED.keys())
 def test_a_gpu_is_measured_at_the_sizes_of_training(layer: calibrate.Layer) -> None:
-    sizes = calibrate.Sizes.of(layer, 8, "cuda", 70 * GIB)
+    sizes = calibrate.Sizes.for_layer(layer, 8, "cuda", 70 * GIB)
     assert sizes.segments == layer.experts // 8
     assert sizes.rows == (512, 4096)
     assert sizes.message_bytes == (1 << 10, 1 << 26)
-    narrow, none = (calibrate.Sizes.of(layer, 8, "cuda", free) for free in (8 * GIB, 0))
+    narrow, none = (calibrate.Sizes.for_layer(layer, 8, "cuda", free) for free in (8 * GIB, 0))
     assert none.segments == 1 <= narrow.segments < sizes.segments
     assert narrow.segments * 2 * layer.dtype.itemsize * layer.weights < 4 * GIB  # weights and gradients alone
-    wide = calibrate.Sizes.of(layer, 128, "cuda", 70 * GIB)
+    wide = calibrate.Sizes.for_layer(layer, 128, "cuda", 70 * GIB)
     assert 127 * wide.message_bytes[1] <= GIB  # to all peers together
     assert wide.segments == layer.experts // 128
 
 
 def test_a_cpu_is_measured_at_what_it_does_in_milliseconds() -> None:
     for layer in (LAYER, *PUBLISHED.values()):
-        sizes = calibrate.Sizes.of(layer, 8, "cpu", math.inf)
+        sizes = calibrate.Sizes.for_layer(layer, 8, "cpu", math.inf)
         few, many = sizes.rows
         assert (sizes.segments, sizes.message_bytes, many) == (4, (1 << 10, 1 << 21), 8 * few)
         assert many == 64 or 6 * layer.weights * 4 * many <= 1e10
@@ -60,7 +60,7 @@ def of_a_made_machine(mesh: Mesh, device: str) -> list[Costs]:
             work()
         return 1.0 + counter.get_total_flops()
 
-    chosen = calibrate.Sizes.of(LAYER, 2, device, GIB)
+    chosen = calibrate.Sizes.for_layer(LAYER, 2, device, GIB)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_time", seconds)
         patch.setattr(cpu_gemm, "able", lambda *_: False)  # only torch's products are counted
@@ -71,7 +71,7 @@ def of_a_made_machine(mesh: Mesh, device: str) -> list[Costs]:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_a_row_and_an_expert_cost_is_found_from_two_sizes(pool, device: str) -> None:
     ((costs,),) = pool.run(of_a_made_machine, 1, device)
-    segments = calibrate.Sizes.of(LAYER, 2, device, GIB).segments
+    segments = calibrate.Sizes.for_layer(LAYER, 2, device, GIB).segments
     assert costs.row_forward == pytest.approx(2 * LAYER.weights)
     assert costs.row_backward == pytest.approx(4 * LAYER.weights)
     assert costs.segment_forward == pytest.approx(1 / segments)
@@ -157,7 +157,7 @@ def compared(mesh: Mesh, layer: calibrate.Layer, torch_seconds: list[dict[str, f
     """(the parts compared, those that torch computes from now on) where ranks are as fast as that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_time", seconds_by(torch_seconds[mesh.rank]))
-        found = calibrate._compare(mesh, calibrate.Work.of(layer, 2, 4, mesh.device), None)
+        found = calibrate._compare(mesh, calibrate.Work.for_layer(layer, 2, 4, mesh.device), None)
     return [each.part for each in found], [each.part for each in found if each.torch_is_faster]
 
 

@@ -52,7 +52,7 @@ def agree(mesh: Mesh, speeds: list[float]) -> list[tuple[str, list[str]]]:
         patch.setattr(precision, "speed_of_bf16", lambda _: speeds[mesh.rank])
         for asked in ("auto", "bf16", "fp32"):
             said: list[str] = []
-            found.append((precision.agree(asked, mesh, said.append), said))
+            found.append((precision.agree_on_dtype(asked, mesh, said.append), said))
     return found
 
 
@@ -71,7 +71,7 @@ def test_ranks_take_what_all_of_them_do_well(pool) -> None:
 
 def refusal(mesh: Mesh, kept: str) -> str:
     try:
-        return precision.settled(config.load(["model=tiny", "train.dtype=auto"]), mesh, kept).train.dtype
+        return precision.resolve_dtype(config.load(["model=tiny", "train.dtype=auto"]), mesh, kept).train.dtype
     except ConfigError as error:
         return str(error)
 

@@ -62,7 +62,7 @@ def one_step(mesh: Mesh, overrides: list[str]) -> int:
         within = document if settings.data.attend_within_documents else None
         choices = balance.foresee(model.count(inputs, within, domain, sample)) if balance.looks_ahead else None
         nats, stats = model(inputs, targets, within, domain, sample, choices)
-        RouterSums.of(stats)
+        RouterSums.collect(stats)
         backward(nats.sum() / 64 + balance.losses(stats).weighted, OnGpu(torch.ones(())))
         balance.finish()
     assert all(

@@ -62,7 +62,7 @@ def any_plan(counts: np.ndarray, home: np.ndarray, seed: int) -> Plan:
         cuts = np.sort(rng.integers(0, load + 1, len(ranks) - 1))
         sizes = np.diff(np.concatenate([[0], cuts, [load]])).tolist()
         chunks += [(expert, rank, size) for rank, size in zip(ranks, sizes, strict=True)]
-    return Plan.of(counts, home, chunks)
+    return Plan.from_chunks(counts, home, chunks)
 
 
 def make_plan(counts: np.ndarray, name: str | int) -> Plan:
@@ -522,7 +522,7 @@ def test_cpu_kernels_round_as_torch_does() -> None:
 
 
 def test_a_loan_lists_what_leaves_and_what_comes() -> None:
-    plan = Plan.of(
+    plan = Plan.from_chunks(
         np.full((3, 3), 4),
         default_home(3, 3),
         [(0, 0, 4), (0, 2, 4), (0, 1, 4), (1, 1, 12), (2, 2, 8), (2, 0, 4)],

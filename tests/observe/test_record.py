@@ -94,7 +94,7 @@ def test_router_sums_are_those_of_the_logits() -> None:
     logits = [torch.randn(5, 4), torch.randn(5, 6)]
     none = torch.empty(0)
     stats = [LayerStats(Scores(x, x), Choice(none, none), none, none, None, 0, None) for x in logits]  # type: ignore[arg-type]
-    sums = health.RouterSums.of(stats)
+    sums = health.RouterSums.collect(stats)
     assert sums.logits_N.tolist() == pytest.approx([x for layer in logits for x in layer.sum(0).tolist()])
     for layer, norm in enumerate(sums.norm_L.tolist()):
         assert norm == pytest.approx(sum(math.sqrt(sum(x * x for x in row)) for row in logits[layer].tolist()))
@@ -108,8 +108,8 @@ def test_plans_side_by_side_are_those_plans() -> None:
         counts, home = rng.integers(0, most, (2, experts)), default_home(experts, 2)
         there = [(e, int(rng.integers(0, counts[:, e].sum() + 1))) for e in range(experts)]
         chunks = [c for e, n in there for c in ((e, 0, n), (e, 1, int(counts[:, e].sum()) - n))]
-        plans.append(Plan.of(counts, home, chunks))
-    found = meter.Plans.of(plans)
+        plans.append(Plan.from_chunks(counts, home, chunks))
+    found = meter.Plans.collect(plans)
     for number, plan in enumerate(plans):
         assert found.home_SR[number].tolist() == plan.home_loads().tolist()
         assert found.planned_SR[number].tolist() == plan.loads().tolist()
@@ -209,7 +209,7 @@ def sample(ranks: int, layers: int, experts: int) -> tuple[list[Any], meter.Read
     for _ in range(layers):
         counts = rng.integers(1, 9, (ranks, experts))
         chunks = [(e, int(home[e]), int(counts[:, e].sum())) for e in range(experts)]
-        plans.append(Plan.of(counts, home, chunks))
+        plans.append(Plan.from_chunks(counts, home, chunks))
     stats = [LayerStats(None, None, None, None, plan, 0, None) for plan in plans]  # type: ignore[arg-type]
     some = [rng.random(experts) for _ in plans]
     seconds = np.zeros((ranks, len(meter.ALL_PHASES)))

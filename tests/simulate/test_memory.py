@@ -17,7 +17,7 @@ OLMOE = ["model=olmoe_1b7b", "parallel.ep=8", "train.seq_len=4096", "train.micro
 
 @pytest.mark.parametrize(("words", "world"), [(QWEN, 64), (OLMOE, 8)])
 def test_states_are_those_of_the_estimate(words: list[str], world: int) -> None:
-    settings = precision.taken(config.load([*words, f"parallel.nproc={world}"]), "bf16")
+    settings = precision.replace_auto(config.load([*words, f"parallel.nproc={world}"]), "bf16")
     counted = estimate(settings, world)
     asked = request.read([*words, f"cluster=h100x{world}"])
     parts = predict(asked.job, "balanced", asked.planner).memory.parts

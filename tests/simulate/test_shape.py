@@ -16,7 +16,7 @@ from moetrain.simulate.shape import PUBLISHED, from_config, from_hf
 def test_a_preset_has_the_parameters_of_the_estimate(model: str) -> None:
     settings = config.load([f"model={model}", "train.global_batch=8", "parallel.nproc=8", "model.vocab_size=4096"])
     shape = from_config(settings)
-    found = estimate(precision.taken(settings, "bf16"), 8)
+    found = estimate(precision.replace_auto(settings, "bf16"), 8)
     bias = shape.num_moe * shape.experts if settings.balance.bias != "none" else 0
     assert shape.params == pytest.approx(found.total, abs=bias)
     assert shape.active_params == pytest.approx(found.active, abs=bias)

@@ -112,7 +112,7 @@ def of_balance_alone(mesh: Mesh, overrides: list[str]) -> Tensor:
     """The routers' gradients of the balance loss and nothing else."""
     engine, settings, shares = started(mesh, overrides)
     balance = BalanceLoss(balance_options(settings.balance), engine.model.routers, 16 * 16, 16)
-    batches = [Batch.of(share, settings, mesh.device) for share in shares]
+    batches = [Batch.from_sequences(share, settings, mesh.device) for share in shares]
     ahead = [balance.foresee(engine.model.count(b.tokens, *b.about)) for b in batches[1:]]
     for number, (batch, choices) in enumerate(zip(batches, [None, *ahead], strict=True)):
         _, stats = engine.model(batch.tokens, batch.targets, *batch.about, choices)

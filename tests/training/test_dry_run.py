@@ -32,9 +32,9 @@ def test_presets_build_at_full_size(model, world, replicate, ep, total, active, 
         *BATCH,
     ]
     settings = config.load(overrides)
-    assert dry_run.run(settings, world, as_json=True) == 0
+    assert dry_run.show_dry_run(settings, world, as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
-    size = estimate(precision.taken(settings, "bf16"), world)
+    size = estimate(precision.replace_auto(settings, "bf16"), world)
     assert found["gathered_bytes"] == size.gathered
     assert sum(found["parameters"].values()) == size.total == pytest.approx(total, rel=0.01 if "like" in model else 0)
     assert size.active == pytest.approx(active, rel=0.02)
@@ -45,12 +45,12 @@ def test_presets_build_at_full_size(model, world, replicate, ep, total, active, 
 def test_a_dry_run_shows_memory_and_where_it_lies(capsys, monkeypatch) -> None:
     monkeypatch.setattr(dry_run.console, "quiet", False)  # other tests ask for JSON
     overrides = ["model=tiny", "parallel.nproc=4", "parallel.ep=4", "model.num_experts=6", "engine.offload=disk"]
-    dry_run.run(config.load(overrides), 4, as_json=False)
+    dry_run.show_dry_run(config.load(overrides), 4, as_json=False)
     shown = capsys.readouterr().out
     for word in ("4 ranks", "experts", "AdamW's moments, fp32", "disk", "activations"):
         assert word in shown
     assert re.search(r"guest experts kept for a step, at most, of a GPU's 80 GiB +10\.00 +device", shown)
-    dry_run.run(config.load([*overrides, "engine.guest_memory_mib=512"]), 4, as_json=False)
+    dry_run.show_dry_run(config.load([*overrides, "engine.guest_memory_mib=512"]), 4, as_json=False)
     assert re.search(r"guest experts kept for a step, at most +0\.50 +device", capsys.readouterr().out)
 
 
@@ -76,7 +76,7 @@ def test_guests_get_a_share_of_the_devices_memory(given: str, device_bytes: int,
 def test_a_dry_run_says_whether_it_fits(overrides: list[str], said: str) -> None:
     words = ["model=qwen3_30b_a3b", "parallel.nproc=64", "parallel.ep=8", "train.seq_len=4096", "train.micro_batch=1"]
     settings = config.load([*words, "train.global_batch=64", "planner=home", *overrides])
-    settings = precision.taken(settings, "bf16")
+    settings = precision.replace_auto(settings, "bf16")
     assert re.fullmatch(said + ".*", dry_run.describe_fit(settings, 64, 80 << 30))
     needed = dry_run.needed_bytes(settings, 64, 80 << 30)
     assert (needed <= 80 << 30) == said.startswith("fits")

@@ -65,4 +65,4 @@ def eplb(
     for e, ranks in enumerate(place(np.asarray(state.past, np.float64), home, num_ranks, replicas)):
         rows, more = divmod(int(counts[:, e].sum()), len(ranks))
         chunks += [(e, q, rows + (at < more)) for at, q in enumerate(ranks)]
-    return Plan.of(counts, home, chunks, (np.arange(num_ranks), (costs or default_costs()).node(num_ranks)))
+    return Plan.from_chunks(counts, home, chunks, (np.arange(num_ranks), (costs or default_costs()).node(num_ranks)))

@@ -110,7 +110,7 @@ class Plan:
     _shares: dict[int, tuple[Ints, Ints]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(
+    def from_chunks(
         cls,
         counts: Ints,
         home: Ints,

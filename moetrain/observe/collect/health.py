@@ -38,7 +38,7 @@ class RouterSums(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, stats: Sequence[LayerStats]) -> "RouterSums":
+    def collect(cls, stats: Sequence[LayerStats]) -> "RouterSums":
         logits = [s.scores.logits_TE.detach() for s in stats]
         return cls(
             torch.cat([x_TE.sum(0) for x_TE in logits]),

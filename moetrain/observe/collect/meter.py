@@ -175,7 +175,7 @@ class Meter:
         stats = [s for part in step.parts for s in part.stats]
         loads, seconds = np.zeros((2, world)), np.zeros((world, len(ALL_PHASES)))
         waits, memory, peak = np.zeros((len(stats) * len(WAITS), world)), np.zeros(world), np.zeros(world)
-        plans = Plans.of([s.plan for s in stats])
+        plans = Plans.collect([s.plan for s in stats])
         loads[:, rank] = plans.home_SR[:, me].sum(), plans.planned_SR[:, me].sum()
         clocks = [s.clock.seconds() for s in stats]
         times = step.clock.seconds()
@@ -186,7 +186,7 @@ class Meter:
         peak[rank] = peak_memory(self._mesh.device)
         memory[rank] = memory_now(self._mesh.device)
         weight = 3 * self._config.model.dim * self._config.model.expert_hidden
-        width = precision.of(self._config).itemsize
+        width = precision.get_dtype(self._config).itemsize
         return {
             "plans": np.array([*plans.facts(), plans.saved_seconds(self._costs, self._forwards)]),
             "loads": loads,
@@ -247,7 +247,7 @@ class Plans(NamedTuple):
     planned_SR: Array  # rows computed
 
     @classmethod
-    def of(cls, plans: Sequence[Plan]) -> "Plans":
+    def collect(cls, plans: Sequence[Plan]) -> "Plans":
         counts_SRE, placed_SRE = stack([p.counts for p in plans]), stack([p.placed() for p in plans])
         at_home_SRE = stack([p.home for p in plans], -1)[:, None, :] == np.arange(plans[0].num_ranks)[:, None]
         home_SR = (counts_SRE.sum(1)[:, None, :] * at_home_SRE).sum(2)

@@ -35,7 +35,7 @@ def test_layer_time_by_hand() -> None:
     """Four ranks on two nodes, an expert each. Expert 0 keeps 5 rows, lends itself to ranks 1 and 2 for 3 and 4."""
     counts, home = np.array([[5, 0, 0, 0], [4, 2, 0, 0], [3, 0, 1, 0], [0, 0, 0, 2]]), np.arange(4)
     costs = replace(SIMPLE, nodes=(0, 0, 1, 1))
-    plan = Plan.of(
+    plan = Plan.from_chunks(
         counts,
         home,
         [(0, 0, 5), (0, 1, 3), (0, 2, 4), (1, 1, 2), (2, 2, 1), (3, 3, 2)],
@@ -61,7 +61,7 @@ def test_many_guests_are_relayed() -> None:
     """One expert to three guests, rank 1 in the owner's node, 2 and 3 in the other: slices of a third."""
     counts, home = np.full((4, 4), [4, 0, 0, 0]), np.arange(4)
     costs = replace(SIMPLE, nodes=(0, 0, 1, 1))
-    plan = Plan.of(counts, home, [(0, q, 4) for q in range(4)], (np.arange(4), costs.node(4)))
+    plan = Plan.from_chunks(counts, home, [(0, q, 4) for q in range(4)], (np.arange(4), costs.node(4)))
     found = layer_time(plan, counts, home, costs)
     assert found.dispatch == found.combine == 0  # every row is where it was
     # First the owner sends a third inside its node and two thirds to the other. Then rank 1 sends its slice to ranks
@@ -209,7 +209,9 @@ def test_one_hot_expert_is_balanced_with_local_rows(share: float) -> None:
         counts = drawn(share, 1, 8192, seed)
         plan, paper = makespan(counts, home), PLANNERS["llep"](counts, home)
         plans, papers = plans + plan.crossing(), papers + paper.crossing()
-        others = Plan.of(counts[:, 1:], home[1:], [(e, home[e + 1], n) for e, n in enumerate(counts[:, 1:].sum(0))])
+        others = Plan.from_chunks(
+            counts[:, 1:], home[1:], [(e, home[e + 1], n) for e, n in enumerate(counts[:, 1:].sum(0))]
+        )
         assert plan.crossing() <= others.crossing() + 0.01 * counts.sum()
         assert imbalance(plan.loads()) <= 1.01
     assert plans <= 0.25 * papers
