@@ -16,8 +16,8 @@ from typing import Any
 import torch.multiprocessing as mp
 
 MOST = 4
-JOIN_SECONDS = 150  # for a collective: on a busy machine one rank may compile a kernel for a minute while others wait
-TIMEOUT_SECONDS = 240  # for a job
+JOIN_SECONDS = 90  # for a collective; a rank may compile a kernel meanwhile
+TIMEOUT_SECONDS = 150  # for a job
 
 
 def _serve(rank: int, jobs: Any, results: Any) -> None:

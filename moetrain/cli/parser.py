@@ -1,7 +1,7 @@
 """`moetrain VERB ...`: puts the verbs' parsers together, reads the command line and calls the verb.
 
 One module per verb: `HELP` is its text, whose first line stands in the list of verbs, `add_options` makes its parser,
-`run` does the work. A verb imports what it needs in `run`, so that `moetrain --help` and mistakes are shown at once.
+`execute` does the work. A verb imports there what it needs, so that `moetrain --help` and mistakes are shown at once.
 """
 
 import argparse

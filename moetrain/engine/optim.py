@@ -1,5 +1,6 @@
 """AdamW whose moments may be bf16 or lie in memory-mapped files; the learning rate of a step."""
 
+import inspect
 import math
 import os
 import tempfile
@@ -30,6 +31,10 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     else:
         share = min(1.0, (steps - step) / max(1.0, optim.decay_fraction * steps))
     return optim.min_lr + (optim.lr - optim.min_lr) * share
+
+
+_step_without_hooks = inspect.unwrap(torch.optim.AdamW.step)  # torch wraps it when a plain AdamW is first made: our
+# own `step` has called the user's hooks by then
 
 
 class AdamW(torch.optim.AdamW):
@@ -78,7 +83,7 @@ class AdamW(torch.optim.AdamW):
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             self.state_of(parameter)
         if self._dtype == torch.float32:
-            super().step()
+            _step_without_hooks(self)
             return
         for group in self.param_groups:
             kind = zlib.crc32(f"{group.get('kind')} {group['weight_decay']}".encode())  # ranks may lack whole groups

@@ -71,8 +71,9 @@ def test_a_summary_of_hostile_names_and_texts(out: io.StringIO) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
 def test_no_character_is_an_error(encoding: str, tmp_path: Path) -> None:
-    code = "import sys; from moetrain import __main__, common; from moetrain.cli import config; config.run = lambda _: "
-    code += "common.console.console.print('1.2 → 1.0 ├ 日本') or 0; sys.argv[1:] = ['config']; __main__.run()"
+    code = "import sys; from moetrain import __main__, common; from moetrain.cli import config; "
+    code += "config.execute = lambda _: common.console.console.print('1.2 → 1.0 ├ 日本') or 0; "
+    code += "sys.argv[1:] = ['config']; __main__.run()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, timeout=60, env={**os.environ, "PYTHONIOENCODING": encoding}
     )

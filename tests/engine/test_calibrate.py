@@ -64,7 +64,7 @@ def of_a_made_machine(mesh: Mesh, device: str) -> list[Costs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_time", seconds)
         patch.setattr(cpu_gemm, "able", lambda *_: False)  # only torch's products are counted
-        patch.setattr(calibrate.Sizes, "of", lambda *_: chosen._replace(message_bytes=(1 << 10, 1 << 12)))
+        patch.setattr(calibrate.Sizes, "for_layer", lambda *_: chosen._replace(message_bytes=(1 << 10, 1 << 12)))
         return [calibrate.measure(mesh, LAYER)]
 
 

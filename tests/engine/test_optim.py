@@ -97,6 +97,17 @@ def test_bf16_moments_go_on_as_if_never_restored() -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+def test_hooks_of_a_step_are_called_once(state_dtype: str) -> None:
+    """Also where this process has made a plain AdamW of torch, whose `step` calls them itself from then on."""
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(4))])
+    made, calls = optimizer(state_dtype), []
+    made[0].register_step_pre_hook(lambda *_: calls.append("before"))
+    made[0].register_step_post_hook(lambda *_: calls.append("after"))
+    steps(made, 1)
+    assert calls == ["before", "after"]
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["cpu", "exact"])
 def test_squares_are_summed_without_a_copy_of_a_gradient(exact: bool) -> None:
     """A CPU adding up ten million squares in fp32 would be wrong in the third digit."""

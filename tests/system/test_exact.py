@@ -53,8 +53,7 @@ Found = dict[str, Part]  # by name
 
 
 def join(parts: list[Part], name: str, ep: int) -> list[Tensor]:
-    """The tensor that ranks have parts of, once, or as often as it is whole on one. Joined in the test, not by
-    collectives: a gather of every tensor is thousands, and gloo loses one of so many on a busy machine."""
+    """The tensor that ranks have parts of, once, or as often as it is whole on one."""
     values = [part.values for part in parts]
     if not parts[0].is_cut:
         return values
