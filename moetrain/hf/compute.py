@@ -16,11 +16,19 @@ import torch
 from torch import Tensor
 
 from moetrain.hf.layout import ExpertsLayout
-from moetrain.moe.context import Gradients, LayerContext
+from moetrain.moe.context import LayerContext
 from moetrain.moe.exchange.residents import Weights
 from moetrain.moe.kernels.api import Backend
 from moetrain.moe.kernels.reference import Matrices
-from moetrain.moe.passes import ParameterGradients, WeightProducts, return_guests
+from moetrain.moe.passes import (
+    ParameterGradients,
+    WeightProducts,
+    combine_rows,
+    receive_gradients,
+    receive_tokens,
+    return_guests,
+    start_sending_home,
+)
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -32,15 +40,11 @@ class GroupedExperts(torch.autograd.Function):
 
         `ticket`: what `DispatchTokens` returned.
         """
-        tables, clock, kernels = context.tables, context.clock, context.kernels
+        clock, kernels = context.clock, context.kernels
         own = parameters[: len(layout.names)]
         loan = context.loan.take()
         with clock.phase("dispatch"):
-            tokens = context.tokens.take()
-            with clock.phase("wait_dispatch"):
-                tokens.pending.wait()
-            rows_MD = tokens.pool_PD.index_select(0, tables.pool_M)
-            del tokens
+            rows_MD = receive_tokens(context).index_select(0, context.tables.pool_M)
         with clock.phase("lend"):
             loan.relay()
         first_MW = rows_MD.new_empty(len(rows_MD), own[0].shape[2 if layout.transposed else 1])
@@ -57,11 +61,7 @@ class GroupedExperts(torch.autograd.Function):
                         out_MD[rows] = layout.norm(out_MD[rows])
         ctx.context, ctx.layout = context, layout
         ctx.save_for_backward(rows_MD, first_MW, *parameters)
-        with clock.phase("combine"):
-            sums = tables.start_combine(out_MD, tables.weight_M)
-            with clock.phase("wait_combine"):
-                sums.pending.wait()
-            return tables.finish_combine(sums)
+        return combine_rows(context, out_MD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
@@ -74,12 +74,7 @@ class GroupedExperts(torch.autograd.Function):
         own, norm = parameters[: len(layout.names)], parameters[len(layout.names) :]
         with clock.backward("lend"):
             loan = context.start_loan(own)
-        with clock.backward("dispatch"):
-            tokens = tables.start_dispatch(grad_TD)
-            with clock.backward("wait_dispatch"):
-                tokens.pending.wait()
-            grad_MD = tokens.pool_PD.index_select(0, tables.pool_M)
-            del tokens
+        grad_MD = receive_gradients(context, grad_TD)
         with clock.backward("lend"):
             loan.relay()
         rows = _Rows(rows_MD, first_MW, grad_MD, tables.weight_M)
@@ -98,9 +93,7 @@ class GroupedExperts(torch.autograd.Function):
                 del weights
                 if context.step.is_final:
                     context.residents.weights.clear()
-        with clock.backward("combine"):
-            returning = tables.start_returning(grad_weight_M)
-            context.gradients.put(Gradients(tables.start_combine(back_MD, None), returning))
+        start_sending_home(context, back_MD, grad_weight_M)
         del back_MD
         grads = return_guests(context, ParameterGradients([torch.empty_like(w) for w in own], None, waiting))
         context.residents.end_backward(context.step.is_final)

@@ -47,6 +47,41 @@ class DispatchTokens(torch.autograd.Function):
             return grad_TD, context.tables.finish_returning(gradients.weights), None
 
 
+def receive_tokens(context: LayerContext) -> Tensor:
+    """Wait for the dispatch of the forward. Returns the tokens that came, as the tables number them."""
+    tokens = context.tokens.take()
+    with context.clock.phase("wait_dispatch"):
+        tokens.pending.wait()
+    return tokens.pool_PD
+
+
+def combine_rows(context: LayerContext, out_MD: Tensor) -> Tensor:
+    """Send the experts' outputs home. Returns [T, D], the weighted sums."""
+    tables, clock = context.tables, context.clock
+    with clock.phase("combine"):
+        sums = tables.start_combine(out_MD, tables.weight_M)
+        with clock.phase("wait_combine"):
+            sums.pending.wait()
+        return tables.finish_combine(sums)
+
+
+def receive_gradients(context: LayerContext, grad_TD: Tensor) -> Tensor:
+    """Dispatch the gradients of the sums. Returns those of the rows here, before their weights [M, D]."""
+    tables, clock = context.tables, context.clock
+    with clock.backward("dispatch"):
+        tokens = tables.start_dispatch(grad_TD)
+        with clock.backward("wait_dispatch"):
+            tokens.pending.wait()
+        return tokens.pool_PD.index_select(0, tables.pool_M)
+
+
+def start_sending_home(context: LayerContext, back_MD: Tensor, grad_weight_M: Tensor) -> None:
+    """Set off the gradients of the rows and of their weights, for which `DispatchTokens` waits."""
+    with context.clock.backward("combine"):
+        weights = context.tables.start_returning(grad_weight_M)
+        context.gradients.put(Gradients(context.tables.start_combine(back_MD, None), weights))
+
+
 class ExpertsCombine(torch.autograd.Function):
     """The rows' way through the experts, and home again."""
 
@@ -59,12 +94,10 @@ class ExpertsCombine(torch.autograd.Function):
         tables, clock, kernels = context.tables, context.clock, context.kernels
         loan = context.loan.take()
         with clock.phase("dispatch"):
-            tokens = context.tokens.take()
-            with clock.phase("wait_dispatch"):
-                tokens.pending.wait()
-            rows_MD = tokens.pool_PD.index_select(0, tables.pool_M)
-            kept = rows_MD if context.keep_hidden else tokens.pool_PD.detach()
-            del tokens
+            pool_PD = receive_tokens(context)
+            rows_MD = pool_PD.index_select(0, tables.pool_M)
+            kept = rows_MD if context.keep_hidden else pool_PD.detach()
+            del pool_PD
         with clock.phase("lend"):
             loan.relay()
         width, keep = gate_up.shape[1], context.keeps_hidden
@@ -81,11 +114,7 @@ class ExpertsCombine(torch.autograd.Function):
                     kernels.segment_mm(hidden_MH, weights[1], sizes, out_MD[rows], transpose=True)
         ctx.context = context
         ctx.save_for_backward(kept, gate_up_MH2, gate_up, down)
-        with clock.phase("combine"):
-            sums = tables.start_combine(out_MD, tables.weight_M)
-            with clock.phase("wait_combine"):
-                sums.pending.wait()
-            return tables.finish_combine(sums)
+        return combine_rows(context, out_MD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
@@ -96,20 +125,13 @@ class ExpertsCombine(torch.autograd.Function):
         tables, clock = context.tables, context.clock
         with clock.backward("lend"):
             loan = context.start_loan((gate_up, down))  # those that did not stay
-        with clock.backward("dispatch"):
-            tokens = tables.start_dispatch(grad_TD)
-            with clock.backward("wait_dispatch"):
-                tokens.pending.wait()
-            grad_MD = tokens.pool_PD.index_select(0, tables.pool_M)
-            del tokens
+        grad_MD = receive_gradients(context, grad_TD)
         with clock.backward("lend"):
             loan.relay()
         rows_MD = kept if context.keep_hidden else kept.index_select(0, tables.pool_M)
         back_MD, grad_weight_M, found = _compute_rows(context, loan, rows_MD, gate_up_MH2, grad_MD, (gate_up, down))
         torch.autograd.graph.increment_version(gate_up_MH2)  # a second backward has to fail
-        with clock.backward("combine"):
-            weights = tables.start_returning(grad_weight_M)
-            context.gradients.put(Gradients(tables.start_combine(back_MD, None), weights))
+        start_sending_home(context, back_MD, grad_weight_M)
         del back_MD
         grads = return_guests(context, found)
         context.residents.end_backward(context.step.is_final)
