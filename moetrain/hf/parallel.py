@@ -29,9 +29,8 @@ from moetrain.distributed.mesh import ExpertGroup, join_group
 from moetrain.hf.layout import is_experts
 from moetrain.hf.replay import replay_in_recompute
 from moetrain.hf.spread import NAME, Decision, SpreadExperts, register
-from moetrain.moe.calibrate import Layer, measure
-from moetrain.moe.kernels.api import KernelChoice
-from moetrain.moe.parallel import NEED_NO_COSTS, ExpertParallel, Ranks, Reduction
+from moetrain.moe.calibrate import Layer
+from moetrain.moe.parallel import NEED_NO_COSTS, ExpertParallel, Reduction
 from moetrain.moe.planning.cost import Costs
 
 SOMETIMES = "vision_moe.experts"  # of ERNIE 4.5 VL: entered where there are images, so perhaps not on all ranks
@@ -159,11 +158,7 @@ class HFExpertParallel(ExpertParallel):
         self._look_for_ddp()
         if one.costs is None and self._needs_costs:
             shape = Layer(one.dim, one.hidden, one.num_experts, top_k, one.gate_up.dtype)
-            if shape not in self._measured:
-                self._measured[shape] = measure(Ranks(self.group, hidden_TD.device, self.group.rows), shape)
-            one.use_costs(self._measured[shape])
-            one.kernel_choice = KernelChoice(left_to_torch=frozenset(self._measured[shape].by_torch))
-            self._set_lends(one)
+            one.kernel_choice = self._give_costs(one, shape, hidden_TD.device)
 
     def after_decision(self, one: SpreadExperts, decision: Decision) -> None:
         """The experts call this when they have planned, which a recompute does not."""

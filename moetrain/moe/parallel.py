@@ -400,11 +400,15 @@ class ExpertParallel:
             experts = layer.experts
             _, width, dim = experts.gate_up.shape
             shape = Layer(dim, width // 2, experts.num_experts, layer.router.options.top_k, x_TD.dtype)
-            if shape not in self._measured:
-                self._measured[shape] = measure(Ranks(self.group, x_TD.device, self.group.rows), shape)
-            layer.use_costs(self._measured[shape])
-            use_kernels(layer, KernelChoice(left_to_torch=frozenset(self._measured[shape].by_torch)))
-            self._set_lends(layer)
+            use_kernels(layer, self._give_costs(layer, shape, x_TD.device))
+
+    def _give_costs(self, layer: Any, shape: Layer, device: torch.device) -> KernelChoice:
+        """Let a layer plan with the costs of its shape, measured at the first one. Returns the kernels they are of."""
+        if shape not in self._measured:
+            self._measured[shape] = measure(Ranks(self.group, device, self.group.rows), shape)
+        layer.use_costs(self._measured[shape])
+        self._set_lends(layer)
+        return KernelChoice(left_to_torch=frozenset(self._measured[shape].by_torch))
 
     def _look_for_ddp(self) -> None:
         active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
