@@ -51,7 +51,7 @@ LAYOUTS: dict[str, list[str]] = {
     "small, 2 ranks, more experts": ["model=small", "parallel.nproc=2", "parallel.ep=2", "model.num_experts=16"],
 }
 NO_SIMULATION = ("parallel.nproc=", "router.skew=")
-GRID = [2.0**n for n in (-3, -2, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2, 3)]
+GRID = [2.0 ** (n / 8) for n in range(-16, 17)]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Figures:
     attention: float = 1.0
     memory: float = 1.0
     host: float = 1.0
+    turn: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def prepare(name: str, run: Path, dtype: str) -> tuple[request.Request, Routing]
     world = next(word.partition("=")[2] for word in LAYOUTS[name] if word.startswith("parallel.nproc="))
     words += [] if any(word.startswith("train.seq_len=") for word in words) else ["train.seq_len=256"]
     words += [f"cluster=herex{world}", f"cluster.costs={run / 'costs.json'}", "train.global_batch=16"]
-    words += [f"train.dtype={dtype}", f"cluster.devices_per_node={world}", f"cluster.domain={world}"]
+    words += [f"train.dtype={dtype}"]
     asked = request.read(words)
     return asked, find_routing(str(run), asked.job.group, asked.natural)
 
@@ -108,7 +109,9 @@ def predicted(name: str, run: Path, figures: Figures, options: argparse.Namespac
             "peak": {key: value * figures.dense for key, value in cluster.peak.items()},
             "gemm": cluster.gemm.model_copy(update={"attention": cluster.gemm.attention * figures.attention}),
             "memory": cluster.memory.model_copy(update={"bandwidth": cluster.memory.bandwidth * figures.memory}),
-            "host": cluster.host.model_copy(update={"launch": cluster.host.launch * figures.host}),
+            "host": cluster.host.model_copy(
+                update={"launch": cluster.host.launch * figures.host, "turn": cluster.host.turn * figures.turn}
+            ),
         }
     )
     job = replace(asked.job, cluster=cluster)
@@ -120,7 +123,7 @@ def fit(names: Sequence[str], found: dict[str, list[Run]], folder: Path, options
     """The factors with the least squared relative error on these layouts, on a grid, one after the other."""
     best, least = Figures(), math.inf
     for _ in range(3):
-        for field in ("dense", "attention", "memory", "host"):
+        for field in ("dense", "attention", "memory", "host", "turn"):
             for factor in GRID:
                 trial = replace(best, **{field: factor})
                 total = 0.0

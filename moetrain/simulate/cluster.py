@@ -68,6 +68,8 @@ class Host(_Figures):
     launch: NonNegativeFloat  # seconds that the host takes to launch an operation
     sync: NonNegativeFloat  # seconds that the device idles where the host waits for a result
     runs_ahead: bool = True  # of a device of its own; false where host and device are the same cores
+    cores: Positive | None = None  # of the one host that all ranks share; None: every rank has a device of its own
+    turn: NonNegativeFloat = 0.0  # seconds that a collective waits for the ranks that have no core just then
 
 
 class Cluster(_Figures):
@@ -81,6 +83,20 @@ class Cluster(_Figures):
     nvlink: Links
     network: Network
     host: Host
+
+    def on_one_host(self, ranks: int) -> "Cluster":
+        """The same with so many ranks on its one host: where they are more than its cores, each is slower by that."""
+        crowd = max(1.0, ranks / (self.host.cores or ranks))
+        host = {"launch": self.host.launch * crowd, "turn": self.host.turn * (crowd > 1)}
+        return self.model_copy(
+            update={
+                "devices_per_node": ranks,
+                "domain": ranks,
+                "peak": {dtype: rate / crowd for dtype, rate in self.peak.items()},
+                "memory": self.memory.model_copy(update={"bandwidth": self.memory.bandwidth / crowd}),
+                "host": self.host.model_copy(update=host),
+            }
+        )
 
     def product_seconds(self, flops: float, rows: float, width: float, dtype: str, segments: float = 1) -> float:
         """Seconds of `flops` in products of `rows` rows in `segments` groups, weights of geometric mean `width`."""

@@ -1,6 +1,7 @@
 """This machine as a cluster: what `moetrain profile` or a run measured, in place of nominal figures. Loads no torch."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from moetrain.common import disk
@@ -13,6 +14,8 @@ FIGURES = (
     *("row_forward", "row_backward", "segment_forward", "segment_backward", "row_bytes", "weight_bytes"),
     *("gradient_bytes", "overlap", "handling", "lends"),
 )
+
+DENSE = 1.8  # rate of dense products over that of experts' rows with their gathers and sums (results/simulate-here.md)
 
 
 def read_costs(path: Path) -> Costs:
@@ -29,16 +32,23 @@ def read_costs(path: Path) -> Costs:
     return costs
 
 
+def crowd_costs(costs: Costs, crowd: float) -> Costs:
+    """The costs of rows and segments where so many ranks share a core; each was measured with a core to itself."""
+    rows = {name: crowd * getattr(costs, name) for name in ("row_forward", "row_backward")}
+    segments = {name: crowd * getattr(costs, name) for name in ("segment_forward", "segment_backward")}
+    return replace(costs, **rows, **segments)
+
+
 def measured_cluster(cluster: Cluster, costs: Costs, shape: Shape, dtype: str) -> Cluster:
     """`cluster` with links and the rate of products as measured; raises `ConfigError` where they are of another layer.
 
-    The peak becomes what gives the experts' forward its measured time, in which gathers and sums are, too.
+    The peak becomes what gives dense products their rate, `DENSE` times the measured one of the experts' forward.
     """
     if costs.weight_bytes != shape.expert_params * BYTES[dtype]:
         theirs, ours = f"{costs.weight_bytes:,} bytes", f"{shape.expert_params:,} weights in {dtype}"
         raise ConfigError(f"cluster.costs: is of experts of {theirs}, the model's have {ours}")
     width = math.sqrt(shape.dim * shape.expert_hidden)
-    achieved = 6.0 * shape.dim * shape.expert_hidden / costs.row_forward
+    achieved = DENSE * 6.0 * shape.dim * shape.expert_hidden / costs.row_forward
     peak = achieved / cluster.gemm.share * (1 + cluster.gemm.half_width / width)
     link = {"share": 1.0, "half_message": 0.0}
     inside = {"bandwidth": costs.inside.bandwidth, "latency": costs.inside.latency}

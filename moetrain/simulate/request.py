@@ -9,7 +9,7 @@ from moetrain import config
 from moetrain.common.errors import ConfigError
 from moetrain.config import Config, Native
 from moetrain.simulate.cluster import Cluster, load_cluster, split_name
-from moetrain.simulate.here import measured_cluster, read_costs
+from moetrain.simulate.here import crowd_costs, measured_cluster, read_costs
 from moetrain.simulate.layer import PlannerChoice
 from moetrain.simulate.layout import Layout, Work
 from moetrain.simulate.shape import Shape, from_config, from_hf
@@ -57,6 +57,9 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     measured = read_costs(Path(costs)) if (costs := own.get("cluster.costs")) else None
     if measured is not None:
         cluster = measured_cluster(cluster, measured, shape, work.dtype)
+    if (cores := cluster.host.cores) is not None:
+        cluster = cluster.on_one_host(world)
+        measured = crowd_costs(measured, max(1.0, world / cores)) if measured else None
     job = Job(cluster, shape, layout, work, find_stack(own.get("stack", "moetrain")), measured)
     layout.check(shape)
     job.work.micro_steps(layout)

@@ -21,6 +21,7 @@ class Stack:
     moe_launches: int  # and for the experts' part, with what the host does between them
     host_ahead: float  # seconds of the host that pass behind a second of the device's work on experts
     syncs: int  # times that the host waits for the device in a layer with experts
+    collectives: int  # of a layer with experts, forward and backward: counts, exchanges, gathers, reductions
     weight_gradient_bytes: float  # moved for a parameter of an expert in each backward, besides its product
     logit_bytes: float  # moved for a logit, forward and backward, besides the head's products
     optimizer_bytes: float  # moved for a parameter in the update
@@ -32,9 +33,9 @@ class Stack:
 
 
 STACKS = {
-    "moetrain": Stack("moetrain", 0.0, 0.8, 120, 600, 0.1, 2, 8.0, 40.0, 46.0, 10.0, 23.0, "fp32", True, False),
-    "automodel": Stack("automodel", 0.0, 0.8, 120, 200, 0.1, 1, 8.0, 16.0, 30.0, 10.0, 23.0, "bf16", False, True),
-    "megatron": Stack("megatron", 0.0, 0.8, 60, 1150, 0.1, 1, 8.0, 16.0, 30.0, 10.0, 23.0, "bf16", False, True),
+    "moetrain": Stack("moetrain", 0.0, 0.8, 120, 600, 0.1, 2, 12, 8.0, 40.0, 46.0, 10.0, 23.0, "fp32", True, False),
+    "automodel": Stack("automodel", 0.0, 0.8, 120, 200, 0.1, 1, 12, 8.0, 16.0, 30.0, 10.0, 23.0, "bf16", False, True),
+    "megatron": Stack("megatron", 0.0, 0.8, 60, 1150, 0.1, 1, 12, 8.0, 16.0, 30.0, 10.0, 23.0, "bf16", False, True),
 }
 
 

@@ -209,6 +209,7 @@ def _host(job: Job, dense: float, layer: LayerResult) -> float:
     """Seconds of a layer that the device waits for the host; `dense`: of its attention and shared experts."""
     launches = job.stack.layer_launches + job.stack.moe_launches
     host = launches * job.cluster.host.launch + job.stack.syncs * job.cluster.host.sync
+    host += job.stack.collectives * job.cluster.host.turn
     if not job.cluster.host.runs_ahead:
         return host
     return max(0.0, host - job.stack.host_ahead * layer.experts - dense)

@@ -67,3 +67,11 @@ def test_products_slow_down_where_segments_are_short() -> None:
     assert whole < many < 4 * whole
     with pytest.raises(ConfigError, match=r"train\.dtype=fp8: a100 has peaks for fp32, bf16 only"):
         load_cluster("a100").peak_of("fp8")
+
+
+def test_more_ranks_than_cores_take_turns() -> None:
+    alone, crowded = (load_cluster("here").on_one_host(ranks) for ranks in (2, 4))
+    assert crowded.peak_of("fp32") == alone.peak_of("fp32") / 2
+    assert crowded.memory.bandwidth == alone.memory.bandwidth / 2
+    assert crowded.host.turn > alone.host.turn == 0
+    assert crowded.domain == 4
