@@ -30,8 +30,10 @@ from moetrain.hf.layout import is_experts
 from moetrain.hf.replay import replay_in_recompute
 from moetrain.hf.spread import NAME, Decision, SpreadExperts, register
 from moetrain.moe.calibrate import Layer
-from moetrain.moe.parallel import NEED_NO_COSTS, ExpertParallel, Reduction
+from moetrain.moe.gradients import Reduction
+from moetrain.moe.parallel import NEED_NO_COSTS, ExpertParallel, count_slots
 from moetrain.moe.planning.cost import Costs
+from moetrain.moe.whole_weights import broadcast_weights, gather_experts
 
 SOMETIMES = "vision_moe.experts"  # of ERNIE 4.5 VL: entered where there are images, so perhaps not on all ranks
 
@@ -91,8 +93,8 @@ class HFExpertParallel(ExpertParallel):
         guest_memory: int | None,
         reduction: Reduction,
     ) -> None:
-        self._start(model, ep, replicas, reduction, needs_costs=costs is None and planner[0] not in NEED_NO_COSTS)
-        self._broadcast()
+        super().__init__(model, ep, replicas, reduction, costs is None and planner[0] not in NEED_NO_COSTS)
+        broadcast_weights(model, replicas, ep.rows)
         register()
         spread = {}
         for name, module in modules.items():
@@ -101,12 +103,11 @@ class HFExpertParallel(ExpertParallel):
             spread[name].watcher = self
             module._moetrain = spread[name]
             module.config._experts_implementation = NAME
-        self._layers |= spread
-        self._slots = self._count_slots(guest_memory) if guest_slots is None else guest_slots
         for inner in model.modules():
             if hasattr(inner, "_set_gradient_checkpointing"):
                 replay_in_recompute(inner)
-        self._own_parameters()
+        slots = count_slots(model, spread.values(), guest_memory) if guest_slots is None else guest_slots
+        self._take_layers(spread, slots)
 
     def _find_owners(self) -> dict[str, Any]:
         return {f"{name}.{key}": one for name, one in self._layers.items() for key in one.layout.names}
@@ -127,7 +128,10 @@ class HFExpertParallel(ExpertParallel):
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
                 grad = sharded.gather_whole(parameter.grad)
-                whole[name] = self._gather_experts(owners[name], grad) if name in owners else grad.clone()
+                if name in owners:
+                    whole[name] = gather_experts(grad, owners[name].num_experts, self.group)
+                else:
+                    whole[name] = grad.clone()
         return whole
 
     def balance_loss(self) -> Tensor:
@@ -155,14 +159,14 @@ class HFExpertParallel(ExpertParallel):
 
     def before_experts(self, one: SpreadExperts, hidden_TD: Tensor, top_k: int) -> None:
         """The experts call this at the beginning of a pass: measure costs at the first one."""
-        self._look_for_ddp()
+        self._gradients.look_for_ddp()
         if one.costs is None and self._needs_costs:
             shape = Layer(one.dim, one.hidden, one.num_experts, top_k, one.gate_up.dtype)
             one.kernel_choice = self._give_costs(one, shape, hidden_TD.device)
 
     def after_decision(self, one: SpreadExperts, decision: Decision) -> None:
         """The experts call this when they have planned, which a recompute does not."""
-        self._record(one.name, decision.plan)
+        self._statistics.add_forward(one.name, decision.plan)
 
 
 def _find_experts(model: nn.Module, ep: ExpertGroup) -> dict[str, Any]:

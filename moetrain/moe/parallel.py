@@ -17,8 +17,7 @@ gradient comes home, so that an expert's gradient is complete there: that of the
 E experts, R ranks of the group.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -29,44 +28,22 @@ from torch import Tensor, nn
 
 from moetrain.common.errors import ConfigError
 from moetrain.common.registry import Options
-from moetrain.distributed import sharded
-from moetrain.distributed.comm import Group, all_gather, all_reduce_sum, broadcast
+from moetrain.distributed.comm import Group
 from moetrain.distributed.mesh import ExpertGroup, join_group
-from moetrain.distributed.norms import global_norm
 from moetrain.moe.calibrate import Layer, measure
+from moetrain.moe.gradients import Reduction, SpreadGradients
 from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning.cost import Costs
-from moetrain.moe.planning.plan import Ints, Plan, imbalance
 from moetrain.moe.routing.balance import BalanceLoss, add_buffers
+from moetrain.moe.statistics import LayerStatistics, StatisticsOfStep
+from moetrain.moe.whole_weights import broadcast_weights, gather_state_dict, load_state_dict
 
-Reduction = Literal["auto", "sum", "mean"]
 Recompute = Literal["none", "selective", "full"]
 GUEST_PART = 8  # of a GPU's memory, one is for guests, where `guest_memory` does not say
 CPU_GUEST_BYTES = 1 << 30
 NEED_NO_COSTS = ("home", "llep")  # planners
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What one layer has done since `begin_step`, or in its last forward where there is no step."""
-
-    name: str  # of the layer in the module
-    counts: Ints  # [E] rows of each expert, of all ranks of the group
-    guests: tuple[tuple[int, int, int], ...]  # (expert, its home rank, the rank that it was lent to), sorted
-    loads_before: Ints  # [R] rows that each rank would compute under standard expert parallelism
-    loads_after: Ints  # [R] rows that it did compute
-
-    @property
-    def imbalance_before(self) -> float:
-        """The largest over the mean load of `loads_before`; 1 is perfect balance."""
-        return imbalance(self.loads_before)
-
-    @property
-    def imbalance_after(self) -> float:
-        """The largest over the mean load of `loads_after`."""
-        return imbalance(self.loads_after)
 
 
 @dataclass(frozen=True)
@@ -118,6 +95,19 @@ def expert_parallel(
     Raises `ConfigError`, a `ValueError`, for what does not fit.
     """
     ep = group if isinstance(group, ExpertGroup) else ExpertGroup.from_group(group)
+    layers = _find_layers(module, ep)
+    if recompute not in ("none", "selective", "full"):
+        raise ConfigError(f"recompute={recompute}: must be one of none, selective, full")
+    if reduction not in ("auto", "sum", "mean"):
+        raise ConfigError(f"reduction={reduction}: must be one of auto, sum, mean")
+    needs_costs = costs is None and planner not in NEED_NO_COSTS
+    handle = ExpertParallel(module, ep, join_group(replicas), reduction, needs_costs, balance)
+    handle._spread(layers, (planner, planner_options), costs, guest_slots, guest_memory, max_rows, recompute)
+    return handle
+
+
+def _find_layers(module: nn.Module, ep: ExpertGroup) -> dict[str, MoE]:
+    """Return the layers to spread by name. Raises `ConfigError`."""
     layers = {name: m for name, m in module.named_modules() if isinstance(m, MoE)}
     if not layers:
         raise ConfigError("module: has no moetrain.MoE layer")
@@ -129,24 +119,7 @@ def expert_parallel(
             raise ConfigError(
                 f"group: has {ep.size} ranks, more than the {few} experts of the layer {name or 'itself'}"
             )
-    if recompute not in ("none", "selective", "full"):
-        raise ConfigError(f"recompute={recompute}: must be one of none, selective, full")
-    if reduction not in ("auto", "sum", "mean"):
-        raise ConfigError(f"reduction={reduction}: must be one of auto, sum, mean")
-    return ExpertParallel(
-        module,
-        layers,
-        ep,
-        join_group(replicas),
-        planner=(planner, planner_options),
-        costs=costs,
-        guest_slots=guest_slots,
-        guest_memory=guest_memory,
-        max_rows=max_rows,
-        recompute=recompute,
-        reduction=reduction,
-        balance=balance or BalanceOptions(),
-    )
+    return layers
 
 
 class ExpertParallel:
@@ -155,57 +128,59 @@ class ExpertParallel:
     def __init__(
         self,
         module: nn.Module,
-        layers: Mapping[str, MoE],
-        ep: ExpertGroup,
+        group: ExpertGroup,
         replicas: Group,
-        *,
+        reduction: Reduction,
+        needs_costs: bool,
+        balance: BalanceOptions | None = None,
+    ) -> None:
+        """Begin a handle without layers; `_take_layers` adds them.
+
+        Arguments:
+            module, group, replicas, reduction, balance: as for `expert_parallel`.
+            needs_costs: whether costs are to be measured at the first forward.
+        """
+        self.module, self.group = module, group
+        self._replicas = replicas
+        self._gradients = SpreadGradients(module, group, replicas, reduction, self.expert_parameters)
+        self._statistics = StatisticsOfStep()
+        self._options = balance or BalanceOptions()
+        self._needs_costs = needs_costs and group.size > 1
+        self._measured: dict[Layer, Costs] = {}
+        self._layers: dict[str, Any] = {}
+        self._names: dict[int, str] = {}  # by id of the layer
+        self._slots, self._lends_again = 0, 2
+        self._num_micro_steps: int | None = None  # of the step that we are in
+        self._found: list[tuple[ReferenceType[MoE], ReferenceType[LayerStats]]] = []  # for the next balance loss
+        self._balance: BalanceLoss | None = None
+
+    def _spread(
+        self,
+        layers: Mapping[str, MoE],
         planner: tuple[str, Options | Mapping[str, Any] | None],
         costs: Costs | None,
         guest_slots: int | None,
         guest_memory: int | None,
         max_rows: int | None,
         recompute: Recompute,
-        reduction: Reduction,
-        balance: BalanceOptions,
     ) -> None:
-        self._start(module, ep, replicas, reduction, costs is None and planner[0] not in NEED_NO_COSTS)
-        self._layers |= layers
-        self._names = {id(layer): name for name, layer in layers.items()}
-        self._options = balance
+        """Keep the experts at home here of every layer, as `expert_parallel` has the arguments."""
+        broadcast_weights(self.module, self._replicas, self.group.rows)
+        slots = count_slots(self.module, layers.values(), guest_memory) if guest_slots is None else guest_slots
         self._lends_again = 3 if recompute == "full" else 2  # forward, recompute, backward
-        self._broadcast()
-        self._slots = self._count_slots(guest_memory) if guest_slots is None else guest_slots
-        for layer in self._layers.values():
+        for layer in layers.values():
             layer.plan_with(*planner)
-            layer.experts.shard(ep, 0, max_rows, keep_hidden=recompute != "selective")
+            layer.experts.shard(self.group, 0, max_rows, keep_hidden=recompute != "selective")
             layer.recompute, layer.watcher, layer.costs = recompute == "full", self, costs
-            add_buffers(layer.routers, balance)
-        self._own_parameters()
+            add_buffers(layer.routers, self._options)
+        self._take_layers(layers, slots)
 
-    def _start(
-        self, module: nn.Module, ep: ExpertGroup, replicas: Group, reduction: Reduction, needs_costs: bool
-    ) -> None:
-        """Note what every kind of module has."""
-        self.module, self.group = module, ep
-        self._layers: dict[str, Any] = {}
-        self._replicas, self._reduction = replicas, reduction
-        self._needs_costs = needs_costs and ep.size > 1
-        self._lends_again = 2
-        self._measured: dict[Layer, Costs] = {}
-        self._num_micro_steps: int | None = None  # of the step that we are in
-        self._under_ddp = False
-        self._found: list[tuple[ReferenceType[MoE], ReferenceType[LayerStats]]] = []  # for the next balance loss
-        self._balance: BalanceLoss | None = None
-        self._done: dict[str, LayerStatistics] = {}
-
-    def _own_parameters(self) -> None:
-        """Scale the gradients of the experts here, and have DDP leave them alone; call when they are spread."""
-        module = self.module
-        for parameter in self._in_order(self.expert_parameters()):
-            parameter.register_hook(self._scaled)
-        names = [name for name, p in module.named_parameters() if p in self.expert_parameters()]
-        ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-        module._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]
+    def _take_layers(self, layers: Mapping[str, Any], slots: int) -> None:
+        """Take these layers, by their names in the module, once their experts are spread; `slots`: guests of a layer
+        that stay here during a step."""
+        self._layers, self._slots = dict(layers), slots
+        self._names = {id(layer): name for name, layer in layers.items()}
+        self._gradients.take_experts()
 
     # What DDP, FSDP2 and optimizers ask for.
 
@@ -217,7 +192,7 @@ class ExpertParallel:
     @property
     def num_ranks(self) -> int:
         """Ranks whose losses the gradients are of."""
-        return self.group.size * self._replicas.size()
+        return self._gradients.num_ranks
 
     # A step.
 
@@ -238,7 +213,7 @@ class ExpertParallel:
             raise ConfigError(f"num_micro_steps={num_micro_steps}: must be at least 1")
         self._num_micro_steps, self._balance = num_micro_steps, None
         self._found.clear()
-        self._done.clear()
+        self._statistics.begin_step()
         for layer in self._layers.values():
             self._set_slots(layer, self._slots)
             layer.step.begin_step(num_micro_steps)
@@ -254,6 +229,7 @@ class ExpertParallel:
             raise RuntimeError("end_step() comes after begin_step()")
         behind = [name for name, layer in self._layers.items() if layer.experts.residents.has_sums]
         num_announced, self._num_micro_steps = self._num_micro_steps, None
+        self._statistics.end_step()
         for layer in self._layers.values():
             self._set_slots(layer, 0)
         if behind:
@@ -261,11 +237,7 @@ class ExpertParallel:
                 f"begin_step({num_announced}): the layer {behind[0] or 'itself'} has had fewer backwards; gradients of "
                 "its guests are lost"
             )
-        for parameter in self._in_order(self.expert_parameters()):
-            if self._replicas.size() > 1 and len(parameter):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                all_reduce_sum(parameter.grad, self._replicas)
+        self._gradients.reduce_experts()
         if self._balance is not None:
             self._balance.finish()
 
@@ -284,118 +256,66 @@ class ExpertParallel:
             raise RuntimeError("balance_loss() comes after a forward with gradient and before its backward")
         if self._balance is None or self._num_micro_steps is None:
             tokens = torch.tensor(len(found[0][1].scores.probs_TE), device=found[0][1].counts_E.device)
-            self._sum(tokens)
+            self._gradients.sum_over_ranks(tokens)
             self._balance = BalanceLoss(
                 self._options,
                 [layer.router for layer, _ in found],
                 int(tokens) * (self._num_micro_steps or 1),
                 length=len(found[0][1].scores.probs_TE),
                 groups=self.group.size,
-                reduce=self._sum,
+                reduce=self._gradients.sum_over_ranks,
             )
         weighted = self._balance.losses([stats for _, stats in found]).weighted
         return weighted * self.num_ranks if self.averages else weighted
 
     def statistics(self) -> list[LayerStatistics]:
         """What each layer has done in this step, in the order of the module's layers; no communication."""
-        return [self._done[name] for name in self._layers if name in self._done]
+        return self._statistics.list_layers(self._layers)
 
     # Gradients.
 
     @property
     def averages(self) -> bool:
         """Whether gradients are those of the mean of all ranks' losses, not of their sum."""
-        if self._reduction != "auto":
-            return self._reduction == "mean"
-        return self._under_ddp or sharded.is_fsdp(self.module)
-
-    def _scaled(self, grad: Tensor) -> Tensor:
-        return grad / self.num_ranks if self.averages else grad
+        return self._gradients.averages
 
     def reduce_dense_gradients(self) -> None:
         """Sum, or average, the gradients of all parameters but the experts' over the ranks. DDP and FSDP2 do it
         themselves, and then this must not be called."""
-        dense = [p for p in self.module.parameters() if p.requires_grad and p not in self.expert_parameters()]
-        together: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = defaultdict(list)
-        for parameter in dense:
-            if sharded.is_sharded(parameter):
-                raise RuntimeError("reduce_dense_gradients() is for modules without FSDP2, which does it itself")
-            together[parameter.device, parameter.dtype].append(parameter)
-        for parameters in together.values():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            flat = self._sum(torch.cat([grad.flatten() for grad in grads]))
-            if self.averages:
-                flat /= self.num_ranks
-            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                parameter.grad = part.view_as(parameter)
+        self._gradients.reduce_dense()
 
-    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Returns the norm over all parameters of the module, each expert's and each dense one counted once, and scales
         all gradients so that it is at most `max_norm`. All ranks call it, when gradients are reduced.
 
         Where the norm is not finite, gradients stay as they are.
         """
-        experts, grads = self.expert_parameters(), []
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                if parameter in experts:
-                    copies = self._replicas.size()
-                else:
-                    copies = self.num_ranks // sharded.count_shards(parameter)
-                grads.append((sharded.local_part(parameter.grad), copies))
-        device = next(self.module.parameters()).device
-        norm = global_norm(grads, device, self._sum)
-        if max_norm < norm < float("inf"):
-            torch._foreach_mul_([grad for grad, _ in grads], max_norm / (norm + 1e-6))
-        return norm
+        return self._gradients.clip(max_norm)
 
     # The whole module's weights.
 
-    @torch.no_grad()
     def full_state_dict(self) -> dict[str, Tensor]:
         """Returns `module.state_dict()` as it is on one device: all experts, nothing sharded; on every rank, in the
         CPU's memory. All ranks call it."""
-        owners, whole = self._find_owners(), {}
-        for name, value in self.module.state_dict().items():
-            if name in owners:
-                value = self._gather_experts(owners[name], value)
-            whole[name] = sharded.gather_whole(value).detach().to("cpu", copy=True)
-        return whole
+        return gather_state_dict(self.module, self._find_owners(), self.group)
 
-    @torch.no_grad()
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Fill the module from what `full_state_dict` returned, or `state_dict` of the module on one device.
 
         Raises `KeyError` where a name is missing, `ValueError` where a shape differs.
         """
-        owners = self._find_owners()
-        for name, target in self.module.state_dict().items():
-            value = state[name]
-            if name in owners:
-                value = value[owners[name].experts.own_experts()]
-            if value.shape != target.shape:
-                raise ValueError(f"{name}: has the shape {tuple(value.shape)}, must have {tuple(target.shape)}")
-            sharded.fill(target, value)
+        load_state_dict(self.module, self._find_owners(), state)
 
     def _find_owners(self) -> dict[str, Any]:
         """Returns the layer of every tensor in `module.state_dict()` that has one entry an expert."""
         tensors = ("gate_up", "down")
         return {f"{name}.experts.{last}".lstrip("."): layer for name, layer in self._layers.items() for last in tensors}
 
-    def _gather_experts(self, layer: Any, own: Tensor) -> Tensor:
-        """[E, ...] of the experts at home here [S, ...]."""
-        num_experts, size = layer.experts.num_experts, self.group.size
-        most = -(-num_experts // size)
-        padded = own.new_zeros(most, *own.shape[1:])
-        padded[: len(own)] = own
-        return all_gather(padded, self.group.rows).flatten(0, 1)[:num_experts]
-
     # What layers tell.
 
     def before(self, layer: MoE, x_TD: Tensor) -> None:
         """Called at the beginning of a layer's forward: measures costs at the first one."""
-        self._look_for_ddp()
+        self._gradients.look_for_ddp()
         if layer.costs is None and self._needs_costs:
             experts = layer.experts
             _, width, dim = experts.gate_up.shape
@@ -410,31 +330,13 @@ class ExpertParallel:
         self._set_lends(layer)
         return KernelChoice(left_to_torch=frozenset(self._measured[shape].by_torch))
 
-    def _look_for_ddp(self) -> None:
-        active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-        self._under_ddp = self._under_ddp or active is not None
-
     def after(self, layer: MoE, stats: LayerStats) -> None:
         """Called at the end of a layer's forward, with its statistics."""
         if stats.scores.probs_TE.requires_grad:
             self._found.append((ref(layer), ref(stats)))
             if len(self._found) > 2 * len(self._layers):
                 self._found = [one for one in self._found if one[1]() is not None]
-        self._record(self._names[id(layer)], stats.plan)
-
-    def _record(self, name: str, plan: Plan) -> None:
-        """Add what a layer did to its statistics."""
-        new = LayerStatistics(name, plan.counts.sum(0), tuple(plan.guests()), plan.home_loads(), plan.loads())
-        old = self._done.get(name)
-        if old is not None and self._num_micro_steps is not None:
-            new = LayerStatistics(
-                name,
-                old.counts + new.counts,
-                tuple(sorted({*old.guests, *new.guests})),
-                old.loads_before + new.loads_before,
-                old.loads_after + new.loads_after,
-            )
-        self._done[name] = new
+        self._statistics.add_forward(self._names[id(layer)], stats.plan)
 
     def _set_slots(self, layer: Any, slots: int) -> None:
         """How many guests may stay from now on; those that are here go."""
@@ -448,27 +350,13 @@ class ExpertParallel:
         if layer.costs is not None:
             layer.use_costs(replace(layer.costs, lends=1 if layer.experts.residents.slots else self._lends_again))
 
-    def _count_slots(self, memory: int | None) -> int:
-        """Guests of a layer that fit: weights, and gradients adding up in fp32."""
-        if memory is None:
-            device = next(self.module.parameters()).device
-            on_gpu = device.type == "cuda"
-            memory = torch.cuda.get_device_properties(device).total_memory // GUEST_PART if on_gpu else CPU_GUEST_BYTES
-        guest = 0
-        for layer in self._layers.values():
-            guest += sum(p[0].numel() * (p.element_size() + 4) for p in layer.experts.parameters())
-        return memory // max(guest, 1)
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """Over all ranks, in place."""
-        return all_reduce_sum(tensor, self.group.rows, self._replicas)
-
-    def _broadcast(self) -> None:
-        """Rank 0's parameters and buffers, to all ranks."""
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
-            if not tensor.is_meta and not sharded.is_sharded(tensor):
-                for group in (self._replicas, self.group.rows):
-                    broadcast(tensor.detach(), group)
-
-    def _in_order(self, parameters: set[nn.Parameter]) -> Sequence[nn.Parameter]:
-        return [p for p in self.module.parameters() if p in parameters]
+def count_slots(module: nn.Module, layers: Iterable[Any], memory: int | None) -> int:
+    """Return how many guests of a layer fit into `memory` bytes: weights, and gradients adding up in fp32. None: as
+    many as by default."""
+    if memory is None:
+        device = next(module.parameters()).device
+        on_gpu = device.type == "cuda"
+        memory = torch.cuda.get_device_properties(device).total_memory // GUEST_PART if on_gpu else CPU_GUEST_BYTES
+    guest: int = sum(p[0].numel() * (p.element_size() + 4) for layer in layers for p in layer.experts.parameters())
+    return memory // max(guest, 1)

@@ -1,0 +1,71 @@
+"""What each MoE layer of a module has done in an optimizer step: the rows of its experts, the guests, ranks' loads.
+
+E experts, R ranks of the group.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moetrain.moe.planning.plan import Ints, Plan, imbalance
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one layer has done since `begin_step`, or in its last forward where there is no step."""
+
+    name: str  # of the layer in the module
+    counts: Ints  # [E] rows of each expert, of all ranks of the group
+    guests: tuple[tuple[int, int, int], ...]  # (expert, its home rank, the rank that it was lent to), sorted
+    loads_before: Ints  # [R] rows that each rank would compute under standard expert parallelism
+    loads_after: Ints  # [R] rows that it did compute
+
+    @classmethod
+    def from_plan(cls, name: str, plan: Plan) -> "LayerStatistics":
+        """Return the statistics of one forward of the layer `name`, computed by `plan`."""
+        return cls(name, plan.counts.sum(0), tuple(plan.guests()), plan.home_loads(), plan.loads())
+
+    def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
+        """Return the statistics of both forwards of the layer together."""
+        return LayerStatistics(
+            self.name,
+            self.counts + other.counts,
+            tuple(sorted({*self.guests, *other.guests})),
+            self.loads_before + other.loads_before,
+            self.loads_after + other.loads_after,
+        )
+
+    @property
+    def imbalance_before(self) -> float:
+        """The largest over the mean load of `loads_before`; 1 is perfect balance."""
+        return imbalance(self.loads_before)
+
+    @property
+    def imbalance_after(self) -> float:
+        """The largest over the mean load of `loads_after`."""
+        return imbalance(self.loads_after)
+
+
+class StatisticsOfStep:
+    """Adds up what layers do in the forwards of one optimizer step; without a step, keeps their last forward."""
+
+    def __init__(self) -> None:
+        self._is_in_step = False
+        self._by_layer: dict[str, LayerStatistics] = {}
+
+    def begin_step(self) -> None:
+        """Forget what was added; add up from now on."""
+        self._is_in_step = True
+        self._by_layer.clear()
+
+    def end_step(self) -> None:
+        """Keep what was added until a layer's next forward, which takes its place."""
+        self._is_in_step = False
+
+    def add_forward(self, name: str, plan: Plan) -> None:
+        """Add a forward of the layer `name`, computed by `plan`."""
+        new, old = LayerStatistics.from_plan(name, plan), self._by_layer.get(name)
+        self._by_layer[name] = old + new if old is not None and self._is_in_step else new
+
+    def list_layers(self, names: Iterable[str]) -> list[LayerStatistics]:
+        """Return the statistics of those layers of `names`, in their order, that have had a forward."""
+        return [self._by_layer[name] for name in names if name in self._by_layer]
