@@ -33,6 +33,8 @@ def write(
     _specialisation(rng, folder, steps, names, experts)
     alert = {"step": steps // 2, "kind": "dead_experts", "text": f"{names[-1]}: expert 1 without a token"}
     (folder / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    expected = {"step_seconds": 0.4, "tokens_per_second": 9000.4, "memory_bytes": 1.3e9, "capacity_bytes": 1e10}
+    (folder / "prediction.json").write_text(json.dumps(expected))
     summary = {"parameters": {"total": 8e6, "active": 3e6}, "bigram_bits_per_byte": {"all": 2.3, "cpp": 2.4}}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

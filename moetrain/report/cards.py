@@ -125,6 +125,8 @@ def _speed(run: Run) -> dict[str, Any] | None:
         return None
     value, used = float(np.nanmedian(values)), recent(run, MFU)
     note = "median" + (f"; MFU {used:.1%}" if np.isfinite(used) else "")
+    expected = run.predicted("tokens_per_second")
+    note += f"; predicted {expected:,.0f}" if np.isfinite(expected) else ""
     return _card("Throughput", f"{value:,.0f}", METRICS[TOKENS_PER_SECOND].unit, note, value, 1)
 
 
@@ -193,4 +195,6 @@ def _memory(run: Run) -> dict[str, Any] | None:
     value = float(ranks.max()) if len(ranks) else run.metrics.last(PEAK_MEMORY_GIB)
     if np.isnan(value):
         return None
-    return _card("Memory", f"{value:.2f}", "GiB", "on the fullest rank", value, -1)
+    expected = run.predicted("memory_bytes") / 2**30
+    note = "on the fullest rank" + (f"; predicted {expected:.2f}" if np.isfinite(expected) else "")
+    return _card("Memory", f"{value:.2f}", "GiB", note, value, -1)

@@ -157,6 +157,7 @@ class Run:
             self.missing.append(f"metrics.jsonl: {self.metrics.torn} unreadable line(s) left out")
         self.config = self._mapping("config.yaml", "not there")
         self.summary = self._mapping("summary.json", "not there: the run has not ended")
+        self.prediction = disk.read_json(self.folder / "prediction.json")
         self.starts = disk.rows(self.folder / "starts.jsonl")
         self.trace = self._trace()
         self.specialisation = self._specialisation()
@@ -181,6 +182,10 @@ class Run:
     def ended(self, *path: str) -> float:
         """A number of the summary; NaN where it is none."""
         return _number(_field(self.summary, *path))
+
+    def predicted(self, name: str) -> float:
+        """A number of the prediction that was made before the first step; NaN where there is none."""
+        return _number(_field(self.prediction, name))
 
     def _mapping(self, name: str, without: str) -> dict[str, Any]:
         path = self.folder / name

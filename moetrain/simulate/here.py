@@ -42,13 +42,15 @@ def crowd_costs(costs: Costs, crowd: float) -> Costs:
 def measured_cluster(cluster: Cluster, costs: Costs, shape: Shape, dtype: str) -> Cluster:
     """`cluster` with links and the rate of products as measured; raises `ConfigError` where they are of another layer.
 
-    The peak becomes what gives dense products their rate, `DENSE` times the measured one of the experts' forward.
+    The peak becomes what gives dense products the measured rate of the experts' forward; on a host's cores `DENSE`
+    times that.
     """
     if costs.weight_bytes != shape.expert_params * BYTES[dtype]:
         theirs, ours = f"{costs.weight_bytes:,} bytes", f"{shape.expert_params:,} weights in {dtype}"
         raise ConfigError(f"cluster.costs: is of experts of {theirs}, the model's have {ours}")
     width = math.sqrt(shape.dim * shape.expert_hidden)
-    achieved = DENSE * 6.0 * shape.dim * shape.expert_hidden / costs.row_forward
+    dense = DENSE if cluster.host.cores is not None else 1.0
+    achieved = dense * 6.0 * shape.dim * shape.expert_hidden / costs.row_forward
     peak = achieved / cluster.gemm.share * (1 + cluster.gemm.half_width / width)
     link = {"share": 1.0, "half_message": 0.0}
     inside = {"bandwidth": costs.inside.bandwidth, "latency": costs.inside.latency}

@@ -8,6 +8,7 @@ from typing import Any
 from moetrain import config
 from moetrain.common.errors import ConfigError
 from moetrain.config import Config, Native
+from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import Cluster, load_cluster, split_name
 from moetrain.simulate.here import crowd_costs, measured_cluster, read_costs
 from moetrain.simulate.layer import PlannerChoice
@@ -55,11 +56,7 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     )
     work = _work(own, settings, given, layout)
     measured = read_costs(Path(costs)) if (costs := own.get("cluster.costs")) else None
-    if measured is not None:
-        cluster = measured_cluster(cluster, measured, shape, work.dtype)
-    if (cores := cluster.host.cores) is not None:
-        cluster = cluster.on_one_host(world)
-        measured = crowd_costs(measured, max(1.0, world / cores)) if measured else None
+    cluster, measured = _settle(cluster, measured, shape, world, work.dtype)
     job = Job(cluster, shape, layout, work, find_stack(own.get("stack", "moetrain")), measured)
     layout.check(shape)
     job.work.micro_steps(layout)
@@ -69,6 +66,47 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     if choice not in ("auto", "fixed"):
         raise ConfigError(f"parallel.layout={choice}: must be auto or fixed")
     return Request(job, own.get("routing", "natural"), natural, planner, choice == "auto")
+
+
+def job_of_run(config: Config, world: int, ep: int, cluster: Cluster, costs: Costs) -> Request:
+    """What a run that is about to start asks for: its complete configuration, and the costs that were measured.
+
+    Raises `ConfigError` for a model or a batch that the simulator does not know.
+    """
+    shape = from_config(config)
+    if not isinstance(config.engine, Native):
+        raise ConfigError(f"engine={config.engine.name}: must be native for `moetrain simulate`")
+    layout = Layout(
+        world=world,
+        ep=ep,
+        dp_replicate=config.parallel.dp_replicate,
+        sharding="fsdp",
+        reshard=config.engine.reshard_after_forward,
+    )
+    work = Work(
+        seq_len=config.train.seq_len,
+        micro_batch=config.micro_batch(world),
+        global_batch=config.train.global_batch,
+        dtype=config.train.dtype,
+        recompute=config.train.recompute,
+        moment_bytes=8 if config.optim.state_dtype == "fp32" else 4,
+        offload=config.engine.offload != "none",
+    )
+    settled, measured = _settle(cluster, costs, shape, world, work.dtype)
+    planner = PlannerChoice(config.planner.name, config.planner.options)
+    return Request(Job(settled, shape, layout, work, find_stack("moetrain"), measured), "natural", Natural(), planner)
+
+
+def _settle(
+    cluster: Cluster, measured: Costs | None, shape: Shape, world: int, dtype: str
+) -> tuple[Cluster, Costs | None]:
+    """The cluster with what was measured on it, and with all ranks on its host where it has but one."""
+    if measured is not None:
+        cluster = measured_cluster(cluster, measured, shape, dtype)
+    if (cores := cluster.host.cores) is not None:
+        cluster = cluster.on_one_host(world)
+        measured = crowd_costs(measured, max(1.0, world / cores)) if measured else None
+    return cluster, measured
 
 
 def choose_planner(name: str, extra_dir: str | None = None) -> PlannerChoice:

@@ -19,6 +19,7 @@ from moetrain.recovery import watch as recovery
 from moetrain.training.beginning import Beginning, begin
 from moetrain.training.ending import AtEnd, judge, write_artifacts
 from moetrain.training.evaluate import evaluate
+from moetrain.training.prediction import predict
 from moetrain.training.step import micro_batches, optimizer_step
 
 
@@ -37,7 +38,11 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
     if run.saved is not None:
         checkpoint.load(run.saved, engine)
         run.logger.print(f"resumed from {run.saved}, {run.first} steps done")
-    engine.plan_with(saved_costs.obtain(mesh, saved_costs.layer_of(config), run.folder, run.saved))
+    costs = saved_costs.obtain(mesh, saved_costs.layer_of(config), run.folder, run.saved)
+    engine.plan_with(costs)
+    if mesh.is_main and (expected := predict(config, mesh, costs)) is not None:
+        run.logger.print_lines(expected.lines())
+        expected.write(run.folder)
     peak_flops = matmul_rate(mesh.device, engine.dtype) * mesh.world
     position = run.position
     engine.model.at_step(run.first, config.train)

@@ -500,13 +500,16 @@ def cards_by_hand(folder: Path) -> dict[str, tuple[str, str, str]]:
     bits = [row["eval/bits_per_byte"] for row in evaluated if "eval/bits_per_byte" in row][-1]
     bigram = json.loads((folder / "summary.json").read_text())["bigram_bits_per_byte"]["all"]
     speed = np.median(column("perf/tokens_per_second", rows))
+    expected = json.loads((folder / "prediction.json").read_text())
+    tokens, gib = f"{expected['tokens_per_second']:,.0f}", f"{expected['memory_bytes'] / 2**30:.2f}"
+    memory = f"{max(np.mean(column('perf/memory_gib', last), axis=0)):.2f}"
     every, wanted = config["train"].get("log_every", 1), config["train"]["steps"]
     share, experts = saved / mean("perf/step_seconds"), len(layers) * config["model"]["num_experts"]
     return {
         "Steps": (f"{rows[-1]['step']:,}", f"of {wanted:,}", f"{short(rows[-1]['train/tokens'])} tokens"),
         "Validation loss": (f"{bits:.3f}", "bits/byte", f"bigram model: {bigram:.3f}"),
         "Training loss": (f"{losses[-1]:.3f}", "nats/token", f"at the last step, from {losses[0]:.3f}"),
-        "Throughput": (f"{speed:,.0f}", "tokens/s", f"median; MFU {mean('perf/mfu'):.1%}"),
+        "Throughput": (f"{speed:,.0f}", "tokens/s", f"median; MFU {mean('perf/mfu'):.1%}; predicted {tokens}"),
         "Device imbalance": (
             f"{home:.2f} → {planned:.2f}", "", "busiest device over the mean: experts at home → as planned"
         ),
@@ -521,7 +524,7 @@ def cards_by_hand(folder: Path) -> dict[str, tuple[str, str, str]]:
             str(used), f"of {experts}", f"selected in the last {len(last)} recorded steps"
         ),
         "Congestion coefficient γ̂": (f"{mean('balance/gamma_eff'):.3g}", "", "stabilization"),
-        "Memory": (f"{max(np.mean(column('perf/memory_gib', last), axis=0)):.2f}", "GiB", "on the fullest rank"),
+        "Memory": (memory, "GiB", f"on the fullest rank; predicted {gib}"),
     }  # fmt: skip
 
 

@@ -42,6 +42,10 @@ def test_layouts_follow_the_same_curve(pool, tiny) -> None:
         more += ["planner.min_rows=1"] if planner == "llep" else []
         folder = pool.run(run, ranks, [*tiny, *more], ep=ep, replicate=replicate)[0]
         curves.append(losses(folder))
+        expected = json.loads((Path(folder) / "prediction.json").read_text())
+        tokens = expected["step_seconds"] * expected["tokens_per_second"]
+        assert tokens == pytest.approx(rows_of(folder)[0]["train/tokens"])
+        assert f"{expected['tokens_per_second']:,.0f} tokens/s" in (Path(folder) / "log.txt").read_text()
         if planner == "llep":
             assert sum(row.get("balance/guests", 0) for row in rows_of(folder)) > 0
     for layout, curve in zip(LAYOUTS, curves, strict=True):
