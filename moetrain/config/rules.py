@@ -55,6 +55,7 @@ def check(c: Config) -> None:
         rule(top_k <= experts, "router.k_schedule" if k <= experts else "model.min_experts", most)
     for field, text in _find_broken_router_rules(c):
         rule(False, field, text)
+    rule(not c.router.freeze or c.balance.bias == "none", "balance.bias", "must be none with router.freeze=true")
     rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
     rule(m.head_dim % 2 == 0, "model.head_dim", "must be even: rotary position embedding rotates pairs")
     rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8: grouped GEMMs need rows of 16 bytes")

@@ -25,8 +25,26 @@ class Sequences:
 
     tokens: NDArray[np.int64]
     domain: NDArray[np.int64]
-    document: NDArray[np.int64]  # equal numbers: the same document
+    document: NDArray[np.int64]  # equal numbers: the same document; below zero: padding
     sample: NDArray[np.int64] | None = None  # [B] global numbers, of training sequences
+    target: NDArray[np.bool_] | None = None  # [B, L + 1] tokens that are to be predicted; None: all
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go in, without padding."""
+        return int((self.document[:, :-1] >= 0).sum())
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that the loss is the mean over."""
+        return int((self.document[:, 1:] >= 0).sum() if self.target is None else self.target[:, 1:].sum())
+
+    def attended(self, within_documents: bool) -> NDArray[np.int64] | None:
+        """Returns what the model takes as `document` [B, L]: None where attention and routing are over all tokens."""
+        document = self.document[:, :-1]
+        if within_documents:
+            return document
+        return None if (document >= 0).all() else np.minimum(document, 0)
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,10 @@ class Samples(Protocol):
         """[B, L + 1] of each: the global samples `begin` to `end` - 1; B may be 0."""
         ...
 
+    def count_tokens(self, end: int) -> int:
+        """Returns the tokens that go in, without padding, of the global samples before `end`."""
+        ...
+
 
 def samples_of(corpus: Corpus, config: Config) -> Samples:
     """What a run trains on. Raises `ConfigError` where the corpus is too small for it."""
@@ -181,6 +203,10 @@ class Loader(Packed):
         found = self.windows([int(self._order(epoch)[place]) for epoch, place in epochs])
         return replace(found, sample=np.arange(begin, end))
 
+    def count_tokens(self, end: int) -> int:
+        """Returns the tokens of the global samples before `end`."""
+        return end * self.seq_len
+
 
 class DomainBlocks:
     """Every `block` consecutive samples are of one domain: with micro-batches of that size, each holds a single one.
@@ -211,6 +237,10 @@ class DomainBlocks:
         parts = zip(*((s.tokens, s.domain, s.document) for s in found), strict=True)
         tokens, domain, document = map(np.concatenate, parts)
         return Sequences(tokens, domain, document, np.arange(begin, end))
+
+    def count_tokens(self, end: int) -> int:
+        """Returns the tokens of the global samples before `end`."""
+        return end * self.domains[0].seq_len
 
     def _window(self, index: int) -> Sequences:
         number, place = divmod(index, self.block)

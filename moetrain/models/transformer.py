@@ -180,7 +180,7 @@ class Block(nn.Module):
                 flat_TD, scores, carry = run.dense(self._route, x, carry, place, turn)
             decision = self.moe.decide(scores, place, next(replay, None), turn)
             x = x + run.experts(self.moe.compute, flat_TD, scores, decision, turn, run.shared).view_as(x)
-            stats.append(LayerStats.collect(scores, decision))
+            stats.append(LayerStats.collect(scores, decision, place))
         return x, stats, carry
 
     def _dense(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
@@ -228,6 +228,12 @@ class Transformer(nn.Module):
         """In the order of the statistics."""
         return [router for moe in self.modules() if isinstance(moe, MoE) for router in moe.routers]
 
+    def freeze_routers(self) -> None:
+        """Leave the weights of all routers, and what they share, out of training."""
+        for module in (*self.routers, self.shared_router):
+            if module is not None:
+                module.requires_grad_(False)
+
     def forward(
         self,
         tokens: Tensor,
@@ -239,7 +245,8 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[LayerStats]]:
         """[B, L] int64 -> -log p of `targets` [B, L] fp32, or logits [B, L, V] without targets; and statistics.
 
-        `document` [B, L] int: positions attend within equal numbers only; None: causal over everything. `domain`
+        `document` [B, L] int: positions attend within equal numbers only, and those below zero are padding, which goes
+        to no expert and counts in no statistic; None: causal over everything, no padding. `domain`
         [B, L] and `sample` [B] int64: for routers that look at a token's domain or its sequence's global number.
         `choices`: earlier ones, to be replayed. The statistics are those of every pass through every MoE layer, in
         order.
@@ -269,7 +276,8 @@ class Transformer(nn.Module):
         if document is not None:
             causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
             mask = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
-        place = Place(tokens.shape[1], sample, None if domain is None else domain.flatten())
+        real_T = None if document is None or bool((document >= 0).all()) else (document >= 0).flatten()
+        place = Place(tokens.shape[1], sample, None if domain is None else domain.flatten(), real_T)
         x, stats = self.embed(tokens), []
         carry = None if self.shared_router is None else self.shared_router()
         run, replay = self.run if torch.is_grad_enabled() else RECOMPUTE["none"], iter(choices)

@@ -62,18 +62,26 @@ class LayerStats:
     plan: Plan
     num_lent: int  # copies of experts sent in the forward, in the whole group
     clock: Clock
+    real_T: Tensor | None = None  # bool: tokens that are not padding; None: all
 
     @classmethod
-    def collect(cls, scores: Scores, decision: Decision) -> "LayerStats":
+    def collect(cls, scores: Scores, decision: Decision, place: Place | None = None) -> "LayerStats":
         """After `compute`: ends the layer's clock."""
         decision.clock.stop()
-        d = decision
-        return cls(scores, d.choice, d.counts_E, d.kept_E, d.plan, d.num_lent, d.clock)
+        d, real_T = decision, None if place is None else place.real_T
+        return cls(scores, d.choice, d.counts_E, d.kept_E, d.plan, d.num_lent, d.clock, real_T)
+
+    @property
+    def real_scores(self) -> Scores:
+        """The scores with zeros for padding, with gradient: what sums over tokens are made of."""
+        if self.real_T is None:
+            return self.scores
+        return Scores(*(x_TE * self.real_T[:, None] for x_TE in self.scores))
 
     def light(self) -> "LayerStats":
         """What the metrics of a step need: without scores and choice, which are large."""
         none = torch.empty(0)
-        return replace(self, scores=Scores(none, none), choice=Choice(none, none))
+        return replace(self, scores=Scores(none, none), choice=Choice(none, none), real_T=None)
 
 
 class Watcher(Protocol):
@@ -190,7 +198,7 @@ class MoE(nn.Module):
             y_TD = checkpoint(self.compute, x_TD, scores, decision, use_reentrant=False, preserve_rng_state=False)
         else:
             y_TD = self.compute(x_TD, scores, decision)
-        stats = LayerStats.collect(scores, decision)
+        stats = LayerStats.collect(scores, decision, place)
         if not is_again:
             if y_TD.requires_grad:  # the graph keeps them, and they go with it
                 y_TD.register_hook(partial(_keep, decision, stats))
@@ -244,6 +252,8 @@ class MoE(nn.Module):
         with clock.phase("route"):
             if choice is None:
                 choice = self.routers[turn].choose(scores, place)
+                if place is not None and place.real_T is not None:
+                    choice = choice.within(place.real_T)
             token_N, expert_N, kept_N = choice
             kept_E = counts_E = _count(expert_N, num_all, kept_N)
             if self.capacity_factor is not None:

@@ -33,7 +33,7 @@ from moetrain.observe.scores import HeldOut, Score
 
 @torch.no_grad()
 def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> HeldOut:
-    """All ranks call it, and call the model equally often."""
+    """All ranks call it, and call the model equally often. Losses are means over the tokens to be predicted."""
     device, size = mesh.device, config.micro_batch(mesh.world)
     sizes = [router.num_experts for router in model.routers]
     counts_CN = torch.zeros(len(corpus.domains), sum(sizes), device=device)  # experts of all layers
@@ -45,18 +45,15 @@ def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> 
         for begin in range(0, len(windows.tokens), size * mesh.world):
             mine = slice(begin + mesh.rank * size, begin + (mesh.rank + 1) * size)
             tokens = torch.from_numpy(windows.tokens[mine]).to(device)
-            within = None
-            if config.data.attend_within_documents:
-                within = torch.from_numpy(windows.document[mine, :-1]).to(device)
+            within = windows.attended(config.data.attend_within_documents)
+            document = None if within is None else torch.from_numpy(within[mine]).to(device)
             label = torch.from_numpy(windows.domain[mine, :-1]).to(device)
-            nats, stats = model(tokens[:, :-1], tokens[:, 1:], within, label)
-            sums[domain] += torch.stack(
-                [
-                    nats.sum().double(),
-                    torch.tensor(float(nats.numel()), device=device),
-                    token_bytes[tokens[:, 1:]].sum(),
-                ]
-            )
+            nats, stats = model(tokens[:, :-1], tokens[:, 1:], document, label)
+            num_targets, sizes_BL = float(nats.numel()), token_bytes[tokens[:, 1:]]
+            if windows.target is not None:
+                is_target = torch.from_numpy(windows.target[mine, 1:]).to(device)
+                nats, sizes_BL, num_targets = nats * is_target, sizes_BL * is_target, float(is_target.sum())
+            sums[domain] += torch.stack([nats.sum().double(), torch.tensor(num_targets, device=device), sizes_BL.sum()])
             counts_CN[domain] += torch.cat([s.counts_E for s in stats])
             liked.add(domain, tokens[:, :-1].flatten(), stats)
     all_reduce_sum(sums)

@@ -76,8 +76,8 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
             run.logger.print_lines(saver.news())
             if metrics:
                 metrics |= {metric.LR: lr, metric.GRAD_NORM: done.norm}
-                metrics |= {metric.TOKENS: position * config.train.seq_len, metric.SKIPPED_STEPS: watch.skipped}
-                recorder.log(step, metrics | _speed(run, seconds, peak_flops))
+                metrics |= {metric.TOKENS: run.loader.count_tokens(position), metric.SKIPPED_STEPS: watch.skipped}
+                recorder.log(step, metrics | _speed(run, done.size.tokens, seconds, peak_flops))
             if not is_last and _is_every(config.eval.every, step):
                 recorder.held_out(step, evaluate(engine.model, run.corpus, config, mesh))
             if end_requested and not is_last:
@@ -103,9 +103,8 @@ def _is_every(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _speed(run: Beginning, seconds: float, peak_flops: float) -> dict[str, float]:
-    """Return the metrics of a step that took `seconds`; `peak_flops`: a second, of all ranks."""
-    tokens = run.config.train.global_batch * run.config.train.seq_len
+def _speed(run: Beginning, tokens: int, seconds: float, peak_flops: float) -> dict[str, float]:
+    """Return the metrics of a step of `tokens` that took `seconds`; `peak_flops`: a second, of all ranks."""
     mfu = run.size.flops_per_token * tokens / seconds / peak_flops
     return {metric.STEP_SECONDS: seconds, metric.TOKENS_PER_SECOND: tokens / seconds, metric.MFU: mfu}
 

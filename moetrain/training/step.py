@@ -11,7 +11,7 @@ from torch import Tensor
 from moetrain.config import Config, ConfigError
 from moetrain.config.core_options import balance_options
 from moetrain.data.loader import Corpus, Samples, Sequences
-from moetrain.distributed.comm import gather_texts
+from moetrain.distributed.comm import all_reduce_sum, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine
 from moetrain.models.transformer import Transformer
@@ -19,7 +19,7 @@ from moetrain.moe.clock import Clock
 from moetrain.moe.routing import Choice
 from moetrain.moe.routing.balance import BalanceLoss, add_buffers
 from moetrain.observe.collect.health import RouterSums
-from moetrain.observe.collect.meter import Part, Step
+from moetrain.observe.collect.meter import BatchSize, Part, Step
 
 
 class Batch(NamedTuple):
@@ -28,13 +28,33 @@ class Batch(NamedTuple):
     tokens: Tensor  # [B, L] int64
     targets: Tensor  # [B, L] int64
     domain: Tensor  # [B, L] of the targets
+    is_target: Tensor | None  # [B, L] bool: which targets are to be predicted; None: all
     about: tuple[Tensor | None, ...]  # what else the model takes: document, domain, sample of the tokens
 
     @classmethod
     def from_sequences(cls, share: Sequences, config: Config, device: torch.device) -> "Batch":
-        tokens, domain, document, sample = (torch.from_numpy(x).to(device) for x in vars(share).values())
-        within = document[:, :-1] if config.data.attend_within_documents else None
-        return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], (within, domain[:, :-1], sample))
+        document = share.attended(config.data.attend_within_documents)
+        parts = (share.tokens, share.domain, document, share.sample, share.target)
+        tokens, domain, within, sample, target = (None if x is None else torch.from_numpy(x).to(device) for x in parts)
+        assert tokens is not None
+        assert domain is not None
+        is_target = None if target is None else target[:, 1:]
+        return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], is_target, (within, domain[:, :-1], sample))
+
+    def select_targets(self, nats: Tensor) -> Tensor:
+        """Returns nats [B, L] with zeros where nothing is to be predicted."""
+        return nats if self.is_target is None else nats.masked_fill(~self.is_target, 0.0)
+
+
+def count_batch(shares: Sequence[Sequences], config: Config, device: torch.device) -> BatchSize:
+    """Count the global batch. All ranks call it, before the first forward: enters one small collective where sequences
+    have padding or tokens that are not predicted."""
+    if all(share.target is None for share in shares):
+        tokens = config.train.global_batch * config.train.seq_len
+        return BatchSize(tokens, tokens)
+    own = [sum(share.num_tokens for share in shares), sum(share.num_targets for share in shares)]
+    tokens, targets = all_reduce_sum(torch.tensor(own, device=device)).tolist()
+    return BatchSize(tokens, max(targets, 1))
 
 
 def optimizer_step(
@@ -42,10 +62,10 @@ def optimizer_step(
 ) -> Step:
     """Forward, losses and backward of every micro-step, then the update; `clock` sees where the time goes."""
     clock = clock or Clock(engine.mesh.device)
-    tokens_in_batch = config.train.global_batch * config.train.seq_len
+    size = count_batch(shares, config, engine.mesh.device)
     parts: list[Part] = []
     model, groups = engine.model, engine.mesh.ep.size
-    balance = BalanceLoss(balance_options(config.balance), model.routers, tokens_in_batch, config.train.seq_len, groups)
+    balance = BalanceLoss(balance_options(config.balance), model.routers, size.tokens, config.train.seq_len, groups)
     batches = [Batch.from_sequences(share, config, engine.mesh.device) for share in shares]
     choices: list[list[Choice] | None] = [None] * len(batches)
     if balance.looks_ahead:
@@ -54,18 +74,19 @@ def optimizer_step(
     for number, batch in enumerate(batches):
         with clock.phase("forward"):
             nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number])
+            nats = batch.select_targets(nats)
             losses, router = balance.losses(stats), RouterSums.collect(stats)
         with clock.phase("backward"):
-            loss = nats.sum() / tokens_in_batch + losses.weighted
+            loss = nats.sum() / size.targets + losses.weighted
             engine.backward(spread_not_finite(loss), last=number == len(batches) - 1)
         losses = losses._replace(weighted=losses.weighted.detach())
-        parts.append(Part(nats.detach(), batch.domain, losses, [s.light() for s in stats], router))
+        parts.append(Part(nats.detach(), batch.domain, batch.is_target, losses, [s.light() for s in stats], router))
         choices[number] = None  # they are large
     with clock.phase("update"):
         norm = engine.step(lr)
         if math.isfinite(norm):
             balance.finish()
-    return Step(parts, balance.counts, norm, clock)
+    return Step(parts, balance.counts, norm, clock, size)
 
 
 def spread_not_finite(loss: Tensor) -> Tensor:
@@ -78,6 +99,8 @@ def build(config: Config) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config.model, config.router, config.planner, config.train.recompute)
         add_buffers(model.routers, balance_options(config.balance))
+    if config.router.freeze:
+        model.freeze_routers()
     if config.train.compile:
         model.compile_dense()
     return model

@@ -37,6 +37,10 @@ class RandomSamples:
         nothing = np.zeros_like(tokens)
         return Sequences(tokens, nothing, nothing, np.arange(begin, end))
 
+    def count_tokens(self, end: int) -> int:
+        """Returns the tokens of the global samples before `end`."""
+        return end * self._length
+
 
 def settle(overrides: list[str], layers: int, sequences: int, more: tuple[str, ...] = ()) -> Config:
     """The configuration of the step: the user's, in fp32 and with fewer layers. Raises `ConfigError`."""

@@ -64,6 +64,11 @@ class Router(Section):
         description="Weight of experts without computation in the balance loss, and of the others in the capacity "
         "(MoE++'s τ)."
     )
+    freeze: bool = Field(
+        default=False,
+        description="Whether the weights of the routers stay as they are, as in post-training. Gradients still flow "
+        "through them to the layers below.",
+    )
 
     @model_serializer(mode="wrap")
     def _write_flat(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -11,6 +11,8 @@ communication it takes. Under gradient accumulation the counts of the global bat
 Every rank returns its share of a loss: summed over ranks and micro-steps, with P divided by the tokens of the global
 batch, the shares are the loss. Gradients are summed over ranks, never averaged.
 
+Padding counts nowhere: neither in the frequencies, nor in P, nor in the other losses, nor as a token of the batch.
+
 T tokens here, L layers, E experts of a layer, N experts of all layers, one layer after another: layers may differ in
 E. B sequences, G groups of experts.
 """
@@ -50,7 +52,8 @@ class BalanceLoss:
         groups: int = 1,
         reduce: Callable[[Tensor], Tensor] = all_reduce_sum,
     ) -> None:
-        """`routers`: in the order of the statistics. `tokens_in_batch`: of the global batch; `length`: of a sequence.
+        """`routers`: in the order of the statistics. `tokens_in_batch`: of the global batch,
+        without padding; `length`: of a sequence, with it.
 
         `groups`: how many the experts of a layer form for the device loss, where `balance.device_groups` is null.
         `reduce`: sums counts in place over all ranks that share the global batch.
@@ -83,10 +86,11 @@ class BalanceLoss:
         """Of the next micro-step. All ranks call it: it enters one collective, or with `exact` one a step."""
         options, tokens = self._options, self._tokens
         f_N, local_N = self.synchronise(stats)
-        prob_N = torch.cat([s.scores.probs_TE.sum(0) for s in stats]) / tokens
+        probs = [s.real_scores.probs_TE for s in stats]
+        prob_N = torch.cat([probs_TE.sum(0) for probs_TE in probs]) / tokens
         weight_N = self._weights(local_N.device)
         decided = bool(options.entropy_coefficient)  # else its graph, of [T, E] in every layer, is spared
-        entropy_L = torch.stack([entropy(s.scores.probs_TE if decided else s.scores.probs_TE.detach()) for s in stats])
+        entropy_L = torch.stack([entropy(probs_TE if decided else probs_TE.detach()) for probs_TE in probs])
         z_L = z_sums(stats)
         terms = {
             "balance": (options.coefficient, (weight_N * f_N * prob_N).sum()),
@@ -179,7 +183,8 @@ def bias_step(counts_E: Tensor, rule: str) -> Tensor:
 
 def z_sums(stats: Sequence[LayerStats]) -> Tensor:
     """[L] Σ_t logsumexp(logits_t)²: over the tokens of the batch, what the z-loss is the mean of (ST-MoE, Eq. 5)."""
-    return torch.stack([s.scores.logits_TE.logsumexp(-1).square().sum() for s in stats])
+    squares = ((s.scores.logits_TE.logsumexp(-1).square(), s.real_T) for s in stats)
+    return torch.stack([(z_T if real_T is None else z_T * real_T).sum() for z_T, real_T in squares])
 
 
 def entropy(probs_TE: Tensor) -> Tensor:
@@ -194,7 +199,7 @@ def sequence_loss(stats: Sequence[LayerStats], weights: Sequence[Tensor], length
     """
     total = []
     for s, weight_E in zip(stats, weights, strict=True):
-        probs_BE = s.scores.probs_TE.unflatten(0, (-1, length)).sum(1)
+        probs_BE = s.real_scores.probs_TE.unflatten(0, (-1, length)).sum(1)
         token_N, expert_N, chosen_N = s.choice
         ones_N = torch.ones_like(expert_N) if chosen_N is None else chosen_N.to(expert_N.dtype)
         counts_BE = torch.zeros(probs_BE.shape, dtype=torch.int64, device=expert_N.device)

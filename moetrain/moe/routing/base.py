@@ -21,6 +21,7 @@ class Place(NamedTuple):
     length: int
     sample_B: Tensor | None = None  # int64: the sequences' global numbers; None outside of training
     group_T: Tensor | None = None  # int64: each token's domain; None: unknown
+    real_T: Tensor | None = None  # bool: tokens that are not padding; None: all
 
 
 class Scores(NamedTuple):
@@ -34,6 +35,11 @@ class Choice(NamedTuple):
     token_N: Tensor  # int64
     expert_N: Tensor  # int64
     chosen_N: Tensor | None = None  # bool: which of them are made, where their number is unknown to the host; None: all
+
+    def within(self, real_T: Tensor) -> "Choice":
+        """Returns the choice without the selections of tokens that are not `real_T` (bool)."""
+        real_N = real_T[self.token_N]
+        return self._replace(chosen_N=real_N if self.chosen_N is None else self.chosen_N & real_N)
 
 
 class Routing(NamedTuple):

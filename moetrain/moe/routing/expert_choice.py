@@ -27,6 +27,8 @@ class ExpertChoice(TopK):
     @torch.no_grad()
     def choose(self, scores: Scores, place: Place | None = None) -> Choice:
         gate_TE = self.gates(scores)
+        if place is not None and place.real_T is not None:
+            gate_TE = gate_TE.masked_fill(~place.real_T[:, None], -1.0)  # padding comes last
         num_tokens, num_experts = gate_TE.shape
         length = max(num_tokens if place is None else place.length, 1)
         num_sequences, device = num_tokens // length, gate_TE.device

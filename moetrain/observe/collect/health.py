@@ -39,7 +39,7 @@ class RouterSums(NamedTuple):
     @classmethod
     @torch.no_grad()
     def collect(cls, stats: Sequence[LayerStats]) -> "RouterSums":
-        logits = [s.scores.logits_TE.detach() for s in stats]
+        logits = [s.real_scores.logits_TE.detach() for s in stats]
         return cls(
             torch.cat([x_TE.sum(0) for x_TE in logits]),
             torch.stack([torch.linalg.vector_norm(x_TE, dim=-1).sum() for x_TE in logits]),

@@ -68,11 +68,19 @@ FORWARDS = {"selective": 5 / 3, "full": 2.0}  # times that experts compute their
 PLAN_FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_moved", "saved_seconds")
 
 
+class BatchSize(NamedTuple):
+    """Of the global batch."""
+
+    tokens: int  # that go in, without padding
+    targets: int  # that are to be predicted: the loss is the mean over them, whatever the layout
+
+
 class Part(NamedTuple):
     """What one micro-step contributes to the metrics."""
 
     nats: Tensor  # [B, L] per target token
     domain: Tensor  # [B, L] of the target tokens
+    is_target: Tensor | None  # [B, L] bool: which of them are to be predicted, nats of the others are 0; None: all
     losses: Losses
     stats: list[LayerStats]  # light
     router: health.RouterSums
@@ -83,6 +91,7 @@ class Step(NamedTuple):
     counts: list[Tensor]  # int64 [E] of every layer: selections on all ranks, in all micro-steps
     norm: float  # of the gradient
     clock: Clock  # of the step's TIMES
+    size: BatchSize
 
 
 class Reading(NamedTuple):
@@ -123,7 +132,7 @@ class Meter:
             },
         )
         sizes = np.cumsum([len(counts_E) for counts_E in step.counts])[:-1]
-        tokens = found["tokens"].sum()
+        tokens = step.size.tokens
         selected, window, logits = (np.split(found[name], sizes) for name in ("counts", "window", "logits"))
         quality = [sums / tokens for sums in logits]
         metrics = self._losses(found, step.parts[0].losses) | self._plans(found, len(step.parts))
@@ -155,7 +164,8 @@ class Meter:
         for part in parts:
             flat = part.domain.flatten()
             nats_C.index_add_(0, flat, part.nats.flatten().double())
-            tokens_C.index_add_(0, flat, torch.ones_like(flat, dtype=torch.float64))
+            ones = torch.ones_like(flat) if part.is_target is None else part.is_target.flatten()
+            tokens_C.index_add_(0, flat, ones.double())
         total = lambda tensors: torch.stack(list(tensors)).double().sum(0)  # noqa: E731
         return {
             "nats": nats_C,
