@@ -27,11 +27,11 @@ from torch.autograd import DeviceType
 
 from moetrain import config
 from moetrain.bench import cases, virtual
-from moetrain.bench import cell as layer_cell
 from moetrain.bench.cases import BALANCED, Shape
-from moetrain.bench.cell import Cell, Inputs, now
-from moetrain.bench.options import Grid
+from moetrain.bench.cell import Cell, Inputs, build_experts
+from moetrain.bench.protocol import Grid
 from moetrain.bench.tables import Results, Tabulated
+from moetrain.bench.timing import read_clock
 from moetrain.common.console import console
 from moetrain.data.loader import Sequences
 from moetrain.distributed import mesh
@@ -99,9 +99,9 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = 7) 
     """The quickest of several runs, after one that does not count."""
     times = []
     for _ in range(1 + repeats):
-        began = now(device)
+        began = read_clock(device)
         call()
-        times.append(now(device) - began)
+        times.append(read_clock(device) - began)
     return min(times[1:])
 
 
@@ -248,16 +248,16 @@ def traced(shape: Shape, scenario: str, device: torch.device, out: Path) -> tupl
     """The layer's cells of the table, and its kernels; a Chrome trace goes to trace-NAME.json.gz beside `out`."""
     cell, plan = first_cell(shape, scenario, device)
     for _ in range(3):
-        forward, both = cell.run(plan)
+        forward, both = cell.time_pass(plan)
     syncs = counted_syncs(lambda: cell.forward(plan).backward(cell.inputs.upstream_TD), device)
     cell.drop_gradients()
     with torch.profiler.profile() as profile:
         with torch.profiler.record_function("forward"):
             y_TD = cell.forward(plan)
-            now(device)
+            read_clock(device)
         with torch.profiler.record_function("backward"):
             y_TD.backward(cell.inputs.upstream_TD)
-            now(device)
+            read_clock(device)
     profile.export_chrome_trace(str(out.with_name(f"trace-{out.name}.json.gz")))
     averages = profile.key_averages()
     of_host = [event for event in averages if event.device_type == DeviceType.CPU and event.key.startswith("cu")]
@@ -277,14 +277,14 @@ def on_gpu(events: Iterable[Any]) -> list[Any]:
 
 
 def first_cell(shape: Shape, scenario: str, device: torch.device) -> tuple[Cell, Plan]:
-    """Virtual rank 0's layer, and its plan, with the announcements of all ranks in the mail."""
+    """Virtual rank 0's layer, and its plan, with the announcements of all ranks delivered."""
     torch.manual_seed(0)
     grid = Grid([shape], [scenario], ["makespan"], repeats=1, warmup=1, seed=0)
-    weights = layer_cell.build(shape, virtual.make_group(0, RANKS, virtual.SharedTraffic(device)), device)
+    weights = build_experts(shape, virtual.make_group(0, RANKS, virtual.SharedTraffic(device)), device)
     runner = virtual.Runner(shape, RANKS, grid, Inputs.draw(shape, device), weights, default_costs(), KernelChoice())
     traffic = virtual.SharedTraffic(device)
-    cells = [runner._rank(rank, scenario, "makespan", traffic) for rank in range(RANKS)]
-    plan = cells[0].plan(cases.counts(scenario, RANKS, shape))
+    cells = [runner.draw_rank(rank, scenario, "makespan", traffic) for rank in range(RANKS)]
+    plan = cells[0].plan(cases.count_selections(scenario, RANKS, shape))
     for cell in cells:
         with suppress(virtual.AnnouncementsIncomplete):
             cell.build_tables(plan)
@@ -319,9 +319,9 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
         tempfile.TemporaryDirectory() as name,
         mesh.start(rank=0, world=1, init_method=f"file://{name}/rendezvous") as joined,
     ):
-        began = now(device)
+        began = read_clock(device)
         engine = build_engine(build(settings), joined, settings)
-        made, size = now(device) - began, estimate(settings, 1)
+        made, size = read_clock(device) - began, estimate(settings, 1)
         peak_rate = matmul_rate(device, engine.dtype)
         generator = np.random.default_rng(0)
         weight_V = 1 / np.arange(1, vocabulary + 1)
@@ -336,9 +336,9 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
         times, losses = [], []
         for _ in range(5 if tiny else 12):
             share, clock = batch_of_tokens(), Clock(device)
-            began = now(device)
+            began = read_clock(device)
             done = optimizer_step(engine, settings, [share], 1e-4, clock)
-            times.append(now(device) - began)
+            times.append(read_clock(device) - began)
             losses.append(float(done.parts[0].nats.mean()))
         best = sorted(times[2:])[len(times[2:]) // 2]
         tokens = batch * length
@@ -361,7 +361,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
         if device.type == "cuda":
             with torch.profiler.profile() as profile:
                 optimizer_step(engine, settings, [batch_of_tokens()], 1e-4)
-                now(device)
+                read_clock(device)
             profile.export_chrome_trace(str(out / "trace-step.json.gz"))
             events = sorted(on_gpu(profile.key_averages()), key=lambda e: -e.self_device_time_total)
             rows.append(["GPU busy, a new batch", f"{sum(e.self_device_time_total for e in events) / 1e3:.1f} ms"])

@@ -1,1 +1,1 @@
-"""Benchmarks: `moetrain bench WHAT`, a module each, with `records()` for machines and `show()` for people."""
+"""Benchmarks, one module each: they measure records (JSON) and tabulate them; `moetrain bench WHAT`."""

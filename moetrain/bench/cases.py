@@ -1,4 +1,4 @@
-"""What is measured: shapes of layers, and synthetic selections. No torch.
+"""What is measured: shapes of layers, and synthetic selections. Loads no torch.
 
 Selections are drawn with a fixed seed; a token may select an expert twice. Hot experts are the first ones, which live
 on the first ranks: the hardest case for standard expert parallelism.
@@ -59,23 +59,26 @@ PRESETS = {  # dim, hidden, experts, top_k
 }
 
 
-def scenarios(num_experts: int) -> list[str]:
-    """The names of all routings."""
+def list_scenarios(num_experts: int) -> list[str]:
+    """Return the names of all routings of a layer with so many experts."""
     hot = sorted({n for n in (1, 4, num_experts // 4) if 0 < n < num_experts})
     return [BALANCED, *(f"{p} % into {n}" for p in PERCENT for n in hot), "zipf", "domain skew"]
 
 
-def chosen(patterns: list[str] | None, num_experts: int) -> list[str]:
-    """The routings that match any of the shell-style patterns; all of them if there are none."""
-    names = scenarios(num_experts)
+def match_scenarios(patterns: list[str] | None, num_experts: int) -> list[str]:
+    """Return the names of the routings that match any of the shell-style patterns; without patterns, all of them.
+
+    Raises `ConfigError` where none matches.
+    """
+    names = list_scenarios(num_experts)
     found = [n for n in names if not patterns or any(fnmatch(n, p) for p in patterns)]
     if not found:
         raise ConfigError(f"--scenario {' '.join(patterns or [])}: matches none of: {', '.join(names)}")
     return found
 
 
-def shares(scenario: str, num_ranks: int, num_experts: int, seed: int = 0) -> Floats:
-    """[R, E] how a rank's selections spread over experts; each row sums to one."""
+def find_shares(scenario: str, num_ranks: int, num_experts: int, seed: int = 0) -> Floats:
+    """Return [R, E]: how the selections of a rank spread over experts; each row sums to one."""
     even = np.full((num_ranks, num_experts), 1 / num_experts)
     if scenario == BALANCED:
         return even
@@ -95,15 +98,15 @@ def shares(scenario: str, num_ranks: int, num_experts: int, seed: int = 0) -> Fl
     return out
 
 
-def selections(scenario: str, rank: int, num_ranks: int, shape: Shape, seed: int = 0) -> Ints:
-    """[N] the experts that a rank's tokens select, token by token; balanced: exactly even counts."""
+def draw_selections(scenario: str, rank: int, num_ranks: int, shape: Shape, seed: int = 0) -> Ints:
+    """Return [N]: the experts that the tokens of a rank select, token by token; balanced: exactly even counts."""
     rng, size = np.random.default_rng((seed, 1, rank)), shape.tokens * shape.top_k
     if scenario == BALANCED:
         return rng.permutation(size) % shape.experts
-    return rng.choice(shape.experts, size, p=shares(scenario, num_ranks, shape.experts, seed)[rank])
+    return rng.choice(shape.experts, size, p=find_shares(scenario, num_ranks, shape.experts, seed)[rank])
 
 
-def counts(scenario: str, num_ranks: int, shape: Shape, seed: int = 0) -> Ints:
-    """[R, E] selections by rank and expert."""
-    drawn = (selections(scenario, rank, num_ranks, shape, seed) for rank in range(num_ranks))
+def count_selections(scenario: str, num_ranks: int, shape: Shape, seed: int = 0) -> Ints:
+    """Return [R, E]: the selections of every rank, by expert."""
+    drawn = (draw_selections(scenario, rank, num_ranks, shape, seed) for rank in range(num_ranks))
     return np.stack([np.bincount(expert_N, minlength=shape.experts) for expert_N in drawn])

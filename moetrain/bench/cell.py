@@ -3,8 +3,6 @@
 T tokens here, D width, H expert hidden width, N selections here, E experts, S experts here.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from moetrain.bench import cases
 from moetrain.bench.cases import Shape
+from moetrain.bench.timing import read_clock
 from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import ExpertGroup, Mesh
 from moetrain.engine.precision import DTYPES
@@ -32,29 +31,23 @@ ANNOUNCEMENT_BYTES = 8  # an announced selection: which copy, and its weight
 WEIGHT_GRADIENT_BYTES = 4  # its gradient, on the way back
 
 
-def now(device: torch.device) -> float:
-    """Seconds; what the device was given is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def draw(*shape: int, like: Shape, device: torch.device, scale: float = 1.0) -> Tensor:
+def draw_tensor(*shape: int, like: Shape, device: torch.device, scale: float = 1.0) -> Tensor:
+    """Return normally distributed numbers of standard deviation `scale`, in the dtype of the layer `like`."""
     return torch.randn(shape, device=device).mul_(scale).to(DTYPES[like.dtype])
 
 
-def layer_of(shape: Shape, experts: int | None = None) -> calibrate.Layer:
-    """What is measured of a layer of this shape, or of one with other `experts`."""
+def describe_layer(shape: Shape, experts: int | None = None) -> calibrate.Layer:
+    """Return what costs are measured of: a layer of this shape, or one with another number of `experts`."""
     return calibrate.Layer(shape.dim, shape.hidden, experts or shape.experts, shape.top_k, DTYPES[shape.dtype])
 
 
-def build(shape: Shape, ep: ExpertGroup, device: torch.device) -> Experts:
-    """The experts of one rank, random; nobody ever holds all of them."""
+def build_experts(shape: Shape, ep: ExpertGroup, device: torch.device) -> Experts:
+    """Return the experts of one rank with random weights; nobody ever holds all experts."""
     with torch.device("meta"):
         experts = Experts(shape.dim, shape.hidden, shape.experts)
     experts.shard(ep, guest_slots=GUEST_SLOTS)
     for name, parameter in list(experts.named_parameters()):
-        setattr(experts, name, nn.Parameter(draw(*parameter.shape, like=shape, device=device, scale=0.03)))
+        setattr(experts, name, nn.Parameter(draw_tensor(*parameter.shape, like=shape, device=device, scale=0.03)))
     return experts
 
 
@@ -69,8 +62,8 @@ class Inputs:
 
     @classmethod
     def draw(cls, shape: Shape, device: torch.device) -> "Inputs":
-        """Draw random ones."""
-        x_TD, upstream_TD = (draw(shape.tokens, shape.dim, like=shape, device=device) for _ in range(2))
+        """Return random tokens and weights of `shape.top_k` selections a token."""
+        x_TD, upstream_TD = (draw_tensor(shape.tokens, shape.dim, like=shape, device=device) for _ in range(2))
         weight_N = torch.rand(shape.tokens * shape.top_k, device=device).requires_grad_()
         token_N = torch.arange(shape.tokens, device=device).repeat_interleave(shape.top_k)
         return cls(x_TD.requires_grad_(), weight_N, token_N, upstream_TD)
@@ -91,46 +84,54 @@ class Cell:
     def draw(
         cls, scenario: str, planner: str, shape: Shape, experts: Experts, inputs: Inputs, costs: Costs, seed: int
     ) -> "Cell":
-        drawn = cases.selections(scenario, experts.ep.rank, experts.ep.size, shape, seed)
+        """Return a cell whose tokens select as the routing `scenario` has it, the same for a rank and a seed."""
+        drawn = cases.draw_selections(scenario, experts.ep.rank, experts.ep.size, shape, seed)
         return cls(shape, experts, inputs, torch.from_numpy(drawn).to(inputs.x_TD.device), planner, costs)
 
     @property
     def routing(self) -> Routing:
+        """What a router would hand to the experts."""
         probs_TE = self.inputs.weight_N.new_empty(0, self.shape.experts)  # for the balance loss: not part of this
         return Routing(self.inputs.token_N, self.expert_N, self.inputs.weight_N, probs_TE)
 
     def decide(self) -> Plan:
-        """Counts of all ranks, then the plan; what a training step does after its choice of experts."""
+        """Gather the counts of all ranks and return the plan, as a training step does after its choice of experts."""
         ep = self.experts.ep
         counts_E = torch.bincount(self.expert_N, minlength=self.shape.experts)
         return self.plan(all_gather(counts_E, ep.rows).cpu().numpy())
 
     def plan(self, counts_RE: Ints) -> Plan:
+        """Return the planner's plan for these counts and the guests that have stayed."""
         state = State(resident=self.experts.residents.keeps_RE)
         return PLANNERS[self.planner](counts_RE, self.experts.home, self.costs, self.experts.limits, state)
 
     def forward(self, plan: Plan) -> Tensor:
+        """Return [T, D], computed as planned; all ranks of the group call it."""
         self.experts.residents.admit(plan)
         clock = Clock(self.inputs.x_TD.device)
         return self.experts(self.inputs.x_TD, self.routing, plan, self.shape.top_k, clock)
 
-    def run(self, plan: Plan | None = None) -> tuple[float, float]:
-        """(seconds until the forward is over, seconds in all); `plan`: as decided before."""
+    def time_pass(self, plan: Plan | None = None) -> tuple[float, float]:
+        """Run forward and backward; return seconds until the forward is over, and in all.
+
+        `plan`: as decided before; None: deciding is timed too.
+        """
         device = self.inputs.x_TD.device
-        began = now(device)
+        began = read_clock(device)
         y_TD = self.forward(plan or self.decide())
-        between = now(device)
+        between = read_clock(device)
         y_TD.backward(self.inputs.upstream_TD)
-        ended = now(device)
+        ended = read_clock(device)
         self.drop_gradients()
         return between - began, ended - began
 
     def drop_gradients(self) -> None:
+        """Forget all gradients."""
         self.inputs.x_TD.grad = self.inputs.weight_N.grad = None
         self.experts.gate_up.grad = self.experts.down.grad = None
 
-    def hold(self, plan: Plan | None = None) -> list[Tensor]:
-        """Forward and backward; returns the gradients of this rank's own experts, the same size under any plan."""
+    def keep_gradients(self, plan: Plan | None = None) -> list[Tensor]:
+        """Run forward and backward; return the gradients of this rank's own experts, as large under any plan."""
         self.forward(plan or self.decide()).backward(self.inputs.upstream_TD)
         grads = [self.experts.gate_up.grad, self.experts.down.grad]
         self.drop_gradients()
@@ -142,8 +143,9 @@ class Cell:
         kernels = experts.choose_kernels(x_TD)
         return DispatchTables.build(self.routing, plan, experts.ep, kernels, len(x_TD), self.shape.top_k)
 
-    def bytes_sent(self, plan: Plan) -> int:
-        """Payload that leaves this rank in forward and backward: rows, announcements, weights and gradients on loan."""
+    def count_bytes(self, plan: Plan) -> int:
+        """Return the bytes that leave this rank in forward and backward: rows, announcements, weights and gradients on
+        loan."""
         ep, residents = self.experts.ep, self.experts.residents
         tables = self.build_tables(plan)
         row = self.inputs.x_TD.element_size() * self.shape.dim
@@ -166,8 +168,9 @@ class Gemms:
     """The expert GEMMs of a balanced layer by themselves, forward and backward: `grouped_mm`, full precision."""
 
     def __init__(self, shape: Shape, num_ranks: int, device: torch.device) -> None:
+        """Draw the rows and experts of one of `num_ranks` ranks."""
         num_own, rows = shape.experts // num_ranks, shape.tokens * shape.top_k
-        new = lambda *size, scale=1.0: draw(*size, like=shape, device=device, scale=scale)  # noqa: E731
+        new = lambda *size, scale=1.0: draw_tensor(*size, like=shape, device=device, scale=scale)  # noqa: E731
         self.device = device
         self.x_MD, self.hidden_MH = new(rows, shape.dim).requires_grad_(), new(rows, shape.hidden).requires_grad_()
         self.gate_up = new(num_own, 2 * shape.hidden, shape.dim, scale=0.03).requires_grad_()
@@ -176,16 +179,16 @@ class Gemms:
         ends = np.arange(1, num_own + 1) * rows // num_own
         self.ends = torch.from_numpy(ends.astype(np.int32)).to(device)
 
-    def run(self) -> tuple[float, float]:
-        """(seconds until the forward is over, seconds in all)."""
-        began = now(self.device)
+    def time_pass(self) -> tuple[float, float]:
+        """Run forward and backward; return seconds until the forward is over, and in all."""
+        began = read_clock(self.device)
         out = [
             F.grouped_mm(self.x_MD, self.gate_up.mT, offs=self.ends),
             F.grouped_mm(self.hidden_MH, self.down.mT, offs=self.ends),
         ]
-        between = now(self.device)
+        between = read_clock(self.device)
         torch.autograd.backward(out, self.upstream)
-        ended = now(self.device)
+        ended = read_clock(self.device)
         self.x_MD.grad = self.hidden_MH.grad = self.gate_up.grad = self.down.grad = None
         return between - began, ended - began
 
@@ -203,39 +206,16 @@ class Setup:
     reference: Cell  # our layer, balanced; rows move nowhere
 
     @classmethod
-    def make(cls, mesh: Mesh, shape: Shape, seed: int, backend: str | None = None) -> "Setup":
-        """Measure this machine's costs and draw a layer; `backend` as in `KernelChoice`."""
+    def prepare(cls, mesh: Mesh, shape: Shape, seed: int, backend: str | None = None) -> "Setup":
+        """Measure this machine's costs and draw a layer; all ranks call it. `backend`: as in `KernelChoice`."""
         torch.manual_seed(seed + mesh.rank)
-        costs = calibrate.measure(mesh, layer_of(shape), backend)
-        experts, inputs = build(shape, mesh.ep, mesh.device), Inputs.draw(shape, mesh.device)
+        costs = calibrate.measure(mesh, describe_layer(shape), backend)
+        experts, inputs = build_experts(shape, mesh.ep, mesh.device), Inputs.draw(shape, mesh.device)
         use_kernels(experts, KernelChoice(backend, frozenset(costs.by_torch)))
         gemms = Gemms(shape, mesh.ep.size, mesh.device)
         reference = Cell.draw(cases.BALANCED, "home", shape, experts, inputs, costs, seed)
         return cls(shape, experts, inputs, costs, seed, gemms, reference)
 
-    def cell(self, scenario: str, planner: str) -> Cell:
+    def draw_cell(self, scenario: str, planner: str) -> Cell:
+        """Return the layer under one routing and planner."""
         return Cell.draw(scenario, planner, self.shape, self.experts, self.inputs, self.costs, self.seed)
-
-
-Timed = Callable[[], tuple[float, float]]
-
-
-def interleave(runs: list[Timed], repeats: int, ep: ExpertGroup, device: torch.device) -> np.ndarray:
-    """[repeats, runs, 2] seconds (forward, in all) of the slowest rank; one run after another, each after a barrier.
-
-    Each turn begins with another run: what comes after the bare GEMMs finds other caches than what comes after a layer.
-    """
-    times = []
-    for turn in range(repeats):
-        row = [(0.0, 0.0)] * len(runs)
-        for i in range(len(runs)):
-            at = (turn + i) % len(runs)
-            barrier(ep, device)
-            row[at] = runs[at]()
-        times.append(row)
-    local = torch.tensor(times, dtype=torch.float64, device=device)
-    return all_gather(local, ep.rows).amax(0).cpu().numpy()
-
-
-def barrier(ep: ExpertGroup, device: torch.device) -> None:
-    all_gather(torch.zeros(1, device=device), ep.rows).cpu()

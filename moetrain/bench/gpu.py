@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from moetrain.bench.cases import PRESETS, Shape
-from moetrain.bench.cell import Gemms, now
+from moetrain.bench.cell import Gemms
 from moetrain.bench.tables import Records, Results, Tabulated
+from moetrain.bench.timing import find_quartiles, read_clock
 
 RANKS, TOKENS = 8, 8192  # of the cluster that the device stands for; of each rank
 LARGE = {"cuda": 8192, "cpu": 1024}  # side of the square product that is the measure
@@ -22,35 +23,38 @@ SETTLE = 3
 
 
 def run_benchmark(options: argparse.Namespace) -> int:
+    """Measure the shapes that were asked for, print and write what was found. Returns the exit code."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale = options.scale or (1 if device.type == "cuda" else 16)
-    found = [measure(name, shape_of(name, scale), device, options.repeats) for name in options.shape]
+    found = [measure_gemms(name, scale_preset(name, scale), device, options.repeats) for name in options.shape]
     if options.json:
         print(json.dumps(found))
     tabulate(found).publish(options.out)
     return 0
 
 
-def shape_of(name: str, scale: int) -> Shape:
-    """A published layer, its widths and tokens divided (widths to multiples of 8, as a grouped GEMM wants them)."""
+def scale_preset(name: str, scale: int) -> Shape:
+    """Return a published layer with its widths and tokens divided by `scale`; widths stay multiples of 8, as a grouped
+    GEMM wants them."""
     dim, hidden, experts, top_k = PRESETS[name]
     tokens, dim, hidden = max(1, TOKENS // scale), *(max(8, size // scale // 8 * 8) for size in (dim, hidden))
     return Shape(tokens, dim, hidden, experts, top_k, "bf16")
 
 
-def measure(name: str, shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Rates in floating-point operations a second, medians; shares of the large product's rate, in %."""
+def measure_gemms(name: str, shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Return the record of one layer: medians of milliseconds, of rates in TFLOP/s, and of shares of the large
+    product's rate in %."""
     torch.manual_seed(0)
     gemms, side = Gemms(shape, RANKS, device), LARGE[device.type]
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     out = torch.empty_like(left)
     times = []
     for _ in range(SETTLE + repeats):
-        began = now(device)
+        began = read_clock(device)
         for _ in range(PRODUCTS):
             torch.mm(left, right, out=out)
-        large = now(device) - began
-        forward, total = gemms.run()
+        large = read_clock(device) - began
+        forward, total = gemms.time_pass()
         times.append((large, forward, total - forward, total))
     flops = 2 * shape.tokens * shape.top_k * shape.weights  # of the forward; the backward takes twice as many
     work = np.array([PRODUCTS * 2 * side**3, flops, 2 * flops, 3 * flops])
@@ -70,7 +74,7 @@ def measure(name: str, shape: Shape, device: torch.device, repeats: int) -> dict
         found[f"{label}_ms"] = 1e3 * float(np.median(np.array(times[SETTLE:])[:, part]))
         found[f"{label}_tflops"] = float(np.median(rates[:, part])) / 1e12
         if part:
-            low, middle, high = np.quantile(shares[:, part], (0.25, 0.5, 0.75)).tolist()
+            low, middle, high = find_quartiles(shares[:, part])
             found |= {f"{label}_percent": middle, f"{label}_quartiles": [low, high]}
     return found
 

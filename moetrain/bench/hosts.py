@@ -3,21 +3,23 @@
 import argparse
 import json
 import os
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from moetrain.bench.cases import HOST_EXPERTS, Shape
-from moetrain.bench.cell import Cell, Setup, interleave
-from moetrain.bench.namespaces import Hosts, sent_bytes
+from moetrain.bench.cell import Cell, Setup
+from moetrain.bench.namespaces import Hosts, count_sent_bytes
 from moetrain.bench.tables import Records, Results, Tabulated
+from moetrain.bench.timing import Timed, gather_numbers, measure_spread, time_in_turns
 from moetrain.common.console import console
 from moetrain.distributed.comm import all_gather, waiting_at_once
 from moetrain.distributed.mesh import Mesh
@@ -55,7 +57,7 @@ LEGEND = (
 
 
 def run_benchmark(options: argparse.Namespace) -> int:
-    """Be a worker on a host; else make the hosts and start the workers on them."""
+    """Be a worker on a host; else make the hosts and start the workers on them. Returns the exit code."""
     place = local.from_env()
     if place is not None:
         return run_on_rank(lambda mesh: _measure_and_write(options, mesh), place, threads=1)
@@ -67,7 +69,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
             path = Path(folder, f"{rate}.json")
             console.print(f"two hosts, {options.per_host} workers each, {rate}: about a minute")
             workers = hosts.start_ranks([*options.given, "--records", str(path)], options.per_host)
-            if code := _wait(workers):
+            if code := _wait_for_workers(workers):
                 return code
             found += [{"rate": rate, **record} for record in json.loads(path.read_text())]
     if options.json:
@@ -76,8 +78,8 @@ def run_benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(workers: list) -> int:
-    """The first exit code that is not 0, as soon as there is one."""
+def _wait_for_workers(workers: list[subprocess.Popen]) -> int:
+    """Return the first exit code that is not 0, as soon as there is one; 0 when all have ended well."""
     while (codes := [worker.poll() for worker in workers]).count(0) < len(codes):
         if bad := [code for code in codes if code]:
             return int(bad[0])
@@ -86,24 +88,25 @@ def _wait(workers: list) -> int:
 
 
 def _measure_and_write(options: argparse.Namespace, mesh: Mesh) -> None:
+    """Measure at one rate, on all ranks; the first writes the records where the launching process reads them."""
     dtype = precision.agree_on_dtype(options.dtype, mesh)
     shape = Shape(options.tokens, DIM, HIDDEN, HOST_EXPERTS, TOP_K, dtype)
-    found = records(mesh, shape, options.scenario, options.per_host, options.repeats)
+    found = measure_ways(mesh, shape, options.scenario, options.per_host, options.repeats)
     if mesh.is_main:
         options.records.write_text(json.dumps(found))
 
 
-def records(mesh: Mesh, shape: Shape, scenarios: Sequence[str], per_host: int, repeats: int) -> Records:
-    """One record for every scenario and way, the same on every rank."""
-    setup = Setup.make(mesh, shape, seed=0)
+def measure_ways(mesh: Mesh, shape: Shape, scenarios: Sequence[str], per_host: int, repeats: int) -> Records:
+    """Return one record for every scenario and way, the same on every rank."""
+    setup = Setup.prepare(mesh, shape, seed=0)
     found: Records = []
     for scenario in scenarios:
-        cells = [setup.cell(scenario, way.planner) for way in WAYS]
-        runs = [_timed(cell, way) for cell, way in zip(cells, WAYS, strict=True)]
-        for once in runs:
+        cells = [setup.draw_cell(scenario, way.planner) for way in WAYS]
+        passes = [_make_pass(cell, way) for cell, way in zip(cells, WAYS, strict=True)]
+        for time_pass in passes:
             for _ in range(SETTLE):
-                once()
-        times = interleave(runs, repeats, mesh.ep, mesh.device)[:, :, 1]
+                time_pass()
+        times = time_in_turns(passes, repeats, mesh.ep, mesh.device)[:, :, 1]
         for number, (cell, way) in enumerate(zip(cells, WAYS, strict=True)):
             ratios = times[:, number] / times[:, 0]
             found.append(
@@ -116,43 +119,46 @@ def records(mesh: Mesh, shape: Shape, scenarios: Sequence[str], per_host: int, r
                     "repeats": repeats,
                     "total_ms": 1e3 * float(np.median(times[:, number])),
                     "percent_of_makespan_time": 100 * float(np.median(ratios)),
-                    "spread": 100 * float(np.subtract(*np.quantile(ratios, (0.75, 0.25)))),
-                    "rows_between_hosts": _between(_plan(cell, way), per_host),
-                    "bytes_between_hosts": _on_the_wire(runs[number], mesh),
+                    "spread": 100 * measure_spread(ratios),
+                    "rows_between_hosts": _count_rows_between(_plan_way(cell, way), per_host),
+                    "bytes_between_hosts": _count_bytes_between(passes[number], mesh),
                 }
             )
     return found
 
 
-def _plan(cell: Cell, way: Way) -> Plan:
+def _plan_way(cell: Cell, way: Way) -> Plan:
+    """Return the plan of a way; all ranks call it."""
     plan = cell.decide()
     return plan if way.nearest_first else replace(plan, near=ANYWHERE)
 
 
-def _timed(cell: Cell, way: Way) -> Callable[[], tuple[float, float]]:
-    def once() -> tuple[float, float]:
+def _make_pass(cell: Cell, way: Way) -> Timed:
+    """Return the function that runs a layer once in that way, and returns its seconds, planning included."""
+
+    def time_pass() -> tuple[float, float]:
         with nullcontext() if way.overlap else waiting_at_once():
             began = time.perf_counter()
-            plan = _plan(cell, way)
+            plan = _plan_way(cell, way)
             planned = time.perf_counter() - began
-            forward, both = cell.run(plan)
+            forward, both = cell.time_pass(plan)
         return planned + forward, planned + both
 
-    return once
+    return time_pass
 
 
-def _between(plan: Plan, per_host: int) -> int:
-    """Rows computed on another host than the one they come from."""
+def _count_rows_between(plan: Plan, per_host: int) -> int:
+    """Return the rows computed on another host than the one they come from."""
     host_R = np.arange(plan.num_ranks) // per_host
     return sum(int(plan.rows(source)[:, host_R != host_R[source]].sum()) for source in range(plan.num_ranks))
 
 
-def _on_the_wire(once: Callable[[], Any], mesh: Mesh) -> int:
-    """Bytes that one run puts on the link, in both directions, counted by the first rank of each host."""
-    before = sent_bytes()
-    once()
+def _count_bytes_between(time_pass: Timed, mesh: Mesh) -> int:
+    """Return the bytes that one pass puts on the link, in both directions; the first rank of each host counts them."""
+    before = count_sent_bytes()
+    time_pass()
     all_gather(torch.zeros(1), mesh.ep.rows)  # all have sent theirs
-    sent_R = all_gather(torch.tensor([sent_bytes() - before]), mesh.ep.rows).flatten().tolist()
+    sent_R = gather_numbers(count_sent_bytes() - before, mesh)
     return sent_R[0] + sent_R[-1]
 
 

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moetrain.bench import cases, layer_report, peers, virtual
+from moetrain.bench import cases, layer_peers, layer_report, virtual
 from moetrain.bench.cases import Shape
-from moetrain.bench.cell import Setup, interleave
-from moetrain.bench.memory import peak_bytes
-from moetrain.bench.options import KERNELS, Grid
+from moetrain.bench.cell import Setup
+from moetrain.bench.memory import measure_peak
+from moetrain.bench.protocol import KERNELS, Grid
 from moetrain.bench.tables import Records
+from moetrain.bench.timing import gather_numbers, measure_spread, time_in_turns
 from moetrain.common.console import errors
 from moetrain.config import ConfigError
-from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.launch import local
@@ -32,7 +32,10 @@ SETTLE = 2  # runs of a cell before it is timed
 
 
 def run_benchmark(options: argparse.Namespace) -> int:
-    """Be a worker where a launcher made us one; else start the workers, with the same arguments."""
+    """Be a worker where a launcher made us one; else start the workers, with the same arguments.
+
+    Returns the exit code. Raises `ConfigError` before any worker starts.
+    """
     place = local.from_env()
     workers = place[1] if place else 1 if options.virtual_ranks else options.nproc or local.auto_nproc()
     grid = Grid.from_options(options, options.virtual_ranks or workers)
@@ -50,25 +53,26 @@ def run_benchmark(options: argparse.Namespace) -> int:
 
 
 def _measure_all(options: argparse.Namespace, grid: Grid, mesh: Mesh) -> None:
+    """Measure what was asked for on all ranks, and publish it on the first."""
     dtypes = {asked: precision.agree_on_dtype(asked, mesh) for asked in dict.fromkeys(s.dtype for s in grid.shapes)}
     grid = replace(grid, shapes=[replace(s, dtype=dtypes[s.dtype]) for s in grid.shapes])
     if options.virtual_ranks:
-        found = by_kernels(grid, lambda backend: virtual.records(mesh, grid, options.virtual_ranks, backend))
+        found = _measure_kernels(grid, lambda backend: virtual.measure_grid(mesh, grid, options.virtual_ranks, backend))
     else:
-        found = by_kernels(grid, lambda backend: records(mesh, grid, backend))
-    others = peers.records(mesh, grid) if options.peers else []
+        found = _measure_kernels(grid, lambda backend: measure_grid(mesh, grid, backend))
+    others = layer_peers.measure_peers(mesh, grid) if options.peers else []
     if not mesh.is_main:
         return
     if options.json:
         print(json.dumps(found + others))
-    publish = virtual.publish if options.virtual_ranks else layer_report.publish
+    publish = layer_report.publish_virtual if options.virtual_ranks else layer_report.publish
     for name in grid.kernels:
-        publish([r for r in found if r["kernels"] == name], folder(options.out, name, grid))
-    peers.publish(others, options.out)
+        publish([r for r in found if r["kernels"] == name], _make_folder(options.out, name, grid))
+    layer_peers.publish(others, options.out)
 
 
-def by_kernels(grid: Grid, measure: Callable[[str | None], Records]) -> Records:
-    """The records with each backend of the kernels, by name."""
+def _measure_kernels(grid: Grid, measure: Callable[[str | None], Records]) -> Records:
+    """Return the records with each backend of the kernels, which have its name."""
     found: Records = []
     for name in grid.kernels:
         backend = None if name == KERNELS[0] else name
@@ -76,17 +80,17 @@ def by_kernels(grid: Grid, measure: Callable[[str | None], Records]) -> Records:
     return found
 
 
-def folder(out: Path | None, name: str, grid: Grid) -> Path | None:
-    """Where the results with one backend of the kernels go."""
+def _make_folder(out: Path | None, name: str, grid: Grid) -> Path | None:
+    """Make and return the folder where the results with one backend of the kernels go."""
     if out is None or len(grid.kernels) == 1:
         return out
     (out / name).mkdir(exist_ok=True)
     return out / name
 
 
-def records(mesh: Mesh, grid: Grid, backend: str | None = None) -> Records:
-    """One record for every shape, scenario and planner, the same on every rank."""
-    names = [(shape, cases.chosen(grid.patterns, shape.experts)) for shape in grid.shapes]
+def measure_grid(mesh: Mesh, grid: Grid, backend: str | None = None) -> Records:
+    """Return one record for every shape, scenario and planner, the same on every rank; all ranks call it."""
+    names = [(shape, cases.match_scenarios(grid.patterns, shape.experts)) for shape in grid.shapes]
     total = sum(len(scenarios) for _, scenarios in names) * len(grid.planners)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found: Records = []
@@ -95,40 +99,46 @@ def records(mesh: Mesh, grid: Grid, backend: str | None = None) -> Records:
     ) as progress:  # no thread of its own: it would share a core with a rank
         task = progress.add_task("", total=total)
 
-        def tell(what: str, done: int) -> None:
+        def show_progress(what: str, done: int) -> None:
             progress.update(task, description=what, advance=done)
             progress.refresh()
 
         for shape, scenarios in names:
-            found += measure(mesh, shape, scenarios, grid, backend, tell)
+            found += _measure_shape(mesh, shape, scenarios, grid, backend, show_progress)
     return found
 
 
-def measure(
-    mesh: Mesh, shape: Shape, scenarios: list[str], grid: Grid, backend: str | None, tell: Callable[[str, int], None]
+def _measure_shape(
+    mesh: Mesh,
+    shape: Shape,
+    scenarios: list[str],
+    grid: Grid,
+    backend: str | None,
+    show_progress: Callable[[str, int], None],
 ) -> Records:
-    """The records of one shape."""
+    """Return the records of one shape. `show_progress` takes what is measured, and how many cells were."""
     ep, device = mesh.ep, mesh.device
-    tell(f"{shape}: warming up", 0)
-    setup = Setup.make(mesh, shape, grid.seed, backend)
+    show_progress(f"{shape}: warming up", 0)
+    setup = Setup.prepare(mesh, shape, grid.seed, backend)
     gemms, reference = setup.gemms, setup.reference
     for _ in range(grid.warmup):  # until the heap has its size
-        gemms.run()
-        reference.run()
-    balanced_peak = _worst(peak_bytes(reference.hold, device), mesh)
+        gemms.time_pass()
+        reference.time_pass()
+    balanced_peak = max(gather_numbers(measure_peak(reference.keep_gradients, device), mesh))
     found: Records = []
     for scenario in scenarios:
         for planner in grid.planners:
-            tell(f"{shape}: {scenario}, {planner}", 0)
-            cell = setup.cell(scenario, planner)
+            show_progress(f"{shape}: {scenario}, {planner}", 0)
+            cell = setup.draw_cell(scenario, planner)
             for _ in range(SETTLE):
-                cell.run()
-            times = interleave([gemms.run, reference.run, cell.run], grid.repeats, ep, device)
+                cell.time_pass()
+            passes = [gemms.time_pass, reference.time_pass, cell.time_pass]
+            times = time_in_turns(passes, grid.repeats, ep, device)
             gemm, balanced, this = times[:, :, 1].T
             plan = cell.decide()
-            sent = _all(cell.bytes_sent(plan), mesh)
-            cell.run(plan)
-            peak = _worst(peak_bytes(cell.hold, device), mesh)
+            sent = gather_numbers(cell.count_bytes(plan), mesh)
+            cell.time_pass(plan)
+            peak = max(gather_numbers(measure_peak(cell.keep_gradients, device), mesh))
             found.append(
                 {
                     "scenario": scenario,
@@ -140,9 +150,9 @@ def measure(
                     "forward_ms": 1e3 * float(np.median(times[:, 2, 0])),
                     "total_ms": 1e3 * float(np.median(this)),
                     "percent_of_balanced": 100 * float(np.median(balanced / this)),
-                    "spread": 100 * _spread(balanced / this),
+                    "spread": 100 * measure_spread(balanced / this),
                     "percent_of_gemm": 100 * float(np.median(gemm / this)),
-                    "gemm_spread": 100 * _spread(gemm / this),
+                    "gemm_spread": 100 * measure_spread(gemm / this),
                     "max_over_mean": float(plan.loads().max() / plan.loads().mean()),
                     "rows_crossing": plan.crossing(),
                     "bytes_crossing": sum(sent),
@@ -151,19 +161,5 @@ def measure(
                     "memory_ratio": peak / balanced_peak,
                 }
             )
-            tell(f"{shape}: {scenario}, {planner}", 1)
+            show_progress(f"{shape}: {scenario}, {planner}", 1)
     return found
-
-
-def _spread(ratios: np.ndarray) -> float:
-    """Distance of the quartiles."""
-    low, high = np.quantile(ratios, (0.25, 0.75))
-    return float(high - low)
-
-
-def _all(value: int, mesh: Mesh) -> list[int]:
-    return all_gather(torch.tensor([value], device=mesh.device), mesh.ep.rows).flatten().tolist()
-
-
-def _worst(value: int, mesh: Mesh) -> int:
-    return max(_all(value, mesh))

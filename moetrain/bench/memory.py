@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from moetrain.distributed import shared_memory
 
 
-def peak_bytes(call: Callable[[], Iterable[Tensor]], device: torch.device) -> int:
-    """Bytes of tensors that `call` holds at its peak, on top of what was there and without what it returns.
+def measure_peak(call: Callable[[], Iterable[Tensor]], device: torch.device) -> int:
+    """Return the bytes of tensors that `call` holds at its peak, on top of what was there and without what it returns.
 
     CPU: the storages of all tensors that operators make, from birth to death, and those over memory shared with
     other ranks, with each rank that holds one; scratch space inside an operator and
@@ -59,9 +59,11 @@ class _Ledger(TorchDispatchMode):
         return out
 
     def number(self, storage: UntypedStorage) -> int | None:
+        """Return the number of a storage; None: it was not seen."""
         return self._numbers.get(storage._cdata)
 
     def peak(self, without: set[int | None]) -> int:
+        """Return the most bytes held at a time, storages with the numbers of `without` left out."""
         held = most = 0
         for number, size in self._entries:
             if number not in without:
@@ -70,7 +72,7 @@ class _Ledger(TorchDispatchMode):
         return most
 
     def share(self, number: int, size: int) -> None:
-        """A tensor over shared memory has so many bytes; none: it is gone."""
+        """Note that a tensor over shared memory has so many bytes; 0: it is gone."""
         with self._lock:
             if size or number in self._shared:
                 self._entries.append((-1 - number, size or -self._shared.pop(number)))

@@ -24,14 +24,14 @@ class Hosts:
     """Two hosts, `names[0]` and `names[1]`, and the link between them. Everything is taken down on the way out."""
 
     def __init__(self, rate: str | None = None) -> None:
-        """`rate` as `tc` writes it: 1gbit, 200mbit; None: not limited."""
+        """Name the hosts; `rate` of the link as `tc` writes it: 1gbit, 200mbit; None: not limited."""
         self.rate = rate
         self.names = [f"moe{os.getpid()}-{n}" for n in range(2)]
         self.addresses = ["10.213.0.1", "10.213.0.2"]
         self._workers: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Hosts":
-        """Raises `ConfigError` where this machine or user cannot make them."""
+        """Make them. Raises `ConfigError` where this machine or user cannot."""
         for command in ("ip", "tc", "unshare"):
             if shutil.which(command) is None:
                 raise ConfigError(f"several hosts on one machine: needs the command {command} (iproute2, util-linux)")
@@ -69,15 +69,15 @@ class Hosts:
                 _call(*where, *f"add dev {INTERFACE} root tbf rate {rate} burst {BURST} latency 200ms".split())
 
     def cut(self, host: int) -> None:
-        """Take the link down: the hosts no longer hear each other."""
+        """Take the link down at one host: the two no longer reach each other."""
         _call(*f"ip -n {self.names[host]} link set {INTERFACE} down".split())
 
     def start(
         self, host: int, arguments: Sequence[str], env: Mapping[str, str], out: IO[str] | None = None
     ) -> subprocess.Popen:
-        """Run a command on a host. `GLOO_SOCKET_IFNAME` names its interface; killed on the way out.
+        """Start a command on a host, with `GLOO_SOCKET_IFNAME` of its interface; it is killed on the way out.
 
-        `out`: where what it says goes; None: where ours does.
+        `out`: the file of its output and errors; None: those of this process.
         """
         name = self.names[host]
         inside = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name]
@@ -89,7 +89,7 @@ class Hosts:
     def start_ranks(
         self, arguments: Sequence[str], per_host: int, out: IO[str] | None = None
     ) -> list[subprocess.Popen]:
-        """`python -m moetrain ARGUMENTS` as every rank, `per_host` on each host, neighbours on the same one."""
+        """Run `python -m moetrain ARGUMENTS` as every rank, `per_host` on each host, neighbours on the same one."""
         common = {
             "MASTER_ADDR": self.addresses[0],
             "MASTER_PORT": str(PORT),
@@ -108,12 +108,13 @@ class Hosts:
         ]
 
 
-def sent_bytes() -> int:
-    """What has left this host through its link since it came up, all headers included."""
+def count_sent_bytes() -> int:
+    """Return the bytes that have left this host through its link since it came up, all headers included."""
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 
 def _call(*command: str) -> None:
+    """Run a command. Raises `ConfigError` with its last line where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()

@@ -34,15 +34,15 @@ TIMED = 20  # layers that a planner's time is taken from
 class Sample(NamedTuple):
     """One layer in one step."""
 
-    counts: Ints  # [R, E]
-    home: Ints  # [E]
-    placed: Ints  # [R, E]
-    crossing: int
-    past: Floats | None  # [E]
+    counts: Ints  # [R, E] rows of each source rank
+    home: Ints  # [E] the rank that owns each expert
+    placed: Ints  # [R, E] rows that each rank computed
+    crossing: int  # rows computed on another rank than their source
+    past: Floats | None  # [E] rows of earlier samples, the later the heavier
 
 
-def samples(part: dict[str, Any]) -> Iterator[Sample]:
-    """Of a part of a trace, layer by layer: each one's samples follow each other."""
+def iterate_samples(part: dict[str, Any]) -> Iterator[Sample]:
+    """Yield the samples of a part of a trace, all of one layer before the next layer's."""
     for layer in range(part["counts"].shape[1]):
         past: Floats | None = None
         for n in range(len(part["step"])):
@@ -54,8 +54,8 @@ def samples(part: dict[str, Any]) -> Iterator[Sample]:
             past = remember(past, counts)
 
 
-def records(run: Path) -> Records:
-    """One record for what was recorded and for every planner. Raises `ConfigError` where there is no trace."""
+def replay_trace(run: Path) -> Records:
+    """Return one record for what was recorded and for every planner. Raises `ConfigError` where there is no trace."""
     parts = list(trace.read_parts(run))
     if not parts:
         raise ConfigError(f"--trace {run}: has no load trace that can be read (track.trace_every=0 keeps none)")
@@ -63,15 +63,15 @@ def records(run: Path) -> Records:
     if costs is None:
         raise ConfigError(f"--trace {run}: its {COSTS} is missing or damaged")
     own = config.load_resolved(run / "config.yaml").planner
-    found = [_recorded(parts)]
+    found = [_sum_up_recorded(parts)]
     for name in PLANNERS:
         options = own.options if name == own.name else config.load([f"planner={name}"]).planner.options
-        found.append(_planned(name, options, parts, costs))
+        found.append(_plan_again(name, options, parts, costs))
     home = next(r for r in found if r["planner"] == "home")["predicted_ms"]
     return [{**r, "saved_percent": r["predicted_ms"] and 100 * (1 - r["predicted_ms"] / home)} for r in found]
 
 
-def _record(planner: str, imbalances: list[float], guests: int, crossing: int, rows: int) -> dict[str, Any]:
+def _make_record(planner: str, imbalances: list[float], guests: int, crossing: int, rows: int) -> dict[str, Any]:
     return {
         "planner": planner,
         "layers": len(imbalances),
@@ -84,37 +84,39 @@ def _record(planner: str, imbalances: list[float], guests: int, crossing: int, r
     }
 
 
-def _recorded(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _sum_up_recorded(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of the plans that the run followed."""
     imbalances, guests, crossing, rows = [], 0, 0, 0
-    for sample in (s for part in parts for s in samples(part)):
+    for sample in (s for part in parts for s in iterate_samples(part)):
         away = sample.home[None, :] != np.arange(len(sample.counts))[:, None]
         imbalances.append(imbalance(sample.placed.sum(1)))
         guests += int(((sample.placed > 0) & away).sum())
         crossing += sample.crossing
         rows += int(sample.counts.sum())
-    return _record(RECORDED, imbalances, guests, crossing, rows)
+    return _make_record(RECORDED, imbalances, guests, crossing, rows)
 
 
-def _planned(name: str, options: dict[str, Any], parts: list[dict[str, Any]], costs: Costs) -> dict[str, Any]:
+def _plan_again(name: str, options: dict[str, Any], parts: list[dict[str, Any]], costs: Costs) -> dict[str, Any]:
+    """Return the record of what a planner makes of the recorded counts, with the limits that held then."""
     imbalances: list[float] = []
     times: list[float] = []
     guests, crossing, rows, seconds = 0, 0, 0, 0.0
     for part in parts:
         known = Limits(*(None if n == trace.NO_LIMIT else int(n) for n in part["limits"]))
         machine = replace(costs, lends=int(part["lends"][0]))
-        for sample in samples(part):
+        for sample in iterate_samples(part):
             state = State(past=sample.past)
-            call = partial(PLANNERS[name], sample.counts, sample.home, machine, known, state, **options)
-            plan = call()
+            plan_once = partial(PLANNERS[name], sample.counts, sample.home, machine, known, state, **options)
+            plan = plan_once()
             if len(times) < TIMED:
-                times.append(time_planner(call)[1])
+                times.append(time_planner(plan_once)[1])
             imbalances.append(imbalance(plan.loads()))
             guests += len(plan.guests())
             crossing += plan.crossing()
             rows += int(sample.counts.sum())
             seconds += layer_time(plan, sample.counts, sample.home, machine).total
     return {
-        **_record(name, imbalances, guests, crossing, rows),
+        **_make_record(name, imbalances, guests, crossing, rows),
         "predicted_ms": 1e3 * seconds / len(imbalances),
         "plan_us": 1e6 * statistics.median(times),
     }

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from moetrain import checkpoint, config
-from moetrain.bench.cell import now
-from moetrain.bench.step_options import Options
+from moetrain.bench.protocol import StepOptions
 from moetrain.bench.step_peer import Peer
-from moetrain.bench.sync import sync_ms
 from moetrain.bench.tables import Records, Results, Tabulated
+from moetrain.bench.timing import find_quartiles, read_clock
 from moetrain.config import Config
 from moetrain.config.core_options import balance_options
 from moetrain.data.loader import Corpus, Loader, Samples, Sequences, open_data, with_vocabulary
@@ -31,22 +30,28 @@ from moetrain.engine import Engine, build_engine, precision, saved_costs
 from moetrain.engine.optim import learning_rate
 from moetrain.moe.clock import PHASES
 from moetrain.moe.layer import MoE
+from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning import PLANNERS
 from moetrain.moe.planning.plan import imbalance
-from moetrain.moe.routing import ROUTERS
+from moetrain.moe.routing import ROUTERS, Router
+from moetrain.moe.routing.balance import BalanceLoss
 from moetrain.observe.collect.meter import Part
 from moetrain.training.step import build, micro_batches, optimizer_step
 
 IDEAL = "round_robin"
 SETTLE = 2  # steps of every variant before any is timed
+SYNC_REPEATS = 101
 
 
 @dataclass(frozen=True)
 class Variant:
-    router: str  # whose choices
+    """A router's choices and a planner, for all layers of a model."""
+
+    router: str
     planner: config.Planner
 
     def install(self, layers: Sequence[MoE]) -> None:
+        """Have the layers choose and plan this way from now on."""
         for moe in layers:
             moe.planner = partial(PLANNERS[self.planner.name], **self.planner.options)
             for router in moe.routers:
@@ -64,8 +69,8 @@ class Bench:
     position: int  # first global sample of the next step
 
     @classmethod
-    def build(cls, settings: Config, mesh: Mesh, options: Options) -> "Bench":
-        """After the warm-up: ordinary steps from scratch; from a checkpoint, steps that change nothing."""
+    def build(cls, settings: Config, mesh: Mesh, options: StepOptions) -> "Bench":
+        """Build a model and warm it up: ordinary steps from scratch; from a checkpoint, steps that change nothing."""
         corpus, loader = open_data(settings)
         settings = with_vocabulary(settings, corpus)
         saved = checkpoint.find_named(settings)
@@ -81,21 +86,24 @@ class Bench:
             optimizer_step(engine, settings, list(micro_batches(settings, mesh, loader, position)), lr)
             position += settings.train.global_batch
         if options.by_domain:
-            domain = own_domain(corpus, settings.train.seq_len, mesh.rank)
+            domain = choose_domain(corpus, settings.train.seq_len, mesh.rank)
             loader = Loader(corpus, settings.train.seq_len, settings.train.seed, domain)
         still = settings.balance.model_copy(update={"bias_rate": 0.0})
         return cls(settings.model_copy(update={"balance": still}), mesh, engine, loader, position)
 
     def shares(self, turn: int) -> list[Sequences]:
-        """This rank's micro-batches of a step to come."""
+        """Return this rank's micro-batches of a step to come."""
         first = self.position + turn * self.config.train.global_batch
         return list(micro_batches(self.config, self.mesh, self.loader, first))
 
     def measure(
         self, variants: list[Variant], repeats: int, peer: Peer | None = None
     ) -> tuple[np.ndarray, np.ndarray, float]:
-        """[repeats, variants] seconds of the slowest rank, the peer's behind the variants'; [variants, facts] means of
-        what the plans did; and the milliseconds that a step spends on synchronising the balance frequencies."""
+        """Time steps of all variants in turns; all ranks call it.
+
+        Returns [repeats, variants] seconds of the slowest rank, the peer's behind the variants'; [variants, facts]
+        means of what the plans did; and the milliseconds that a step spends on synchronizing the balance frequencies.
+        """
         layers = [m for m in self.engine.model.modules() if isinstance(m, MoE)]
         device, world = self.mesh.device, self.mesh.world
         num_turns = len(variants) + (peer is not None)
@@ -109,26 +117,29 @@ class Bench:
                 if own:
                     variants[number].install(layers)
                 barrier()
-                began = now(device)
+                began = read_clock(device)
                 if own:
                     parts = optimizer_step(self.engine, self.config, shares, lr=0.0).parts
                 elif peer is not None:
                     peer.step(shares, lr=0.0)
-                ended = now(device)
+                ended = read_clock(device)
                 barrier()
                 if repeat >= 0:
                     seconds[self.mesh.rank, repeat, number] = ended - began
                 if repeat >= 0 and own:
-                    facts[number] += torch.tensor(facts_of(parts), device=device) / (repeats * world)
-        synchronising = sync_ms(self.mesh, balance_options(self.config.balance), self.engine.model.routers, parts)
+                    facts[number] += torch.tensor(describe_plans(parts), device=device) / (repeats * world)
+        synchronising = time_synchronization(
+            self.mesh, balance_options(self.config.balance), self.engine.model.routers, parts
+        )
         return all_reduce_sum(seconds).amax(0).cpu().numpy(), all_reduce_sum(facts).cpu().numpy(), synchronising
 
 
 FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_crossing_fraction", *(f"{name}_ms" for name in PHASES))
 
 
-def facts_of(parts: Sequence[Part]) -> list[float]:
-    """Of one step on one rank: loads and rows as means over layers and micro-steps, guests and phases in all."""
+def describe_plans(parts: Sequence[Part]) -> list[float]:
+    """Return FACTS of one step on one rank: loads and rows as means over layers and micro-steps, guests and phases in
+    all."""
     stats = [s for part in parts for s in part.stats]
     plans = [s.plan for s in stats]
     loads = [[imbalance(p.home_loads()), imbalance(p.loads()), p.crossing() / p.counts.sum()] for p in plans]
@@ -137,15 +148,36 @@ def facts_of(parts: Sequence[Part]) -> list[float]:
     return [home, planned, sum(len(p.guests()) for p in plans), crossing, *phases]
 
 
-def own_domain(corpus: Corpus, seq_len: int, rank: int) -> int:
-    """The domain that a rank reads by itself: one after another, those too small for a sequence left out."""
+def time_synchronization(
+    mesh: Mesh, options: BalanceOptions, routers: Sequence[Router], parts: Sequence[Part]
+) -> float:
+    """Return the median milliseconds that the slowest rank takes to have the balance frequencies of the global batch,
+    all-reduces and arithmetic, for all micro-steps of a step whose `parts` are given.
+
+    Every repetition begins right after a barrier: what a rank waits in a step for slower ones is imbalance, not this.
+    """
+    seconds = torch.zeros(mesh.world, SYNC_REPEATS, dtype=torch.float64, device=mesh.device)
+    for repeat in range(SYNC_REPEATS):
+        balance = BalanceLoss(options, routers, tokens_in_batch=1, length=1)
+        barrier()
+        began = read_clock(mesh.device)
+        for part in parts[1:] if balance.looks_ahead else []:
+            balance.foresee(part.stats)
+        for part in parts:
+            balance.synchronise(part.stats)
+        seconds[mesh.rank, repeat] = read_clock(mesh.device) - began
+    return 1e3 * float(all_reduce_sum(seconds).amax(0).median())
+
+
+def choose_domain(corpus: Corpus, seq_len: int, rank: int) -> int:
+    """Return the domain that a rank reads by itself: one after another, those too small for a sequence left out."""
     tokens = corpus.manifest["splits"]["train"]["tokens_per_domain"]
     filled = [number for number, name in enumerate(corpus.domains) if tokens[name] > seq_len + 1]
     return filled[rank % len(filled)]
 
 
-def records(bench: Bench, options: Options) -> Records:
-    """One record for the ideal and for every planner, the same on every rank. The weights stay as they were."""
+def measure_variants(bench: Bench, options: StepOptions) -> Records:
+    """Return one record for the ideal and for every planner, the same on every rank. The weights stay as they were."""
     settings, mesh = bench.config, bench.mesh
     presets = {name: config.load([f"planner={name}"]).planner for name in ("home", *options.planners)}
     presets[settings.planner.name] = settings.planner
@@ -157,7 +189,7 @@ def records(bench: Bench, options: Options) -> Records:
     found: Records = []
     for number in range(times.shape[1]):
         step_ms = 1e3 * float(np.median(times[:, number]))
-        low, middle, high = _quartiles(100 * times[:, 0] / times[:, number])
+        low, middle, high = find_quartiles(100 * times[:, 0] / times[:, number])
         record: dict[str, Any] = {
             "routing": "round robin" if number == 0 else "natural",
             "planner": None,
@@ -188,21 +220,16 @@ def records(bench: Bench, options: Options) -> Records:
         elif peer is not None:
             record |= {"peer": peer.name, "peer_experts": peer.experts}
         if peer is not None:
-            low, middle, high = _quartiles(times[:, -1] / times[:, number])
+            low, middle, high = find_quartiles(times[:, -1] / times[:, number])
             record |= {"times_peer": middle, "times_peer_quartiles": [low, high]}
         found.append(record)
     return found
 
 
-def _quartiles(ratios: np.ndarray) -> tuple[float, float, float]:
-    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-    return low, middle, high
-
-
 def run_benchmark(settings: Config, mesh: Mesh, given: argparse.Namespace) -> None:
-    """What every worker does for the verb."""
-    options = Options.from_arguments(given)
-    found = records(Bench.build(settings, mesh, options), options)
+    """Measure and publish, as one of the workers."""
+    options = StepOptions.from_arguments(given)
+    found = measure_variants(Bench.build(settings, mesh, options), options)
     if not mesh.is_main:
         return
     if given.json:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moetrain.bench.cell import now
+from moetrain.bench.timing import read_clock
 from moetrain.config import Config
 from moetrain.data.loader import Sequences
 from moetrain.distributed.comm import all_gather, barrier
@@ -36,7 +36,7 @@ class Peer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with torch.device(mesh.device):
-                self.model: Any = transformers.Qwen3MoeForCausalLM(_shape(settings, transformers))
+                self.model: Any = transformers.Qwen3MoeForCausalLM(_describe_model(settings, transformers))
             self._ddp: nn.Module = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -50,16 +50,16 @@ class Peer:
             self.model.set_experts_implementation(name)
             for _ in range(TRIES):
                 barrier()
-                began = now(mesh.device)
+                began = read_clock(mesh.device)
                 self.step(shares, lr=0.0)
-                own = torch.tensor([now(mesh.device) - began], dtype=torch.float64, device=mesh.device)
+                own = torch.tensor([read_clock(mesh.device) - began], dtype=torch.float64, device=mesh.device)
                 seconds[name] = float(all_gather(own, mesh.ep.rows).max())
         self.experts = min(seconds, key=lambda name: seconds[name])
         self.model.set_experts_implementation(self.experts)
         self.name = f"transformers {transformers.__version__}, DDP"
 
     def step(self, shares: Sequence[Sequences], lr: float) -> float:
-        """One optimizer step; this rank's mean loss."""
+        """Take one optimizer step; return this rank's mean loss."""
         optim, device = self._config.optim, self._mesh.device
         total = 0.0
         for number, share in enumerate(shares):
@@ -86,8 +86,8 @@ class Peer:
         return total
 
 
-def _shape(settings: Config, transformers: Any) -> Any:
-    """The transformers config of our model; `step_options.check_peer` has let it through."""
+def _describe_model(settings: Config, transformers: Any) -> Any:
+    """Return the transformers config of our model; `protocol.check_peer` has let it through."""
     m, r = settings.model, settings.router
     return transformers.Qwen3MoeConfig(
         vocab_size=m.vocab_size,

@@ -49,6 +49,7 @@ class Results:
     notes: Sequence[str]
 
     def markdown(self) -> str:
+        """Return the heading, the tables and the notes as Markdown."""
         return "\n\n".join([f"# {self.heading}", *(table.markdown() for table in self.tables), *self.notes]) + "\n"
 
     def publish(self, out: Path | None, draw: Callable[[Path], object] | None = None) -> None:

@@ -10,9 +10,6 @@ R ranks, E experts.
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,12 +17,13 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from moetrain.bench import cases, layer_report
+from moetrain.bench import cases
 from moetrain.bench.cases import BALANCED, Shape
-from moetrain.bench.cell import Cell, Gemms, Inputs, build, layer_of, now
-from moetrain.bench.memory import peak_bytes
-from moetrain.bench.options import Grid
-from moetrain.bench.tables import Records, Results, Tabulated
+from moetrain.bench.cell import Cell, Gemms, Inputs, build_experts, describe_layer
+from moetrain.bench.memory import measure_peak
+from moetrain.bench.protocol import Grid
+from moetrain.bench.tables import Records
+from moetrain.bench.timing import read_clock
 from moetrain.common.console import errors
 from moetrain.distributed.mesh import ExpertGroup, Mesh
 from moetrain.engine.precision import DTYPES
@@ -44,6 +42,8 @@ class AnnouncementsIncomplete(Exception):
 
 
 class _Transfer:
+    """A transfer that has ended; `wait` raises where announcements were missing."""
+
     def __init__(self, complete: bool) -> None:
         self._complete = complete
 
@@ -60,7 +60,8 @@ class SharedTraffic:
         noise = torch.randn(NOISE, device=device).mul_(0.1)
         self._noise = {dtype: noise.to(dtype) for dtype in DTYPES.values()}
 
-    def fill(self, flat: Tensor) -> None:
+    def fill_with_noise(self, flat: Tensor) -> None:
+        """Write noise over a flat tensor, as a transfer writes what it brings."""
         noise, whole = self._noise[flat.dtype], len(flat) // NOISE * NOISE
         flat[:whole].view(-1, NOISE).copy_(noise)
         flat[whole:].copy_(noise[: len(flat) - whole])
@@ -73,11 +74,13 @@ class VirtualLinks:
         self._rank, self._size, self._traffic = rank, size, traffic
 
     def size(self) -> int:
+        """Return the number of ranks."""
         return self._size
 
     def all_to_all_single(self, out: Tensor, rows: Tensor, receive: list[int], send: list[int], _: Any) -> _Transfer:
+        """Do what the collective of this name does: announcements are delivered, all else is noise."""
         if rows.is_floating_point():
-            self._traffic.fill(out.view(-1))
+            self._traffic.fill_with_noise(out.view(-1))
             return _Transfer(complete=True)
         sent = self._traffic.announcements
         for to, part in enumerate(rows.split(send)):
@@ -91,27 +94,27 @@ class VirtualLinks:
     alltoall_base = all_to_all_single  # its name in older versions of torch
 
 
-def records(mesh: Mesh, grid: Grid, num_ranks: int, backend: str | None = None) -> Records:
-    """One record for every shape, scenario and planner."""
+def measure_grid(mesh: Mesh, grid: Grid, num_ranks: int, backend: str | None = None) -> Records:
+    """Return one record for every shape, scenario and planner."""
     found: Records = []
     with Progress(console=errors, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("")
         for shape in grid.shapes:
             torch.manual_seed(grid.seed)
             costs = measure_costs(mesh, shape, num_ranks, backend)
-            gemm_s = gemm_seconds(shape, num_ranks, mesh.device, grid.repeats)
+            gemm_s = _time_gemms(shape, num_ranks, mesh.device, grid.repeats)
             inputs = Inputs.draw(shape, mesh.device)
-            weights = build(shape, make_group(0, num_ranks, SharedTraffic(mesh.device)), mesh.device)
+            weights = build_experts(shape, make_group(0, num_ranks, SharedTraffic(mesh.device)), mesh.device)
             kernels = KernelChoice(backend, frozenset(costs.by_torch))
             runner = Runner(shape, num_ranks, grid, inputs, weights, costs, kernels)
-            names = cases.chosen(grid.patterns, shape.experts)
-            reference = runner.cell(BALANCED, "home")
+            names = cases.match_scenarios(grid.patterns, shape.experts)
+            reference = runner.measure_cell(BALANCED, "home")
             for done, (scenario, planner) in enumerate((s, p) for s in names for p in grid.planners):
                 progress.update(task, description=f"{shape}: {scenario}, {planner}", completed=done)
                 progress.update(task, total=len(names) * len(grid.planners))
                 progress.refresh()
                 same = (scenario, planner) == (BALANCED, "home")
-                record = reference if same else runner.cell(scenario, planner)
+                record = reference if same else runner.measure_cell(scenario, planner)
                 speed = 100 * reference["total_ms"] / record["total_ms"]
                 memory = record["peak_memory_mib"] / reference["peak_memory_mib"]
                 own_ms = record["forward_ms"] + record["backward_ms"]
@@ -121,17 +124,18 @@ def records(mesh: Mesh, grid: Grid, num_ranks: int, backend: str | None = None) 
     return found
 
 
-def gemm_seconds(shape: Shape, num_ranks: int, device: torch.device, repeats: int) -> float:
-    """Least seconds of a balanced rank's expert GEMMs alone, forward and backward."""
+def _time_gemms(shape: Shape, num_ranks: int, device: torch.device, repeats: int) -> float:
+    """Return the least seconds of a balanced rank's expert GEMMs alone, forward and backward."""
     gemms = Gemms(shape, num_ranks, device)
-    return min(gemms.run()[1] for _ in range(1 + repeats))
+    return min(gemms.time_pass()[1] for _ in range(1 + repeats))
 
 
 def measure_costs(mesh: Mesh, shape: Shape, num_ranks: int, backend: str | None = None) -> Costs:
-    """Computation as measured on this device, with the experts of one of `num_ranks`; links, and what a guest costs
-    besides its bytes, of the reference machine; the weight of a row as among `num_ranks`."""
+    """Return costs of a cluster of such devices: computation as measured on this one, with the experts of one of
+    `num_ranks`; links, and what a guest costs besides its bytes, of the reference machine; bytes of a row as among
+    `num_ranks`."""
     links = default_costs()
-    layer = layer_of(shape, -(-shape.experts // num_ranks))
+    layer = describe_layer(shape, -(-shape.experts // num_ranks))
     return dataclasses.replace(
         calibrate.measure(mesh, layer, backend),
         row_bytes=layer.row_bytes(num_ranks),
@@ -156,17 +160,18 @@ class Runner:
     kernels: KernelChoice
     _warm: bool = False
 
-    def cell(self, scenario: str, planner: str) -> dict[str, Any]:
+    def measure_cell(self, scenario: str, planner: str) -> dict[str, Any]:
+        """Return the record of one routing and planner, without what compares it with others."""
         shape, device = self.shape, self.inputs.x_TD.device
-        counts_RE = cases.counts(scenario, self.num_ranks, shape, self.grid.seed)
+        counts_RE = cases.count_selections(scenario, self.num_ranks, shape, self.grid.seed)
         traffic = SharedTraffic(device)
-        cells = [self._rank(rank, scenario, planner, traffic) for rank in range(self.num_ranks)]
+        cells = [self.draw_rank(rank, scenario, planner, traffic) for rank in range(self.num_ranks)]
         plan = cells[0].plan(counts_RE)
         for cell in cells:
             with contextlib.suppress(AnnouncementsIncomplete):
                 cell.build_tables(plan)
         for _ in range(0 if self._warm else self.grid.warmup):
-            cells[0].run(plan)
+            cells[0].time_pass(plan)
         self._warm = True
         parts = [self._measure(cell, plan) for cell in cells]
         modelled = layer_time(plan, counts_RE, self.weights.home, self.costs)
@@ -196,7 +201,8 @@ class Runner:
             "peak_memory_mib": max(part["peak"] for part in parts) / 2**20,
         }
 
-    def _rank(self, rank: int, scenario: str, planner: str, traffic: SharedTraffic) -> Cell:
+    def draw_rank(self, rank: int, scenario: str, planner: str, traffic: SharedTraffic) -> Cell:
+        """Return the layer of one virtual rank."""
         with torch.device("meta"):
             experts = Experts(self.shape.dim, self.shape.hidden, self.shape.experts)
         experts.shard(make_group(rank, self.num_ranks, traffic), guest_slots=self.weights.residents.slots)
@@ -205,62 +211,23 @@ class Runner:
         return Cell.draw(scenario, planner, self.shape, experts, self.inputs, self.costs, self.grid.seed)
 
     def _measure(self, cell: Cell, plan: Plan) -> dict[str, Any]:
-        """Least seconds of one rank's parts (nothing but noise adds to them here); its rows, bytes to send, peak."""
+        """Return the least seconds of one rank's parts (nothing but noise adds to them here); its rows, bytes, peak."""
         device = self.inputs.x_TD.device
-        peak = peak_bytes(lambda: cell.hold(plan), device)
+        peak = measure_peak(lambda: cell.keep_gradients(plan), device)
         times = []
         for _ in range(self.grid.repeats):
-            began = now(device)
+            began = read_clock(device)
             cell.plan(plan.counts)
-            planned = now(device)
+            planned = read_clock(device)
             tables = cell.build_tables(plan)
-            indexed = now(device)
-            times.append((planned - began, indexed - planned, *cell.run(plan)))
+            indexed = read_clock(device)
+            times.append((planned - began, indexed - planned, *cell.time_pass(plan)))
         names = ("plan", "index", "forward", "total")
         found = dict(zip(names, np.array(times).min(0).tolist(), strict=True))
-        return {**found, "rows": len(tables.row_A), "sent": cell.bytes_sent(plan), "peak": peak}
+        return {**found, "rows": len(tables.row_A), "sent": cell.count_bytes(plan), "peak": peak}
 
 
 def make_group(rank: int, num_ranks: int, traffic: SharedTraffic) -> ExpertGroup:
+    """Return the expert group of one virtual rank."""
     links = cast(Any, VirtualLinks(rank, num_ranks, traffic))
     return ExpertGroup(rank, num_ranks, rows=links, lend=links)
-
-
-LINKS = "links: nodes of 8 with NVLink at 300 GB/s, 33 GB/s between nodes (cost.layer_time)"
-MEASURED = ("plan", "index", "forward", "backward")  # index is part of forward
-MODELLED = ("dispatch", "lend", "combine")
-
-
-def publish(records: Records, out: Path | None) -> None:
-    """Print the tables and the summary; with a folder, write layer.json, layer.md and layer.png."""
-    tables = [table for group in layer_report.group_by_shape(records) for table in _tabulate(group)]
-    results = Results(
-        "layer", "One MoE layer, virtual ranks", records, tables, [LINKS, *layer_report.summarize(records)]
-    )
-    results.publish(out, partial(layer_report.draw, records))
-
-
-def _tabulate(group: Records) -> list[Tabulated]:
-    """Return a table of what was measured, and one of what was modelled with it."""
-    title = (
-        f"{layer_report.describe_shape(group)}\nmeasured, one rank after another: ms of the slowest rank (index "
-        f"is part of forward); GEMMs alone: {group[0]['gemm_ms']:,.2f} ms for a balanced rank, as % of forward and "
-        "backward"
-    )
-    measured, modelled = [], []
-    for r in group:
-        cell = [r["scenario"], r["planner"]]
-        shares = (f"{r['percent_of_gemm_without_links']:.1f}", f"{r['max_over_mean']:.2f}", f"{r['memory_ratio']:.2f}")
-        measured.append([*cell, *_milliseconds(r, MEASURED), *shares])
-        total = (f"{r['total_ms']:,.2f}", f"{r['percent_of_balanced']:.1f}")
-        modelled.append([*cell, *_milliseconds(r, MODELLED), f"{r['rows_crossing']:,}", str(r["guests"]), *total])
-    left = ("routing", "planner")
-    columns = (*left, *MODELLED, "rows crossing", "guests", "predicted ms", "% of balanced")
-    return [
-        Tabulated(title, (*left, *MEASURED, "GEMMs alone", "max/mean", "memory × balanced"), measured, num_left=2),
-        Tabulated("modelled: ms; predicted: plan + forward + backward + links", columns, modelled, num_left=2),
-    ]
-
-
-def _milliseconds(record: dict[str, Any], names: Sequence[str]) -> list[str]:
-    return [f"{record[f'{name}_ms']:,.2f}" for name in names]

@@ -112,7 +112,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _add_layer(parser: argparse.ArgumentParser) -> None:
     from moetrain.bench.cases import PRESETS
-    from moetrain.bench.options import DTYPES, KERNELS, PLANNERS
+    from moetrain.bench.protocol import DTYPES, KERNELS, PLANNERS
 
     add, positive = parser.add_argument, arguments.positive
     add("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:1], help="default: auto, the faster one on this device")
@@ -157,12 +157,12 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_hosts(parser: argparse.ArgumentParser) -> None:
-    from moetrain.bench.cases import HOST_EXPERTS, HOST_SCENARIOS, scenarios
-    from moetrain.bench.options import DTYPES
+    from moetrain.bench.cases import HOST_EXPERTS, HOST_SCENARIOS, list_scenarios
+    from moetrain.bench.protocol import DTYPES
 
     add, positive = parser.add_argument, arguments.positive
     default = ", ".join(HOST_SCENARIOS).replace("%", "%%")
-    known, most = scenarios(HOST_EXPERTS), "workers on each host; default: %(default)s"
+    known, most = list_scenarios(HOST_EXPERTS), "workers on each host; default: %(default)s"
     add("--rate", nargs="+", type=_rate, default=["1gbit", "4gbit"], help="of the link; default: 1gbit and 4gbit")
     add("--scenario", nargs="+", choices=known, default=HOST_SCENARIOS, metavar="ROUTING", help=f"default: {default}")
     add("--per-host", type=positive, default=2, metavar="N", help=most)
@@ -182,12 +182,12 @@ def _rate(text: str) -> str:
 def _plan(options: argparse.Namespace) -> int:
     if options.trace:
         return _replay(options)
-    from moetrain.bench import plan, plan_picture
+    from moetrain.bench import plan
 
-    records = plan.records()
+    records = plan.measure_planners()
     if options.json:
         print(json.dumps(records))
-    plan.tabulate(records).publish(options.out, plan_picture.draw)
+    plan.tabulate(records).publish(options.out, plan.draw_plans)
     return 0
 
 
@@ -196,7 +196,7 @@ def _replay(options: argparse.Namespace) -> int:
     from moetrain.bench import replay
 
     run = runs.find(options.trace)
-    records = replay.records(run)
+    records = replay.replay_trace(run)
     if options.json:
         print(json.dumps(records))
     replay.tabulate(records, run).publish(None)
@@ -205,11 +205,11 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _step(options: argparse.Namespace) -> int:
     from moetrain import checkpoint, config
-    from moetrain.bench import step_options
+    from moetrain.bench.protocol import StepOptions, check_peer
     from moetrain.cli.workers import run_with_workers
 
     settings = config.load(options.overrides)
-    if step_options.Options.from_arguments(options).peers:
-        step_options.check_peer(settings)
+    if StepOptions.from_arguments(options).peers:
+        check_peer(settings)
     checkpoint.find_named(settings)
     return run_with_workers(options, settings, "bench")

@@ -11,8 +11,8 @@ from torch import Tensor
 from moetrain import cli
 from moetrain.bench import cases, layer, layer_report, virtual
 from moetrain.bench.cases import Shape
-from moetrain.bench.memory import peak_bytes
-from moetrain.bench.options import Grid
+from moetrain.bench.memory import measure_peak
+from moetrain.bench.protocol import Grid
 from moetrain.distributed.mesh import Mesh
 from moetrain.moe.planning import default_home
 from tests.pool import Pool
@@ -26,16 +26,16 @@ FIELDS |= {"rows_crossing", "bytes_crossing", "guests", "peak_memory_mib", *vars
 
 
 def measured(mesh: Mesh) -> list[dict[str, Any]]:
-    return layer.records(mesh, Grid([SHAPE], PATTERNS, PLANNERS, repeats=2, warmup=1, seed=0))
+    return layer.measure_grid(mesh, Grid([SHAPE], PATTERNS, PLANNERS, repeats=2, warmup=1, seed=0))
 
 
 def one_after_another(mesh: Mesh, num_ranks: int) -> list[dict[str, Any]]:
-    return virtual.records(mesh, Grid([SHAPE], PATTERNS, PLANNERS, repeats=1, warmup=1, seed=0), num_ranks)
+    return virtual.measure_grid(mesh, Grid([SHAPE], PATTERNS, PLANNERS, repeats=1, warmup=1, seed=0), num_ranks)
 
 
 def at_home(scenario: str, num_ranks: int) -> tuple[list[int], int]:
     """(rows of each rank, rows that cross) under standard expert parallelism."""
-    counts = cases.counts(scenario, num_ranks, SHAPE)
+    counts = cases.count_selections(scenario, num_ranks, SHAPE)
     home = default_home(SHAPE.experts, num_ranks)
     own = sum(int(counts[r, home == r].sum()) for r in range(num_ranks))
     return [int(counts[:, home == r].sum()) for r in range(num_ranks)], int(counts.sum()) - own
@@ -74,7 +74,7 @@ def test_virtual_ranks_add_up(pool: Pool, tmp_path: Any) -> None:
         parts = ("plan", "forward", "backward", "dispatch", "lend", "combine")
         assert record["total_ms"] == pytest.approx(sum(record[f"{part}_ms"] for part in parts))
         assert 0 < record["percent_of_gemm"] < record["percent_of_gemm_without_links"]
-    virtual.publish(found, tmp_path)
+    layer_report.publish_virtual(found, tmp_path)
     assert "modelled" in (tmp_path / "layer.md").read_text()
 
 
@@ -114,7 +114,7 @@ def test_the_peak_is_that_of_a_hand_count() -> None:
         del view, scratch
         return [torch.empty(MIB // 4), returned]
 
-    assert peak_bytes(held, before.device) == 5 * MIB
+    assert measure_peak(held, before.device) == 5 * MIB
 
 
 class _Keeps(torch.autograd.Function):
@@ -140,17 +140,17 @@ def test_the_peak_counts_what_a_backward_keeps_and_needs() -> None:
         return [x.grad]
 
     # The output, the saved copy, the upstream gradient, three of scratch, and a product before the sum.
-    assert peak_bytes(both_ways, x.device) == 7 * MIB
+    assert measure_peak(both_ways, x.device) == 7 * MIB
 
 
 def test_selections_are_what_their_names_say() -> None:
     shape = Shape(tokens=4096, dim=8, hidden=8, experts=16, top_k=2, dtype="fp32")
-    assert (cases.counts("balanced", 2, shape) == 512).all()
+    assert (cases.count_selections("balanced", 2, shape) == 512).all()
     for percent, num_hot in ((30, 1), (95, 4)):
-        counts = cases.counts(f"{percent} % into {num_hot}", 2, shape)
+        counts = cases.count_selections(f"{percent} % into {num_hot}", 2, shape)
         assert counts[:, :num_hot].sum() / counts.sum() == pytest.approx(percent / 100, abs=0.02)
-    for name in cases.scenarios(64):
-        np.testing.assert_allclose(cases.shares(name, 4, 64).sum(1), 1)
+    for name in cases.list_scenarios(64):
+        np.testing.assert_allclose(cases.find_shares(name, 4, 64).sum(1), 1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from moetrain import cli, config
 from moetrain.bench import gpu, step
-from moetrain.bench.step_options import Options
+from moetrain.bench.protocol import StepOptions
 from moetrain.bench.step_peer import Peer
 from moetrain.data.loader import Corpus, with_vocabulary
 from moetrain.data.prepare import ensure
@@ -27,11 +27,11 @@ FIELDS |= {"step_ms", "percent_of_ideal", "quartiles", "start", "experts_ms"}
 PLANNERS = ["home", "makespan"]
 
 
-def measured(mesh: Mesh, overrides: list[str], options: Options) -> tuple[list[dict[str, Any]], bool, set[int]]:
+def measured(mesh: Mesh, overrides: list[str], options: StepOptions) -> tuple[list[dict[str, Any]], bool, set[int]]:
     """(records, whether all weights are bit for bit what they were, the domains that this rank reads)."""
     bench = step.Bench.build(config.load(overrides), mesh, options)
     before = {name: weight.detach().clone() for name, weight in bench.engine.model.state_dict().items()}
-    found = step.records(bench, options)
+    found = step.measure_variants(bench, options)
     after = bench.engine.model.state_dict()
     shares = micro_batches(bench.config, mesh, bench.loader, bench.position)
     domains = set(itertools.chain.from_iterable(share.domain.flatten().tolist() for share in shares))
@@ -44,7 +44,7 @@ def _local(tensor: Any) -> torch.Tensor:
 
 def test_round_robin_is_the_ideal_and_nothing_drifts(pool: Pool, tiny: list[str], tmp_path: Path) -> None:
     overrides = [*tiny, "train.micro_batch=2", "router.skew=2"]
-    first, second = pool.run(measured, 2, overrides, Options(PLANNERS, repeats=2, warmup=1, by_domain=True))
+    first, second = pool.run(measured, 2, overrides, StepOptions(PLANNERS, repeats=2, warmup=1, by_domain=True))
     found = first[0]
     assert found == second[0]
     assert first[1]
@@ -73,7 +73,7 @@ def test_round_robin_is_the_ideal_and_nothing_drifts(pool: Pool, tiny: list[str]
 def test_a_checkpoint_is_where_it_starts(pool: Pool, tiny: list[str]) -> None:
     folder = pool.run(_trained, 1, [*tiny, "run.name=start", "train.steps=2"])[0]
     saved = f"checkpoint.resume={folder}/checkpoints/step_2"
-    found, unchanged, domains = pool.run(measured, 1, [*tiny, saved], Options(["home"], repeats=1, warmup=1))[0]
+    found, unchanged, domains = pool.run(measured, 1, [*tiny, saved], StepOptions(["home"], repeats=1, warmup=1))[0]
     assert unchanged
     assert domains == {0, 1}
     assert found[1]["start"] == f"{folder}/checkpoints/step_2"
@@ -81,10 +81,10 @@ def test_a_checkpoint_is_where_it_starts(pool: Pool, tiny: list[str]) -> None:
 
 def beside(mesh: Mesh, overrides: list[str]) -> tuple[list[dict[str, Any]], int, float]:
     """(records with a peer, its parameters, its loss on a batch before anything is learned)."""
-    bench = step.Bench.build(config.load(overrides), mesh, Options(["home"], repeats=1, warmup=0))
+    bench = step.Bench.build(config.load(overrides), mesh, StepOptions(["home"], repeats=1, warmup=0))
     peer = Peer(bench.config, mesh, bench.shares(0))
     loss = peer.step(bench.shares(0), lr=0.0)
-    found = step.records(bench, Options(["home"], repeats=2, warmup=0, peers=True))
+    found = step.measure_variants(bench, StepOptions(["home"], repeats=2, warmup=0, peers=True))
     return found, sum(p.numel() for p in peer.model.parameters()), loss
 
 
@@ -118,7 +118,7 @@ def _trained(mesh: Mesh, overrides: list[str]) -> str:
 
 def test_domains_that_fill_no_sequence_are_left_out(data: list[str]) -> None:
     corpus = Corpus(ensure(config.load(data).data))
-    assert [step.own_domain(corpus, 32, rank) for rank in range(3)] == [0, 1, 0]
+    assert [step.choose_domain(corpus, 32, rank) for rank in range(3)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,6 @@ def test_grouped_gemms_of_a_published_shape(
 
 
 def test_shapes_are_the_published_ones() -> None:
-    shape = gpu.shape_of("kimi-k2", 1)
+    shape = gpu.scale_preset("kimi-k2", 1)
     assert (shape.tokens, shape.dim, shape.hidden, shape.experts, shape.top_k) == (8192, 7168, 2048, 384, 8)
-    assert {gpu.shape_of(name, 16).dim % 8 for name in ("gpt-oss-120b", "deepseek-v3")} == {0}
+    assert {gpu.scale_preset(name, 16).dim % 8 for name in ("gpt-oss-120b", "deepseek-v3")} == {0}

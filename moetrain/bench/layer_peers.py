@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from moetrain.bench import cases
 from moetrain.bench.cases import BALANCED, Shape
-from moetrain.bench.cell import Setup, interleave, now
-from moetrain.bench.options import Grid
+from moetrain.bench.cell import Setup
+from moetrain.bench.protocol import Grid
 from moetrain.bench.tables import Records, Tabulated
+from moetrain.bench.timing import measure_spread, read_clock, time_in_turns
 from moetrain.common.console import console, errors
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.precision import DTYPES
@@ -35,47 +36,48 @@ SETTLE = 3
 Layer = Callable[[Tensor], Tensor]
 
 
-def records(mesh: Mesh, grid: Grid) -> Records:
-    """One record for every shape, peer and routing; a line on the terminal for each peer that is missing."""
+def measure_peers(mesh: Mesh, grid: Grid) -> Records:
+    """Return one record for every shape, peer and routing; a line on the terminal for each peer that is missing."""
     found: Records = []
     for shape in grid.shapes:
         setup = None
-        for name, build in (("deepspeed", _deepspeed), ("transformers", _transformers)):
+        for name, build in (("deepspeed", _build_deepspeed), ("transformers", _build_transformers)):
             try:
-                with contextlib.redirect_stdout(sys.stderr):  # they talk
+                with contextlib.redirect_stdout(sys.stderr):  # they print
                     version = importlib.import_module(name).__version__
                     module = build(shape, mesh)
             except ImportError as error:
                 if mesh.is_main:
                     errors.print(f"{name}: left out, {error}")
                 continue
-            setup = setup or Setup.make(mesh, shape, grid.seed)
+            setup = setup or Setup.prepare(mesh, shape, grid.seed)
             for scenario in (BALANCED, HOT):
                 found.append({"planner": f"{name} {version}", **_measure(mesh, grid, setup, module, scenario)})
     return found
 
 
 def _measure(mesh: Mesh, grid: Grid, setup: Setup, module: nn.Module, scenario: str) -> dict[str, Any]:
+    """Return the record of one peer under one routing, without its name."""
     shape, device = setup.shape, mesh.device
-    expert_TK = choices(scenario, shape, np.random.default_rng((grid.seed, mesh.rank)))
-    x_TD = _marked(setup.inputs.x_TD, torch.from_numpy(expert_TK).to(device), shape.experts)
+    expert_TK = choose_experts(scenario, shape, np.random.default_rng((grid.seed, mesh.rank)))
+    x_TD = _mark_choices(setup.inputs.x_TD, torch.from_numpy(expert_TK).to(device), shape.experts)
 
-    def run() -> tuple[float, float]:
-        began = now(device)
+    def time_pass() -> tuple[float, float]:
+        began = read_clock(device)
         y_TD = module(x_TD)
-        between = now(device)
+        between = read_clock(device)
         y_TD.backward(setup.inputs.upstream_TD)
-        ended = now(device)
+        ended = read_clock(device)
         x_TD.grad = None
         module.zero_grad(set_to_none=True)
         return between - began, ended - began
 
+    passes = [setup.gemms.time_pass, setup.reference.time_pass, time_pass]
     for _ in range(SETTLE):
-        for warm in (setup.gemms.run, setup.reference.run, run):
-            warm()
-    times = interleave([setup.gemms.run, setup.reference.run, run], grid.repeats, mesh.ep, device)
+        for warm_up in passes:
+            warm_up()
+    times = time_in_turns(passes, grid.repeats, mesh.ep, device)
     gemm, balanced, this = times[:, :, 1].T
-    low, high = np.quantile(balanced / this, (0.25, 0.75))
     return {
         "scenario": scenario,
         "ranks": mesh.ep.size,
@@ -83,15 +85,15 @@ def _measure(mesh: Mesh, grid: Grid, setup: Setup, module: nn.Module, scenario: 
         "forward_ms": 1e3 * float(np.median(times[:, 2, 0])),
         "total_ms": 1e3 * float(np.median(this)),
         "percent_of_balanced": 100 * float(np.median(balanced / this)),
-        "spread": 100 * float(high - low),
+        "spread": 100 * measure_spread(balanced / this),
         "percent_of_gemm": 100 * float(np.median(gemm / this)),
         "percent_into_first": 100 * float((expert_TK == 0).mean()),
     }
 
 
-def choices(scenario: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
-    """[T, K] different experts for each token: the first as the scenario has it, the others anywhere."""
-    share = cases.shares(scenario, 1, shape.experts)[0]
+def choose_experts(scenario: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
+    """Return [T, K]: different experts for each token: the first as the scenario has it, the others anywhere."""
+    share = cases.find_shares(scenario, 1, shape.experts)[0]
     if scenario == BALANCED:
         step = rng.permutation(shape.tokens)[:, None] * shape.top_k + np.arange(shape.top_k)
         return step % shape.experts
@@ -100,8 +102,8 @@ def choices(scenario: str, shape: Shape, rng: np.random.Generator) -> np.ndarray
     return np.argsort(-key_TE, 1)[:, : shape.top_k]
 
 
-def _marked(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor:
-    """Tokens whose first columns are the logits of their experts: the first choice highest."""
+def _mark_choices(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor:
+    """Return the tokens with the logits of their experts in the first columns, the first choice highest."""
     marked_TD = x_TD.detach().clone()
     marked_TD[:, :num_experts] = 0
     logit_TK = torch.linspace(8, 6, expert_TK.shape[1], device=x_TD.device).to(x_TD.dtype).expand(expert_TK.shape)
@@ -121,8 +123,8 @@ class _SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-class _First(nn.Module):
-    """What a layer returns first."""
+class _FirstOutput(nn.Module):
+    """Returns the first of what a layer returns, for tokens without a batch dimension."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -133,8 +135,8 @@ class _First(nn.Module):
         return (out[0] if isinstance(out, tuple) else out)[0]
 
 
-def _deepspeed(shape: Shape, mesh: Mesh) -> nn.Module:
-    """`deepspeed.moe.layer.MoE`, expert-parallel, nothing dropped."""
+def _build_deepspeed(shape: Shape, mesh: Mesh) -> nn.Module:
+    """Return `deepspeed.moe.layer.MoE`, expert-parallel, nothing dropped."""
     deepspeed = importlib.import_module("deepspeed")
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
@@ -149,11 +151,11 @@ def _deepspeed(shape: Shape, mesh: Mesh) -> nn.Module:
             top2_2nd_expert_sampling=False,
         )
     layer.set_deepspeed_parallelism()
-    return _ready(layer, layer.deepspeed_moe.gate.wg.weight, shape)
+    return _draw_weights(layer, layer.deepspeed_moe.gate.wg.weight, shape)
 
 
-def _transformers(shape: Shape, mesh: Mesh) -> nn.Module:
-    """The sparse block of Qwen3-MoE with grouped GEMMs: all experts on each rank, nothing travels."""
+def _build_transformers(shape: Shape, mesh: Mesh) -> nn.Module:
+    """Return the sparse block of Qwen3-MoE with grouped GEMMs: all experts on each rank, nothing travels."""
     config = importlib.import_module("transformers").Qwen3MoeConfig(
         hidden_size=shape.dim,
         moe_intermediate_size=shape.hidden,
@@ -165,16 +167,16 @@ def _transformers(shape: Shape, mesh: Mesh) -> nn.Module:
     with torch.device(mesh.device):
         modeling = importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
         layer = modeling.Qwen3MoeSparseMoeBlock(config)
-    return _ready(layer, layer.gate.weight, shape)
+    return _draw_weights(layer, layer.gate.weight, shape)
 
 
-def _ready(layer: nn.Module, gate_ED: nn.Parameter, shape: Shape) -> nn.Module:
-    """Random weights, and a gate that reads the first columns."""
+def _draw_weights(layer: nn.Module, gate_ED: nn.Parameter, shape: Shape) -> nn.Module:
+    """Give a layer random weights, and a gate that reads the first columns; return it in the dtype of `shape`."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0, 0.03)
         gate_ED.copy_(torch.eye(*gate_ED.shape))
-    return _First(layer.to(DTYPES[shape.dtype]))
+    return _FirstOutput(layer.to(DTYPES[shape.dtype]))
 
 
 def publish(found: Records, out: Path | None) -> None:
