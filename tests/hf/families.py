@@ -192,7 +192,7 @@ class TextModelWithHead(nn.Module):
 
 def config_of(name: str, **more: Any) -> Any:
     """The tiny config of a family. `more`: fields that differ from those of the table."""
-    cls = _class(name).config_class
+    cls = make_class(name).config_class
     known = set(signature(cls.__init__).parameters) | set(cls.attribute_map)
     known |= {each.name for each in fields(cls)} if is_dataclass(cls) else set()
     values = {key: value for key, value in COMMON.items() if key in known}
@@ -202,7 +202,7 @@ def config_of(name: str, **more: Any) -> Any:
 def build(name: str, seed: int = 0, **more: Any) -> nn.Module:
     """The tiny model of a family, random, in fp32; a router's bias for the choice is not left at zero."""
     torch.manual_seed(seed)
-    model = _class(name)(config_of(name, **more))
+    model = make_class(name)(config_of(name, **more))
     if not name_is_causal(name):
         model = TextModelWithHead(model)
     for key, value in model.named_buffers():
@@ -221,6 +221,6 @@ def name_is_causal(name: str) -> bool:
     return FAMILIES[name].model.endswith("ForCausalLM")
 
 
-def _class(name: str) -> Any:
+def make_class(name: str) -> Any:
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     return getattr(module, FAMILIES[name].model)
