@@ -14,9 +14,12 @@
 Routers, attention and losses stay the family's own code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +30,17 @@ from moetrain.distributed import sharded
 from moetrain.distributed.comm import Group
 from moetrain.distributed.mesh import ExpertGroup, join_group
 from moetrain.hf.layout import is_experts
+from moetrain.hf.pinning import PinnedChoices
 from moetrain.hf.replay import replay_in_recompute
+from moetrain.hf.scores import RouterPass, find_router, is_recomputed, prepare_routers
 from moetrain.hf.spread import NAME, Decision, SpreadExperts, register
 from moetrain.moe.calibrate import Layer
 from moetrain.moe.gradients import Reduction
+from moetrain.moe.options import BalanceOptions
 from moetrain.moe.parallel import NEED_NO_COSTS, ExpertParallel, count_slots
 from moetrain.moe.planning.cost import Costs
+from moetrain.moe.planning.plan import Plan
+from moetrain.moe.routing.balance import BalanceLoss
 from moetrain.moe.whole_weights import broadcast_weights, gather_experts
 
 SOMETIMES = "vision_moe.experts"  # of ERNIE 4.5 VL: entered where there are images, so perhaps not on all ranks
@@ -49,6 +57,7 @@ def expert_parallel(
     guest_slots: int | None = None,
     guest_memory: int | None = None,
     reduction: Reduction = "auto",
+    balance: BalanceOptions | None = None,
 ) -> "HFExpertParallel":
     """Spread every experts module in `model` over the ranks of `group`, in place. All those ranks call it.
 
@@ -60,6 +69,8 @@ def expert_parallel(
         model: a `PreTrainedModel`, or any module with one in it; every rank has built it whole.
         group, planner, planner_options, costs, replicas, guest_slots, guest_memory, reduction: as for
             `moetrain.expert_parallel`.
+        balance: the losses that `balance_loss` is made of, on the scores of the family's own routers; None: there are
+            none, since a loss changes the routers of a model that is trained already.
 
     Raises `ConfigError`, a `ValueError`, for a model that is not covered or does not fit the group.
     """
@@ -74,6 +85,7 @@ def expert_parallel(
         guest_slots=guest_slots,
         guest_memory=guest_memory,
         reduction=reduction,
+        balance=balance,
     )
 
 
@@ -92,8 +104,12 @@ class HFExpertParallel(ExpertParallel):
         guest_slots: int | None,
         guest_memory: int | None,
         reduction: Reduction,
+        balance: BalanceOptions | None,
     ) -> None:
-        super().__init__(model, ep, replicas, reduction, costs is None and planner[0] not in NEED_NO_COSTS)
+        super().__init__(model, ep, replicas, reduction, costs is None and planner[0] not in NEED_NO_COSTS, balance)
+        self._has_balance = balance is not None
+        routers = {name: find_router(model, name) for name in modules} if self._has_balance else {}
+        prepare_routers(list(routers.values()), self._options)
         broadcast_weights(model, replicas, ep.rows)
         register()
         spread = {}
@@ -101,12 +117,21 @@ class HFExpertParallel(ExpertParallel):
             spread[name] = SpreadExperts(name, module, ep, planner, costs)
             spread[name].regions = [model.get_submodule(name[:end]) for end in _ends(name)]
             spread[name].watcher = self
+            if name in routers:
+                spread[name].router = routers[name]
+                routers[name].watch(partial(self._hear_logits, name))
+                module.register_forward_hook(partial(self._end_layer, spread[name]))
             module._moetrain = spread[name]
             module.config._experts_implementation = NAME
         for inner in model.modules():
             if hasattr(inner, "_set_gradient_checkpointing"):
                 replay_in_recompute(inner)
         slots = count_slots(model, spread.values(), guest_memory) if guest_slots is None else guest_slots
+        self._logits: dict[str, Tensor] = {}  # by experts module, of the forward under way
+        self._plans: dict[str, Plan] = {}  # likewise
+        self._passes: list[ReferenceType[RouterPass]] = []  # for the next balance loss
+        self._recorded: list[PinnedChoices] = []  # in this step
+        self._replayed: PinnedChoices | None = None  # the last one
         self._take_layers(spread, slots)
 
     def _find_owners(self) -> dict[str, Any]:
@@ -134,9 +159,56 @@ class HFExpertParallel(ExpertParallel):
                     whole[name] = grad.clone()
         return whole
 
+    def begin_step(self, num_micro_steps: int = 1) -> None:
+        """As `moetrain.moe.parallel.ExpertParallel.begin_step`; choices recorded so far belong to steps before."""
+        super().begin_step(num_micro_steps)
+        self._passes.clear()
+        self._recorded.clear()
+
+    @contextmanager
+    def record_choices(self) -> Iterator[PinnedChoices]:
+        """Record the experts that the routers choose in one forward inside; usually one without gradient."""
+        choices = PinnedChoices()
+        with choices.record(self.module):
+            yield choices
+        self._recorded.append(choices)
+
+    @contextmanager
+    def replay_choices(self, choices: PinnedChoices) -> Iterator[None]:
+        """Have the routers choose, in one forward inside, the experts that were recorded in another one.
+
+        Everything else is computed afresh: gradients flow through today's probabilities of these experts. Of a recorded
+        batch, `choices.part(begin, end, total)` are those of some of its sequences.
+
+        Raises `RuntimeError` where there are more choices than were recorded, or for another number of tokens.
+        """
+        self._replayed = choices
+        with choices.part(0, 1, 1).replay():
+            yield
+
     def balance_loss(self) -> Tensor:
-        """Raise `ConfigError`: a model's own auxiliary loss (`output_router_logits=True`) stays the family's code."""
-        raise ConfigError(f"balance_loss: not for {type(self.module).__name__}; its own is output_router_logits=True")
+        """As `moetrain.moe.parallel.ExpertParallel.balance_loss`, on the scores of the family's own routers.
+
+        With `accumulate="exact"` and several micro-steps, the choices of all of them (or of all but the first) are
+        recorded in this step before the first backward, and replayed.
+
+        Raises `ConfigError` where `expert_parallel` was not given `balance`.
+        """
+        if not self._has_balance:
+            raise ConfigError("balance_loss: none was asked for; moetrain.hf.expert_parallel takes balance=")
+        passes = [each for one in self._passes if (each := one()) is not None]
+        self._passes.clear()
+        return self._weigh_losses([each.router for each in passes], [each.collect_stats() for each in passes])
+
+    def _count_ahead(self, balance: BalanceLoss) -> None:
+        to_come = [each for each in self._recorded if each is not self._replayed]
+        if len(to_come) != (self._num_micro_steps or 1) - 1:
+            raise RuntimeError(
+                f"balance.accumulate=exact: {len(to_come)} micro-steps to come were recorded by record_choices(), of "
+                f"{self._num_micro_steps} in this step without the one that is under way"
+            )
+        for choices in to_come:
+            balance.count_ahead(choices.counts)
 
     def join_without_tokens(self) -> Tensor:
         """Enter what the other ranks enter, on a rank that has no tokens for this forward; returns a loss of zero.
@@ -148,6 +220,7 @@ class HFExpertParallel(ExpertParallel):
         carry = torch.zeros((), device=first.gate_up.device, requires_grad=True)
         for one in self._layers.values():
             carry = one.run_empty(carry)
+            self._keep_logits(one, carry.expand(0, one.num_experts), carry)
         return carry
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
@@ -166,7 +239,31 @@ class HFExpertParallel(ExpertParallel):
 
     def after_decision(self, one: SpreadExperts, decision: Decision) -> None:
         """The experts call this when they have planned, which a recompute does not."""
-        self._statistics.add_forward(one.name, decision.plan)
+        logits_TE, probs_E = self._logits.get(one.name), None
+        if one.router is not None and logits_TE is not None:
+            probs_E = one.router.score(logits_TE.detach()).probs_TE.sum(0)
+        self._statistics.add_forward(one.name, decision.plan, probs_E)
+        self._plans[one.name] = decision.plan
+
+    def _hear_logits(self, name: str, logits_TE: Tensor) -> None:
+        self._logits[name] = logits_TE
+
+    def _end_layer(self, one: SpreadExperts, module: nn.Module, args: Any, y_TD: Tensor) -> None:
+        """A hook of the experts module, whose forward is over."""
+        if not is_recomputed():
+            self._keep_logits(one, self._logits.pop(one.name), y_TD)
+
+    def _keep_logits(self, one: SpreadExperts, logits_TE: Tensor, y_TD: Tensor) -> None:
+        """Keep what the losses need of a forward for as long as the graph of `y_TD` lives."""
+        plan = self._plans.pop(one.name)
+        if one.router is not None and y_TD.requires_grad:
+            found = RouterPass(one.router, logits_TE, plan, self.group.rank)
+            y_TD.register_hook(partial(_keep, found))
+            self._passes = [each for each in self._passes if each() is not None] + [ref(found)]
+
+
+def _keep(found: RouterPass, grad: Tensor) -> None:
+    """A hook that does nothing: it holds what has to live as long as the graph."""
 
 
 def _find_experts(model: nn.Module, ep: ExpertGroup) -> dict[str, Any]:

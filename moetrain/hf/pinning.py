@@ -36,6 +36,7 @@ class PinnedChoices:
         self.indices = defaultdict(list) if indices is None else indices
         self.routers: set[Site] = set() if routers is None else routers
         self.caught: list[list[Site]] = []  # of each call of an experts module, the choices that it was given
+        self.counts: list[Tensor] = []  # and [E] its selections of every expert
 
     def part(self, begin: int, end: int, total: int) -> "PinnedChoices":
         """The routers' choices for the sequences `begin` to `end` of a batch of `total`, whose tokens come in order."""
@@ -64,14 +65,22 @@ class PinnedChoices:
         with _Replay(self.indices):
             yield
 
-    def _find_router(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _find_router(self, module: Any, args: Any, kwargs: Any) -> None:
         index = args[1] if len(args) > 1 else kwargs["top_k_index"]
         last = {site: made[-1] for site, made in self.indices.items()}
         found = [site for site, made in last.items() if _same(index, made)]
         if not found:
             found = [site for site, made in last.items() if any(_same(column, made) for column in index.unbind(-1))]
         self.caught.append(found)
+        self.counts.append(count_selections(index, module.num_experts))
         self.routers.update(found)
+
+
+def count_selections(index_TK: Tensor, num_experts: int) -> Tensor:
+    """Return int64 [E] how often each expert is chosen; numbers beyond the last are no selections."""
+    index_N = index_TK.flatten().clamp(max=num_experts)
+    counts_E = index_N.new_zeros(num_experts + 1)
+    return counts_E.scatter_add_(0, index_N, torch.ones_like(index_N))[:-1]
 
 
 class _Choices(TorchFunctionMode):

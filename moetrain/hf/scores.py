@@ -7,7 +7,8 @@ divided by their sum, as the balance loss of DeepSeek-V3 (Eq. 18) has it.
 T tokens here, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moetrain.common.errors import ConfigError
-from moetrain.moe.routing.base import Scores
+from moetrain.moe.clock import Clock
+from moetrain.moe.layer import LayerStats
+from moetrain.moe.options import BalanceOptions
+from moetrain.moe.planning.plan import Plan
+from moetrain.moe.routing.base import Choice, Scores
 
 NAMES = ("gate", "router")  # of a router beside its experts
 FUNCTIONS = ("score_fn", "scoring_function")  # attributes of routers whose function is the config's
@@ -91,7 +96,6 @@ class FamilyRouter:
     """The router of one experts module: its logits, its probabilities and its bias."""
 
     loss_weights: tuple[float, ...] | None = None  # as `moetrain.moe.routing.Router` has them
-    held: Tensor | None = None
 
     def __init__(self, name: str, module: nn.Module, num_experts: int, bias: tuple[nn.Module, str] | None) -> None:
         """`name`: of the router in the model; `bias`: where the bias of its choice is.
@@ -99,6 +103,7 @@ class FamilyRouter:
         Raises `ConfigError` where its scores are not known.
         """
         self.name, self.module, self.num_experts = name, module, num_experts
+        self.held: Tensor | None = None  # fp32 [E], shares of selections in the last optimizer step
         self._bias = bias
         self._activate = _find_function(name, module)
         self.has_logits = _family(module) not in PROBABILITIES
@@ -128,10 +133,47 @@ class FamilyRouter:
         """
 
         def hear(module: nn.Module, args: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() == -1:  # else a backward computes the forward again
+            if not is_recomputed():
                 tell(output[0].reshape(-1, output[0].shape[-1]))
 
         return self.module.register_forward_hook(hear)
+
+
+@dataclass(eq=False)
+class RouterPass:
+    """What the losses need of one forward of a router, in the middle of which probabilities must not be computed: a
+    recompute would have to do so too."""
+
+    router: FamilyRouter
+    logits_TE: Tensor  # with gradient
+    plan: Plan
+    rank: int  # whose counts are meant
+
+    def collect_stats(self) -> LayerStats:
+        """Return the scores and counts as the losses take them; they look neither at the choice nor at times."""
+        counts_E = torch.from_numpy(self.plan.counts[self.rank]).to(self.logits_TE.device)
+        choice = Choice(counts_E.new_empty(0), counts_E.new_empty(0))
+        scores, clock = self.router.score(self.logits_TE), Clock(self.logits_TE.device)
+        return LayerStats(scores, choice, counts_E, counts_E, self.plan, 0, clock)
+
+
+def is_recomputed() -> bool:
+    """Whether a backward is computing a forward again, here and now."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def prepare_routers(routers: Sequence[FamilyRouter], options: BalanceOptions) -> None:
+    """Give the routers what the losses keep in them. Raises `ConfigError` for losses that they do not have."""
+    if options.sequence_coefficient:
+        raise ConfigError("balance.sequence_coefficient: not for models of transformers, whose sequences are not known")
+    for router in routers:
+        kind = f"{type(router.module).__name__} at {router.name}"
+        if options.z_coefficient and not router.has_logits:
+            raise ConfigError(f"balance.z_coefficient: {kind} gives probabilities, not logits")
+        if options.bias != "none" and router.bias is None:
+            raise ConfigError(f"balance.bias={options.bias}: {kind} has no {' or '.join(BIASES)}")
+        if options.accumulate == "hold":
+            router.held = torch.zeros(router.num_experts, device=next(router.module.parameters()).device)
 
 
 def find_router(model: nn.Module, name: str) -> FamilyRouter:

@@ -22,7 +22,9 @@ from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.hf.compute import GroupedExperts
 from moetrain.hf.layout import ExpertsLayout
+from moetrain.hf.pinning import count_selections
 from moetrain.hf.replay import checkpoint_with_replay, decide_once
+from moetrain.hf.scores import FamilyRouter
 from moetrain.moe.clock import Clock
 from moetrain.moe.context import LayerContext, StepContext
 from moetrain.moe.exchange.dispatch import DispatchTables
@@ -74,6 +76,7 @@ class SpreadExperts(KernelUser):
         self.name, self.module, self.ep, self.costs = name, module, group, costs
         self.regions: Sequence[nn.Module] = ()  # the modules around it, one of which may be recomputed
         self.watcher: Watcher | None = None
+        self.router: FamilyRouter | None = None  # where its scores are wanted
         self.plan_with(*planner)
         self.layout = ExpertsLayout.read(name, module)
         self.num_experts: int = module.num_experts
@@ -200,10 +203,8 @@ class SpreadExperts(KernelUser):
         """Count the selections of all ranks, and plan. The layer's one wait of the host for the device."""
         expert_N, num_experts = index_TK.flatten(), self.num_experts
         is_row_TK = index_TK < num_experts  # some families name an expert beyond the last where a token has none
-        counts_E = expert_N.new_zeros(num_experts + 1)
-        counts_E.scatter_add_(0, expert_N.clamp(max=num_experts), torch.ones_like(expert_N))
         most = is_row_TK.sum(1).max() if len(index_TK) else expert_N.new_zeros(())
-        facts = torch.cat([counts_E[:-1], most[None]])
+        facts = torch.cat([count_selections(index_TK, num_experts), most[None]])
         gathered = all_gather(facts, self.ep.rows).cpu().numpy()
         counts_RE: Ints = gathered[:, :-1]
         num_rows = int(counts_RE[self.ep.rank].sum())

@@ -17,7 +17,7 @@ gradient comes home, so that an expert's gradient is complete there: that of the
 E experts, R ranks of the group.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning.cost import Costs
-from moetrain.moe.routing.balance import BalanceLoss, add_buffers
+from moetrain.moe.routing.balance import BalancedRouter, BalanceLoss, add_buffers
 from moetrain.moe.statistics import LayerStatistics, StatisticsOfStep
 from moetrain.moe.whole_weights import broadcast_weights, gather_state_dict, load_state_dict
 
@@ -252,21 +252,30 @@ class ExpertParallel:
         """
         found = [(layer, stats) for one, two in self._found if (layer := one()) is not None and (stats := two())]
         self._found.clear()
-        if not found:
+        return self._weigh_losses([layer.router for layer, _ in found], [stats for _, stats in found])
+
+    def _weigh_losses(self, routers: Sequence[BalancedRouter], stats: Sequence[LayerStats]) -> Tensor:
+        """Return this rank's share of the losses of one micro-step. Raises `RuntimeError` where there is none."""
+        if not stats:
             raise RuntimeError("balance_loss() comes after a forward with gradient and before its backward")
         if self._balance is None or self._num_micro_steps is None:
-            tokens = torch.tensor(len(found[0][1].scores.probs_TE), device=found[0][1].counts_E.device)
-            self._gradients.sum_over_ranks(tokens)
-            self._balance = BalanceLoss(
-                self._options,
-                [layer.router for layer, _ in found],
-                int(tokens) * (self._num_micro_steps or 1),
-                length=len(found[0][1].scores.probs_TE),
-                groups=self.group.size,
-                reduce=self._gradients.sum_over_ranks,
-            )
-        weighted = self._balance.losses([stats for _, stats in found]).weighted
+            self._balance = self._begin_balance(routers, stats[0])
+        weighted = self._balance.losses(stats).weighted
         return weighted * self.num_ranks if self.averages else weighted
+
+    def _begin_balance(self, routers: Sequence[BalancedRouter], first: LayerStats) -> BalanceLoss:
+        """Return the losses of a step whose micro-steps have as many tokens each as `first`."""
+        length, micro_steps = len(first.scores.probs_TE), self._num_micro_steps or 1
+        tokens = int(self._gradients.sum_over_ranks(torch.tensor(length, device=first.counts_E.device))) * micro_steps
+        sum_over_ranks = self._gradients.sum_over_ranks
+        balance = BalanceLoss(self._options, routers, tokens, length, self.group.size, sum_over_ranks)
+        if balance.looks_ahead and micro_steps > 1:
+            self._count_ahead(balance)
+        return balance
+
+    def _count_ahead(self, balance: BalanceLoss) -> None:
+        """Count the selections of the micro-steps to come. Raises `ConfigError`: here they are not known."""
+        raise ConfigError("balance.accumulate=exact: does not know the micro-steps to come; use buffer or hold")
 
     def statistics(self) -> list[LayerStatistics]:
         """What each layer has done in this step, in the order of the module's layers; no communication."""
@@ -336,7 +345,7 @@ class ExpertParallel:
             self._found.append((ref(layer), ref(stats)))
             if len(self._found) > 2 * len(self._layers):
                 self._found = [one for one in self._found if one[1]() is not None]
-        self._statistics.add_forward(self._names[id(layer)], stats.plan)
+        self._statistics.add_forward(self._names[id(layer)], stats.plan, stats.scores.probs_TE.detach().sum(0))
 
     def _set_slots(self, layer: Any, slots: int) -> None:
         """How many guests may stay from now on; those that are here go."""

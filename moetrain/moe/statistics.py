@@ -6,6 +6,8 @@ E experts, R ranks of the group.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from moetrain.moe.planning.plan import Ints, Plan, imbalance
 
 
@@ -18,11 +20,12 @@ class LayerStatistics:
     guests: tuple[tuple[int, int, int], ...]  # (expert, its home rank, the rank that it was lent to), sorted
     loads_before: Ints  # [R] rows that each rank would compute under standard expert parallelism
     loads_after: Ints  # [R] rows that it did compute
+    probs_E: Tensor | None = None  # each expert's probability, summed over the tokens of this rank; None: not known
 
     @classmethod
-    def from_plan(cls, name: str, plan: Plan) -> "LayerStatistics":
+    def from_plan(cls, name: str, plan: Plan, probs_E: Tensor | None) -> "LayerStatistics":
         """Return the statistics of one forward of the layer `name`, computed by `plan`."""
-        return cls(name, plan.counts.sum(0), tuple(plan.guests()), plan.home_loads(), plan.loads())
+        return cls(name, plan.counts.sum(0), tuple(plan.guests()), plan.home_loads(), plan.loads(), probs_E)
 
     def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
         """Return the statistics of both forwards of the layer together."""
@@ -32,6 +35,7 @@ class LayerStatistics:
             tuple(sorted({*self.guests, *other.guests})),
             self.loads_before + other.loads_before,
             self.loads_after + other.loads_after,
+            None if self.probs_E is None or other.probs_E is None else self.probs_E + other.probs_E,
         )
 
     @property
@@ -61,9 +65,9 @@ class StatisticsOfStep:
         """Keep what was added until a layer's next forward, which takes its place."""
         self._is_in_step = False
 
-    def add_forward(self, name: str, plan: Plan) -> None:
-        """Add a forward of the layer `name`, computed by `plan`."""
-        new, old = LayerStatistics.from_plan(name, plan), self._by_layer.get(name)
+    def add_forward(self, name: str, plan: Plan, probs_E: Tensor | None = None) -> None:
+        """Add a forward of the layer `name`, computed by `plan`; `probs_E`: the sums of probabilities, if known."""
+        new, old = LayerStatistics.from_plan(name, plan, probs_E), self._by_layer.get(name)
         self._by_layer[name] = old + new if old is not None and self._is_in_step else new
 
     def list_layers(self, names: Iterable[str]) -> list[LayerStatistics]:

@@ -300,3 +300,13 @@ def test_options_are_checked_without_a_configuration() -> None:
             moetrain.MoE(D, H, E, **arguments)
     with pytest.raises(ConfigError, match="dim=12: must be a multiple of 8"):
         moetrain.MoE(12, H, E)
+
+
+def test_counts_of_micro_steps_to_come_are_not_invented() -> None:
+    layer = moetrain.MoE(dim=16, hidden=16, experts=4)
+    handle = moetrain.expert_parallel(layer, None, balance=moetrain.BalanceOptions(accumulate="exact"))
+    handle.begin_step(2)
+    y = layer(torch.randn(8, 16))
+    assert y.requires_grad
+    with pytest.raises(ConfigError, match=r"balance\.accumulate=exact: does not know the micro-steps to come"):
+        handle.balance_loss()

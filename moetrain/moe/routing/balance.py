@@ -19,7 +19,7 @@ E. B sequences, G groups of experts.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,23 @@ from moetrain.distributed.comm import all_reduce_sum
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning import default_home
-from moetrain.moe.routing import Choice, Router
+from moetrain.moe.routing import Choice
+
+
+class BalancedRouter(Protocol):
+    """What the losses need of a router: a `moetrain.moe.routing.Router`, or that of another library."""
+
+    num_experts: int
+    loss_weights: tuple[float, ...] | None
+
+    @property
+    def bias(self) -> Tensor | None: ...
+    @bias.setter
+    def bias(self, value: Tensor) -> None: ...
+    @property
+    def held(self) -> Tensor | None: ...
+    @held.setter
+    def held(self, value: Tensor) -> None: ...
 
 
 class Losses(NamedTuple):
@@ -46,7 +62,7 @@ class BalanceLoss:
     def __init__(
         self,
         options: BalanceOptions,
-        routers: Sequence[Router],
+        routers: Sequence[BalancedRouter],
         tokens_in_batch: int,
         length: int,
         groups: int = 1,
@@ -78,9 +94,13 @@ class BalanceLoss:
 
     def foresee(self, stats: Sequence[LayerStats]) -> list[Choice]:
         """Count a micro-step to come; the choices that its forward is to replay. No communication."""
-        counts_N = torch.cat([s.counts_E for s in stats])
-        self._ahead_N = counts_N if self._ahead_N is None else self._ahead_N + counts_N
+        self.count_ahead([s.counts_E for s in stats])
         return [s.choice for s in stats]
+
+    def count_ahead(self, counts: Sequence[Tensor]) -> None:
+        """Add the selections of a micro-step to come on this rank, int64 [E] of every layer. No communication."""
+        counts_N = torch.cat(list(counts))
+        self._ahead_N = counts_N if self._ahead_N is None else self._ahead_N + counts_N
 
     def losses(self, stats: Sequence[LayerStats]) -> Losses:
         """Of the next micro-step. All ranks call it: it enters one collective, or with `exact` one a step."""
@@ -153,7 +173,7 @@ class BalanceLoss:
         return _weights(tuple(self._sizes), given, device)
 
 
-def add_buffers(routers: Sequence[Router], options: BalanceOptions) -> None:
+def add_buffers(routers: Sequence[BalancedRouter], options: BalanceOptions) -> None:
     """Give the routers the buffers that the options need; zeros, or on the meta device to be filled with them."""
     for router in routers:
         if options.bias != "none":
