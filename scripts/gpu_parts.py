@@ -27,7 +27,7 @@ from torch.autograd import DeviceType
 
 from moetrain import config
 from moetrain.bench import cases, virtual
-from moetrain.bench.cases import BALANCED, Shape
+from moetrain.bench.cases import BALANCED, LayerShape
 from moetrain.bench.cell import Cell, Inputs, build_experts
 from moetrain.bench.protocol import Grid
 from moetrain.bench.tables import Results, Tabulated
@@ -230,9 +230,9 @@ def layer_trace(device: torch.device, tiny: bool, out: Path) -> Part:
         for scenario in (BALANCED, "95 % into 1"):
             label = f"{name}-{'balanced' if scenario == BALANCED else 'skewed'}"
             dim, hidden, experts, top_k = cases.PRESETS[name]
-            shape = Shape(TOKENS, dim, hidden, experts, top_k, "bf16")
+            shape = LayerShape(TOKENS, dim, hidden, experts, top_k, "bf16")
             row, table = traced(
-                Shape(64, 64, 64, experts, top_k, "fp32") if tiny else shape, scenario, device, out / label
+                LayerShape(64, 64, 64, experts, top_k, "fp32") if tiny else shape, scenario, device, out / label
             )
             rows.append([label, *row])
             text += [f"## {label}: {shape}\n", f"```\n{table}\n```\n"]
@@ -244,7 +244,7 @@ def layer_trace(device: torch.device, tiny: bool, out: Path) -> Part:
     return "One layer, kernel by kernel", columns, rows, legend + "trace-kernels.md; Chrome traces: the archive."
 
 
-def traced(shape: Shape, scenario: str, device: torch.device, out: Path) -> tuple[list[str], str]:
+def traced(shape: LayerShape, scenario: str, device: torch.device, out: Path) -> tuple[list[str], str]:
     """The layer's cells of the table, and its kernels; a Chrome trace goes to trace-NAME.json.gz beside `out`."""
     cell, plan = first_cell(shape, scenario, device)
     for _ in range(3):
@@ -276,7 +276,7 @@ def on_gpu(events: Iterable[Any]) -> list[Any]:
     return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
 
 
-def first_cell(shape: Shape, scenario: str, device: torch.device) -> tuple[Cell, Plan]:
+def first_cell(shape: LayerShape, scenario: str, device: torch.device) -> tuple[Cell, Plan]:
     """Virtual rank 0's layer, and its plan, with the announcements of all ranks delivered."""
     torch.manual_seed(0)
     grid = Grid([shape], [scenario], ["makespan"], repeats=1, warmup=1, seed=0)

@@ -25,7 +25,7 @@ from pathlib import Path
 from moetrain.simulate import request
 from moetrain.simulate.memory import predict_memory
 from moetrain.simulate.step import predict_step
-from moetrain.simulate.traffic import Routing, find_routing
+from moetrain.simulate.traffic import RoutingSource, find_routing
 
 COMMON = ["data=local", "track.wandb=false", "track.trace_every=2", "eval.tokens_per_domain=512", "generate.tokens=2"]
 LAYOUTS: dict[str, list[str]] = {
@@ -89,7 +89,7 @@ def measure(name: str, number: int, folder: Path, options: argparse.Namespace) -
 
 
 @cache
-def prepare(name: str, run: Path, dtype: str) -> tuple[request.Request, Routing]:
+def prepare(name: str, run: Path, dtype: str) -> tuple[request.Request, RoutingSource]:
     """What the simulator is asked for a layout, with the costs and the load trace of one of its runs."""
     words = [word for word in LAYOUTS[name] if not word.startswith(NO_SIMULATION)]
     world = next(word.partition("=")[2] for word in LAYOUTS[name] if word.startswith("parallel.nproc="))

@@ -18,7 +18,7 @@ from moetrain.config import load
 from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import load_cluster
 from moetrain.simulate.layer import Machine, PlannerChoice, run_layer
-from moetrain.simulate.layout import Layout, Work
+from moetrain.simulate.layout import Layout, StepWork
 from moetrain.simulate.links import domain_of, exchange
 from moetrain.simulate.memory import predict_memory
 from moetrain.simulate.paths import congestion, least_splits
@@ -73,7 +73,9 @@ def job_of(row: Row) -> Job:
         virtual=int(row["virtual"]),
         sharding="fsdp" if row["sharding"] == "fsdp" else "zero1",
     )
-    work = Work(int(row["seq_len"]), int(row["micro_batch"]), int(row["global_batch"]), row["dtype"], row["recompute"])
+    work = StepWork(
+        int(row["seq_len"]), int(row["micro_batch"]), int(row["global_batch"]), row["dtype"], row["recompute"]
+    )
     return Job(load_cluster(row["cluster"]), shape_of(row["model"]), layout, work, STACKS[row["stack"]])
 
 
@@ -209,7 +211,7 @@ def natural_page() -> list[str]:
         load_cluster("h100"),
         from_hf("deepseek-v3"),
         Layout(64, 64),
-        Work(4096, 1, 64, "bf16", "full"),
+        StepWork(4096, 1, 64, "bf16", "full"),
         STACKS["megatron"],
     )
     base = predict_step(job).total

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moetrain.simulate.cluster import load_cluster
 from moetrain.simulate.layer import PlannerChoice
-from moetrain.simulate.layout import Layout, Work
+from moetrain.simulate.layout import Layout, StepWork
 from moetrain.simulate.shape import from_hf
 from moetrain.simulate.stack import STACKS
 from moetrain.simulate.step import Job, predict_step
@@ -28,7 +28,7 @@ GROUP = 64  # ranks that share a set of experts, at most
 def job(ranks: int) -> Job:
     ep = min(ranks, GROUP)
     layout = Layout(ranks, ep, dp_replicate=max(1, ranks // 256))
-    work = Work(4096, 1, ranks, "bf16", "full")
+    work = StepWork(4096, 1, ranks, "bf16", "full")
     return Job(load_cluster("h100"), from_hf("deepseek-v3"), layout, work, STACKS["moetrain"])
 
 

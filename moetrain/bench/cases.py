@@ -29,7 +29,7 @@ QUICK = (BALANCED, "50 % into 4", "95 % into 1", "domain skew")
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """One MoE layer, and the tokens of one rank."""
 
     tokens: int
@@ -98,7 +98,7 @@ def find_shares(scenario: str, num_ranks: int, num_experts: int, seed: int = 0) 
     return out
 
 
-def draw_selections(scenario: str, rank: int, num_ranks: int, shape: Shape, seed: int = 0) -> Ints:
+def draw_selections(scenario: str, rank: int, num_ranks: int, shape: LayerShape, seed: int = 0) -> Ints:
     """Return [N]: the experts that the tokens of a rank select, token by token; balanced: exactly even counts."""
     rng, size = np.random.default_rng((seed, 1, rank)), shape.tokens * shape.top_k
     if scenario == BALANCED:
@@ -106,7 +106,7 @@ def draw_selections(scenario: str, rank: int, num_ranks: int, shape: Shape, seed
     return rng.choice(shape.experts, size, p=find_shares(scenario, num_ranks, shape.experts, seed)[rank])
 
 
-def count_selections(scenario: str, num_ranks: int, shape: Shape, seed: int = 0) -> Ints:
+def count_selections(scenario: str, num_ranks: int, shape: LayerShape, seed: int = 0) -> Ints:
     """Return [R, E]: the selections of every rank, by expert."""
     drawn = (draw_selections(scenario, rank, num_ranks, shape, seed) for rank in range(num_ranks))
     return np.stack([np.bincount(expert_N, minlength=shape.experts) for expert_N in drawn])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.bench import cases
-from moetrain.bench.cases import Shape
+from moetrain.bench.cases import LayerShape
 from moetrain.bench.timing import read_clock
 from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import ExpertGroup, Mesh
@@ -31,17 +31,17 @@ ANNOUNCEMENT_BYTES = 8  # an announced selection: which copy, and its weight
 WEIGHT_GRADIENT_BYTES = 4  # its gradient, on the way back
 
 
-def draw_tensor(*shape: int, like: Shape, device: torch.device, scale: float = 1.0) -> Tensor:
+def draw_tensor(*shape: int, like: LayerShape, device: torch.device, scale: float = 1.0) -> Tensor:
     """Return normally distributed numbers of standard deviation `scale`, in the dtype of the layer `like`."""
     return torch.randn(shape, device=device).mul_(scale).to(DTYPES[like.dtype])
 
 
-def describe_layer(shape: Shape, experts: int | None = None) -> calibrate.Layer:
+def describe_layer(shape: LayerShape, experts: int | None = None) -> calibrate.Layer:
     """Return what costs are measured of: a layer of this shape, or one with another number of `experts`."""
     return calibrate.Layer(shape.dim, shape.hidden, experts or shape.experts, shape.top_k, DTYPES[shape.dtype])
 
 
-def build_experts(shape: Shape, ep: ExpertGroup, device: torch.device) -> Experts:
+def build_experts(shape: LayerShape, ep: ExpertGroup, device: torch.device) -> Experts:
     """Return the experts of one rank with random weights; nobody ever holds all experts."""
     with torch.device("meta"):
         experts = Experts(shape.dim, shape.hidden, shape.experts)
@@ -61,7 +61,7 @@ class Inputs:
     upstream_TD: Tensor
 
     @classmethod
-    def draw(cls, shape: Shape, device: torch.device) -> "Inputs":
+    def draw(cls, shape: LayerShape, device: torch.device) -> "Inputs":
         """Return random tokens and weights of `shape.top_k` selections a token."""
         x_TD, upstream_TD = (draw_tensor(shape.tokens, shape.dim, like=shape, device=device) for _ in range(2))
         weight_N = torch.rand(shape.tokens * shape.top_k, device=device).requires_grad_()
@@ -73,7 +73,7 @@ class Inputs:
 class Cell:
     """One rank's layer under one routing and one planner."""
 
-    shape: Shape
+    shape: LayerShape
     experts: Experts
     inputs: Inputs
     expert_N: Tensor
@@ -82,7 +82,7 @@ class Cell:
 
     @classmethod
     def draw(
-        cls, scenario: str, planner: str, shape: Shape, experts: Experts, inputs: Inputs, costs: Costs, seed: int
+        cls, scenario: str, planner: str, shape: LayerShape, experts: Experts, inputs: Inputs, costs: Costs, seed: int
     ) -> "Cell":
         """Return a cell whose tokens select as the routing `scenario` has it, the same for a rank and a seed."""
         drawn = cases.draw_selections(scenario, experts.ep.rank, experts.ep.size, shape, seed)
@@ -167,7 +167,7 @@ class Cell:
 class Gemms:
     """The expert GEMMs of a balanced layer by themselves, forward and backward: `grouped_mm`, full precision."""
 
-    def __init__(self, shape: Shape, num_ranks: int, device: torch.device) -> None:
+    def __init__(self, shape: LayerShape, num_ranks: int, device: torch.device) -> None:
         """Draw the rows and experts of one of `num_ranks` ranks."""
         num_own, rows = shape.experts // num_ranks, shape.tokens * shape.top_k
         new = lambda *size, scale=1.0: draw_tensor(*size, like=shape, device=device, scale=scale)  # noqa: E731
@@ -197,7 +197,7 @@ class Gemms:
 class Setup:
     """What all cells of a shape share on one rank, and what they are compared with."""
 
-    shape: Shape
+    shape: LayerShape
     experts: Experts
     inputs: Inputs
     costs: Costs
@@ -206,7 +206,7 @@ class Setup:
     reference: Cell  # our layer, balanced; rows move nowhere
 
     @classmethod
-    def prepare(cls, mesh: Mesh, shape: Shape, seed: int, backend: str | None = None) -> "Setup":
+    def prepare(cls, mesh: Mesh, shape: LayerShape, seed: int, backend: str | None = None) -> "Setup":
         """Measure this machine's costs and draw a layer; all ranks call it. `backend`: as in `KernelChoice`."""
         torch.manual_seed(seed + mesh.rank)
         costs = calibrate.measure(mesh, describe_layer(shape), backend)

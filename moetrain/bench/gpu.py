@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moetrain.bench.cases import PRESETS, Shape
+from moetrain.bench.cases import PRESETS, LayerShape
 from moetrain.bench.cell import Gemms
 from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.bench.timing import find_quartiles, read_clock
@@ -33,15 +33,15 @@ def run_benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
-def scale_preset(name: str, scale: int) -> Shape:
+def scale_preset(name: str, scale: int) -> LayerShape:
     """Return a published layer with its widths and tokens divided by `scale`; widths stay multiples of 8, as a grouped
     GEMM wants them."""
     dim, hidden, experts, top_k = PRESETS[name]
     tokens, dim, hidden = max(1, TOKENS // scale), *(max(8, size // scale // 8 * 8) for size in (dim, hidden))
-    return Shape(tokens, dim, hidden, experts, top_k, "bf16")
+    return LayerShape(tokens, dim, hidden, experts, top_k, "bf16")
 
 
-def measure_gemms(name: str, shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
+def measure_gemms(name: str, shape: LayerShape, device: torch.device, repeats: int) -> dict[str, Any]:
     """Return the record of one layer: medians of milliseconds, of rates in TFLOP/s, and of shares of the large
     product's rate in %."""
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moetrain.bench.cases import HOST_EXPERTS, Shape
+from moetrain.bench.cases import HOST_EXPERTS, LayerShape
 from moetrain.bench.cell import Cell, Setup
 from moetrain.bench.namespaces import Hosts, count_sent_bytes
 from moetrain.bench.tables import Records, Results, Tabulated
@@ -90,13 +90,13 @@ def _wait_for_workers(workers: list[subprocess.Popen]) -> int:
 def _measure_and_write(options: argparse.Namespace, mesh: Mesh) -> None:
     """Measure at one rate, on all ranks; the first writes the records where the launching process reads them."""
     dtype = precision.agree_on_dtype(options.dtype, mesh)
-    shape = Shape(options.tokens, DIM, HIDDEN, HOST_EXPERTS, TOP_K, dtype)
+    shape = LayerShape(options.tokens, DIM, HIDDEN, HOST_EXPERTS, TOP_K, dtype)
     found = measure_ways(mesh, shape, options.scenario, options.per_host, options.repeats)
     if mesh.is_main:
         options.records.write_text(json.dumps(found))
 
 
-def measure_ways(mesh: Mesh, shape: Shape, scenarios: Sequence[str], per_host: int, repeats: int) -> Records:
+def measure_ways(mesh: Mesh, shape: LayerShape, scenarios: Sequence[str], per_host: int, repeats: int) -> Records:
     """Return one record for every scenario and way, the same on every rank."""
     setup = Setup.prepare(mesh, shape, seed=0)
     found: Records = []
@@ -165,7 +165,7 @@ def _count_bytes_between(time_pass: Timed, mesh: Mesh) -> int:
 def tabulate(found: Records) -> Results:
     """Return the results as a table; times in milliseconds and as percentages of makespan's."""
     first = found[0]
-    shape = Shape(**{name: first[name] for name in Shape.__annotations__})
+    shape = LayerShape(**{name: first[name] for name in LayerShape.__annotations__})
     title = f"Two hosts, {first['per_host']} workers each; {shape}; forward and backward, {first['repeats']} turns"
     rows = [
         [

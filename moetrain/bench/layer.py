@@ -15,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moetrain.bench import cases, layer_peers, layer_report, virtual
-from moetrain.bench.cases import Shape
+from moetrain.bench.cases import LayerShape
 from moetrain.bench.cell import Setup
 from moetrain.bench.memory import measure_peak
 from moetrain.bench.protocol import KERNELS, Grid
@@ -110,7 +110,7 @@ def measure_grid(mesh: Mesh, grid: Grid, backend: str | None = None) -> Records:
 
 def _measure_shape(
     mesh: Mesh,
-    shape: Shape,
+    shape: LayerShape,
     scenarios: list[str],
     grid: Grid,
     backend: str | None,

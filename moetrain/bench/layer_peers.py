@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.bench import cases
-from moetrain.bench.cases import BALANCED, Shape
+from moetrain.bench.cases import BALANCED, LayerShape
 from moetrain.bench.cell import Setup
 from moetrain.bench.protocol import Grid
 from moetrain.bench.tables import Records, Tabulated
@@ -91,7 +91,7 @@ def _measure(mesh: Mesh, grid: Grid, setup: Setup, module: nn.Module, scenario: 
     }
 
 
-def choose_experts(scenario: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
+def choose_experts(scenario: str, shape: LayerShape, rng: np.random.Generator) -> np.ndarray:
     """Return [T, K]: different experts for each token: the first as the scenario has it, the others anywhere."""
     share = cases.find_shares(scenario, 1, shape.experts)[0]
     if scenario == BALANCED:
@@ -135,7 +135,7 @@ class _FirstOutput(nn.Module):
         return (out[0] if isinstance(out, tuple) else out)[0]
 
 
-def _build_deepspeed(shape: Shape, mesh: Mesh) -> nn.Module:
+def _build_deepspeed(shape: LayerShape, mesh: Mesh) -> nn.Module:
     """Return `deepspeed.moe.layer.MoE`, expert-parallel, nothing dropped."""
     deepspeed = importlib.import_module("deepspeed")
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute
@@ -154,7 +154,7 @@ def _build_deepspeed(shape: Shape, mesh: Mesh) -> nn.Module:
     return _draw_weights(layer, layer.deepspeed_moe.gate.wg.weight, shape)
 
 
-def _build_transformers(shape: Shape, mesh: Mesh) -> nn.Module:
+def _build_transformers(shape: LayerShape, mesh: Mesh) -> nn.Module:
     """Return the sparse block of Qwen3-MoE with grouped GEMMs: all experts on each rank, nothing travels."""
     config = importlib.import_module("transformers").Qwen3MoeConfig(
         hidden_size=shape.dim,
@@ -170,7 +170,7 @@ def _build_transformers(shape: Shape, mesh: Mesh) -> nn.Module:
     return _draw_weights(layer, layer.gate.weight, shape)
 
 
-def _draw_weights(layer: nn.Module, gate_ED: nn.Parameter, shape: Shape) -> nn.Module:
+def _draw_weights(layer: nn.Module, gate_ED: nn.Parameter, shape: LayerShape) -> nn.Module:
     """Give a layer random weights, and a gate that reads the first columns; return it in the dtype of `shape`."""
     with torch.no_grad():
         for parameter in layer.parameters():

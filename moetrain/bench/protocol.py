@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
-from moetrain.bench.cases import PRESETS, QUICK, Shape, match_scenarios
+from moetrain.bench.cases import PRESETS, QUICK, LayerShape, match_scenarios
 from moetrain.common.errors import ConfigError
 from moetrain.config.schema import Dtype
 
@@ -22,7 +22,7 @@ KERNELS = ["fastest", "torch", "triton"]  # the first: what the device uses by i
 class Grid:
     """What `moetrain bench layer` measures: every routing and planner on layers of these shapes."""
 
-    shapes: list[Shape]
+    shapes: list[LayerShape]
     patterns: list[str] | None  # of the names of routings; None: all
     planners: list[str]
     repeats: int  # timed passes of each cell
@@ -39,8 +39,9 @@ class Grid:
             if name not in planning.PLANNERS:
                 raise ConfigError(f"--planner {name}: must be one of {', '.join(planning.PLANNERS)}")
         dim, hidden, experts, top_k = PRESETS.get(options.shape, (512, 1024, None, 2))
+        dim, hidden, top_k = options.dim or dim, options.hidden or hidden, options.top_k or top_k
         shapes = [
-            Shape(options.tokens, options.dim or dim, options.hidden or hidden, number, options.top_k or top_k, dtype)
+            LayerShape(options.tokens, dim, hidden, number, top_k, dtype)
             for dtype in options.dtype
             for number in options.experts or ([experts] if experts else [16, 64])
         ]

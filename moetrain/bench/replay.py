@@ -31,7 +31,7 @@ LEGEND = "Means over layers and samples; predicted: forward and backward of a la
 TIMED = 20  # layers that a planner's time is taken from
 
 
-class Sample(NamedTuple):
+class RecordedLayer(NamedTuple):
     """One layer in one step."""
 
     counts: Ints  # [R, E] rows of each source rank
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     past: Floats | None  # [E] rows of earlier samples, the later the heavier
 
 
-def iterate_samples(part: dict[str, Any]) -> Iterator[Sample]:
+def iterate_samples(part: dict[str, Any]) -> Iterator[RecordedLayer]:
     """Yield the samples of a part of a trace, all of one layer before the next layer's."""
     for layer in range(part["counts"].shape[1]):
         past: Floats | None = None
@@ -50,7 +50,7 @@ def iterate_samples(part: dict[str, Any]) -> Iterator[Sample]:
             some = owner >= 0
             counts, placed = (part[name][n, layer][:, some].astype(np.int64) for name in ("counts", "placed"))
             traffic = part["traffic"][n, layer]
-            yield Sample(counts, owner[some], placed, int(traffic.sum() - traffic.trace()), past)
+            yield RecordedLayer(counts, owner[some], placed, int(traffic.sum() - traffic.trace()), past)
             past = remember(past, counts)
 
 

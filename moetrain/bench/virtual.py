@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from moetrain.bench import cases
-from moetrain.bench.cases import BALANCED, Shape
+from moetrain.bench.cases import BALANCED, LayerShape
 from moetrain.bench.cell import Cell, Gemms, Inputs, build_experts, describe_layer
 from moetrain.bench.memory import measure_peak
 from moetrain.bench.protocol import Grid
@@ -124,13 +124,13 @@ def measure_grid(mesh: Mesh, grid: Grid, num_ranks: int, backend: str | None = N
     return found
 
 
-def _time_gemms(shape: Shape, num_ranks: int, device: torch.device, repeats: int) -> float:
+def _time_gemms(shape: LayerShape, num_ranks: int, device: torch.device, repeats: int) -> float:
     """Return the least seconds of a balanced rank's expert GEMMs alone, forward and backward."""
     gemms = Gemms(shape, num_ranks, device)
     return min(gemms.time_pass()[1] for _ in range(1 + repeats))
 
 
-def measure_costs(mesh: Mesh, shape: Shape, num_ranks: int, backend: str | None = None) -> Costs:
+def measure_costs(mesh: Mesh, shape: LayerShape, num_ranks: int, backend: str | None = None) -> Costs:
     """Return costs of a cluster of such devices: computation as measured on this one, with the experts of one of
     `num_ranks`; links, and what a guest costs besides its bytes, of the reference machine; bytes of a row as among
     `num_ranks`."""
@@ -151,7 +151,7 @@ def measure_costs(mesh: Mesh, shape: Shape, num_ranks: int, backend: str | None 
 class Runner:
     """All virtual ranks of one shape. They share one rank's weights and tokens: only the selections differ."""
 
-    shape: Shape
+    shape: LayerShape
     num_ranks: int
     grid: Grid
     inputs: Inputs

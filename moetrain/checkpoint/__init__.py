@@ -12,13 +12,13 @@ from moetrain.checkpoint.manifest import newest, progress
 from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_named, find_to_resume, known_dtype
 
 if TYPE_CHECKING:
-    from moetrain.checkpoint.agreeing import Start, agree_on_start, first_whole
+    from moetrain.checkpoint.agreeing import StartingPoint, agree_on_start, first_whole
     from moetrain.checkpoint.loading import load
     from moetrain.checkpoint.saving import Saver
 
 __all__ = [
     "Saver",
-    "Start",
+    "StartingPoint",
     "agree_on_start",
     "check_data",
     "check_fits",
@@ -34,7 +34,7 @@ __all__ = [
 _PLACES = {
     "Saver": "saving",
     "load": "loading",
-    "Start": "agreeing",
+    "StartingPoint": "agreeing",
     "agree_on_start": "agreeing",
     "first_whole": "agreeing",
 }

@@ -17,12 +17,14 @@ from moetrain.distributed.comm import broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
 
 
-class Start(NamedTuple):
+class StartingPoint(NamedTuple):
     path: Path | None  # None: from nothing
     notes: list[str]  # what was passed over, and why
 
 
-def agree_on_start(config: Config, folder: Path, mesh: Mesh, model: nn.Module, data: Mapping[str, str]) -> Start:
+def agree_on_start(
+    config: Config, folder: Path, mesh: Mesh, model: nn.Module, data: Mapping[str, str]
+) -> StartingPoint:
     """What the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of bytes.
 
     `model`: whole, on the meta device; `data`: the corpus's fingerprint. Raises `ConfigError` on all ranks where
@@ -44,7 +46,7 @@ def agree_on_start(config: Config, folder: Path, mesh: Mesh, model: nn.Module, d
     if path is not None:
         _first_rank_checks(mesh, partial(_check_all, config, path, choice == "auto", model, data))
     notes = [f"{bad} is incomplete or damaged and is skipped: {said}" for bad, said in passed]
-    return Start(path, notes if path is None else [*notes, *of_the_layout(config, path, mesh)])
+    return StartingPoint(path, notes if path is None else [*notes, *of_the_layout(config, path, mesh)])
 
 
 def first_whole(candidates: Sequence[Path], mesh: Mesh) -> tuple[Path | None, list[tuple[Path, str]]]:

@@ -15,12 +15,12 @@ WIDTH = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, 
 CHUNK = 1 << 24  # bytes at a time
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     bytes: int
     crc32: str
 
 
-class Block(NamedTuple):
+class TensorBlock(NamedTuple):
     """A tensor in a safetensors file."""
 
     name: str
@@ -29,7 +29,7 @@ class Block(NamedTuple):
     bytes: int
 
 
-def header(blocks: Sequence[Block]) -> bytes:
+def header(blocks: Sequence[TensorBlock]) -> bytes:
     """What stands before the data of a safetensors file; the blocks follow without gaps, in this order."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -41,7 +41,7 @@ def header(blocks: Sequence[Block]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write(path: Path, *parts: bytes | memoryview) -> Stamp:
+def write(path: Path, *parts: bytes | memoryview) -> FileStamp:
     """A new file of these parts, safe on the disk when this returns. Raises `OSError`."""
     size, crc = 0, 0
     with path.open("xb", buffering=0) as out:
@@ -51,13 +51,13 @@ def write(path: Path, *parts: bytes | memoryview) -> Stamp:
                 done = out.write(left[:CHUNK])
                 crc, size, left = zlib.crc32(left[:done], crc), size + done, left[done:]
         os.fsync(out.fileno())
-    return Stamp(size, f"{crc:08x}")
+    return FileStamp(size, f"{crc:08x}")
 
 
-def stamp(path: Path) -> Stamp:
+def stamp(path: Path) -> FileStamp:
     """Of the file as it is now. Raises `OSError`."""
     size, crc = 0, 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
             crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return Stamp(size, f"{crc:08x}")
+    return FileStamp(size, f"{crc:08x}")

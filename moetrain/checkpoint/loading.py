@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moetrain.checkpoint import manifest
-from moetrain.checkpoint.manifest import Entry
+from moetrain.checkpoint.manifest import ManifestEntry
 from moetrain.config import ConfigError
 from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Engine, Entries, expected
 
@@ -83,7 +83,7 @@ def check_entries(path: Path, model: nn.Module, states: tuple[str, ...] = MOMENT
             raise ConfigError(f"checkpoint={path}: has {MODEL}/{name}, which this configuration has no place for")
 
 
-def _check(path: Path, saved: dict[str, Entry], name: str, shape: tuple[int, ...]) -> Entry:
+def _check(path: Path, saved: dict[str, ManifestEntry], name: str, shape: tuple[int, ...]) -> ManifestEntry:
     if name not in saved:
         raise ConfigError(f"checkpoint={path}: has no {name}, which this configuration needs")
     if saved[name].shape != shape:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, Field, Strict, StringConstraints, ValidationError
 
 from moetrain.checkpoint import files
-from moetrain.checkpoint.files import WIDTH, Stamp
+from moetrain.checkpoint.files import WIDTH, FileStamp
 from moetrain.common import disk
 from moetrain.common.errors import short
 from moetrain.config import ConfigError
@@ -61,7 +61,7 @@ class _Manifest(BaseModel):
     config: _Config
 
 
-class Entry(NamedTuple):
+class ManifestEntry(NamedTuple):
     """Where the elements of an entry lie."""
 
     dtype: str  # as safetensors names it
@@ -111,13 +111,13 @@ def progress(path: Path | None) -> tuple[int, int]:
     return int(manifest["step"]), int(manifest["samples"])
 
 
-def entries_text(entries: Mapping[str, Entry]) -> str:
+def entries_text(entries: Mapping[str, ManifestEntry]) -> str:
     """`entries.json`, a line an entry."""
     lines = (f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in entries.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def read_entries(folder: Path) -> dict[str, Entry]:
+def read_entries(folder: Path) -> dict[str, ManifestEntry]:
     """Of a folder without a `problem`. Raises `ConfigError` where an entry is not what `entries_text` writes."""
     stamps = read(folder)["files"]
     try:
@@ -156,7 +156,7 @@ def damaged(folder: Path, names: Sequence[str]) -> list[str]:
         except OSError as error:
             out.append(f"{name} cannot be read: {error.strerror}")
             continue
-        if found != Stamp(*stamps[name]):
+        if found != FileStamp(*stamps[name]):
             out.append(f"{name} is damaged: its CRC-32 is {found.crc32}, that of the saved file was {stamps[name][1]}")
     return out
 
@@ -193,7 +193,7 @@ def _body(folder: Path) -> dict[str, Any]:
     return body
 
 
-def _entry(name: str, about: Any, stamps: Mapping[str, Any]) -> Entry:
+def _entry(name: str, about: Any, stamps: Mapping[str, Any]) -> ManifestEntry:
     """Raises `ValueError` in words."""
     damaged = f"{ENTRIES} is damaged: {short(name)}"
     match about:
@@ -214,7 +214,7 @@ def _entry(name: str, about: Any, stamps: Mapping[str, Any]) -> Entry:
                 )
         if file not in stamps or not file.endswith(".safetensors"):
             raise ValueError(f"{damaged} must lie in safetensors files of this checkpoint, not {short(file)}")
-    return Entry(dtype, tuple(shape), [tuple(piece) for piece in pieces])
+    return ManifestEntry(dtype, tuple(shape), [tuple(piece) for piece in pieces])
 
 
 def _crc(body: Mapping[str, Any]) -> str:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import moetrain
 from moetrain.checkpoint import files, manifest
-from moetrain.checkpoint.files import WIDTH, Block
-from moetrain.checkpoint.manifest import Entry
+from moetrain.checkpoint.files import WIDTH, TensorBlock
+from moetrain.checkpoint.manifest import ManifestEntry
 from moetrain.common import disk
 from moetrain.config import Config
 from moetrain.distributed.comm import gather_texts
@@ -34,7 +34,7 @@ from moetrain.engine.saved_costs import COSTS
 PATIENCE_SECONDS = 10.0  # for a save under way, when the run ends with an error
 
 
-class Piece(NamedTuple):
+class EntryPiece(NamedTuple):
     """A range of an entry's elements, as one rank writes it."""
 
     name: str
@@ -43,13 +43,13 @@ class Piece(NamedTuple):
     begin: int
     end: int
 
-    def block(self) -> Block:
+    def block(self) -> TensorBlock:
         """Whole rows keep their shape, other ranges are flat."""
         row = int(torch.Size(self.shape[1:]).numel())
         size = self.end - self.begin
         rows = bool(self.shape) and self.begin % row == 0 and size % row == 0
         shape = (size // row, *self.shape[1:]) if rows else () if not self.shape else (size,)
-        return Block(self.name, self.dtype, shape, size * WIDTH[self.dtype])
+        return TensorBlock(self.name, self.dtype, shape, size * WIDTH[self.dtype])
 
 
 Holding = Mapping[str, tuple[str, Sequence[int], int, int]]  # name -> dtype, shape, begin, end: what a rank has
@@ -59,7 +59,7 @@ def holding_of(held: Entries) -> dict[str, tuple[str, tuple[int, ...], int, int]
     return {n: (DTYPES[h.values.dtype], h.shape, h.begin, h.begin + len(h.values)) for n, h in held.items()}
 
 
-def share_out(holdings: Sequence[Holding]) -> list[list[Piece]]:
+def share_out(holdings: Sequence[Holding]) -> list[list[EntryPiece]]:
     """What each rank writes: every range once, by the rank that has least to write among those that hold it.
 
     Raises `RuntimeError` where ranks differ about an entry or their ranges do not tile it.
@@ -80,11 +80,11 @@ def share_out(holdings: Sequence[Holding]) -> list[list[Piece]]:
     for name, (_, shape) in about.items():
         if reached[name] != torch.Size(shape).numel():
             raise RuntimeError(f"{name}: the ranks hold {reached[name]} elements of {shape}")
-    out: list[list[Piece]] = [[] for _ in holdings]
+    out: list[list[EntryPiece]] = [[] for _ in holdings]
     load = [0] * len(holdings)
     for (name, begin, end), ranks in sorted(holders.items(), key=lambda item: (len(item[1]), item[0])):
         rank = min(ranks, key=lambda r: (load[r], r))
-        piece = Piece(name, *about[name], begin, end)
+        piece = EntryPiece(name, *about[name], begin, end)
         out[rank].append(piece)
         load[rank] += piece.block().bytes
     return [sorted(pieces, key=lambda p: (-WIDTH[p.dtype], p.name)) for pieces in out]  # each aligned to its width
@@ -218,13 +218,13 @@ class Saver(Behind):
         if free < needed:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free")
 
-    def _write_own(self, part: Path) -> tuple[str, files.Stamp]:
+    def _write_own(self, part: Path) -> tuple[str, files.FileStamp]:
         assert self._buffer is not None
         name = _file_of(self._mesh.rank)
         header = files.header([piece.block() for piece in self._pieces])
         return name, files.write(part / name, header, self._buffer.numpy().data)
 
-    def _finish(self, part: Path, path: Path, step: int, samples: int, stamps: dict[str, files.Stamp]) -> None:
+    def _finish(self, part: Path, path: Path, step: int, samples: int, stamps: dict[str, files.FileStamp]) -> None:
         for name, (size, _) in stamps.items():
             if not (part / name).is_file() or (part / name).stat().st_size != size:
                 raise OSError(
@@ -252,12 +252,12 @@ class Saver(Behind):
                 old.rename(gone)
                 _remove(gone)
 
-    def _entries(self) -> dict[str, Entry]:
-        out: dict[str, Entry] = {}
+    def _entries(self) -> dict[str, ManifestEntry]:
+        out: dict[str, ManifestEntry] = {}
         found = ((piece, rank) for rank, pieces in enumerate(self._shares) for piece in pieces)
         for piece, rank in sorted(found):
             pieces = [*(out[piece.name].pieces if piece.name in out else []), (_file_of(rank), piece.begin, piece.end)]
-            out[piece.name] = Entry(piece.dtype, piece.shape, pieces)
+            out[piece.name] = ManifestEntry(piece.dtype, piece.shape, pieces)
         return out
 
     def _too_old(self) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moetrain.cli import arguments
 from moetrain.common.console import console, styled
-from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
+from moetrain.doctor.finding import BAD, GOOD, NOTE, Check
 
 if TYPE_CHECKING:
     from moetrain.config import Config
@@ -47,7 +47,7 @@ def execute(options: argparse.Namespace) -> int:
     return 1 if any(finding.state == BAD for finding in found) else 0
 
 
-def _examine(settings: "Config", options: argparse.Namespace) -> Iterator[Finding]:
+def _examine(settings: "Config", options: argparse.Namespace) -> Iterator[Check]:
     from moetrain.doctor import host, hosts
 
     yield from host.examine(settings)

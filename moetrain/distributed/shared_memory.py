@@ -46,7 +46,7 @@ def name_host() -> str:
         return ""
 
 
-class Block:
+class SharedBlock:
     """A block of this rank's memory that others map."""
 
     def __init__(self, number: int, size: int) -> None:
@@ -75,8 +75,8 @@ class ShmChannel:
         """`peers`: a connected socket to every other rank; `timeout` of a wait, in seconds."""
         self._rank, self._peers, self._timeout = rank, peers, timeout
         self._count = 0  # of transfers
-        self._blocks: list[Block] = []
-        self._acquired: dict[int, Block] = {}  # address -> block that is being filled
+        self._blocks: list[SharedBlock] = []
+        self._acquired: dict[int, SharedBlock] = {}  # address -> block that is being filled
         self._mapped: dict[tuple[int, int], mmap.mmap] = {}  # (rank, block)
         self._locations: dict[tuple[int, int], Location] = {}  # (rank, transfer)
         self._finished: deque[tuple[int, int]] = deque()  # (rank, block) to release
@@ -169,7 +169,7 @@ class ShmChannel:
             self._mapped[source, location.block], location.begin, like, count, source, location.block
         )
 
-    def _acquire_block(self, size: int) -> Block:
+    def _acquire_block(self, size: int) -> SharedBlock:
         """Return a block that nobody uses, of at least `size` bytes."""
         self._release_blocks()
         for peer in self._peers:
@@ -182,12 +182,12 @@ class ShmChannel:
             while rounded < size:
                 rounded *= 2
             step = rounded // 8  # an eighth more than is asked for, at most
-            block = Block(len(self._blocks), max(-(-size // step) * step, SMALLEST))
+            block = SharedBlock(len(self._blocks), max(-(-size // step) * step, SMALLEST))
             self._blocks.append(block)
         block.num_users = 1
         return block
 
-    def _announce_part(self, to: int, transfer: int, block: Block, begin: int) -> None:
+    def _announce_part(self, to: int, transfer: int, block: SharedBlock, begin: int) -> None:
         new = to not in block.mapped_by
         block.mapped_by.add(to)
         self._send_message(to, MESSAGE.pack(transfer, block.number, begin), [block.file] if new else [])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 GOOD, NOTE, BAD = "good", "note", "bad"  # note: a run works, but something could be better
 
 
-class Finding(NamedTuple):
+class Check(NamedTuple):
     name: str
     state: str
     text: str

@@ -16,7 +16,7 @@ from moetrain import runs
 from moetrain.common import versions
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
-from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
+from moetrain.doctor.finding import BAD, GOOD, NOTE, Check
 from moetrain.launch import local
 from moetrain.recovery import memory
 
@@ -32,7 +32,7 @@ STATES = 12  # bytes a parameter: fp32 weight and two moments
 TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
 
 
-def examine(config: Config) -> Iterator[Finding]:
+def examine(config: Config) -> Iterator[Check]:
     """Yield the result of every check, in the order in which a run would fail."""
     yield _python()
     yield _torch()
@@ -56,35 +56,35 @@ def parameters(config: Config) -> int:
     return estimate(config.model_copy(update={"model": model}), 1).total
 
 
-def _python() -> Finding:
+def _python() -> Check:
     text = f"{platform.python_version()} on {platform.system()} {platform.release()}, {platform.machine()}"
     if sys.platform != "linux":
-        return Finding(
+        return Check(
             "python", NOTE, text, "in-memory checkpoints and huge pages need Linux; training works without them"
         )
-    return Finding("python", GOOD, text)
+    return Check("python", GOOD, text)
 
 
-def _torch() -> Finding:
+def _torch() -> Check:
     import torch
 
     here = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
     backends = [name for name in ("gloo", "nccl") if getattr(torch.distributed, f"is_{name}_available")()]
     text = f"{torch.__version__}, backends {', '.join(backends) or 'none'}"
     if here < LEAST_TORCH:
-        return Finding(
+        return Check(
             "torch", BAD, text, f"install a newer torch: pip install 'torch>={'.'.join(map(str, LEAST_TORCH))}'"
         )
     if "gloo" not in backends or (torch.cuda.is_available() and "nccl" not in backends):
-        return Finding("torch", BAD, text, "install a build of torch with the gloo backend, and with NCCL for GPUs")
-    return Finding("torch", GOOD, text)
+        return Check("torch", BAD, text, "install a build of torch with the gloo backend, and with NCCL for GPUs")
+    return Check("torch", GOOD, text)
 
 
-def _devices() -> Iterator[Finding]:
+def _devices() -> Iterator[Check]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding(
+    yield Check(
         "cpu",
         GOOD if cores > 1 else NOTE,
         f"{cores} core{'s' * (cores > 1)}",
@@ -93,21 +93,21 @@ def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         found = [path for path in ("/dev/nvidia0", "/dev/nvidiactl") if Path(path).exists()]
         if found:
-            yield Finding(
+            yield Check(
                 "gpu",
                 BAD,
                 f"{found[0]} exists, but torch finds no GPU",
                 "install a CUDA build of torch for this driver",
             )
         else:
-            yield Finding("gpu", GOOD, f"none; runs start {local.auto_nproc()} workers on the CPU, connected by gloo")
+            yield Check("gpu", GOOD, f"none; runs start {local.auto_nproc()} workers on the CPU, connected by gloo")
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         text = f"{about.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
         busy = free < 0.9 * total
-        yield Finding(
+        yield Check(
             f"gpu {index}",
             NOTE if busy else GOOD,
             text,
@@ -115,7 +115,7 @@ def _devices() -> Iterator[Finding]:
         )
 
 
-def _dtype(config: Config) -> Finding:
+def _dtype(config: Config) -> Check:
     import torch
 
     from moetrain.engine import precision
@@ -124,12 +124,12 @@ def _dtype(config: Config) -> Finding:
     speed = precision.speed_of_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     text = f"train.dtype={asked}; auto takes {precision.chosen(speed)}: {precision.describe(speed)}"
     slow = asked == "bf16" and speed * precision.CLEARLY < 1
-    return Finding(
+    return Check(
         "dtype", NOTE if slow else GOOD, text, "bf16 is slower than fp32 here: train.dtype=auto" if slow else ""
     )
 
 
-def _packages() -> Finding:
+def _packages() -> Check:
     have, lack = [], []
     for name, use in OPTIONAL.items():
         try:
@@ -140,41 +140,41 @@ def _packages() -> Finding:
         ["optional: " + (", ".join(have) or "none installed")] + ([f"not installed: {', '.join(lack)}"] if lack else [])
     )
     if newer := versions.newer_than_tested():
-        return Finding("packages", NOTE, text, newer[0])
-    return Finding("packages", GOOD, text)
+        return Check("packages", NOTE, text, newer[0])
+    return Check("packages", GOOD, text)
 
 
-def _disks(config: Config) -> Iterator[Finding]:
+def _disks(config: Config) -> Iterator[Check]:
     needed = STATES * parameters(config) * (config.checkpoint.keep + 1)
     try:
         runs.check_writable(config)
     except ConfigError as error:
-        yield Finding("runs", BAD, str(error), "set run.dir to a folder that can be written and that all hosts share")
+        yield Check("runs", BAD, str(error), "set run.dir to a folder that can be written and that all hosts share")
     else:
         free = shutil.disk_usage(_there(Path(config.run.dir))).free
         text = (
             f"{config.run.dir} has {free / 2**30:.1f} GiB free; the checkpoints of a run take {needed / 2**30:.2f} GiB"
         )
         bad = free < needed
-        yield Finding(
+        yield Check(
             "runs", BAD if bad else GOOD, text, "free space, set another run.dir, or checkpoint.keep=1" if bad else ""
         )
     folder = prepare.current(config.data) or prepare.folder_of(config.data)
     if folder.is_dir():
-        yield Finding("data", GOOD, f"the corpus {folder} is prepared")
+        yield Check("data", GOOD, f"the corpus {folder} is prepared")
         return
     try:
         with tempfile.TemporaryFile(dir=_there(folder)):
             pass
     except OSError as error:
-        yield Finding(
+        yield Check(
             "data",
             BAD,
             f"{config.data.dir}: {error.strerror}",
             "set data.dir to a folder that can be written and that all hosts share",
         )
     else:
-        yield Finding(
+        yield Check(
             "data",
             NOTE,
             f"the corpus {folder} is not prepared yet",
@@ -182,18 +182,16 @@ def _disks(config: Config) -> Iterator[Finding]:
         )
 
 
-def _shared_memory(config: Config) -> Finding:
+def _shared_memory(config: Config) -> Check:
     if not memory.ROOT.is_dir():
-        return Finding(
+        return Check(
             "memory",
             NOTE,
             f"{memory.ROOT} does not exist, which in-memory checkpoints need",
             "recovery.snapshot_every=0",
         )
     if said := memory.distrust_reason(memory.root()):
-        return Finding(
-            "memory", BAD, f"{said}: no in-memory checkpoints", "remove it, or set recovery.snapshot_every=0"
-        )
+        return Check("memory", BAD, f"{said}: no in-memory checkpoints", "remove it, or set recovery.snapshot_every=0")
     usage = shutil.disk_usage(memory.ROOT)
     needed = 2 * STATES * parameters(config)
     left = memory.left_behind()
@@ -204,60 +202,60 @@ def _shared_memory(config: Config) -> Finding:
         used = sum(size for _, size in left) / 2**30
         text += f"; {used:.2f} GiB are used by runs in progress or left by ended ones: {names}"
     if config.recovery.snapshot_every and usage.free < needed:
-        return Finding(
+        return Check(
             "memory",
             NOTE,
             text,
             f"enlarge {memory.ROOT}, remove old runs in {memory.root()}, or set recovery.snapshot_every=0",
         )
-    return Finding("memory", GOOD, text)
+    return Check("memory", GOOD, text)
 
 
-def _loopback() -> Finding:
+def _loopback() -> Check:
     try:
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5):
-            return Finding("loopback", GOOD, "workers on this host can connect to each other")
+            return Check("loopback", GOOD, "workers on this host can connect to each other")
     except OSError as error:
-        return Finding(
+        return Check(
             "loopback", BAD, f"127.0.0.1: {error.strerror}", "enable the loopback interface: ip link set lo up"
         )
 
 
-def _name() -> Finding:
+def _name() -> Check:
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
     except OSError:
         advice = "add the name to /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to a network interface"
-        return Finding("name", NOTE, f"the host name {name} has no address", advice)
+        return Check("name", NOTE, f"the host name {name} has no address", advice)
     if address.startswith("127."):
         advice = "for runs on several hosts set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them"
-        return Finding("name", NOTE, f"the host name {name} has the address {address}", advice)
-    return Finding("name", GOOD, f"the host name {name} has the address {address}")
+        return Check("name", NOTE, f"the host name {name} has the address {address}", advice)
+    return Check("name", GOOD, f"the host name {name} has the address {address}")
 
 
-def _clock() -> Finding:
+def _clock() -> Check:
     if sys.platform != "linux":
-        return Finding("clock", NOTE, "not checked on this system", "synchronize the clocks of all hosts (NTP)")
+        return Check("clock", NOTE, "not checked on this system", "synchronize the clocks of all hosts (NTP)")
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
     if state == TIME_ERROR:
-        return Finding(
+        return Check(
             "clock",
             NOTE,
             "the system clock is not synchronized",
             "run chronyd or ntpd: heartbeats compare the hosts' clocks",
         )
-    return Finding(
+    return Check(
         "clock",
         GOOD,
         "the system clock is synchronized" if state >= 0 else "whether it is synchronized cannot be read here",
     )
 
 
-def _open_files() -> Finding:
+def _open_files() -> Check:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft < 4096
-    return Finding(
+    return Check(
         "files",
         NOTE if few else GOOD,
         f"a process may open {soft} files",

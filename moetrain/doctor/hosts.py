@@ -17,12 +17,12 @@ from torch.distributed import DistError, TCPStore
 
 from moetrain import __version__
 from moetrain.config import ConfigError
-from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
+from moetrain.doctor.finding import BAD, GOOD, NOTE, Check
 
 SKEW_SECONDS = 1.0
 
 
-def meet(where: str, nodes: int, patience: float) -> Iterator[Finding]:
+def meet(where: str, nodes: int, patience: float) -> Iterator[Check]:
     """`where`: HOST:PORT, an address of the first host. Raises `ConfigError` for anything else."""
     host, _, port = where.rpartition(":")
     if not host or not port.isdigit():
@@ -31,7 +31,7 @@ def meet(where: str, nodes: int, patience: float) -> Iterator[Finding]:
         store, own = _join(host, int(port), patience)
     except (OSError, DistError, RuntimeError) as error:
         advice = "run the same command on the host with that address, and open the port in its firewall"
-        yield Finding("rendezvous", BAD, f"{where} cannot be reached: {str(error).splitlines()[0][:100]}", advice)
+        yield Check("rendezvous", BAD, f"{where} cannot be reached: {str(error).splitlines()[0][:100]}", advice)
         return
     with socket.create_server((own, 0)) as server:
         threading.Thread(target=_answer, args=(server,), daemon=True).start()
@@ -43,11 +43,11 @@ def meet(where: str, nodes: int, patience: float) -> Iterator[Finding]:
         if len(found) < nodes:
             names = ", ".join(other["name"] for other in found)
             advice = f"run the same command on all {nodes} hosts at the same time, and read what it prints there"
-            yield Finding(
+            yield Check(
                 "rendezvous", BAD, f"{len(found)} of {nodes} hosts arrived within {patience:.0f} s: {names}", advice
             )
         else:
-            yield Finding("rendezvous", GOOD, f"{nodes} hosts met at {where}")
+            yield Check("rendezvous", GOOD, f"{nodes} hosts met at {where}")
         for number, other in enumerate(found):
             if number != mine:
                 yield _reach(other, about)
@@ -97,7 +97,7 @@ def _answer(server: socket.socket) -> None:
             way.sendall(repr(time.time()).encode())
 
 
-def _reach(other: dict[str, Any], own: dict[str, Any]) -> Finding:
+def _reach(other: dict[str, Any], own: dict[str, Any]) -> Check:
     name, (address, port) = f"host {other['name']}", other["address"]
     try:
         began = time.time()
@@ -106,17 +106,17 @@ def _reach(other: dict[str, Any], own: dict[str, Any]) -> Finding:
         took = time.time() - began
     except (OSError, ValueError) as error:
         advice = "open all ports between the hosts in their firewalls"
-        return Finding(name, BAD, f"{address} does not answer ({error})", advice)
+        return Check(name, BAD, f"{address} does not answer ({error})", advice)
     ahead = round(theirs - began - took / 2, 2) + 0.0  # never -0
     text = f"{address} answers in {1e3 * took:.1f} ms; its clock is {ahead:+.2f} s"
     for package in ("torch", "moetrain"):
         if other[package] != own[package]:
-            return Finding(
+            return Check(
                 name,
                 BAD,
                 f"{text}; it has {package} {other[package]}, this host {own[package]}",
                 "install the same version everywhere",
             )
     if abs(ahead) > SKEW_SECONDS:
-        return Finding(name, NOTE, text, "synchronize the clocks: heartbeats compare them")
-    return Finding(name, GOOD, text)
+        return Check(name, NOTE, text, "synchronize the clocks: heartbeats compare them")
+    return Check(name, GOOD, text)

@@ -36,7 +36,7 @@ LOOK_SECONDS = 0.05  # between two looks at the workers
 GOODBYE_SECONDS = 10.0  # for the last worker to close its files, after the first one has ended as all agreed
 
 
-class Place(NamedTuple):
+class WorkerPlace(NamedTuple):
     """Which of a job's ranks a process is."""
 
     rank: int
@@ -44,7 +44,7 @@ class Place(NamedTuple):
     local_rank: int
 
 
-def from_env() -> Place | None:
+def from_env() -> WorkerPlace | None:
     """The place that torchrun or `launch` gave this process; None outside of them. Raises `ConfigError`."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
@@ -52,7 +52,7 @@ def from_env() -> Place | None:
     for name, value in place.items():
         if not value.isdecimal():
             raise ConfigError(f"{name}={value}: must be a whole number, as torchrun sets it; unset it to start workers")
-    return Place(*map(int, place.values()))
+    return WorkerPlace(*map(int, place.values()))
 
 
 def auto_nproc() -> int:

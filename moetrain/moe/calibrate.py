@@ -130,7 +130,7 @@ def measure(ranks: Ranks, layer: Layer, backend: str | None = None) -> Costs:
     """
     sizes = Sizes.for_layer(layer, ranks.ep.size, ranks.device.type, min(_gather(ranks, _free_bytes(ranks.device))))
     segments, (few, many) = sizes.segments, sizes.rows
-    works = [Work.for_layer(layer, segments, rows, ranks.device) for rows in (few, many)]
+    works = [TimedExperts.for_layer(layer, segments, rows, ranks.device) for rows in (few, many)]
     measured = _compare(ranks, works[1], backend)
     left = frozenset(each.part for each in measured if each.torch_is_faster)
     kernels = works[1].choose(KernelChoice(backend, left))
@@ -173,7 +173,7 @@ def _free_bytes(device: torch.device) -> float:
     return float(torch.cuda.mem_get_info(device)[0] + unused)
 
 
-class Work(NamedTuple):
+class TimedExperts(NamedTuple):
     """What is timed: experts of as many rows each, their products, and what is around these."""
 
     gate_up: Tensor  # [S, 2H, D]
@@ -188,7 +188,7 @@ class Work(NamedTuple):
     sizes: list[int]  # [S]
 
     @classmethod
-    def for_layer(cls, layer: Layer, segments: int, rows: int, device: torch.device) -> "Work":
+    def for_layer(cls, layer: Layer, segments: int, rows: int, device: torch.device) -> "TimedExperts":
         """`segments` experts of `rows` rows."""
         dim, hidden, total = layer.dim, layer.hidden, rows * segments
         new: Callable[..., Tensor] = lambda *shape: torch.randn(shape, device=device).mul_(0.1).to(layer.dtype)  # noqa: E731
@@ -236,7 +236,7 @@ class Work(NamedTuple):
         kernels.segment_outer(self.x, self.outer, self.sizes, self.grads[1], add=False)
 
 
-def _compare(ranks: Ranks, work: Work, backend: str | None) -> tuple[Measured, ...]:
+def _compare(ranks: Ranks, work: TimedExperts, backend: str | None) -> tuple[Measured, ...]:
     """The parts that every rank has kernels of our own for, beside torch's."""
     parts = {"sums": work.sums, "swiglu": work.swiglu, "products": work.products}
     own = work.choose(KernelChoice(backend))

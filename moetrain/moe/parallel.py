@@ -47,7 +47,7 @@ NEED_NO_COSTS = ("home", "llep")  # planners
 
 
 @dataclass(frozen=True)
-class Ranks:
+class MeasuringRanks:
     """Who measures costs."""
 
     ep: ExpertGroup
@@ -334,7 +334,7 @@ class ExpertParallel:
     def _give_costs(self, layer: Any, shape: Layer, device: torch.device) -> KernelChoice:
         """Let a layer plan with the costs of its shape, measured at the first one. Returns the kernels they are of."""
         if shape not in self._measured:
-            self._measured[shape] = measure(Ranks(self.group, device, self.group.rows), shape)
+            self._measured[shape] = measure(MeasuringRanks(self.group, device, self.group.rows), shape)
         layer.use_costs(self._measured[shape])
         self._set_lends(layer)
         return KernelChoice(left_to_torch=frozenset(self._measured[shape].by_torch))

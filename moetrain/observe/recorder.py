@@ -19,7 +19,7 @@ from moetrain.moe.planning.cost import default_costs
 from moetrain.observe.collect import specialization
 from moetrain.observe.collect.alerts import Alerts
 from moetrain.observe.collect.congestion import Phase
-from moetrain.observe.collect.meter import Meter, Step
+from moetrain.observe.collect.meter import Meter, StepRecord
 from moetrain.observe.collect.profiler import Profiler
 from moetrain.observe.collect.trace import LoadTrace
 from moetrain.observe.metrics import GAMMA_EFF, GAMMA_PHASE, RECORD_SECONDS
@@ -63,7 +63,7 @@ class Recorder:
     def begin(self, step: int) -> None:
         self._profiler.before(step)
 
-    def read(self, step: int, done: Step, always: bool = False) -> dict[str, Any]:
+    def read(self, step: int, done: StepRecord, always: bool = False) -> dict[str, Any]:
         """The metrics of a step that gets a row, which are the caller's to complete; else none.
 
         May enter a collective. A row is written every `train.log_every` steps, and where it is to be `always`.

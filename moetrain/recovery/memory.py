@@ -32,7 +32,7 @@ FETCHED = "fetched"  # from another host, to start with
 
 
 @dataclass(frozen=True)
-class Stamp:
+class SnapshotStamp:
     """Of one rank's file."""
 
     rank: int
@@ -77,7 +77,7 @@ def stamp_file(slot: Path, rank: int) -> Path:
     return slot / f"rank_{rank:05d}.json"
 
 
-def stamps(place: Path) -> Iterator[tuple[Path, Stamp]]:
+def stamps(place: Path) -> Iterator[tuple[Path, SnapshotStamp]]:
     """(slot, stamp) of the files below a host's folder that are there in their length; their bytes are not read."""
     if distrust_reason(place):
         return
@@ -85,13 +85,13 @@ def stamps(place: Path) -> Iterator[tuple[Path, Stamp]]:
         with suppress(OSError, ValueError):
             if distrust_reason(path.parent) or not _is_ours(path):
                 continue
-            stamp = TypeAdapter(Stamp).validate_json(disk.read(path))
+            stamp = TypeAdapter(SnapshotStamp).validate_json(disk.read(path))
             data = data_file(path.parent, stamp.rank)
             if isinstance(stamp.layout.get("ranks"), int) and _is_ours(data) and data.stat().st_size == stamp.bytes:
                 yield path.parent, stamp
 
 
-def is_whole(slot: Path, stamp: Stamp) -> bool:
+def is_whole(slot: Path, stamp: SnapshotStamp) -> bool:
     """Whether the file's bytes are those that were stamped."""
     try:
         return files.stamp(data_file(slot, stamp.rank)) == (stamp.bytes, stamp.crc32)
@@ -99,7 +99,7 @@ def is_whole(slot: Path, stamp: Stamp) -> bool:
         return False
 
 
-def put_stamp(slot: Path, stamp: Stamp) -> None:
+def put_stamp(slot: Path, stamp: SnapshotStamp) -> None:
     disk.write(stamp_file(slot, stamp.rank), json.dumps(asdict(stamp)))
 
 

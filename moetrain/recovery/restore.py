@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetrain.checkpoint import files, manifest
-from moetrain.checkpoint.manifest import Entry
+from moetrain.checkpoint.manifest import ManifestEntry
 from moetrain.checkpoint.saving import share_out
 from moetrain.common import disk
 from moetrain.distributed.comm import barrier, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.saved_costs import COSTS
 from moetrain.recovery import memory, transfer
-from moetrain.recovery.memory import Stamp
+from moetrain.recovery.memory import SnapshotStamp
 
 Where = dict[int, list[tuple[str, str]]]  # rank that wrote a file -> (host, slot) of its copies
 
@@ -112,14 +112,14 @@ def _moves(found: Found, needs: Mapping[int, list[int]], hosts: Sequence[str]) -
 
 
 def _folder(found: Found, place: Path, rank: int, needed: Sequence[int], config: dict, costs: Path) -> Path:
-    by_rank: dict[int, tuple[Path, Stamp]] = {}
+    by_rank: dict[int, tuple[Path, SnapshotStamp]] = {}
     for slot, stamp in memory.stamps(place):
         if stamp.step == found.step and stamp.layout == found.layout and stamp.rank in needed:
             by_rank.setdefault(stamp.rank, (slot, stamp))
     out = place / f"for_rank_{rank:05d}" / f"step_{found.step}"
     shutil.rmtree(out.parent, ignore_errors=True)
     memory.make(out)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ManifestEntry] = {}
     ordered = [by_rank[file] for file in needed]
     holdings = [stamp.holding for _, stamp in ordered]
     stamps = {}
@@ -130,7 +130,9 @@ def _folder(found: Found, place: Path, rank: int, needed: Sequence[int], config:
         for name in pieces:
             dtype, shape, begin, end = stamp.holding[name]
             before = entries[name].pieces if name in entries else []
-            entries[name] = Entry(dtype, tuple(shape), sorted([*before, (source.name, begin, end)], key=lambda p: p[1]))
+            entries[name] = ManifestEntry(
+                dtype, tuple(shape), sorted([*before, (source.name, begin, end)], key=lambda p: p[1])
+            )
     text = manifest.entries_text(entries).encode()
     stamps[manifest.ENTRIES] = files.write(out / manifest.ENTRIES, text)
     with suppress(OSError, ValueError):  # without them they are measured again

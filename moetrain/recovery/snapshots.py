@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint import files
-from moetrain.checkpoint.files import Block
+from moetrain.checkpoint.files import TensorBlock
 from moetrain.checkpoint.saving import Behind, holding_of
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.entries import DTYPES, Engine, Entries
 from moetrain.recovery import memory, transfer
-from moetrain.recovery.memory import SLOTS, Stamp
+from moetrain.recovery.memory import SLOTS, SnapshotStamp
 
 
 def keepers(hosts: Sequence[str]) -> list[int | None]:
@@ -85,7 +85,7 @@ class Snapshots(Behind):
             place.view(values.dtype).copy_(values, non_blocking=True)
         if self._mesh.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        stamp = Stamp(rank, step, samples, self._layout, size, "", holding_of(held))
+        stamp = SnapshotStamp(rank, step, samples, self._layout, size, "", holding_of(held))
         self._start(self._work, slot.name, stamp)
         return None
 
@@ -97,7 +97,7 @@ class Snapshots(Behind):
         if self._is_first_here:
             memory.remove(self._place)
 
-    def _work(self, slot: str, stamp: Stamp) -> None:
+    def _work(self, slot: str, stamp: SnapshotStamp) -> None:
         try:
             mapped = self._held[slot, stamp.rank]
             stamp = replace(stamp, crc32=f"{zlib.crc32(mapped.numpy().data):08x}")
@@ -169,10 +169,10 @@ class Snapshots(Behind):
                 path.unlink(missing_ok=True)
 
 
-def _blocks(held: Entries) -> list[Block]:
+def _blocks(held: Entries) -> list[TensorBlock]:
     """In the order of a file: wide elements first, each aligned to its width."""
     order = sorted(held, key=lambda name: (-held[name].values.element_size(), name))
     return [
-        Block(name, DTYPES[values.dtype], (len(values),), values.nbytes)
+        TensorBlock(name, DTYPES[values.dtype], (len(values),), values.nbytes)
         for name, values in ((name, held[name].values) for name in order)
     ]

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from moetrain.distributed.comm import receive, start_sending
 from moetrain.distributed.mesh import Mesh
-from moetrain.recovery.memory import Stamp
+from moetrain.recovery.memory import SnapshotStamp
 
 CHUNK = 1 << 26  # bytes of a message
 
 
-def start_send(data: Tensor, stamp: Stamp, to: int, mesh: Mesh) -> list[Any]:
+def start_send(data: Tensor, stamp: SnapshotStamp, to: int, mesh: Mesh) -> list[Any]:
     """Begin to send a file, uint8 [bytes]. Wait for each of what is returned; `data` stays as it is until then."""
     text = torch.frombuffer(bytearray(json.dumps(asdict(stamp)).encode()), dtype=torch.uint8)
     return [start_sending(part, to, mesh.peers) for part in (torch.tensor([len(text)]), text, *_chunks(data))]
 
 
-def receive_stamp(source: int, mesh: Mesh) -> Stamp:
+def receive_stamp(source: int, mesh: Mesh) -> SnapshotStamp:
     size = receive(torch.zeros(1, dtype=torch.int64), source, mesh.peers)
     text = receive(torch.zeros(int(size), dtype=torch.uint8), source, mesh.peers)
-    return Stamp(**json.loads(bytes(text.tolist())))
+    return SnapshotStamp(**json.loads(bytes(text.tolist())))
 
 
 def receive_file(out: Tensor, source: int, mesh: Mesh) -> None:

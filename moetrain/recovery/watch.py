@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moetrain import checkpoint, runs
-from moetrain.checkpoint import Start, manifest
+from moetrain.checkpoint import StartingPoint, manifest
 from moetrain.checkpoint.saving import layout_of
 from moetrain.common import disk
 from moetrain.common.console import RunLogger
@@ -29,7 +29,7 @@ from moetrain.recovery.guard import Guard
 from moetrain.recovery.snapshots import Snapshots
 
 
-def find_newer(start: Start, config: Config, folder: Path, mesh: Mesh) -> Start:
+def find_newer(start: StartingPoint, config: Config, folder: Path, mesh: Mesh) -> StartingPoint:
     """`start`, or the run's newest snapshot in memory where that is further. All ranks call it, and agree.
 
     Raises `ConfigError` where the snapshot is of another model or other data.
@@ -50,10 +50,12 @@ def find_newer(start: Start, config: Config, folder: Path, mesh: Mesh) -> Start:
         return start._replace(notes=[*start.notes, said])
     path = restore.assemble(found, run, mesh, hosts, layout_of(config, mesh), begun_with, folder / COSTS)
     checkpoint.check_fits(config, path, same_run=True)
-    return Start(path, [*start.notes, f"an in-memory checkpoint is newer than the one on the disk: step {found.step}"])
+    return StartingPoint(
+        path, [*start.notes, f"an in-memory checkpoint is newer than the one on the disk: step {found.step}"]
+    )
 
 
-def _begun_with(start: Start, folder: Path) -> dict[str, Any] | None:
+def _begun_with(start: StartingPoint, folder: Path) -> dict[str, Any] | None:
     """The configuration that the run in `folder` has had, in its own words or in those of its checkpoint."""
     if start.path is not None and start.path.resolve().is_relative_to(folder.resolve()):
         return runs.config_of(folder) or manifest.read(start.path)["config"]

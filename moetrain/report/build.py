@@ -15,13 +15,13 @@ from moetrain.report.cards import about, cards, circumstances
 from moetrain.report.compare import compare, flat
 from moetrain.report.figures import figures
 from moetrain.report.findings import findings
-from moetrain.report.read import Run
+from moetrain.report.read import RunData
 
 PARTS = Path(__file__).parent / "page"
 SCRIPTS = ("plots.js", "heat.js", "page.js")
 
 
-def names(runs: Sequence[Run]) -> list[str]:
+def names(runs: Sequence[RunData]) -> list[str]:
     """The runs' names, or their folders from where these differ."""
     short = [run.name for run in runs]
     if len({*short}) == len(short):
@@ -31,7 +31,7 @@ def names(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def data(runs: Sequence[Run], live: bool = False) -> dict[str, Any]:
+def data(runs: Sequence[RunData], live: bool = False) -> dict[str, Any]:
     """Everything the page shows, for JSON."""
     named = names(runs)
     return {
@@ -43,7 +43,7 @@ def data(runs: Sequence[Run], live: bool = False) -> dict[str, Any]:
     }
 
 
-def _one(run: Run, name: str) -> dict[str, Any]:
+def _one(run: RunData, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "about": about(run),
@@ -83,7 +83,7 @@ def as_json(found: dict[str, Any]) -> str:
     )
 
 
-def write(runs: Sequence[Run], path: Path) -> dict[str, Any]:
+def write(runs: Sequence[RunData], path: Path) -> dict[str, Any]:
     """Write the page, whole or not at all. Returns what is on it."""
     found = data(runs)
     disk.write(path, html(found))
@@ -92,7 +92,7 @@ def write(runs: Sequence[Run], path: Path) -> dict[str, Any]:
 
 def write_of(folder: Path) -> None:
     """`report.html` in a run's own folder."""
-    write([Run(folder)], folder / "report.html")
+    write([RunData(folder)], folder / "report.html")
 
 
 def _finite(value: Any) -> Any:

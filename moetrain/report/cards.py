@@ -28,10 +28,10 @@ from moetrain.observe.metrics import (
 )
 from moetrain.report.curves import layers
 from moetrain.report.findings import recent, recent_list, spent_lending, window
-from moetrain.report.read import Run
+from moetrain.report.read import RunData
 
 
-def about(run: Run) -> str:
+def about(run: RunData) -> str:
     """One line, of what the config tells."""
     option, parts = run.option, []
     if ranks := run.metrics.lists(DEVICE_LOAD_HOME)[1].shape[1]:
@@ -53,7 +53,7 @@ def about(run: Run) -> str:
     return " · ".join(parts) or "the configuration could not be read"
 
 
-def circumstances(run: Run) -> list[tuple[str, str]]:
+def circumstances(run: RunData) -> list[tuple[str, str]]:
     """(what, text) of how the run was made, as its last start says; [] of a run that did not record it."""
     if not run.starts:
         return []
@@ -80,7 +80,7 @@ def _is_seconds(value: Any) -> bool:
     return isinstance(value, int | float) and 0 <= value < 1e10
 
 
-def cards(run: Run) -> list[dict[str, Any]]:
+def cards(run: RunData) -> list[dict[str, Any]]:
     """`{name, value, unit, note}`; those that nothing was recorded for are left out. `number` is for comparing."""
     drawn = (_progress, _held_out, _loss, _speed, _imbalance, _saved, _moved, _experts, _congestion, _memory)
     return [card for draw in drawn if (card := draw(run)) is not None]
@@ -91,7 +91,7 @@ def _card(name: str, value: str, unit: str, note: str, number: float, better: in
     return {"name": name, "value": value, "unit": unit, "note": note, "number": number, "better": better}
 
 
-def _progress(run: Run) -> dict[str, Any] | None:
+def _progress(run: RunData) -> dict[str, Any] | None:
     if not run.metrics.rows:
         return None
     step, wanted = max(row["step"] for row in run.metrics.rows), run.whole("train.steps")
@@ -100,7 +100,7 @@ def _progress(run: Run) -> dict[str, Any] | None:
     return _card("Steps", f"{step:,}", f"of {wanted:,}" if wanted else "", note, step)
 
 
-def _held_out(run: Run) -> dict[str, Any] | None:
+def _held_out(run: RunData) -> dict[str, Any] | None:
     value = run.metrics.last(BITS_PER_BYTE)
     if np.isnan(value):
         asked = any(BITS_PER_BYTE in row for row in run.metrics.rows)
@@ -110,7 +110,7 @@ def _held_out(run: Run) -> dict[str, Any] | None:
     return _card("Validation loss", f"{value:.3f}", METRICS[BITS_PER_BYTE].unit, note, value, -1)
 
 
-def _loss(run: Run) -> dict[str, Any] | None:
+def _loss(run: RunData) -> dict[str, Any] | None:
     values = run.metrics.numbers(LM_LOSS)
     values = values[np.isfinite(values)].tolist()
     if not values:
@@ -119,7 +119,7 @@ def _loss(run: Run) -> dict[str, Any] | None:
     return _card("Training loss", f"{values[-1]:.3f}", METRICS[LM_LOSS].unit, note, values[-1], -1)
 
 
-def _speed(run: Run) -> dict[str, Any] | None:
+def _speed(run: RunData) -> dict[str, Any] | None:
     values = run.metrics.numbers(TOKENS_PER_SECOND)
     if not np.isfinite(values).any():
         return None
@@ -130,7 +130,7 @@ def _speed(run: Run) -> dict[str, Any] | None:
     return _card("Throughput", f"{value:,.0f}", METRICS[TOKENS_PER_SECOND].unit, note, value, 1)
 
 
-def _imbalance(run: Run) -> dict[str, Any] | None:
+def _imbalance(run: RunData) -> dict[str, Any] | None:
     home, planned = (recent(run, name) for name in (IMBALANCE_HOME, IMBALANCE_PLANNED))
     if np.isnan(planned):
         return None
@@ -144,7 +144,7 @@ def _imbalance(run: Run) -> dict[str, Any] | None:
     )
 
 
-def _saved(run: Run) -> dict[str, Any] | None:
+def _saved(run: RunData) -> dict[str, Any] | None:
     value, step = recent(run, SAVED_SECONDS), recent(run, STEP_SECONDS)
     if np.isnan(value):
         return None
@@ -154,20 +154,20 @@ def _saved(run: Run) -> dict[str, Any] | None:
     return _card("Saved by the plan", f"{1e3 * value:,.3g}", "ms/step", note, value, 1)
 
 
-def _moved(run: Run) -> dict[str, Any] | None:
+def _moved(run: RunData) -> dict[str, Any] | None:
     value, guests = recent(run, ROWS_MOVED_FRACTION), recent(run, GUESTS)
     if np.isnan(value):
         return None
     return _card("Rows moved", f"{value:.1%}", "", f"{guests:,.3g} guests/step" + _sampled(run), value)
 
 
-def _sampled(run: Run) -> str:
+def _sampled(run: RunData) -> str:
     """Says so where not every step has a row: sums over steps are estimates then."""
     every = run.whole("train.log_every") or 1
     return f", estimated from every {every}th step" if every > 1 else ""
 
 
-def _experts(run: Run) -> dict[str, Any] | None:
+def _experts(run: RunData) -> dict[str, Any] | None:
     total = used = rows = 0
     for metric in layers(run, LAYER_LOAD).values():
         _, values = run.metrics.lists(metric)
@@ -181,7 +181,7 @@ def _experts(run: Run) -> dict[str, Any] | None:
     )
 
 
-def _congestion(run: Run) -> dict[str, Any] | None:
+def _congestion(run: RunData) -> dict[str, Any] | None:
     value, phase = recent(run, GAMMA_EFF), run.metrics.numbers(GAMMA_PHASE)[-1:]
     if np.isnan(value):
         return None
@@ -190,7 +190,7 @@ def _congestion(run: Run) -> dict[str, Any] | None:
     return _card("Congestion coefficient γ̂", f"{value:.3g}", "", note, value)
 
 
-def _memory(run: Run) -> dict[str, Any] | None:
+def _memory(run: RunData) -> dict[str, Any] | None:
     ranks = recent_list(run, MEMORY_GIB)
     value = float(ranks.max()) if len(ranks) else run.metrics.last(PEAK_MEMORY_GIB)
     if np.isnan(value):

@@ -10,8 +10,8 @@ from moetrain.observe import reduce
 from moetrain.observe.metrics import IMBALANCE_PLANNED, LAYER_DOMAIN_MI, LM_LOSS, TOKENS_PER_SECOND
 from moetrain.observe.reduce import plain
 from moetrain.report.cards import cards
-from moetrain.report.curves import Figure, Grid, absent, drawn_as, layers, not_recorded
-from moetrain.report.read import Run
+from moetrain.report.curves import BucketedRows, Figure, absent, drawn_as, layers, not_recorded
+from moetrain.report.read import RunData
 
 CURVES = {
     "loss": (LM_LOSS, {}),
@@ -21,7 +21,7 @@ CURVES = {
 BESIDES = ("run.name", "run.dir")  # fields that always differ
 
 
-def compare(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
+def compare(runs: Sequence[RunData], names: Sequence[str]) -> dict[str, Any]:
     return {
         "table": _table(runs, names),
         "figures": {
@@ -32,7 +32,7 @@ def compare(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _table(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
+def _table(runs: Sequence[RunData], names: Sequence[str]) -> dict[str, Any]:
     """A row a run. Of a column in which less or more is better, the best is marked."""
     found = [{card["name"]: card for card in cards(run)} for run in runs]
     columns = {name: card["unit"] for each in reversed(found) for name, card in each.items()}
@@ -56,10 +56,10 @@ def _table(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
     return {"columns": shared, "rows": rows}
 
 
-def _overlay(runs: Sequence[Run], names: Sequence[str], metric: str, more: Figure) -> Figure:
+def _overlay(runs: Sequence[RunData], names: Sequence[str], metric: str, more: Figure) -> Figure:
     series, steps = [], []
     for color, (name, run) in enumerate(zip(names, runs, strict=True)):
-        grid = Grid(run)
+        grid = BucketedRows(run)
         if (line := grid.series(name, metric)) is not None:
             series.append({**line, "x": grid.steps, "color": color})
             steps += grid.steps
@@ -70,7 +70,7 @@ def _overlay(runs: Sequence[Run], names: Sequence[str], metric: str, more: Figur
     return {"kind": "lines", "x": x.tolist(), "series": series, **drawn_as(metric), **more}
 
 
-def _information(runs: Sequence[Run], names: Sequence[str]) -> Figure:
+def _information(runs: Sequence[RunData], names: Sequence[str]) -> Figure:
     series, steps = [], []
     for color, (name, run) in enumerate(zip(names, runs, strict=True)):
         metrics = [*layers(run, LAYER_DOMAIN_MI).values()]
@@ -85,7 +85,7 @@ def _information(runs: Sequence[Run], names: Sequence[str]) -> Figure:
     return {"kind": "lines", "x": sorted({*steps}), "series": series, "floor": 0, **drawn_as(LAYER_DOMAIN_MI)}
 
 
-def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     configs = [flat(redacted(run.config)) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config)
     rows = [{"field": field, "values": [config.get(field, "–") for config in configs]} for field in fields]

@@ -25,7 +25,7 @@ from moetrain.observe.metrics import (
     TIME,
 )
 from moetrain.observe.reduce import plain
-from moetrain.report.read import Run
+from moetrain.report.read import RunData
 
 Figure = dict[str, Any]
 
@@ -45,35 +45,35 @@ def drawn_as(name: str) -> Figure:
     return {"unit": unit, "share": True} if unit == "share" else {"unit": unit}
 
 
-def layers(run: Run, name: str) -> dict[str, str]:
+def layers(run: RunData, name: str) -> dict[str, str]:
     """{layer: recorded name} of the metric `name`, which has `layer_LL` in it."""
     form = METRICS[name].form
     return dict(sorted((m["layer"], found) for found in run.metrics.names if (m := form.fullmatch(found))))
 
 
-def by_domain(run: Run, name: str) -> dict[str, str]:
+def by_domain(run: RunData, name: str) -> dict[str, str]:
     """{domain: recorded name} of the metric `name`, which has `DOMAIN` in it; `all` is none of them."""
     form = METRICS[name].form
     found = {m["domain"]: name for name in run.metrics.names if (m := form.fullmatch(name))}
     return {domain: found[domain] for domain in sorted(found) if domain != "all"}
 
 
-def domain_colors(run: Run) -> dict[str, int]:
+def domain_colors(run: RunData) -> dict[str, int]:
     """{domain: number of its color}: the same in every figure of the run."""
     domains = sorted({*by_domain(run, DOMAIN_LOSS), *by_domain(run, DOMAIN_BITS_PER_BYTE)})
     return {domain: number for number, domain in enumerate(domains)}
 
 
-def validation(run: Run) -> dict[str, str]:
+def validation(run: RunData) -> dict[str, str]:
     """{`all` or a domain: recorded name} of the validation loss in bits/byte."""
     whole = {"all": BITS_PER_BYTE} if BITS_PER_BYTE in run.metrics.names else {}
     return whole | by_domain(run, DOMAIN_BITS_PER_BYTE)
 
 
-class Grid:
+class BucketedRows:
     """The training rows in at most `MOST_POINTS` buckets."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunData) -> None:
         self.rows = run.metrics.training
         self.begin = reduce.edges(len(self.rows), reduce.MOST_POINTS)
         self.ends = np.array([*self.begin[1:], len(self.rows)], dtype=int)
@@ -100,15 +100,15 @@ class Grid:
         return {"kind": "lines", "x": self.steps, "series": found, **more}
 
 
-def loss(run: Run) -> Figure:
-    grid = Grid(run)
+def loss(run: RunData) -> Figure:
+    grid = BucketedRows(run)
     whole = grid.series("all", LM_LOSS, band=True, tone="main")
     color = domain_colors(run)
     each = [grid.series(d, name, color=color[d]) for d, name in by_domain(run, DOMAIN_LOSS).items()]
     return grid.lines([whole, *each], not_recorded(LM_LOSS), height=300, **drawn_as(LM_LOSS))
 
 
-def held_out(run: Run) -> Figure:
+def held_out(run: RunData) -> Figure:
     """The last evaluation, beside the bigram model where the run has ended."""
     values = {domain: run.metrics.last(name) for domain, name in by_domain(run, DOMAIN_BITS_PER_BYTE).items()}
     if not values:
@@ -127,7 +127,7 @@ def held_out(run: Run) -> Figure:
     }
 
 
-def held_out_steps(run: Run) -> Figure:
+def held_out_steps(run: RunData) -> Figure:
     """The same over the run's evaluations."""
     found, color = validation(run), domain_colors(run)
     rows = [row for row in run.metrics.rows if any(name in row for name in found.values())]
@@ -141,11 +141,11 @@ def held_out_steps(run: Run) -> Figure:
     return {"kind": "lines", "x": [row["step"] for row in rows], "series": series, **drawn_as(BITS_PER_BYTE)}
 
 
-def per_layer(name: str, smooth: bool = True, **more: Any) -> Callable[[Run], Figure]:
+def per_layer(name: str, smooth: bool = True, **more: Any) -> Callable[[RunData], Figure]:
     """A line for every layer of the metric `name`, which has `layer_LL` in it."""
 
-    def draw(run: Run) -> Figure:
-        grid = Grid(run)
+    def draw(run: RunData) -> Figure:
+        grid = BucketedRows(run)
         found = layers(run, name)
         series = [grid.series(layer.removeprefix("layer_"), metric, smooth=smooth) for layer, metric in found.items()]
         return grid.lines(series, not_recorded(name), ordered=True, prefix="layer", **drawn_as(name), **more)
@@ -153,10 +153,10 @@ def per_layer(name: str, smooth: bool = True, **more: Any) -> Callable[[Run], Fi
     return draw
 
 
-def held_out_per_layer(name: str, missing: str, **more: Any) -> Callable[[Run], Figure]:
+def held_out_per_layer(name: str, missing: str, **more: Any) -> Callable[[RunData], Figure]:
     """The same of what evaluations find; `missing`: the reason where there was none."""
 
-    def draw(run: Run) -> Figure:
+    def draw(run: RunData) -> Figure:
         found = layers(run, name)
         rows = [row for row in run.metrics.rows if any(metric in row for metric in found.values())]
         if not rows:
@@ -175,31 +175,31 @@ def held_out_per_layer(name: str, missing: str, **more: Any) -> Callable[[Run], 
     return draw
 
 
-def lines(series: dict[str, tuple[str, str]], **more: Any) -> Callable[[Run], Figure]:
+def lines(series: dict[str, tuple[str, str]], **more: Any) -> Callable[[RunData], Figure]:
     """A line for every metric of {metric: (label, tone)}, with each bucket's extremes as a band.
 
     The first one's unit is that of the axis.
     """
     first = next(iter(series))
 
-    def draw(run: Run) -> Figure:
-        grid = Grid(run)
+    def draw(run: RunData) -> Figure:
+        grid = BucketedRows(run)
         found = [grid.series(label, name, band=True, tone=tone) for name, (label, tone) in series.items()]
         return grid.lines(found, not_recorded(first), **drawn_as(first), **more)
 
     return draw
 
 
-def rate(run: Run) -> Figure:
+def rate(run: RunData) -> Figure:
     """The learning rate of the steps themselves: a schedule has corners that a mean would round."""
-    grid = Grid(run)
+    grid = BucketedRows(run)
     line = grid.series("learning rate", LR, tone="main")
     return grid.lines([line and line | {"y": line["raw"]}], not_recorded(LR), floor=0, **drawn_as(LR))
 
 
-def time(run: Run) -> Figure:
+def time(run: RunData) -> Figure:
     """Seconds of a step, stacked: what the MoE layers do, forward and backward, and everything else."""
-    grid = Grid(run)
+    grid = BucketedRows(run)
     found = lambda name: run.metrics.numbers(name, grid.rows)  # noqa: E731
     phases = {name: found(PHASE[name]) for name in PHASES}
     if not any(np.isfinite(values).any() for values in phases.values()):
@@ -219,7 +219,7 @@ def time(run: Run) -> Figure:
     return {"kind": "area", "x": grid.steps, "series": series, "unit": "s/step", "height": 260}
 
 
-def memory(run: Run) -> Figure:
+def memory(run: RunData) -> Figure:
     """A line for every rank where that was recorded, else the peak of the fullest one."""
     steps, values = run.metrics.lists(MEMORY_GIB)
     if not len(steps):
@@ -240,9 +240,9 @@ def memory(run: Run) -> Figure:
     }
 
 
-def saved(run: Run) -> Figure:
+def saved(run: RunData) -> Figure:
     """What the plan saved beside what lending took."""
-    grid = Grid(run)
+    grid = BucketedRows(run)
     series = [grid.series("saved computing", SAVED_SECONDS, band=True, tone="planned")]
     cost = [run.metrics.numbers(PHASE[name], grid.rows) for name in ("lend", "backward_lend")]
     if series[0] is not None and np.isfinite(cost[0]).any():

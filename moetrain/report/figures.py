@@ -39,9 +39,9 @@ from moetrain.report.curves import (
     time,
 )
 from moetrain.report.maps import devices, domains, load, specialists, traffic, waited
-from moetrain.report.read import Run
+from moetrain.report.read import RunData
 
-FIGURES: dict[str, Callable[[Run], Figure]] = {
+FIGURES: dict[str, Callable[[RunData], Figure]] = {
     "loss": loss,
     "held_out": held_out,
     "held_out_steps": held_out_steps,
@@ -91,7 +91,7 @@ def titles() -> dict[str, str]:
     return dict(re.findall(r'data-figure="(\w+)">\s*<figcaption><b>([^<]+)</b>', page))
 
 
-def figures(run: Run) -> dict[str, Figure]:
+def figures(run: RunData) -> dict[str, Figure]:
     """All of them; one whose records have a form that no version wrote is absent with that reason."""
     found = {}
     for name, draw in FIGURES.items():

@@ -26,7 +26,7 @@ from moetrain.observe.metrics import (
 )
 from moetrain.observe.summary import beaten
 from moetrain.report.curves import layers, validation
-from moetrain.report.read import Run
+from moetrain.report.read import RunData
 
 DEAD, STARVING, HOT = 0.0, 0.1, 4.0  # of an expert's load, in mean loads
 COLLAPSED = 0.8  # share of all selections that the top_k most loaded experts take
@@ -50,7 +50,7 @@ class Finding(NamedTuple):
     section: str  # of the page
 
 
-def findings(run: Run) -> list[Finding]:
+def findings(run: RunData) -> list[Finding]:
     found = [*_loss(run), *_experts(run), *_devices(run), *_plan(run), *_time(run), *_memory(run), *_alerts(run)]
     return sorted(found, key=lambda f: ("trouble", "watch", "good").index(f.level))
 
@@ -59,20 +59,20 @@ def window(count: int) -> slice:
     return slice(-max(10, count // 10), None)
 
 
-def recent(run: Run, name: str) -> float:
+def recent(run: RunData, name: str) -> float:
     """Mean over the window; NaN where nothing was recorded."""
     values = run.metrics.numbers(name)
     values = values[window(len(values))]
     return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
 
 
-def recent_list(run: Run, name: str) -> np.ndarray:
+def recent_list(run: RunData, name: str) -> np.ndarray:
     """[width]: mean over the window; empty where nothing was recorded."""
     _, values = run.metrics.lists(name)
     return np.nan_to_num(values[window(len(values))]).mean(0) if len(values) else np.zeros(0)
 
 
-def _loss(run: Run) -> list[Finding]:
+def _loss(run: RunData) -> list[Finding]:
     rows = run.metrics.training
     values = run.metrics.numbers(LM_LOSS)
     out = []
@@ -99,7 +99,7 @@ def _loss(run: Run) -> list[Finding]:
     return out
 
 
-def _experts(run: Run) -> list[Finding]:
+def _experts(run: RunData) -> list[Finding]:
     out: list[Finding] = []
     dead, starving, hot = [], [], []
     top_k = run.whole("router.top_k") or 2
@@ -149,7 +149,7 @@ def _experts(run: Run) -> list[Finding]:
     return out
 
 
-def _devices(run: Run) -> list[Finding]:
+def _devices(run: RunData) -> list[Finding]:
     home, planned = (recent(run, name) for name in (IMBALANCE_HOME, IMBALANCE_PLANNED))
     if np.isnan(planned):
         return []
@@ -164,13 +164,13 @@ def _devices(run: Run) -> list[Finding]:
     return [Finding(level, text + ".", "devices")]
 
 
-def spent_lending(run: Run) -> float:
+def spent_lending(run: RunData) -> float:
     """Seconds of a step that lending takes, forward and backward; NaN where nothing was recorded."""
     forward, backward = recent(run, PHASE["lend"]), recent(run, PHASE["backward_lend"])
     return forward + np.nan_to_num(backward)
 
 
-def _plan(run: Run) -> list[Finding]:
+def _plan(run: RunData) -> list[Finding]:
     saved, spent, step = recent(run, SAVED_SECONDS), spent_lending(run), recent(run, STEP_SECONDS)
     if not recent(run, GUESTS) > 0 or not spent - saved > UNPROFITABLE * step:
         return []
@@ -178,7 +178,7 @@ def _plan(run: Run) -> list[Finding]:
     return [Finding("watch", text, "plan")]
 
 
-def exchanging(run: Run) -> float:
+def exchanging(run: RunData) -> float:
     """Share of the window's steps in exchanges, waiting left out; NaN where nothing was recorded.
 
     Where waiting was recorded in some of the steps, it is about those alone: the two are never of different steps.
@@ -198,7 +198,7 @@ def exchanging(run: Run) -> float:
     return float(moving[known].sum() / step[known].sum())
 
 
-def _time(run: Run) -> list[Finding]:
+def _time(run: RunData) -> list[Finding]:
     step = recent(run, STEP_SECONDS)
     if np.isnan(step) or step <= 0:
         return []
@@ -228,7 +228,7 @@ def _time(run: Run) -> list[Finding]:
     return out
 
 
-def _memory(run: Run) -> list[Finding]:
+def _memory(run: RunData) -> list[Finding]:
     _, values = run.metrics.lists(MEMORY_GIB)
     if len(values) < 200:  # caches fill in the first steps
         return []
@@ -243,7 +243,7 @@ def _memory(run: Run) -> list[Finding]:
     return [Finding("watch", text, "devices")]
 
 
-def _alerts(run: Run) -> list[Finding]:
+def _alerts(run: RunData) -> list[Finding]:
     if not run.alerts:
         return []
     last: dict[str, Any] = run.alerts[-1]

@@ -8,15 +8,15 @@ from urllib.parse import urlsplit
 
 from moetrain.config import ConfigError
 from moetrain.report import build
-from moetrain.report.read import Run
+from moetrain.report.read import RunData
 
 HOST = "127.0.0.1"
 
 
-class Source:
+class LiveSource:
     """The runs' data as JSON, read again only when a file of theirs has changed."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[RunData]) -> None:
         self._runs = runs
         self._lock = threading.Lock()
         self._seen: object = None
@@ -37,9 +37,9 @@ class Source:
         return [(path, (facts := path.stat()).st_size, facts.st_mtime_ns) for path in paths]
 
 
-def server(runs: Sequence[Run], port: int) -> ThreadingHTTPServer:
+def server(runs: Sequence[RunData], port: int) -> ThreadingHTTPServer:
     """Answers `/` with the page and `/data.json` with its data; `port` 0 takes a free one. Raises `ConfigError`."""
-    source = Source(runs)
+    source = LiveSource(runs)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -5,10 +5,10 @@ import numpy as np
 from moetrain.observe import reduce
 from moetrain.observe.metrics import DEVICE_LOAD_HOME, DEVICE_LOAD_PLANNED, LAYER_LOAD, STEP_SECONDS
 from moetrain.report.curves import Figure, absent, layers, not_recorded
-from moetrain.report.read import Run
+from moetrain.report.read import RunData
 
 
-def load(run: Run) -> Figure:
+def load(run: RunData) -> Figure:
     """[frames, layers, experts] in mean loads, packed: every frame the mean of the rows it stands for."""
     found = {name: run.metrics.lists(metric) for name, metric in layers(run, LAYER_LOAD).items()}
     found = {name: pair for name, pair in found.items() if len(pair[0])}
@@ -31,7 +31,7 @@ def load(run: Run) -> Figure:
     }
 
 
-def devices(run: Run) -> Figure:
+def devices(run: RunData) -> Figure:
     """[frames, layers, ranks] in mean loads: at home, planned, and what of the latter guests computed.
 
     Layer 0 of it is the sum over all layers.
@@ -65,7 +65,7 @@ def devices(run: Run) -> Figure:
     }
 
 
-def traffic(run: Run) -> Figure:
+def traffic(run: RunData) -> Figure:
     """[frames, layers, source, destination]: rows that travelled, in percent of the layer's rows."""
     if "traffic" not in run.trace:
         return absent("the load trace has no traffic")
@@ -88,7 +88,7 @@ def traffic(run: Run) -> Figure:
     }
 
 
-def waited(run: Run) -> Figure:
+def waited(run: RunData) -> Figure:
     """[frames, 1, who, for whom] in seconds of a step."""
     found = run.trace.get("waited")
     if found is None or not np.isfinite(found).any():
@@ -112,7 +112,7 @@ def waited(run: Run) -> Figure:
     }
 
 
-def domains(run: Run) -> Figure:
+def domains(run: RunData) -> Figure:
     """[layers, domains, experts]: how many times oftener a domain uses an expert than all text does, packed."""
     found = run.specialisation
     if not found:
@@ -134,7 +134,7 @@ def domains(run: Run) -> Figure:
     }
 
 
-def specialists(run: Run) -> Figure:
+def specialists(run: RunData) -> Figure:
     """The most specialised experts of every layer, with the tokens they like."""
     found = [
         {"name": layer.get("name", ""), "experts": layer["experts"]}
@@ -146,7 +146,7 @@ def specialists(run: Run) -> Figure:
     return {"kind": "specialists", "layers": found}
 
 
-def trace_layers(run: Run) -> list[str]:
+def trace_layers(run: RunData) -> list[str]:
     """Names of the trace's layers; older traces have none."""
     if "layers" in run.trace:
         return run.trace["layers"].tolist()

@@ -132,7 +132,7 @@ class Metrics:
         return next((x for row in reversed(self.rows) if not np.isnan(x := _number(row.get(name)))), float("nan"))
 
 
-class Run:
+class RunData:
     """One run's folder, as it was at the last `refresh`."""
 
     def __init__(self, folder: Path) -> None:
@@ -255,11 +255,11 @@ class Run:
         return found
 
 
-def open_run(name: str, directory: str = "runs") -> Run:
+def open_run(name: str, directory: str = "runs") -> RunData:
     """A run by its folder or its name in `directory`. Raises `ConfigError` where there is nothing to report on."""
     for folder in (Path(name), Path(directory) / name):
         if folder.is_dir() and any((folder / part).exists() for part in ("metrics.jsonl", "config.yaml", "load_trace")):
-            return Run(folder)
+            return RunData(folder)
     raise ConfigError(f"run={name}: must be a run's folder, or the name of one in {directory}")
 
 

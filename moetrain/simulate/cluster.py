@@ -35,7 +35,7 @@ class Gemm(_Figures):
     attention: Share  # of the peak, for the products of causal attention, forward and backward together
 
 
-class Memory(_Figures):
+class DeviceMemory(_Figures):
     capacity: PositiveFloat  # bytes of a device
     bandwidth: PositiveFloat  # bytes a second, nominal
     share: Share  # of it that element-wise kernels reach
@@ -79,7 +79,7 @@ class Cluster(_Figures):
     domain: Positive  # devices that NVLink (or Infinity Fabric) connects
     peak: dict[Dtype, PositiveFloat]  # dense FLOP a second, nominal
     gemm: Gemm
-    memory: Memory
+    memory: DeviceMemory
     nvlink: Links
     network: Network
     host: Host

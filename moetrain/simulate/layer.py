@@ -18,7 +18,7 @@ from moetrain.simulate.cluster import BYTES, Cluster
 from moetrain.simulate.links import domain_of, exchange, planner_links
 from moetrain.simulate.shape import Shape
 from moetrain.simulate.stack import Stack
-from moetrain.simulate.traffic import Group, Sample
+from moetrain.simulate.traffic import Group, LayerSample
 
 OVERLAP = 0.8  # share of lending that can pass while rows are computed, as for the planner's reference machine
 HANDLING = 50e-6  # seconds of a guest besides its bytes, as for that machine
@@ -204,6 +204,6 @@ def _crossing(plan: Plan, placed_RE: Floats, domain_R: Ints, tokens_R: Floats, m
     return np.stack([sent, received]) * machine.shape.dim * machine.token_bytes
 
 
-def run_layers(samples: Iterable[Sample], machine: Machine, planner: PlannerChoice) -> list[LayerResult]:
+def run_layers(samples: Iterable[LayerSample], machine: Machine, planner: PlannerChoice) -> list[LayerResult]:
     """Plan and predict each layer."""
     return [run_layer(sample.counts, machine, planner, remember(None, sample.past)) for sample in samples]

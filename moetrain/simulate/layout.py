@@ -62,7 +62,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What an optimizer step computes, and in which numbers."""
 
     seq_len: int

@@ -19,7 +19,7 @@ BLOCK = 2 << 20  # of the allocator: every large tensor is rounded up to a multi
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes of one rank."""
 
     parts: dict[str, float]
@@ -36,7 +36,7 @@ class Memory:
         return self.on_device <= cluster.memory.capacity
 
 
-def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) -> Memory:
+def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) -> MemoryUse:
     """Peak of the fullest rank, from the layers that were drawn: where the backward begins, or where it ends.
 
     `is_drawn`: any rank may be the busy one of a layer; otherwise the same ranks are busy in all layers.
@@ -86,7 +86,7 @@ def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) 
     }
     parts["allocator"] = cluster.memory.fragmentation * (activations + logits) + 40 * depth * BLOCK / 2
     parts["context"] = cluster.memory.context
-    return Memory({name: float(value) for name, value in parts.items() if value or name != "guests"})
+    return MemoryUse({name: float(value) for name, value in parts.items() if value or name != "guests"})
 
 
 def _in_flight(layout: Layout) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.simulate.layer import PlannerChoice
-from moetrain.simulate.memory import Memory, predict_memory
+from moetrain.simulate.memory import MemoryUse, predict_memory
 from moetrain.simulate.step import Job, StepTime, predict_step
 from moetrain.simulate.traffic import Natural, find_routing
 
@@ -20,7 +20,7 @@ class Prediction:
     planner: str
     time: StepTime
     balanced: float  # seconds of the same step with every rank's tokens spread evenly, nothing planned
-    memory: Memory
+    memory: MemoryUse
 
     @property
     def tokens_per_second_per_device(self) -> float:

@@ -12,7 +12,7 @@ from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import Cluster, load_cluster, split_name
 from moetrain.simulate.here import crowd_costs, measured_cluster, read_costs
 from moetrain.simulate.layer import PlannerChoice
-from moetrain.simulate.layout import Layout, Work
+from moetrain.simulate.layout import Layout, StepWork
 from moetrain.simulate.shape import Shape, from_config, from_hf
 from moetrain.simulate.stack import find_stack
 from moetrain.simulate.step import Job
@@ -83,7 +83,7 @@ def job_of_run(config: Config, world: int, ep: int, cluster: Cluster, costs: Cos
         sharding="fsdp",
         reshard=config.engine.reshard_after_forward,
     )
-    work = Work(
+    work = StepWork(
         seq_len=config.train.seq_len,
         micro_batch=config.micro_batch(world),
         global_batch=config.train.global_batch,
@@ -165,14 +165,14 @@ def _layout(own: dict[str, str], settings: Config, shape: Shape, cluster: Cluste
     )
 
 
-def _work(own: dict[str, str], settings: Config, given: set[str], layout: Layout) -> Work:
+def _work(own: dict[str, str], settings: Config, given: set[str], layout: Layout) -> StepWork:
     t = settings.train
     micro_batch = t.micro_batch or MICRO_BATCH
     global_batch = t.global_batch if "train.global_batch" in given else layout.dp * micro_batch
     if "train.global_batch" in given and t.micro_batch is None:
         micro_batch = max(1, global_batch // layout.dp)
     dtype = own.get("train.dtype", "bf16" if t.dtype == "auto" else t.dtype)
-    return Work(
+    return StepWork(
         seq_len=t.seq_len if "train.seq_len" in given else SEQ_LEN,
         micro_batch=micro_batch,
         global_batch=global_batch,

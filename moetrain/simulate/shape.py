@@ -15,7 +15,7 @@ from moetrain.config import Config
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionShape:
     """One layer's attention, of any kind: grouped-query or latent (MLA)."""
 
     params: int  # norms included
@@ -53,7 +53,7 @@ class Shape:
     top_k: int
     expert_hidden: int
     shared_hidden: int  # of all shared experts together
-    attention: Attention
+    attention: AttentionShape
     extra_params: int = 0  # biases, routers and what else is small
     expert_biases: int = 0  # of one expert
 
@@ -128,15 +128,15 @@ def from_config(config: Config) -> Shape:
     )
 
 
-def _grouped_query(dim: int, heads: int, kv_heads: int, head_dim: int, norms: int, windows: Any = ()) -> Attention:
+def _grouped_query(dim: int, heads: int, kv_heads: int, head_dim: int, norms: int, windows: Any = ()) -> AttentionShape:
     products = 2 * dim * (heads + kv_heads) * head_dim
     kept = (2 * heads + 2 * kv_heads) * head_dim
-    return Attention(
+    return AttentionShape(
         products + norms, products, heads * head_dim, heads * head_dim, 2 * kv_heads * head_dim, kept, tuple(windows)
     )
 
 
-def _latent(tree: Mapping[str, Any]) -> Attention:
+def _latent(tree: Mapping[str, Any]) -> AttentionShape:
     """Multi-head latent attention, as DeepSeek-V2, V3 and Kimi-K2 have it."""
     dim, heads, q_rank, kv_rank = (
         tree["hidden_size"],
@@ -148,7 +148,7 @@ def _latent(tree: Mapping[str, Any]) -> Attention:
     queries = dim * q_rank + q_rank * heads * (nope + rope) if q_rank else dim * heads * (nope + rope)
     products = queries + dim * (kv_rank + rope) + kv_rank * heads * (nope + value) + heads * value * dim
     kept = heads * (2 * (nope + rope) + 2 * value) + (q_rank or 0) + kv_rank + rope
-    return Attention(
+    return AttentionShape(
         products + (q_rank or 0) + kv_rank, products, heads * (nope + rope), heads * value, kv_rank + rope, kept
     )
 

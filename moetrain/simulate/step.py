@@ -13,11 +13,11 @@ import numpy as np
 from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import BYTES, Cluster
 from moetrain.simulate.layer import LayerResult, Machine, PlannerChoice, run_layers
-from moetrain.simulate.layout import Layout, Work
+from moetrain.simulate.layout import Layout, StepWork
 from moetrain.simulate.links import gather_seconds
 from moetrain.simulate.shape import Shape
 from moetrain.simulate.stack import Stack
-from moetrain.simulate.traffic import Group, Natural, Routing, find_routing
+from moetrain.simulate.traffic import Group, Natural, RoutingSource, find_routing
 
 PARTS = (
     "attention",
@@ -59,7 +59,7 @@ class Job:
     cluster: Cluster
     shape: Shape
     layout: Layout
-    work: Work
+    work: StepWork
     stack: Stack
     measured: Costs | None = None  # of the experts' layer and the links on this very machine
 
@@ -103,7 +103,7 @@ class Job:
 
 def predict_step(
     job: Job,
-    routing: str | Routing = "balanced",
+    routing: str | RoutingSource = "balanced",
     planner: PlannerChoice | None = None,
     seed: int = 0,
     samples: int = 8,
@@ -113,7 +113,7 @@ def predict_step(
     job.layout.check(job.shape)
     micro_steps = job.work.micro_steps(job.layout)
     planner = planner or PlannerChoice("home")
-    source = routing if isinstance(routing, Routing) else find_routing(routing, job.group, natural or Natural())
+    source = routing if isinstance(routing, RoutingSource) else find_routing(routing, job.group, natural or Natural())
     number = 1 if source.name == "balanced" else min(job.shape.num_moe, samples)
     layers = run_layers(source.layers(job.group, number, seed), job.machine, planner)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from moetrain.common.errors import ConfigError
 from moetrain.simulate.layer import PlannerChoice
-from moetrain.simulate.layout import Layout, Work
+from moetrain.simulate.layout import Layout, StepWork
 from moetrain.simulate.predict import Prediction, predict
 from moetrain.simulate.step import Job
 from moetrain.simulate.traffic import Natural
@@ -24,7 +24,7 @@ class Candidate:
     reason: str
 
 
-def layouts(job: Job, with_formulas: bool) -> Iterator[tuple[Layout, Work]]:
+def layouts(job: Job, with_formulas: bool) -> Iterator[tuple[Layout, StepWork]]:
     """Expert-parallel sizes and replicas that divide; with pipeline stages and tensor ranks where asked for."""
     world, shape = job.layout.world, job.shape
     sizes = [2**n for n in range(world.bit_length()) if 2**n <= min(world, shape.experts)]

@@ -179,7 +179,7 @@ def workload(name: str, group: Group, seed: int, step: int) -> Ints:
     return counts
 
 
-class Sample(NamedTuple):
+class LayerSample(NamedTuple):
     """One layer of one micro-step."""
 
     counts: Ints  # [R, E]
@@ -187,7 +187,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingSource:
     """A source of counts."""
 
     name: str
@@ -199,31 +199,31 @@ class Routing:
         """Whether a hot rank of one layer is as likely as any other to be hot in the next."""
         return self.name != "balanced" and self.name not in WORKLOADS and self.trace is None
 
-    def layers(self, group: Group, number: int, seed: int) -> Iterator[Sample]:
+    def layers(self, group: Group, number: int, seed: int) -> Iterator[LayerSample]:
         """One sample for each of as many layers."""
         for layer in range(number):
             rng = np.random.default_rng((seed, 7, layer))  # its popularities do not depend on the number of tokens
             if self.name == "balanced":
-                yield Sample(balanced(group), balanced(group))
+                yield LayerSample(balanced(group), balanced(group))
             elif self.name in WORKLOADS:
                 now, before = (workload(self.name, group, seed, step) for step in (layer + 1, layer))
-                yield Sample(now, before)
+                yield LayerSample(now, before)
             elif self.trace is not None:
                 at = int(rng.integers(len(self.trace)))
-                yield Sample(self.trace[at], self.trace[at])
+                yield LayerSample(self.trace[at], self.trace[at])
             else:
                 popular = self.natural.popularity(group, rng)
                 now, before = (self.natural.draw_from(popular, group, rng) for _ in range(2))
-                yield Sample(now, before)
+                yield LayerSample(now, before)
 
 
-def find_routing(name: str, group: Group, natural: Natural) -> Routing:
+def find_routing(name: str, group: Group, natural: Natural) -> RoutingSource:
     """The routing of that name, or the load trace of the run in that folder. Raises `ConfigError`.
 
     Traces of other group sizes stand for natural routing: its parameters are fit to them.
     """
     if name in ("balanced", "natural", *WORKLOADS):
-        return Routing(name, natural)
+        return RoutingSource(name, natural)
     counts = read_trace(Path(name))
     if counts is None:
         known = ", ".join(("balanced", "natural", *WORKLOADS))
@@ -231,8 +231,8 @@ def find_routing(name: str, group: Group, natural: Natural) -> Routing:
     same = counts.shape[1:] == (group.ranks, group.experts)
     scale = group.tokens * group.top_k * group.ranks / max(counts.sum((1, 2)).mean(), 1)
     if same:
-        return Routing(name, natural, np.rint(counts * scale).astype(np.int64))
-    return Routing(f"natural, fit to {name}", fit_natural(counts))
+        return RoutingSource(name, natural, np.rint(counts * scale).astype(np.int64))
+    return RoutingSource(f"natural, fit to {name}", fit_natural(counts))
 
 
 def read_trace(folder: Path) -> Ints | None:

@@ -39,7 +39,7 @@ def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> 
     counts_CN = torch.zeros(len(corpus.domains), sum(sizes), device=device)  # experts of all layers
     sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
     token_bytes = torch.from_numpy(corpus.token_bytes).to(device)
-    liked = specialization.Tokens(len(sizes), len(corpus.domains), mesh)
+    liked = specialization.TokensOfExperts(len(sizes), len(corpus.domains), mesh)
     for domain in range(len(corpus.domains)):
         windows = held_out_windows(corpus, config, domain)
         for begin in range(0, len(windows.tokens), size * mesh.world):

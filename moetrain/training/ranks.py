@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moetrain.common.console import console
 from moetrain.launch import worker
-from moetrain.launch.local import Place
+from moetrain.launch.local import WorkerPlace
 
 if TYPE_CHECKING:  # torch is loaded when a rank begins, not for its command line
     from moetrain.distributed.mesh import Mesh
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch is loaded when a rank begins, not for its command lin
 
 def run_on_rank(
     task: Callable[["Mesh"], None],
-    place: Place,
+    place: WorkerPlace,
     *,
     ep: int | None = None,
     dp_replicate: int = 1,

@@ -19,7 +19,7 @@ from moetrain.moe.clock import Clock
 from moetrain.moe.routing import Choice
 from moetrain.moe.routing.balance import BalanceLoss, add_buffers
 from moetrain.observe.collect.health import RouterSums
-from moetrain.observe.collect.meter import BatchSize, Part, Step
+from moetrain.observe.collect.meter import BatchSize, Part, StepRecord
 
 
 class Batch(NamedTuple):
@@ -59,7 +59,7 @@ def count_batch(shares: Sequence[Sequences], config: Config, device: torch.devic
 
 def optimizer_step(
     engine: Engine, config: Config, shares: Sequence[Sequences], lr: float, clock: Clock | None = None
-) -> Step:
+) -> StepRecord:
     """Forward, losses and backward of every micro-step, then the update; `clock` sees where the time goes."""
     clock = clock or Clock(engine.mesh.device)
     size = count_batch(shares, config, engine.mesh.device)
@@ -86,7 +86,7 @@ def optimizer_step(
         norm = engine.step(lr)
         if math.isfinite(norm):
             balance.finish()
-    return Step(parts, balance.counts, norm, clock, size)
+    return StepRecord(parts, balance.counts, norm, clock, size)
 
 
 def spread_not_finite(loss: Tensor) -> Tensor:

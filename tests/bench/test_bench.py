@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moetrain import cli
 from moetrain.bench import cases, layer, layer_report, virtual
-from moetrain.bench.cases import Shape
+from moetrain.bench.cases import LayerShape
 from moetrain.bench.memory import measure_peak
 from moetrain.bench.protocol import Grid
 from moetrain.distributed.mesh import Mesh
@@ -18,7 +18,7 @@ from moetrain.moe.planning import default_home
 from tests.pool import Pool
 
 MIB = 1 << 20
-SHAPE = Shape(tokens=2048, dim=64, hidden=64, experts=8, top_k=1, dtype="fp32")
+SHAPE = LayerShape(tokens=2048, dim=64, hidden=64, experts=8, top_k=1, dtype="fp32")
 PATTERNS = ["balanced", "95 % into 1"]
 PLANNERS = ["home", "llep", "makespan"]
 FIELDS = {"scenario", "planner", "ranks", "forward_ms", "total_ms", "percent_of_balanced", "percent_of_gemm", "spread"}
@@ -144,7 +144,7 @@ def test_the_peak_counts_what_a_backward_keeps_and_needs() -> None:
 
 
 def test_selections_are_what_their_names_say() -> None:
-    shape = Shape(tokens=4096, dim=8, hidden=8, experts=16, top_k=2, dtype="fp32")
+    shape = LayerShape(tokens=4096, dim=8, hidden=8, experts=16, top_k=2, dtype="fp32")
     assert (cases.count_selections("balanced", 2, shape) == 512).all()
     for percent, num_hot in ((30, 1), (95, 4)):
         counts = cases.count_selections(f"{percent} % into {num_hot}", 2, shape)

@@ -207,7 +207,7 @@ def test_a_report_on_a_hostile_folder_ends_and_says_what_it_left_out(tmp_path: P
     for name, make in HOSTILE.items():
         (run / name).unlink(missing_ok=True)
         make(run / name)
-    missing = " ".join(read.Run(run).missing)
+    missing = " ".join(read.RunData(run).missing)
     for name in HOSTILE:
         assert name in missing, (name, missing)
     build.write_of(run)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from moetrain import config, runs
-from moetrain.checkpoint import Start, files
+from moetrain.checkpoint import StartingPoint, files
 from moetrain.common import disk
 from moetrain.common.console import RunLogger
 from moetrain.config import ConfigError
@@ -227,7 +227,7 @@ def newer(mesh: Mesh, identity: str, folder: str, overrides: list[str]) -> tuple
     snapshots = Snapshots(identity, mesh, Toy(mesh, 0), layout, watch._hosts(mesh))
     snapshots.take(3, 30)
     snapshots.wait()
-    start = watch.find_newer(Start(None, []), settings, Path(folder), mesh)
+    start = watch.find_newer(StartingPoint(None, []), settings, Path(folder), mesh)
     return start.path.name if start.path else "", start.notes
 
 
@@ -351,7 +351,7 @@ def planted(shm: Path, how: str) -> Path:
         theirs = root / theirs.relative_to(shm / "theirs")
         root.chmod(0o777 if how == "writable" else 0o700)
     (theirs / "a").mkdir(mode=0o700)
-    stamp = memory.Stamp(0, 9, 90, {"ranks": 1}, 3, "", {})
+    stamp = memory.SnapshotStamp(0, 9, 90, {"ranks": 1}, 3, "", {})
     memory.data_file(theirs / "a", 0).write_bytes(b"abc")
     memory.put_stamp(theirs / "a", stamp)
     return theirs
@@ -406,7 +406,7 @@ def test_shared_memory_is_closed_to_others(tmp_path: Path, monkeypatch: pytest.M
     memory.reserve(path, 3)
     for level in (memory.root(), place.parent, place, place / "a"):
         assert level.stat().st_mode & 0o777 == 0o700
-    memory.put_stamp(place / "a", memory.Stamp(0, 9, 90, {"ranks": 1}, 3, "", {}))
+    memory.put_stamp(place / "a", memory.SnapshotStamp(0, 9, 90, {"ranks": 1}, 3, "", {}))
     assert len([*memory.stamps(place)]) == 1
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")

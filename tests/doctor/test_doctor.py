@@ -13,7 +13,7 @@ import pytest
 
 from moetrain import cli, config
 from moetrain.bench.namespaces import Hosts
-from moetrain.doctor.finding import BAD, GOOD, NOTE, Finding
+from moetrain.doctor.finding import BAD, GOOD, NOTE, Check
 from moetrain.doctor.host import examine
 from moetrain.doctor.hosts import meet
 from moetrain.engine import precision
@@ -58,7 +58,7 @@ def test_it_says_what_auto_takes_and_that_bf16_is_slow(monkeypatch: pytest.Monke
     monkeypatch.setattr(precision, "speed_of_bf16", lambda _: 0.01)
     for asked, state, advice in (("auto", GOOD, ""), ("fp32", GOOD, ""), ("bf16", NOTE, slow)):
         found = {f.name: f for f in examine(config.load(["model=tiny", f"train.dtype={asked}", *data]))}
-        assert found["dtype"] == Finding("dtype", state, f"train.dtype={asked}; {why}", advice)
+        assert found["dtype"] == Check("dtype", state, f"train.dtype={asked}; {why}", advice)
 
 
 def test_a_disk_that_is_too_small_is_bad(data: list[str]) -> None:
@@ -68,9 +68,9 @@ def test_a_disk_that_is_too_small_is_bad(data: list[str]) -> None:
     assert "checkpoint.keep=1" in found["runs"].advice
 
 
-def met(port: int, nodes: int, patience: float) -> list[list[Finding]]:
+def met(port: int, nodes: int, patience: float) -> list[list[Check]]:
     """What two hosts find, that are threads here."""
-    found: list[list[Finding]] = [[], []]
+    found: list[list[Check]] = [[], []]
     threads = [
         threading.Thread(target=lambda out=out: out.extend(meet(f"127.0.0.1:{port}", nodes, patience))) for out in found
     ]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moetrain import config
 from moetrain.bench import virtual
-from moetrain.bench.cases import Shape
+from moetrain.bench.cases import LayerShape
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import base, saved_costs
 from moetrain.moe import calibrate
@@ -80,7 +80,7 @@ def test_what_a_row_and_an_expert_cost_is_found_from_two_sizes(pool, device: str
 
 def virtual_costs(mesh: Mesh, num_ranks: int) -> Costs:
     return virtual.measure_costs(
-        mesh, Shape(16, LAYER.dim, LAYER.hidden, LAYER.experts, LAYER.top_k, "fp32"), num_ranks
+        mesh, LayerShape(16, LAYER.dim, LAYER.hidden, LAYER.experts, LAYER.top_k, "fp32"), num_ranks
     )
 
 
@@ -157,7 +157,7 @@ def compared(mesh: Mesh, layer: calibrate.Layer, torch_seconds: list[dict[str, f
     """(the parts compared, those that torch computes from now on) where ranks are as fast as that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_time", seconds_by(torch_seconds[mesh.rank]))
-        found = calibrate._compare(mesh, calibrate.Work.for_layer(layer, 2, 4, mesh.device), None)
+        found = calibrate._compare(mesh, calibrate.TimedExperts.for_layer(layer, 2, 4, mesh.device), None)
     return [each.part for each in found], [each.part for each in found if each.torch_is_faster]
 
 

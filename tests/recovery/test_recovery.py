@@ -327,7 +327,7 @@ def forgotten(mesh: Mesh, run: str) -> bool:
     """A run ends while rank 1 is still stamping its snapshot."""
     put_stamp = memory.put_stamp
 
-    def late(slot: Path, stamp: memory.Stamp) -> None:
+    def late(slot: Path, stamp: memory.SnapshotStamp) -> None:
         time.sleep(0.3 * mesh.rank)
         put_stamp(slot, stamp)
 

@@ -12,7 +12,7 @@ from moetrain.common.errors import ConfigError
 from moetrain.moe.planning import default_home
 from moetrain.simulate.cluster import load_cluster
 from moetrain.simulate.layer import PlannerChoice, run_layer
-from moetrain.simulate.layout import Layout, Work
+from moetrain.simulate.layout import Layout, StepWork
 from moetrain.simulate.memory import predict_memory
 from moetrain.simulate.shape import from_hf
 from moetrain.simulate.stack import STACKS
@@ -33,7 +33,7 @@ LINKS = ("nvlink.bandwidth", "network.bandwidth", "memory.bandwidth")
 
 
 def job(model: str, world: int, ep: int, micro_batch: int = 1) -> Job:
-    work = Work(4096, micro_batch, world * micro_batch, "bf16", "full")
+    work = StepWork(4096, micro_batch, world * micro_batch, "bf16", "full")
     return Job(load_cluster("h100"), from_hf(model), Layout(world, ep), work, STACKS["moetrain"])
 
 
@@ -74,7 +74,7 @@ def test_one_device_equals_its_roofline() -> None:
     figures = {"gemm.share": "1", "gemm.half_rows": "0", "gemm.half_width": "0", "gemm.attention": "1"}
     figures |= {"memory.share": "1", "host.launch": "0", "host.sync": "0", "peak.fp32": "989e12"}
     shape = from_hf("qwen3-30b-a3b")
-    alone = Job(load_cluster("h100", figures), shape, Layout(1, 1), Work(4096, 2, 2), STACKS["moetrain"])
+    alone = Job(load_cluster("h100", figures), shape, Layout(1, 1), StepWork(4096, 2, 2), STACKS["moetrain"])
     whole = predict_step(alone)
     fast = load_cluster("h100", {**figures, "memory.bandwidth": "1e30"})
     computing = predict_step(replace(alone, cluster=fast))
@@ -177,4 +177,4 @@ def test_layouts_that_cannot_be_are_refused() -> None:
         with pytest.raises(ConfigError, match=message):
             predict_step(replace(job("qwen3-30b-a3b", 64, 8), layout=layout))
     with pytest.raises(ConfigError, match=r"train\.global_batch=3: must be a multiple of 64 data-parallel ranks"):
-        predict_step(replace(job("qwen3-30b-a3b", 64, 8), work=Work(4096, 1, 3)))
+        predict_step(replace(job("qwen3-30b-a3b", 64, 8), work=StepWork(4096, 1, 3)))

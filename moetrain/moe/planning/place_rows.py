@@ -72,7 +72,7 @@ def make_problem(counts, home, node, resident_RE, guests_G2, vector, max_rows, m
     )  # fmt: skip
 
 
-class Work(NamedTuple):
+class PlacementState(NamedTuple):
     """How far `place_rows` has come."""
 
     load: Ints  # [R]
@@ -184,7 +184,7 @@ def place_rows(problem, ceiling, rule, given_ER, links_C2, chunks_C3):  # type: 
     """
     load, left, slots = problem.loads.copy(), problem.totals.copy(), np.zeros(len(problem.loads), np.int64)
     last = np.full(len(left), -1)
-    work = Work(load, left, slots, given_ER, last, links_C2)
+    work = PlacementState(load, left, slots, given_ER, last, links_C2)
     used: Any = np.int64(0)
     for e, q in problem.guests_G2:  # they cost nothing
         part = min(load[problem.home[e]] - ceiling, ceiling - load[q], left[e])

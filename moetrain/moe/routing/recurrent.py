@@ -11,14 +11,14 @@ from moetrain.moe.routing.base import Place, Replicated
 from moetrain.moe.routing.topk import TopK
 
 
-class Memory(NamedTuple):
+class RecurrentState(NamedTuple):
     """What a layer's router hands to the next one's."""
 
-    cell: "Cell"
+    cell: "RecurrentCell"
     state_TP: Tensor | None  # fp32; None before the first layer: zeros
 
 
-class Cell(Replicated):
+class RecurrentCell(Replicated):
     """The gated recurrent unit that all layers share; without biases, as the paper's equations have it."""
 
     def __init__(self, width: int) -> None:
@@ -26,9 +26,9 @@ class Cell(Replicated):
         self.gru = nn.GRUCell(width, width, bias=False)  # draws its weights itself
         self.init_std = (3 * width) ** -0.5  # torch's own: uniform up to 1 / sqrt(width)
 
-    def forward(self) -> Memory:
+    def forward(self) -> RecurrentState:
         """The carry of the first layer."""
-        return Memory(self, None)
+        return RecurrentState(self, None)
 
 
 class Recurrent(TopK):
@@ -47,14 +47,16 @@ class Recurrent(TopK):
         self.reset_parameters()
 
     @classmethod
-    def shared(cls, options: RouterOptions) -> Cell:
+    def shared(cls, options: RouterOptions) -> RecurrentCell:
         assert isinstance(options, RecurrentOptions)
-        return Cell(options.state_dim)
+        return RecurrentCell(options.state_dim)
 
     def logits(self, x_TD: Tensor, carry: Any, place: Place | None) -> tuple[Tensor, Any]:
-        memory: Memory = carry
+        memory: RecurrentState = carry
         if memory is None:
-            raise ValueError("the router recurrent needs the carry that Cell(state_dim)() makes for the first layer")
+            raise ValueError(
+                "the router recurrent needs the carry that RecurrentCell(state_dim)() makes for the first layer"
+            )
         state_TP = memory.cell.gru(F.linear(x_TD.float(), self.project.float()), memory.state_TP)
         logits_TE, _ = super().logits(state_TP, carry, place)
-        return logits_TE, Memory(memory.cell, state_TP)
+        return logits_TE, RecurrentState(memory.cell, state_TP)

@@ -86,7 +86,7 @@ class Part(NamedTuple):
     router: health.RouterSums
 
 
-class Step(NamedTuple):
+class StepRecord(NamedTuple):
     parts: list[Part]  # one a micro-step
     counts: list[Tensor]  # int64 [E] of every layer: selections on all ranks, in all micro-steps
     norm: float  # of the gradient
@@ -114,11 +114,11 @@ class Meter:
         self._window = health.Window(config.track.window)
         self._peak = 0.0
 
-    def add(self, step: Step) -> None:
+    def add(self, step: StepRecord) -> None:
         self._window.add(torch.cat(step.counts))
 
     @torch.no_grad()
-    def read(self, step: Step, routers: Sequence[Router]) -> Reading:
+    def read(self, step: StepRecord, routers: Sequence[Router]) -> Reading:
         """The step last added. All ranks call it: it enters one collective."""
         biased = [router.bias for router in routers if router.bias is not None]
         assert self._window.counts_N is not None, "add() comes first"
@@ -179,7 +179,7 @@ class Meter:
             "z": total(part.losses.z_L for part in parts),
         }
 
-    def _on_host(self, step: Step) -> dict[str, Array]:
+    def _on_host(self, step: StepRecord) -> dict[str, Array]:
         """Of this rank: what plans and clocks say."""
         rank, world, me = self._mesh.rank, self._mesh.world, self._mesh.ep.rank
         stats = [s for part in step.parts for s in part.stats]

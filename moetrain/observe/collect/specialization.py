@@ -29,7 +29,7 @@ MOST_TOKENS = 1 << 16  # of the text that tokens are counted in, over all ranks
 SEEN = 4  # selections of a token by an expert, fewer tell nothing
 
 
-class Tokens:
+class TokensOfExperts:
     """Which tokens went to which expert, in the first part of every domain."""
 
     def __init__(self, num_layers: int, num_domains: int, mesh: Mesh) -> None:
@@ -92,7 +92,9 @@ def _load(counts_CE: Array) -> Array:
     return _joint(counts_CE).sum(0)
 
 
-def describe(names: Sequence[str], counts: Sequence[Array], tokens: Tokens, corpus: Corpus) -> list[dict[str, Any]]:
+def describe(
+    names: Sequence[str], counts: Sequence[Array], tokens: TokensOfExperts, corpus: Corpus
+) -> list[dict[str, Any]]:
     """Of every layer its name, counts [C, E], mutual information and most specialised experts.
 
     All ranks call it with the same counts: it enters a collective for every layer.
