@@ -66,7 +66,9 @@ def expert_parallel(
     (`model.gradient_checkpointing_enable()`, before or after) replays choices and plans.
 
     Arguments:
-        model: a `PreTrainedModel`, or any module with one in it; every rank has built it whole.
+        model: a `PreTrainedModel`, or any module with one in it; every rank has built it whole, or on the meta device:
+            then `model.to_empty(device=...)`, `model.init_weights()` and `handle.load_full_state_dict(state)`, or
+            another load, come next, and only the experts at home here ever take memory.
         group, planner, planner_options, costs, replicas, guest_slots, guest_memory, reduction: as for
             `moetrain.expert_parallel`.
         balance: the losses that `balance_loss` is made of, on the scores of the family's own routers; None: there are
@@ -126,13 +128,14 @@ class HFExpertParallel(ExpertParallel):
         for inner in model.modules():
             if hasattr(inner, "_set_gradient_checkpointing"):
                 replay_in_recompute(inner)
-        slots = count_slots(model, spread.values(), guest_memory) if guest_slots is None else guest_slots
+        self._guest_memory = guest_memory
+        self._counts_slots = guest_slots is None  # at the first step: the device of a model on meta is not known yet
         self._logits: dict[str, Tensor] = {}  # by experts module, of the forward under way
         self._plans: dict[str, Plan] = {}  # likewise
         self._passes: list[ReferenceType[RouterPass]] = []  # for the next balance loss
         self._recorded: list[PinnedChoices] = []  # in this step
         self._replayed: PinnedChoices | None = None  # the last one
-        self._take_layers(spread, slots)
+        self._take_layers(spread, guest_slots or 0)
 
     def _find_owners(self) -> dict[str, Any]:
         return {f"{name}.{key}": one for name, one in self._layers.items() for key in one.layout.names}
@@ -161,6 +164,9 @@ class HFExpertParallel(ExpertParallel):
 
     def begin_step(self, num_micro_steps: int = 1) -> None:
         """As `moetrain.moe.parallel.ExpertParallel.begin_step`; choices recorded so far belong to steps before."""
+        if self._counts_slots:
+            self._slots = count_slots(self.module, self._layers.values(), self._guest_memory)
+            self._counts_slots = False
         super().begin_step(num_micro_steps)
         self._passes.clear()
         self._recorded.clear()
@@ -232,7 +238,12 @@ class HFExpertParallel(ExpertParallel):
 
     def before_experts(self, one: SpreadExperts, hidden_TD: Tensor, top_k: int) -> None:
         """The experts call this at the beginning of a pass: measure costs at the first one."""
+        if one.gate_up.is_meta:
+            raise ConfigError(
+                "model: is on the meta device; model.to_empty(device=...) and a load of weights come first"
+            )
         self._gradients.look_for_ddp()
+        self._gradients.scale_experts(one.parameters())
         if one.costs is None and self._needs_costs:
             shape = Layer(one.dim, one.hidden, one.num_experts, top_k, one.gate_up.dtype)
             one.kernel_choice = self._give_costs(one, shape, hidden_TD.device)

@@ -6,11 +6,12 @@ FSDP2.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moetrain.distributed import sharded
 from moetrain.distributed.comm import Group, all_reduce_sum
@@ -42,15 +43,23 @@ class SpreadGradients:
         self._module, self._group, self._replicas, self._reduction = module, group, replicas, reduction
         self._find_experts = find_experts
         self._is_under_ddp = False
+        self._scaled = WeakTensorKeyDictionary()
 
     def take_experts(self) -> None:
         """Scale the gradients of the experts here, and have DDP leave them alone; call it when they are spread."""
         experts = self._find_experts()
-        for parameter in self._list_experts():
-            parameter.register_hook(self._scale)
+        self.scale_experts(self._list_experts())
         names = [name for name, p in self._module.named_parameters() if p in experts]
         ignored = getattr(self._module, "_ddp_params_and_buffers_to_ignore", [])
         self._module._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]
+
+    def scale_experts(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Scale the gradients of these experts, once, however often it is called: every forward of a layer does, for
+        `to_empty` and `load_state_dict(assign=True)` put other parameters in the place of those that were taken."""
+        for parameter in parameters:
+            if parameter not in self._scaled:
+                parameter.register_hook(self._scale)
+                self._scaled[parameter] = None
 
     def look_for_ddp(self) -> None:
         """Note whether a forward of DDP is running; every forward of a layer calls it."""

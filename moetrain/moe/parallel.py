@@ -325,6 +325,7 @@ class ExpertParallel:
     def before(self, layer: MoE, x_TD: Tensor) -> None:
         """Called at the beginning of a layer's forward: measures costs at the first one."""
         self._gradients.look_for_ddp()
+        self._gradients.scale_experts(layer.experts.parameters())
         if layer.costs is None and self._needs_costs:
             experts = layer.experts
             _, width, dim = experts.gate_up.shape

@@ -11,7 +11,7 @@ from moetrain import hf
 from moetrain.common.errors import ConfigError
 from moetrain.distributed.mesh import ExpertGroup, Mesh
 from tests.hf import exact
-from tests.hf.families import build
+from tests.hf.families import build, config_of, make_class
 from tests.pool import Pool
 
 
@@ -132,3 +132,36 @@ def shard_the_rest(mesh: Mesh, name: str) -> float:
 
 def test_fsdp2_around_the_dense_part(pool: Pool) -> None:
     assert max(pool.run(shard_the_rest, 2, "qwen3_moe")) < 1e-5
+
+
+def train_from_meta(mesh: Mesh, name: str) -> list[dict[str, torch.Tensor]]:
+    """Gradients and weights of a model that is spread whole, and of one that is spread on the meta device."""
+    found = []
+    for on_meta in (False, True):
+        whole: Any = build(name)
+        if on_meta:
+            with torch.device("meta"):
+                model: Any = make_class(name)(config_of(name))
+        else:
+            model = build(name)
+        handle = hf.expert_parallel(model, mesh.ep, "home", reduction="mean")
+        if on_meta:
+            assert all(parameter.is_meta for parameter in model.parameters())
+            with pytest.raises(ConfigError, match="is on the meta device"):
+                handle.experts[0](torch.zeros(1, 64), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
+            model.to_empty(device="cpu")
+            model.init_weights()
+            handle.load_full_state_dict(whole.state_dict())
+            model.train()
+        ids = exact.batch()[2 * mesh.rank : 2 * mesh.rank + 2]
+        with handle.step():
+            exact.loss_of(model(input_ids=ids).logits, ids).backward()
+        handle.reduce_dense_gradients()
+        found.append({**handle.full_state_dict(), **{f"grad of {k}": v for k, v in handle.full_gradients().items()}})
+    return found
+
+
+def test_a_model_on_the_meta_device(pool: Pool) -> None:
+    for whole, meta in pool.run(train_from_meta, 2, "deepseek_v3"):
+        assert whole.keys() == meta.keys()
+        assert all(torch.equal(whole[key], meta[key]) for key in whole)
