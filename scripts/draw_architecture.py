@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 BANDS = (  # from the bottom to the top; what a band is called, its color, the packages in it
     ("foundation", "#d9e2ec", ("common", "launch", "distributed")),
     ("the MoE layer", "#cfe8d5", ("moe",)),
-    ("what a run is", "#fdebc8", ("config", "runs")),
+    ("what a run is", "#fdebc8", ("config", "simulate", "runs")),
     ("model, states, data", "#d6e4f7", ("models", "hf", "engine", "checkpoint", "data")),
-    ("around the loop", "#eadcf4", ("observe", "recovery")),
+    ("around the loop", "#eadcf4", ("observe", "recovery", "evals")),
     ("the loop", "#f9d5d3", ("training", "verify")),
-    ("tools", "#e8e8e8", ("report", "simulate", "bench", "doctor")),
+    ("tools", "#e8e8e8", ("report", "bench", "doctor")),
     ("command line", "#ffffff", ("cli",)),
 )
 COLORS = {package: color for _, color, packages in BANDS for package in packages}

@@ -40,6 +40,7 @@ LAYERS = (
     "data",
     "observe",
     "recovery",
+    "evals",
     "training",
     "verify",
     "report",

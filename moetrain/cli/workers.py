@@ -87,6 +87,9 @@ def _do(options: argparse.Namespace, settings: "Config", verb: str, mesh: "Mesh"
 
         tasks.train_run(settings, mesh, options.json, [write_of])
         return
+    if verb == "eval" and options.selection is not None:
+        tasks.answer_run(settings, mesh, options.json, options.selection)
+        return
     work = {
         "eval": tasks.evaluate_run,
         "generate": tasks.generate_run,

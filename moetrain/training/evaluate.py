@@ -1,18 +1,25 @@
-"""Held-out loss, for every domain and over all; what experts specialise in.
+"""Held-out loss, for every domain and over all; what experts specialise in; the answers to tasks.
 
 E experts of a layer, N experts of all layers, C domains.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
+from moetrain.common.console import errors
 from moetrain.config import Config
 from moetrain.data.held_out import held_out_windows
 from moetrain.data.loader import Corpus
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
+from moetrain.evals.answer import Answerer
+from moetrain.evals.requests import Encoder
+from moetrain.evals.results import Result, judge_choices, judge_texts
+from moetrain.evals.task import ChoiceTask, Task
 from moetrain.models.transformer import Transformer
 from moetrain.observe.collect import specialization
 from moetrain.observe.collect.health import max_vio
@@ -76,3 +83,39 @@ def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> 
         metrics[for_layer(EVAL_MAX_VIO, layer["name"])] = max_vio(counts_CE.sum(0)) if found else math.nan
     metrics[DOMAIN_MI] = float(np.mean([metrics[for_layer(LAYER_DOMAIN_MI, n["name"])] for n in layers]))
     return HeldOut(scores, metrics, layers)
+
+
+def answer_tasks(
+    model: Transformer,
+    corpus: Corpus,
+    config: Config,
+    mesh: Mesh,
+    tasks: Sequence[Task],
+    max_length: int | None = None,
+    show: bool = False,
+) -> list[Result]:
+    """Have the model answer `tasks` and return what the answers are worth, the same on every rank. All ranks call it.
+
+    `max_length`: tokens that the model reads at a time; None: `train.seq_len`. `show`: draw a bar on standard error.
+    """
+    most = max_length or config.train.seq_len
+    encoder = Encoder(corpus.tokenizer, corpus.end_of_text, most)
+    budget = config.micro_batch(mesh.world) * config.train.seq_len
+    found = []
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not show) as progress:
+        for task in tasks:
+            total = sum(len(q.texts) for q in task.questions) if isinstance(task, ChoiceTask) else len(task)
+            bar = progress.add_task(task.name, total=total)
+            answerer = Answerer(model, encoder, mesh, budget)
+
+            def advance(number: int, bar: TaskID = bar) -> None:
+                progress.update(bar, advance=number)
+
+            if isinstance(task, ChoiceTask):
+                metrics, answers = judge_choices(task, answerer.score(task, advance))
+            else:
+                metrics, answers = judge_texts(task, answerer.write(task, advance))
+            experts = dict(zip(config.model.pass_names, answerer.experts.collect(), strict=True))
+            found.append(Result(task.name, task.shots, task.primary, metrics, answers, experts, answerer.count_cut()))
+    return found

@@ -17,12 +17,14 @@ from moetrain.data.loader import Corpus, open_data, with_vocabulary
 from moetrain.distributed.comm import broadcast_text
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, precision, saved_costs
+from moetrain.evals import results
+from moetrain.evals.selection import Selection
 from moetrain.models.transformer import Transformer
 from moetrain.moe import calibrate
 from moetrain.observe.summary import NOT_EVALUATED
 from moetrain.runs import lock
 from moetrain.training.ending import AtEnd
-from moetrain.training.evaluate import evaluate
+from moetrain.training.evaluate import answer_tasks, evaluate
 from moetrain.training.generate import generate, prompts_of
 from moetrain.training.loop import train
 from moetrain.training.step import build
@@ -85,6 +87,28 @@ def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     for name, score in scores.items():
         found = f"{score.bits_per_byte:.3f} bits a byte, {score.loss:.3f} nats a token"
         console.print(f"{name:>12}  {found if score.num_bytes else NOT_EVALUATED}")
+
+
+def answer_run(config: Config, mesh: Mesh, as_json: bool, selection: Selection) -> None:
+    """Have the run's newest checkpoint answer tasks, keep the answers in the run's folder and print a table."""
+    model, corpus, saved = _restore(config, mesh)
+    tasks, shown = selection.read(), mesh.is_main and not as_json
+    found = answer_tasks(model, corpus, config, mesh, tasks, selection.max_length, shown)
+    if not mesh.is_main:
+        return
+    for result in found:
+        results.keep(runs.folder_of(config), saved, result)
+    if as_json:
+        print(json.dumps({"checkpoint": str(saved), "tasks": results.to_json(found)}))
+        return
+    console.print(str(saved), style="bold")
+    console.print(results.tabulate(found))
+    for result in found:
+        if result.num_cut:
+            console.print(
+                f"{result.name}: {result.num_cut} requests are longer than the model reads and lost their left part"
+            )
+    console.print(f"every answer is in {runs.folder_of(config) / results.FOLDER}")
 
 
 def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
