@@ -33,8 +33,8 @@ from moetrain.moe.layer import MoE
 from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning import PLANNERS
 from moetrain.moe.planning.plan import imbalance
-from moetrain.moe.routing import ROUTERS, Router
-from moetrain.moe.routing.balance import BalanceLoss
+from moetrain.moe.routing import ROUTERS
+from moetrain.moe.routing.balance import BalancedRouter, BalanceLoss
 from moetrain.observe.collect.meter import Part
 from moetrain.training.step import build, micro_batches, optimizer_step
 
@@ -149,7 +149,7 @@ def describe_plans(parts: Sequence[Part]) -> list[float]:
 
 
 def time_synchronization(
-    mesh: Mesh, options: BalanceOptions, routers: Sequence[Router], parts: Sequence[Part]
+    mesh: Mesh, options: BalanceOptions, routers: Sequence[BalancedRouter], parts: Sequence[Part]
 ) -> float:
     """Return the median milliseconds that the slowest rank takes to have the balance frequencies of the global batch,
     all-reduces and arithmetic, for all micro-steps of a step whose `parts` are given.

@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
-
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.loading import check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
@@ -15,6 +13,7 @@ from moetrain.common.extensions import OPTIMIZERS, state_names
 from moetrain.config import Config, ConfigError
 from moetrain.distributed.comm import broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
+from moetrain.models.base import LanguageModel
 
 
 class StartingPoint(NamedTuple):
@@ -23,7 +22,7 @@ class StartingPoint(NamedTuple):
 
 
 def agree_on_start(
-    config: Config, folder: Path, mesh: Mesh, model: nn.Module, data: Mapping[str, str]
+    config: Config, folder: Path, mesh: Mesh, model: LanguageModel, data: Mapping[str, str]
 ) -> StartingPoint:
     """What the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of bytes.
 
@@ -80,7 +79,7 @@ def _first_rank_checks(mesh: Mesh, check: Callable[[], object]) -> None:
         raise ConfigError(found)
 
 
-def _check_all(config: Config, path: Path, same_run: bool, model: nn.Module, data: Mapping[str, str]) -> None:
+def _check_all(config: Config, path: Path, same_run: bool, model: LanguageModel, data: Mapping[str, str]) -> None:
     check_fits(config, path, same_run)
     check_data(path, data, same_run)
     check_entries(path, model, state_names(OPTIMIZERS.options(config.optim.name)))

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.manifest import ManifestEntry
 from moetrain.config import ConfigError
 from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Engine, Entries, expected
+from moetrain.models.base import LanguageModel
 
 _DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -68,7 +69,7 @@ def mismatches(path: Path, names: Sequence[str]) -> list[str]:
     return []
 
 
-def check_entries(path: Path, model: nn.Module, states: tuple[str, ...] = MOMENTS) -> None:
+def check_entries(path: Path, model: LanguageModel, states: tuple[str, ...] = MOMENTS) -> None:
     """The checkpoint must have what the whole, unsharded `model` is made of, the optimizer's `states` included, and no
     more parameters.
 

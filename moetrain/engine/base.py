@@ -15,12 +15,10 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.distributed.norms import global_norm
 from moetrain.engine import precision
 from moetrain.engine.entries import MOMENTS, Entries
-from moetrain.models.transformer import Transformer
-from moetrain.moe.experts import Experts
-from moetrain.moe.kernels.api import KernelChoice, use_kernels
-from moetrain.moe.layer import LayerStats, MoE
+from moetrain.models.base import LanguageModel
+from moetrain.moe.kernels.api import KernelChoice
+from moetrain.moe.layer import LayerStats
 from moetrain.moe.planning.cost import Costs
-from moetrain.moe.routing.base import Replicated
 
 GUEST_PART = 8  # of a GPU's memory, one is for guests, where `engine.guest_memory_mib` does not say
 CPU_GUEST_BYTES = 1 << 30
@@ -30,15 +28,15 @@ class Engine(ABC):
     """Owns the model on this rank and its optimizer.
 
     Three kinds of parameters: dense; experts, whole ones on their home rank of `ep`; routers and what else is
-    `Replicated`: whole on every rank, kept and computed in fp32. Gradients are summed over ranks: the loss is divided
-    by the global batch before its backward.
+    `model.replicated()`: whole on every rank, kept and computed in fp32. Gradients are summed over ranks: the loss is
+    divided by the global batch before its backward.
     """
 
-    model: Transformer
+    model: LanguageModel
     optimizer: Any  # of torch: `param_groups` and `state`
     dtype: torch.dtype  # of computation
 
-    def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
+    def __init__(self, model: LanguageModel, mesh: Mesh, config: Config) -> None:
         self.model, self.mesh, self.clip = model, mesh, config.optim.clip
         self.dtype = precision.get_dtype(config)
         self._recompute = config.train.recompute == "full"
@@ -49,17 +47,17 @@ class Engine(ABC):
 
     def plan_with(self, costs: Costs) -> None:
         """What the planner decides with from now on, and which kernels compute."""
-        use_kernels(self.model, KernelChoice(left_to_torch=frozenset(costs.by_torch)))
+        self.model.use_kernels(KernelChoice(left_to_torch=frozenset(costs.by_torch)))
         again = 3 if self._recompute else 2  # forward, recompute, backward
-        for moe in moes(self.model):
-            moe.use_costs(replace(costs, lends=1 if moe.experts.residents.slots else again))
+        for layer in self.model.layers_of_experts:
+            layer.use_costs(replace(costs, lends=1 if layer.experts.residents.slots else again))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `last`: of this optimizer step's micro-steps, reduce them over the ranks."""
-        for moe in moes(self.model):
-            moe.step.begin_backward(is_last_micro_batch=last)
+        for layer in self.model.layers_of_experts:
+            layer.step.begin_backward(is_last_micro_batch=last)
         self._backward(loss, last)
-        learning = [p for p in replicated(self.model) if p.requires_grad]
+        learning = [p for p in self.model.replicated() if p.requires_grad]
         if last and learning:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
             flat = all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
@@ -76,8 +74,8 @@ class Engine(ABC):
             self._update(lr, self.clip / (norm + 1e-6) if self.clip and norm > self.clip else 1.0)
         else:
             self._forget()
-        for moe in moes(self.model):
-            moe.experts.residents.reset()  # weights have changed
+        for layer in self.model.layers_of_experts:
+            layer.experts.residents.reset()  # weights have changed
         return norm
 
     @abstractmethod
@@ -124,28 +122,16 @@ def guest_slots(config: Config, mesh: Mesh) -> int:
     return guest_bytes(config, mesh.device_bytes) // (guest * config.model.num_moe_layers)
 
 
-def moes(model: nn.Module) -> list[MoE]:
-    return [m for m in model.modules() if isinstance(m, MoE)]
-
-
-def replicated(model: nn.Module) -> list[nn.Parameter]:
-    """Of routers and what else is whole on every rank, in an order that is the same on all."""
-    return list(dict.fromkeys(p for m in model.modules() if isinstance(m, Replicated) for p in m.parameters()))
-
-
-def groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def groups(model: LanguageModel, weight_decay: float) -> list[dict]:
     """Parameter groups of an optimizer, one per `kind`, since kinds live on different ranks: dense, expert, replicated.
 
-    Matrices decay; norms and embeddings do not. Frozen parameters are in none.
+    Matrices decay; norms, biases and embeddings do not. Frozen parameters are in none.
     """
-    whole = set(replicated(model))
-    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    whole, experts, spared = set(model.replicated()), model.expert_parameters(), model.undecayed()
     found: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in (p for p in model.parameters() if p.requires_grad):
         kind = "replicated" if parameter in whole else "expert" if parameter in experts else "dense"
-        decays = parameter.ndim > 1 and parameter not in embeddings
-        found.setdefault((kind, decays), []).append(parameter)
+        found.setdefault((kind, parameter not in spared), []).append(parameter)
     decay = {True: weight_decay, False: 0.0}
     return [{"params": p, "kind": k, "weight_decay": decay[d]} for (k, d), p in sorted(found.items())]
 

@@ -29,28 +29,24 @@ with warnings.catch_warnings():
 from moetrain.config import Config, DeepSpeed
 from moetrain.config.deepspeed import make_settings
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine.base import Engine, adam_state, groups, guest_slots, moes, replicated
+from moetrain.engine.base import Engine, adam_state, groups, guest_slots
 from moetrain.engine.entries import MODEL, MOMENTS, Entries, Held, held, of_model
-from moetrain.models.initialise import drawn, initialise
-from moetrain.models.transformer import Transformer
-from moetrain.moe.experts import Experts
+from moetrain.models.base import LanguageModel
+from moetrain.models.initialise import initialise
 from moetrain.moe.layer import LayerStats
 
 
 class DeepSpeedEngine(Engine):
     """Owns the model and DeepSpeed's engine around it. `model` comes in on the meta device."""
 
-    def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
+    def __init__(self, model: LanguageModel, mesh: Mesh, config: Config) -> None:
         super().__init__(model, mesh, config)
         options = config.engine
         assert isinstance(options, DeepSpeed)
-        for moe in moes(model):
-            moe.experts.shard(
-                mesh.ep, guest_slots(config, mesh), options.max_rows, config.train.recompute != "selective"
-            )
+        keep_hidden = config.train.recompute != "selective"
+        model.shard_experts(mesh.ep, guest_slots(config, mesh), options.max_rows, keep_hidden)
         model.to_empty(device=mesh.device)
-        if model.options.tied_embeddings:
-            model.head.weight = model.embed.weight  # moving from the meta device made two of them
+        model.tie_weights()
         initialise(model, config.train.seed)
         adam: dict[str, Any] = {
             "lr": config.optim.lr,
@@ -58,9 +54,9 @@ class DeepSpeedEngine(Engine):
             "eps": config.optim.eps,
             "fused": True,
         }
-        for parameter in (p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()):
+        for parameter in model.expert_parameters():
             parameter.allreduce, parameter.group_name = False, _group_name(mesh)  # type: ignore[attr-defined]
-        self._own = dict.fromkeys(replicated(model))  # in an order that is the same on every rank
+        self._own = dict.fromkeys(model.replicated())  # in an order that is the same on every rank
         kinds = groups(model, config.optim.weight_decay)
         own = [g for g in kinds if g["kind"] == "replicated"]
         self._own_adam = torch.optim.AdamW(own or [{"params": []}], **adam)
@@ -82,7 +78,8 @@ class DeepSpeedEngine(Engine):
             for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
                 self._masters |= dict(zip(low, high, strict=True))
         if self.dtype == torch.bfloat16:  # masters are made of rounded weights
-            for parameter, value in drawn(model, config.train.seed):
+            for parameter, read in model.initial_values(config.train.seed):
+                value = read(slice(0, len(parameter)))
                 for part in self._kinds(False, parameter).values():
                     part.values.copy_(value.flatten()[part.begin : part.begin + len(part.values)])
 
@@ -158,12 +155,12 @@ class DeepSpeedEngine(Engine):
 class _Seen(MoE):
     """What DeepSpeed sees: a model with experts, without routers, which stay fp32 and replicated."""
 
-    def __init__(self, model: Transformer, mesh: Mesh) -> None:
+    def __init__(self, model: LanguageModel, mesh: Mesh) -> None:
         nn.Module.__init__(self)
         self.model = model
-        self.num_experts = model.options.num_experts
+        self.num_experts = model.routers[0].num_experts
         self._ep = mesh.ep.size
-        self._hidden = set(replicated(model))
+        self._hidden = set(model.replicated())
 
     def forward(self, *args: Any) -> tuple[Tensor, list[LayerStats]]:
         return self.model(*args)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moetrain.moe.experts import Experts
+from moetrain.models.base import LanguageModel
 
 MODEL = "model"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -71,18 +71,18 @@ def held(tensor: Tensor) -> Held:
     return Held(tuple(tensor.shape), min(rows, tensor.shape[0]) * row, local.view(-1))
 
 
-def of_model(model: nn.Module, kinds: Callable[[nn.Parameter], Mapping[str, Held]]) -> Entries:
+def of_model(model: LanguageModel, kinds: Callable[[nn.Parameter], Mapping[str, Held]]) -> Entries:
     """Entries of `model`: `kinds(parameter)` gives what there is of a parameter, as this rank's module has it.
 
     The first dimension of an expert parameter counts the experts whose home is this rank.
     """
-    experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    experts = model.find_experts()
     out: Entries = {}
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
         for kind, part in kinds(parameter).items():
             if owner in experts:
-                numbers = experts[owner].own_experts()
+                numbers = experts[owner][1].own_experts()
                 out |= {f"{kind}/{owner}.{e}.{last}": one for e, one in _by_expert(numbers, part)}
             else:
                 out[f"{kind}/{name}"] = part
@@ -90,7 +90,7 @@ def of_model(model: nn.Module, kinds: Callable[[nn.Parameter], Mapping[str, Held
     return out | {f"{MODEL}/{name}": held(buffer) for name, buffer in model.named_buffers() if name in kept}
 
 
-def expected(model: nn.Module, states: tuple[str, ...] = MOMENTS) -> dict[str, tuple[int, ...]]:
+def expected(model: LanguageModel, states: tuple[str, ...] = MOMENTS) -> dict[str, tuple[int, ...]]:
     """Name and shape of every entry of a whole, unsharded model and the optimizer's `states`."""
     entries = of_model(model, lambda parameter: dict.fromkeys((MODEL, *states), held(parameter)))
     return {name: part.shape for name, part in entries.items()}

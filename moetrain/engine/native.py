@@ -4,7 +4,7 @@ registered optimizer.
 Three kinds of parameters:
 - dense: sharded over dp_shard (replicated over dp_replicate), gathered when used;
 - experts: whole experts on their home rank of `ep`, sharded over the ranks that hold the same ones;
-- routers and what else is small (`Replicated`): whole on every rank, kept and computed in fp32.
+- routers and what else is small (`model.replicated()`): whole on every rank, kept and computed in fp32.
 
 Gradients are summed over ranks: the loss is divided by the global batch before its backward, nothing is averaged.
 Master weights are fp32; under bf16, FSDP2 casts what it gathers and reduces in fp32. With `engine.offload` they,
@@ -31,26 +31,25 @@ from torch.distributed.tensor import DTensor
 from moetrain.config import Config, Native
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
-from moetrain.engine.base import Engine, groups, guest_slots, replicated
+from moetrain.engine.base import Engine, groups, guest_slots
 from moetrain.engine.entries import MODEL, Entries, Held, held, of_model
 from moetrain.engine.optim import AdamW, local
 from moetrain.engine.registered import RegisteredStates, make_registered
+from moetrain.models.base import LanguageModel
 from moetrain.models.initialise import initialise
-from moetrain.models.transformer import Block, Transformer
-from moetrain.moe.routing.base import Replicated
 
 
 class NativeEngine(Engine):
     """Owns the sharded model and its optimizer. `model` comes in on the meta device."""
 
-    def __init__(self, model: Transformer, mesh: Mesh, config: Config) -> None:
+    def __init__(self, model: LanguageModel, mesh: Mesh, config: Config) -> None:
         super().__init__(model, mesh, config)
         options = _options(config)
         shard(model, mesh, config)
         if _on_host(mesh, options):
             model.to_empty(device="cpu")
-            for module in (m for m in model.modules() if isinstance(m, Replicated)):
-                module.to(mesh.device)  # FSDP moves all others to where they are used
+            for parameter in model.replicated():
+                parameter.data = parameter.data.to(mesh.device)  # FSDP moves all others to where they are used
         else:
             model.to_empty(device=mesh.device)
         initialise(model, config.train.seed)
@@ -103,7 +102,7 @@ class NativeEngine(Engine):
                 yield local(parameter.grad), copies
 
 
-def shard(model: Transformer, mesh: Mesh, config: Config) -> None:
+def shard(model: LanguageModel, mesh: Mesh, config: Config) -> None:
     """Spread `model`, on whatever device it is, over the ranks; without values yet where that is the meta device."""
     options = _options(config)
     policy = MixedPrecisionPolicy(
@@ -114,14 +113,14 @@ def shard(model: Transformer, mesh: Mesh, config: Config) -> None:
     offload = CPUOffloadPolicy() if _on_host(mesh, options) else OffloadPolicy()
     reshard = options.reshard_after_forward
     common = {"mp_policy": policy, "offload_policy": offload}
-    dense = {"mesh": mesh.dense, "ignored_params": set(replicated(model)), **common}
+    dense = {"mesh": mesh.dense, "ignored_params": set(model.replicated()), **common}
     keep_hidden = config.train.recompute != "selective"
-    for block in model.layers:
-        if (moe := cast(Block, block).moe) is not None:
-            moe.experts.shard(mesh.ep, guest_slots(config, mesh), options.max_rows, keep_hidden)
-            for parameter in moe.experts.parameters():
-                parameter.requires_grad_(len(parameter) > 0)  # no home here: FSDP cannot reduce an empty gradient
-            _sharded(moe.experts, mesh=mesh.expert_data, reshard_after_forward=reshard, **common)
+    model.shard_experts(mesh.ep, guest_slots(config, mesh), options.max_rows, keep_hidden)
+    for parameter in model.expert_parameters():
+        parameter.requires_grad_(parameter.requires_grad and len(parameter) > 0)  # FSDP cannot reduce an empty gradient
+    for module, _ in model.find_experts().values():
+        _sharded(module, mesh=mesh.expert_data, reshard_after_forward=reshard, **common)
+    for block in model.blocks:
         _sharded(block, reshard_after_forward=reshard, **dense)
     _sharded(model, reshard_after_forward=False, **dense)
     register_fsdp_forward_method(model, "count")

@@ -35,7 +35,8 @@ from moetrain.moe.options import PLANNERS
 from moetrain.moe.passes import DispatchTokens, ExpertsCombine
 from moetrain.moe.planning import default_home
 from moetrain.moe.planning.cost import Costs, Limits, State
-from moetrain.moe.planning.plan import Ints, Plan
+from moetrain.moe.planning.eplb import remember
+from moetrain.moe.planning.plan import Floats, Ints, Plan
 from moetrain.moe.routing.base import Routing
 
 NAME = "moetrain"  # in ALL_EXPERTS_FUNCTIONS
@@ -46,8 +47,12 @@ class Decision:
     """What is decided for the tokens of one pass, and replayed under recompute."""
 
     plan: Plan
+    index_TK: Tensor  # int64: the experts that were chosen; num_experts stands for none
+    counts_E: Tensor  # int64: selections here
     rows_N: Tensor | None  # which selections are rows; None: all
     most_per_token: int  # rows of a token, on any rank
+    num_lent: int  # copies of experts that the forward sends, in the whole group
+    clock: Clock
 
 
 class Watcher(Protocol):
@@ -73,7 +78,7 @@ class SpreadExperts(KernelUser):
 
         `name`: of the module. Raises `ConfigError` where the module or the planner is none that is covered.
         """
-        self.name, self.module, self.ep, self.costs = name, module, group, costs
+        self.name, self.module, self.costs = name, module, costs
         self.regions: Sequence[nn.Module] = ()  # the modules around it, one of which may be recomputed
         self.watcher: Watcher | None = None
         self.router: FamilyRouter | None = None  # where its scores are wanted
@@ -81,11 +86,25 @@ class SpreadExperts(KernelUser):
         self.layout = ExpertsLayout.read(name, module)
         self.num_experts: int = module.num_experts
         self.is_fused = self.layout.is_swiglu  # else: the path of any family
-        self.residents, self.step = ResidentGuests.empty(0, group.size, self.num_experts), StepContext()
-        for key in self.layout.names:
-            whole = getattr(module, key)
+        self.step = StepContext()
+        self.has_no_tokens = False  # whether the tokens of this pass are there for the other ranks' sake alone
+        self._past_E: Floats | None = None  # [E] rows of the group in training so far, the later the heavier
+        self.shard(group)
+
+    def shard(
+        self, ep: ExpertGroup, guest_slots: int = 0, max_rows: int | None = None, keep_hidden: bool = True
+    ) -> None:
+        """Keep the experts whose home is `ep.rank`, of all of them; on the meta device, too.
+
+        `guest_slots`: guests that stay here until the last backward of an optimizer step; `max_rows`: rows computed at
+        a time; `keep_hidden`: whether rows and hidden activations stay for the backward, or just the tokens that came.
+        """
+        self.ep, self.max_rows, self.keep_hidden = ep, max_rows, keep_hidden
+        self.residents = ResidentGuests.empty(guest_slots, ep.size, self.num_experts)
+        for key in self.layout.names if ep.size > 1 else ():
+            whole = getattr(self.module, key)
             own = nn.Parameter(whole.detach()[self.own_experts()].clone(), requires_grad=whole.requires_grad)
-            setattr(module, key, own)
+            setattr(self.module, key, own)
 
     def plan_with(self, planner: str, options: Options | Mapping[str, Any] | None = None) -> None:
         """Choose the planner by its name and options. Raises `ConfigError` where there is no such one."""
@@ -114,6 +133,11 @@ class SpreadExperts(KernelUser):
     def own_experts(self) -> list[int]:
         """Global numbers of the experts kept here, in the order of their slots."""
         return (self.home == self.ep.rank).nonzero()[0].tolist()
+
+    @property
+    def limits(self) -> Limits:
+        """What a planner is to keep within; one guest may always pass."""
+        return Limits(rows=self.max_rows, guests=max(self.residents.slots, 1))
 
     def parameters(self) -> list[nn.Parameter]:
         """The tensors that hold one entry an expert."""
@@ -147,7 +171,7 @@ class SpreadExperts(KernelUser):
         if self.watcher is not None:
             self.watcher.before_experts(self, hidden_TD, index_TK.shape[1])
         decision: Decision = decide_once(lambda: self.decide(index_TK))
-        routing = _routing(index_TK, weight_TK)
+        routing = _routing(decision.index_TK, weight_TK)
         if decision.rows_N is not None:
             routing = routing.take(decision.rows_N)
         dtype = _compute_dtype(hidden_TD, self.gate_up)
@@ -162,6 +186,7 @@ class SpreadExperts(KernelUser):
             else:
                 norm = list(self.layout.norm.parameters()) if self.layout.norm else []
                 y_TD = GroupedExperts.apply(ticket, context, self.layout, *weights, *norm)
+        decision.clock.stop()  # what a recompute does is not counted again
         return y_TD.to(hidden_TD.dtype)
 
     def _start(self, x_TD: Tensor, routing: Routing, decision: Decision, weights: list[Tensor]) -> LayerContext:
@@ -169,9 +194,12 @@ class SpreadExperts(KernelUser):
         is_wide = all(size % 32 == 0 for w in weights[:2] for size in w.shape[1:])  # kernels of our own need it
         kernels = self.kernel_choice.choose(x_TD.device, x_TD.dtype, weights[:2] if is_wide else ())
         first = int(np.searchsorted(self.home, self.ep.rank))
-        plan = decision.plan
-        loan = GuestLoan(weights, first, plan, self.residents, self.ep)
-        tables = DispatchTables.build(routing, plan, self.ep, kernels, len(x_TD), decision.most_per_token)
+        plan, clock = decision.plan, decision.clock
+        with clock.phase("lend"):
+            loan = GuestLoan(weights, first, plan, self.residents, self.ep)
+        with clock.phase("dispatch"):
+            tables = DispatchTables.build(routing, plan, self.ep, kernels, len(x_TD), decision.most_per_token)
+        clock.sent_bytes = sum(tables.copies_out) * x_TD.shape[1] * x_TD.element_size()
         context = LayerContext(
             ep=self.ep,
             home=self.home,
@@ -181,9 +209,9 @@ class SpreadExperts(KernelUser):
             kernels=kernels,
             residents=self.residents,
             step=self.step,
-            clock=Clock(x_TD.device, self.step.observer),
-            max_rows=None,
-            keep_hidden=True,
+            clock=clock,
+            max_rows=self.max_rows,
+            keep_hidden=self.keep_hidden,
         )
         context.loan.put(loan)
         return context
@@ -201,24 +229,28 @@ class SpreadExperts(KernelUser):
 
     def decide(self, index_TK: Tensor) -> Decision:
         """Count the selections of all ranks, and plan. The layer's one wait of the host for the device."""
-        expert_N, num_experts = index_TK.flatten(), self.num_experts
-        is_row_TK = index_TK < num_experts  # some families name an expert beyond the last where a token has none
-        most = is_row_TK.sum(1).max() if len(index_TK) else expert_N.new_zeros(())
-        facts = torch.cat([count_selections(index_TK, num_experts), most[None]])
-        gathered = all_gather(facts, self.ep.rows).cpu().numpy()
-        counts_RE: Ints = gathered[:, :-1]
-        num_rows = int(counts_RE[self.ep.rank].sum())
-        rows_N = None if num_rows == len(expert_N) else find_true(is_row_TK.flatten(), num_rows)
-        plan = self.planner(
-            counts_RE,
-            self.home,
-            self.costs,
-            Limits(guests=max(self.residents.slots, 1)),
-            State(self.residents.keeps_RE, None),
-        )
-        if torch.is_grad_enabled():
-            self.residents.admit(plan)
-        decision = Decision(plan, rows_N, int(gathered[:, -1].max()))
+        num_experts, clock = self.num_experts, Clock(index_TK.device, self.step.observer)
+        with clock.phase("route"):
+            if self.has_no_tokens:
+                index_TK = torch.full_like(index_TK, num_experts)
+            is_row_TK = index_TK < num_experts  # some families name an expert beyond the last where a token has none
+            expert_N, counts_E = index_TK.flatten(), count_selections(index_TK, num_experts)
+            most = is_row_TK.sum(1).max() if len(index_TK) else expert_N.new_zeros(())
+            facts = torch.cat([counts_E, most[None]])
+            with clock.phase("wait_counts"):
+                gathered = all_gather(facts, self.ep.rows).cpu().numpy()
+        with clock.phase("plan"):
+            counts_RE: Ints = gathered[:, :-1]
+            num_rows = int(counts_RE[self.ep.rank].sum())
+            rows_N = None if num_rows == len(expert_N) else find_true(is_row_TK.flatten(), num_rows)
+            state = State(self.residents.keeps_RE, self._past_E)
+            plan = self.planner(counts_RE, self.home, self.costs, self.limits, state)
+            num_lent = len(self.residents.list_missing(plan))
+            if torch.is_grad_enabled():
+                self.residents.admit(plan)
+                self._past_E = remember(self._past_E, counts_RE)
+        most_per_token = int(gathered[:, -1].max())
+        decision = Decision(plan, index_TK, counts_E, rows_N, most_per_token, num_lent, clock)
         if self.watcher is not None:
             self.watcher.after_decision(self, decision)
         return decision

@@ -5,65 +5,73 @@ Experts are drawn one by one, by their global number, so that a rank draws only 
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from moetrain.models.transformer import Transformer
-from moetrain.moe.experts import Experts
-from moetrain.moe.routing.base import Replicated
+from moetrain.models.base import LanguageModel, ReadRows
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
-    """Fill all parameters in place with what `drawn` gives. Buffers become zero."""
-    for parameter, value in drawn(model, seed):
-        _copy(parameter, value)
-    for buffer in model.buffers():
-        buffer.zero_()
-
-
-def drawn(model: Transformer, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(parameter, its initial fp32 value) of all: normal(0, init_std), / sqrt(2 · layers) where they write to the
-    residual stream; routers may have a standard deviation of their own. The value is whole; of experts, those whose
-    home is this rank."""
-    std = model.options.init_std
-    small = std / math.sqrt(2 * model.options.num_layers)
-    own_std = {
-        f"{owner}.{name}": module.init_std
-        for owner, module in model.named_modules()
-        if isinstance(module, Replicated) and module.init_std is not None
-        for name, _ in module.named_parameters()
-    }
-    experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    for name, parameter in model.named_parameters():
-        owner, _, last = name.rpartition(".")
-        scale = own_std.get(name, small if last == "down" or owner.endswith((".o", ".down")) else std)
-        if parameter.ndim == 1:
-            value = torch.ones(parameter.shape)
-        elif owner in experts:
-            own = experts[owner].own_experts()
-            shape = parameter.shape[1:]
-            value = torch.empty(parameter.shape)
-            for slot, expert in enumerate(own):
-                value[slot] = _draw(shape, scale, seed, f"{name}.{expert}")
+def initialise(model: LanguageModel, seed: int) -> None:
+    """Fill all buffers, and all parameters with the rows of `model.initial_values(seed)` that are here."""
+    model.initialise_buffers()
+    for parameter, read in model.initial_values(seed):
+        if isinstance(parameter, DTensor):
+            local, rows = parameter.to_local(), find_rows(parameter)
+            local[: rows.stop - rows.start].copy_(read(rows))
         else:
-            value = _draw(parameter.shape, scale, seed, name)
-        yield parameter, value
+            parameter.copy_(read(slice(0, math.prod(parameter.shape[:1]))))
+
+
+def find_rows(parameter: DTensor) -> slice:
+    """Return the rows that this rank holds of a parameter that is cut along its first dimension, by the mesh's last
+    axis."""
+    mesh, total = parameter.device_mesh, parameter.shape[0]
+    each = -(-total // mesh.size(-1))
+    begin = min(each * mesh.get_local_rank(-1), total)
+    return slice(begin, min(begin + each, total))
+
+
+def draw_values(
+    model: LanguageModel, seed: int, std_of: Callable[[str], float]
+) -> Iterator[tuple[nn.Parameter, ReadRows]]:
+    """Yield each parameter with its fp32 values: normal(0, `std_of(name)`), or ones where it has one dimension."""
+    experts = model.find_experts()
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if parameter.ndim == 1:
+            yield parameter, partial(_read_ones, parameter.shape)
+        elif owner in experts:
+            own = experts[owner][1].own_experts()
+            yield parameter, partial(read_experts, parameter.shape[1:], std_of(name), seed, name, own)
+        else:
+            yield parameter, partial(read_drawn, parameter.shape, std_of(name), seed, name)
+
+
+def read_drawn(shape: torch.Size, std: float, seed: int, name: str, rows: slice) -> Tensor:
+    """Return some rows of a tensor that is drawn as a whole, by its name."""
+    return _draw(shape, std, seed, name)[rows]
+
+
+def read_experts(shape: torch.Size, std: float, seed: int, name: str, own: list[int], rows: slice) -> Tensor:
+    """Return some slots of a tensor that has an entry of `shape` for each of the experts `own`, drawn by its number."""
+    drawn = [_draw(shape, std, seed, f"{name}.{expert}") for expert in own[rows]]
+    return torch.stack(drawn) if drawn else torch.empty(0, *shape)
+
+
+def _read_ones(shape: torch.Size, rows: slice) -> Tensor:
+    return torch.ones(shape)[rows]
+
+
+def make_generator(seed: int, name: str) -> torch.Generator:
+    """Return a generator that the seed and a parameter's name decide."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _draw(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.randn(shape, generator=generator) * std
-
-
-def _copy(parameter: nn.Parameter, value: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        value = value.to(parameter.device)
-        whole = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(whole.to_local())
-    else:
-        parameter.copy_(value)
+    return torch.randn(shape, generator=make_generator(seed, name)) * std

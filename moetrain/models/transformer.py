@@ -5,6 +5,7 @@ Cut so that its parameters map one to one onto Qwen3-MoE and OLMoE of Hugging Fa
 B sequences, L positions, T = B·L tokens, D model width, A heads, G key/value heads, C head width.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,11 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from moetrain import config
 from moetrain.config.core_options import planner_options, router_options, zero_compute_options
 from moetrain.config.schedules import spread
+from moetrain.models.base import LanguageModel, ReadRows, SpreadableExperts
 from moetrain.models.cross_entropy import linear_cross_entropy
+from moetrain.models.initialise import draw_values
 from moetrain.models.linear import Linear
+from moetrain.moe.experts import Experts
 from moetrain.moe.kernels import cpu_attention
 from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.routing import ROUTERS, Choice, Place, Router
+from moetrain.moe.routing.base import Replicated
 
 Run = Callable[..., Any]  # run(function, *args) calls it, perhaps recomputing it in the backward
 
@@ -199,7 +204,9 @@ class Block(nn.Module):
         return flat_TD, *self.moe.route(flat_TD, carry, place, turn)
 
 
-class Transformer(nn.Module):
+class Transformer(LanguageModel):
+    """The model of our presets."""
+
     def __init__(self, m: config.Model, router: config.Router, planner: config.Planner, recompute: str = "none"):
         super().__init__()
         assert m.vocab_size is not None
@@ -213,8 +220,7 @@ class Transformer(nn.Module):
         self.shared_router = ROUTERS[router.name].shared(router_options(router))
         self.norm = RMSNorm(m.dim, m.norm_eps)
         self.head = Linear(m.dim, m.vocab_size)
-        if m.tied_embeddings:
-            self.head.weight = self.embed.weight
+        self.tie_weights()
         self.run = RECOMPUTE[recompute]
 
     def compile_dense(self) -> None:
@@ -224,15 +230,58 @@ class Transformer(nn.Module):
                 module.compile()
 
     @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    @property
     def routers(self) -> list[Router]:
-        """In the order of the statistics."""
         return [router for moe in self.modules() if isinstance(moe, MoE) for router in moe.routers]
 
     def freeze_routers(self) -> None:
-        """Leave the weights of all routers, and what they share, out of training."""
         for module in (*self.routers, self.shared_router):
             if module is not None:
                 module.requires_grad_(False)
+
+    def find_layers(self) -> Iterator[tuple[int, MoE]]:
+        for number, block in enumerate(self.layers):
+            yield from ((number, module) for module in block.modules() if isinstance(module, MoE))
+
+    def find_experts(self) -> dict[str, tuple[nn.Module, SpreadableExperts]]:
+        return {name: (module, module) for name, module in self.named_modules() if isinstance(module, Experts)}
+
+    def replicated(self) -> list[nn.Parameter]:
+        return list(dict.fromkeys(p for m in self.modules() if isinstance(m, Replicated) for p in m.parameters()))
+
+    def undecayed(self) -> set[nn.Parameter]:
+        """Norms and embeddings."""
+        embeddings = {p for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return embeddings | {p for p in self.parameters() if p.ndim <= 1}
+
+    def initial_values(self, seed: int) -> Iterator[tuple[nn.Parameter, ReadRows]]:
+        """normal(0, init_std), / sqrt(2 · layers) where they write to the residual stream; routers may have a standard
+        deviation of their own."""
+        std = self.options.init_std
+        small = std / math.sqrt(2 * self.options.num_layers)
+        own_std = {
+            f"{owner}.{name}": module.init_std
+            for owner, module in self.named_modules()
+            if isinstance(module, Replicated) and module.init_std is not None
+            for name, _ in module.named_parameters()
+        }
+
+        def std_of(name: str) -> float:
+            owner, _, last = name.rpartition(".")
+            return own_std.get(name, small if last == "down" or owner.endswith((".o", ".down")) else std)
+
+        return draw_values(self, seed, std_of)
+
+    def initialise_buffers(self) -> None:
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def tie_weights(self) -> None:
+        if self.options.tied_embeddings:
+            self.head.weight = self.embed.weight
 
     def forward(
         self,
@@ -243,14 +292,6 @@ class Transformer(nn.Module):
         sample: Tensor | None = None,
         choices: Sequence[Choice] | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
-        """[B, L] int64 -> -log p of `targets` [B, L] fp32, or logits [B, L, V] without targets; and statistics.
-
-        `document` [B, L] int: positions attend within equal numbers only, and those below zero are padding, which goes
-        to no expert and counts in no statistic; None: causal over everything, no padding. `domain`
-        [B, L] and `sample` [B] int64: for routers that look at a token's domain or its sequence's global number.
-        `choices`: earlier ones, to be replayed. The statistics are those of every pass through every MoE layer, in
-        order.
-        """
         x, stats = self._hidden(tokens, document, domain, sample, choices or ())
         if targets is None:
             return self.head(x), stats
@@ -260,7 +301,6 @@ class Transformer(nn.Module):
     def count(
         self, tokens: Tensor, document: Tensor | None, domain: Tensor | None, sample: Tensor | None
     ) -> list[LayerStats]:
-        """A forward for the sake of its statistics alone."""
         return self._hidden(tokens, document, domain, sample, ())[1]
 
     def _hidden(
@@ -287,6 +327,5 @@ class Transformer(nn.Module):
         return self.norm(x), stats
 
     def at_step(self, step: int, train: config.Train) -> None:
-        """Bring the routers' schedules to where `step` optimizer steps are done."""
         for router in self.routers:
             router.at_step(step, train.steps, train.seed)

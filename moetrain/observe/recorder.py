@@ -13,8 +13,7 @@ from typing import Any
 from moetrain.common.console import console
 from moetrain.config import Config
 from moetrain.distributed.mesh import Mesh
-from moetrain.models.transformer import Transformer
-from moetrain.moe.layer import MoE
+from moetrain.models.base import LanguageModel
 from moetrain.moe.planning.cost import default_costs
 from moetrain.observe.collect import specialization
 from moetrain.observe.collect.alerts import Alerts
@@ -41,12 +40,12 @@ class Recorder:
         folder: Path,
         first: int,
         domains: Sequence[str],
-        model: Transformer,
+        model: LanguageModel,
     ) -> None:
         """`model` as it is about to be trained: its layers know the costs and limits that are planned with."""
         track, mine = config.track, folder if mesh.is_main else None
         self._config, self._folder, self._domains, self._routers = config, mine, domains, model.routers
-        layer = next(module for module in model.modules() if isinstance(module, MoE))
+        layer = model.layers_of_experts[0]
         costs = layer.costs or default_costs()
         self._meter = Meter(config, mesh, domains, costs)
         self._tracker = Tracker(sinks(config, folder, first) if mesh.is_main else [])

@@ -22,8 +22,7 @@ from moetrain.engine import Engine
 from moetrain.engine.saved_costs import COSTS
 from moetrain.launch import signals
 from moetrain.launch.heartbeat import Heartbeat
-from moetrain.models.transformer import Transformer
-from moetrain.moe.layer import MoE
+from moetrain.models.base import LanguageModel
 from moetrain.recovery import memory, restore
 from moetrain.recovery.guard import Guard
 from moetrain.recovery.snapshots import Snapshots
@@ -88,11 +87,10 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
-    def _follow_layers(self, model: Transformer) -> None:
+    def _follow_layers(self, model: LanguageModel) -> None:
         """Have every MoE layer tell the heartbeat in which phase it is."""
-        for number, layer in enumerate(model.layers):
-            for moe in (module for module in layer.modules() if isinstance(module, MoE)):
-                moe.step.observe(partial(self._heartbeat.mark_phase, number))
+        for number, layer in model.find_layers():
+            layer.step.observe(partial(self._heartbeat.mark_phase, number))
 
     def begin(self, step: int) -> None:
         self._heartbeat.begin_step(step)

@@ -12,7 +12,7 @@ from moetrain.data.loader import Corpus, Samples, open_data, with_vocabulary
 from moetrain.distributed.comm import barrier, broadcast_text
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
-from moetrain.models.transformer import Transformer
+from moetrain.models.base import LanguageModel
 from moetrain.observe import summary
 from moetrain.observe.estimate import Estimate, estimate
 from moetrain.observe.layout import describe
@@ -28,7 +28,7 @@ class Beginning(NamedTuple):
     folder: Path
     corpus: Corpus
     loader: Samples
-    model: Transformer  # without memory
+    model: LanguageModel  # without memory
     saved: Path | None  # the checkpoint to go on from, on the disk or in memory
     first: int  # steps done
     position: int  # global samples seen

@@ -15,10 +15,9 @@ from moetrain.common.console import console
 from moetrain.config import Config, ConfigError, Native, resolve_layout
 from moetrain.distributed import mesh
 from moetrain.engine import native, precision
-from moetrain.engine.base import guest_bytes, replicated
+from moetrain.engine.base import guest_bytes
 from moetrain.engine.optim import local
-from moetrain.models.transformer import Transformer
-from moetrain.moe.experts import Experts
+from moetrain.models.base import LanguageModel
 from moetrain.observe.estimate import GIB, Estimate, estimate, short
 from moetrain.training.step import build
 
@@ -101,10 +100,9 @@ def _would_fit(config: Config, world: int, device_bytes: int, changes: list[dict
     return needed_bytes(config, world, device_bytes) <= device_bytes
 
 
-def _count(model: Transformer) -> Iterator[tuple[str, int]]:
+def _count(model: LanguageModel) -> Iterator[tuple[str, int]]:
     """Parameters of each kind, as far as this rank holds them."""
-    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-    routers = set(replicated(model))
+    experts, routers = model.expert_parameters(), set(model.replicated())
     numbers = {"dense": 0, "experts": 0, "routers": 0}
     for parameter in model.parameters():
         kind = "experts" if parameter in experts else "routers" if parameter in routers else "dense"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moetrain.distributed.mesh import Mesh
-from moetrain.models.transformer import Transformer
+from moetrain.models.base import LanguageModel
 from moetrain.observe import picture, summary
 from moetrain.observe.recorder import Recorder
 from moetrain.observe.scores import HeldOut
@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
     texts: list[dict[str, str]]  # title, prompt and text
 
 
-def judge(run: Beginning, model: Transformer, mesh: Mesh, recorder: Recorder) -> Verdict:
+def judge(run: Beginning, model: LanguageModel, mesh: Mesh, recorder: Recorder) -> Verdict:
     """Evaluate the held-out text and have the model continue a prompt of every domain. All ranks call it."""
     run.logger.print("evaluating held-out text, generating samples, drawing pictures", style="dim")
     config, corpus = run.config, run.corpus

@@ -20,7 +20,7 @@ from moetrain.evals.answer import Answerer
 from moetrain.evals.requests import Encoder
 from moetrain.evals.results import Result, judge_choices, judge_texts
 from moetrain.evals.task import ChoiceTask, Task
-from moetrain.models.transformer import Transformer
+from moetrain.models.base import LanguageModel
 from moetrain.observe.collect import specialization
 from moetrain.observe.collect.health import max_vio
 from moetrain.observe.metrics import (
@@ -39,7 +39,7 @@ from moetrain.observe.scores import HeldOut, Score
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> HeldOut:
+def evaluate(model: LanguageModel, corpus: Corpus, config: Config, mesh: Mesh) -> HeldOut:
     """All ranks call it, and call the model equally often. Losses are means over the tokens to be predicted."""
     device, size = mesh.device, config.micro_batch(mesh.world)
     sizes = [router.num_experts for router in model.routers]
@@ -86,7 +86,7 @@ def evaluate(model: Transformer, corpus: Corpus, config: Config, mesh: Mesh) -> 
 
 
 def answer_tasks(
-    model: Transformer,
+    model: LanguageModel,
     corpus: Corpus,
     config: Config,
     mesh: Mesh,

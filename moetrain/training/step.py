@@ -14,6 +14,7 @@ from moetrain.data.loader import Corpus, Samples, Sequences
 from moetrain.distributed.comm import all_reduce_sum, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine
+from moetrain.models.base import LanguageModel
 from moetrain.models.transformer import Transformer
 from moetrain.moe.clock import Clock
 from moetrain.moe.routing import Choice
@@ -94,7 +95,7 @@ def spread_not_finite(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
-def build(config: Config) -> Transformer:
+def build(config: Config) -> LanguageModel:
     """The model, without memory; the engine gives it some."""
     with torch.device("meta"):
         model = Transformer(config.model, config.router, config.planner, config.train.recompute)

@@ -19,7 +19,7 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, precision, saved_costs
 from moetrain.evals import results
 from moetrain.evals.selection import Selection
-from moetrain.models.transformer import Transformer
+from moetrain.models.base import LanguageModel
 from moetrain.moe import calibrate
 from moetrain.observe.summary import NOT_EVALUATED
 from moetrain.runs import lock
@@ -128,7 +128,7 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         console.print(item["prompt"] + item["text"])
 
 
-def _restore(config: Config, mesh: Mesh) -> tuple[Transformer, Corpus, Path]:
+def _restore(config: Config, mesh: Mesh) -> tuple[LanguageModel, Corpus, Path]:
     """The newest checkpoint of `config.run` that is whole, on these ranks."""
     corpus, _ = open_data(config)
     for line in prepare.outdated(corpus.folder, config.data) if mesh.is_main else []:

@@ -21,6 +21,7 @@ from moetrain.checkpoint.saving import share_out
 from moetrain.config import ConfigError
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.entries import Entries, Held
+from moetrain.models.base import LanguageModel
 from tests.training.test_train import losses, run
 
 
@@ -170,9 +171,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+class WithoutExperts(LanguageModel):
+    """A model of what it is given."""
+
+    def find_experts(self) -> dict:
+        return {}
+
+
 def agreed(mesh: Mesh, folder: str, resume: str, names: list[str]) -> list[tuple[str, list[str]]]:
     """For each named copy of a run: where it starts and what it says, or its one line of complaint."""
-    model = nn.Module()
+    model = WithoutExperts()
     out = []
     for name in names:
         place = Path(folder) / name
@@ -295,7 +303,8 @@ def refused(mesh: Mesh, path: str) -> list[str]:
         with pytest.raises(ConfigError) as caught:
             checkpoint.load(Path(path), toy)
         out.append(str(caught.value).partition(": ")[2])
-    model = nn.Linear(3, 7, bias=False)
+    model = WithoutExperts()
+    model.weight = nn.Parameter(torch.zeros(7, 3))
     with pytest.raises(ConfigError) as caught:
         loading.check_entries(Path(path), model)
     return [*out, str(caught.value).partition(": ")[2]]

@@ -22,8 +22,7 @@ from moetrain.moe.clock import BACKWARD_PHASES, PHASES, WAITS, Clock
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.planning.cost import Costs, compute_seconds
 from moetrain.moe.planning.plan import Plan
-from moetrain.moe.routing import Router
-from moetrain.moe.routing.balance import Losses
+from moetrain.moe.routing.balance import BalancedRouter, Losses
 from moetrain.observe.collect import health
 from moetrain.observe.collect.arrays import Array, stack
 from moetrain.observe.metrics import (
@@ -118,7 +117,7 @@ class Meter:
         self._window.add(torch.cat(step.counts))
 
     @torch.no_grad()
-    def read(self, step: StepRecord, routers: Sequence[Router]) -> Reading:
+    def read(self, step: StepRecord, routers: Sequence[BalancedRouter]) -> Reading:
         """The step last added. All ranks call it: it enters one collective."""
         biased = [router.bias for router in routers if router.bias is not None]
         assert self._window.counts_N is not None, "add() comes first"
