@@ -320,8 +320,9 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
         mesh.start(rank=0, world=1, init_method=f"file://{name}/rendezvous") as joined,
     ):
         began = read_clock(device)
-        engine = build_engine(build(settings), joined, settings)
-        made, size = read_clock(device) - began, estimate(settings, 1)
+        spec = config.resolve(settings, 1, vocabulary, "bf16")
+        engine = build_engine(build(spec), joined, spec)
+        made, size = read_clock(device) - began, estimate(spec)
         peak_rate = matmul_rate(device, engine.dtype)
         generator = np.random.default_rng(0)
         weight_V = 1 / np.arange(1, vocabulary + 1)
@@ -337,7 +338,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
         for _ in range(5 if tiny else 12):
             share, clock = batch_of_tokens(), Clock(device)
             began = read_clock(device)
-            done = optimizer_step(engine, settings, [share], 1e-4, clock)
+            done = optimizer_step(engine, spec, [share], 1e-4, clock)
             times.append(read_clock(device) - began)
             losses.append(float(done.parts[0].nats.mean()))
         best = sorted(times[2:])[len(times[2:]) // 2]
@@ -350,7 +351,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
         rows += [["parameters", f"{size.total / 1e9:.2f}B, made in {made:.1f} s"], ["tokens a step", f"{tokens:,}"]]
         least = f"first {1e3 * times[0]:.0f}, least {1e3 * min(times):.1f}"
         rows.append(["step, median after two", f"{1e3 * best:.1f} ms ({least})"])
-        again = seconds(lambda: optimizer_step(engine, settings, [share], 0.0), device, 3)
+        again = seconds(lambda: optimizer_step(engine, spec, [share], 0.0), device, 3)
         rows.append(["the last batch again: the sizes of its products are known", f"{1e3 * again:.1f} ms"])
         rows.append(["tokens a second", f"{tokens / best:,.0f}"])
         mfu = size.flops_per_token * tokens / best / peak_rate
@@ -360,7 +361,7 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
         rows += [[f"of the last step: {name}", f"{1e3 * took:.1f} ms"] for name, took in phases.items()]
         if device.type == "cuda":
             with torch.profiler.profile() as profile:
-                optimizer_step(engine, settings, [batch_of_tokens()], 1e-4)
+                optimizer_step(engine, spec, [batch_of_tokens()], 1e-4)
                 read_clock(device)
             profile.export_chrome_trace(str(out / "trace-step.json.gz"))
             events = sorted(on_gpu(profile.key_averages()), key=lambda e: -e.self_device_time_total)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from moetrain import config, runs
 from moetrain.config import Config
-from moetrain.data.loader import open_data, with_vocabulary
+from moetrain.data.loader import open_data
 from moetrain.distributed.comm import barrier
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, precision, saved_costs
@@ -48,23 +48,23 @@ class Switch:
 def measure(settings: Config, joined: Mesh) -> dict[str, list[float]]:
     """Ratios of neighbouring steps, with over without."""
     corpus, loader = open_data(settings)
-    settings = with_vocabulary(settings, corpus)
-    folder, switch = runs.folder_of(settings), Switch()
+    spec = config.resolve(settings, joined.world, corpus.vocab_size, precision.find_dtype(settings, joined))
+    folder, switch = runs.folder_of(spec), Switch()
     step_module.RouterSums = switch  # type: ignore[assignment, misc]
     if joined.is_main:
-        runs.create(settings)
+        runs.create(spec)
     barrier()
-    engine = build_engine(build(settings), joined, settings)
-    engine.plan_with(saved_costs.obtain(joined, saved_costs.layer_of(settings), folder))
+    engine = build_engine(build(spec), joined, spec)
+    engine.plan_with(saved_costs.obtain(joined, saved_costs.layer_of(spec), folder))
     times: dict[str, dict[bool, list[float]]] = {way: {True: [], False: []} for way in ("cpu", "clock")}
-    batch = settings.train.global_batch
-    with Recorder(settings, joined, folder, 0, corpus.domains, engine.model) as recorder:
+    batch = spec.train.global_batch
+    with Recorder(spec, joined, folder, 0, corpus.domains, engine.model) as recorder:
         for step in range(1, WARMUP + 2 * PAIRS + 1):
             switch.on = step <= WARMUP or step % 4 in (1, 2)
-            shares = list(micro_batches(settings, joined, loader, (step - 1) * batch))
+            shares = list(micro_batches(spec, joined, loader, (step - 1) * batch))
             barrier()
             cpu, clock = time.process_time(), time.perf_counter()
-            done = optimizer_step(engine, settings, shares, 1e-4, Clock(joined.device))
+            done = optimizer_step(engine, spec, shares, 1e-4, Clock(joined.device))
             if switch.on:
                 metrics = recorder.read(step, done, always=True)
                 metrics |= {"train/grad_norm": done.norm, "perf/step_seconds": 1.0, "perf/tokens_per_second": 1.0}
@@ -82,15 +82,15 @@ def main() -> None:
     place = local.from_env()
     if place is None:
         raise SystemExit("error: start it with torchrun")
-    layout = config.resolve_layout(settings, place.world)
+    ep, replicas = config.find_ep(settings, place.world), settings.parallel.dp_replicate
 
     def measure_and_print(mesh: Mesh) -> None:
-        for way, ratios in measure(precision.resolve_dtype(settings, mesh), mesh).items():
+        for way, ratios in measure(settings, mesh).items():
             low, middle, high = statistics.quantiles(ratios, n=4)
             print(f"rank {mesh.rank} {way:5} with/without {middle:.4f} ({low:.4f} to {high:.4f}), {len(ratios)} pairs")
 
     threads = settings.train.threads or 1
-    sys.exit(run_on_rank(measure_and_print, place, ep=layout.ep, dp_replicate=layout.dp_replicate, threads=threads))
+    sys.exit(run_on_rank(measure_and_print, place, ep=ep, dp_replicate=replicas, threads=threads))
 
 
 if __name__ == "__main__":

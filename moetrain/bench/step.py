@@ -21,9 +21,9 @@ from moetrain.bench.protocol import StepOptions
 from moetrain.bench.step_peer import Peer
 from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.bench.timing import find_quartiles, read_clock
-from moetrain.config import Config
+from moetrain.config import Config, RunSpec, resolve, vary
 from moetrain.config.core_options import balance_options
-from moetrain.data.loader import Corpus, Loader, Samples, Sequences, open_data, with_vocabulary
+from moetrain.data.loader import Corpus, Loader, Samples, Sequences, open_data
 from moetrain.distributed.comm import all_reduce_sum, barrier
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine, build_engine, precision, saved_costs
@@ -62,7 +62,7 @@ class Variant:
 class Bench:
     """A model in training whose next steps are measured."""
 
-    config: Config
+    config: RunSpec
     mesh: Mesh
     engine: Engine
     loader: Samples
@@ -72,24 +72,23 @@ class Bench:
     def build(cls, settings: Config, mesh: Mesh, options: StepOptions) -> "Bench":
         """Build a model and warm it up: ordinary steps from scratch; from a checkpoint, steps that change nothing."""
         corpus, loader = open_data(settings)
-        settings = with_vocabulary(settings, corpus)
         saved = checkpoint.find_named(settings)
-        settings = precision.resolve_dtype(settings, mesh, checkpoint.known_dtype(None, saved))
-        engine = build_engine(build(settings), mesh, settings)
+        dtype = precision.find_dtype(settings, mesh, checkpoint.known_dtype(None, saved))
+        spec = resolve(settings, mesh.world, corpus.vocab_size, dtype)
+        engine = build_engine(build(spec), mesh, spec)
         if saved is not None:
             checkpoint.load(saved, engine)
         with tempfile.TemporaryDirectory() as folder:
-            engine.plan_with(saved_costs.obtain(mesh, saved_costs.layer_of(settings), Path(folder), saved))
+            engine.plan_with(saved_costs.obtain(mesh, saved_costs.layer_of(spec), Path(folder), saved))
         _, position = checkpoint.progress(saved)
         for step in range(options.warmup):
-            lr = learning_rate(settings.optim, step, settings.train.steps) if saved is None else 0.0
-            optimizer_step(engine, settings, list(micro_batches(settings, mesh, loader, position)), lr)
-            position += settings.train.global_batch
+            lr = learning_rate(spec.optim, step, spec.train.steps) if saved is None else 0.0
+            optimizer_step(engine, spec, list(micro_batches(spec, mesh, loader, position)), lr)
+            position += spec.train.global_batch
         if options.by_domain:
-            domain = choose_domain(corpus, settings.train.seq_len, mesh.rank)
-            loader = Loader(corpus, settings.train.seq_len, settings.train.seed, domain)
-        still = settings.balance.model_copy(update={"bias_rate": 0.0})
-        return cls(settings.model_copy(update={"balance": still}), mesh, engine, loader, position)
+            domain = choose_domain(corpus, spec.train.seq_len, mesh.rank)
+            loader = Loader(corpus, spec.train.seq_len, spec.train.seed, domain)
+        return cls(vary(spec, {"balance.bias_rate": 0.0}), mesh, engine, loader, position)
 
     def shares(self, turn: int) -> list[Sequences]:
         """Return this rank's micro-batches of a step to come."""
@@ -185,7 +184,7 @@ def measure_variants(bench: Bench, options: StepOptions) -> Records:
     variants += [Variant(settings.router.name, presets[name]) for name in options.planners]
     peer = Peer(settings, mesh, bench.shares(0)) if options.peers else None
     times, facts, synchronising = bench.measure(variants, options.repeats, peer)
-    tokens = settings.train.global_batch * settings.train.seq_len
+    tokens = settings.tokens_per_step
     found: Records = []
     for number in range(times.shape[1]):
         step_ms = 1e3 * float(np.median(times[:, number]))
@@ -202,7 +201,7 @@ def measure_variants(bench: Bench, options: StepOptions) -> Records:
             "top_k": settings.router.top_k,
             "skew": settings.router.skew,
             "tokens_per_step": tokens,
-            "micro_steps": settings.micro_steps(mesh.world),
+            "micro_steps": settings.micro_steps,
             "by_domain": options.by_domain,
             "start": settings.checkpoint.resume if checkpoint.find_named(settings) else None,
             "seed": settings.train.seed,

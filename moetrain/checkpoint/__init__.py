@@ -12,7 +12,7 @@ from moetrain.checkpoint.manifest import newest, progress
 from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_named, find_to_resume, known_dtype
 
 if TYPE_CHECKING:
-    from moetrain.checkpoint.agreeing import StartingPoint, agree_on_start, first_whole
+    from moetrain.checkpoint.agreeing import StartingPoint, agree_on_start, check_start, first_whole
     from moetrain.checkpoint.loading import load
     from moetrain.checkpoint.saving import Saver
 
@@ -22,6 +22,7 @@ __all__ = [
     "agree_on_start",
     "check_data",
     "check_fits",
+    "check_start",
     "continues_own",
     "find_named",
     "find_to_resume",
@@ -36,6 +37,7 @@ _PLACES = {
     "load": "loading",
     "StartingPoint": "agreeing",
     "agree_on_start": "agreeing",
+    "check_start": "agreeing",
     "first_whole": "agreeing",
 }
 

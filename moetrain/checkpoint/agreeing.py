@@ -10,7 +10,7 @@ from moetrain.checkpoint.loading import check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
 from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_to_resume
 from moetrain.common.extensions import OPTIMIZERS, state_names
-from moetrain.config import Config, ConfigError
+from moetrain.config import Config, ConfigError, RunSpec
 from moetrain.distributed.comm import broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.base import LanguageModel
@@ -19,16 +19,14 @@ from moetrain.models.base import LanguageModel
 class StartingPoint(NamedTuple):
     path: Path | None  # None: from nothing
     notes: list[str]  # what was passed over, and why
+    is_own: bool = False  # whether it is of the same run, which goes on
 
 
-def agree_on_start(
-    config: Config, folder: Path, mesh: Mesh, model: LanguageModel, data: Mapping[str, str]
-) -> StartingPoint:
+def agree_on_start(config: Config, folder: Path, mesh: Mesh) -> StartingPoint:
     """What the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of bytes.
 
-    `model`: whole, on the meta device; `data`: the corpus's fingerprint. Raises `ConfigError` on all ranks where
-    `find_to_resume` does, where no checkpoint of the run is whole although there are some, and where the model has
-    other entries or the data another meaning.
+    Raises `ConfigError` on all ranks where `find_to_resume` does, and where no checkpoint of the run is whole although
+    there are some.
     """
     _first_rank_checks(mesh, lambda: find_to_resume(config, folder))
     choice = config.checkpoint.resume
@@ -42,10 +40,22 @@ def agree_on_start(
             raise ConfigError(f"checkpoint.resume={choice}: {said}")
         rule = f"none of its checkpoints is complete ({worst.name}: {said}); another run.name starts a new run"
         raise ConfigError(f"run.name={config.run.name}: {rule}")
-    if path is not None:
-        _first_rank_checks(mesh, partial(_check_all, config, path, choice == "auto", model, data))
     notes = [f"{bad} is incomplete or damaged and is skipped: {said}" for bad, said in passed]
-    return StartingPoint(path, notes if path is None else [*notes, *of_the_layout(config, path, mesh)])
+    return StartingPoint(path, notes, is_own=choice == "auto")
+
+
+def check_start(
+    start: StartingPoint, config: RunSpec, mesh: Mesh, model: LanguageModel, data: Mapping[str, str]
+) -> StartingPoint:
+    """`start` with a note where the layout or the micro-batches are others and the loss depends on them.
+
+    All ranks call it. `model`: whole, on the meta device; `data`: the corpus's fingerprint. Raises `ConfigError` on all
+    ranks where the checkpoint is of another model, or the data has another meaning.
+    """
+    if start.path is None:
+        return start
+    _first_rank_checks(mesh, partial(_check_all, config, start.path, start.is_own, model, data))
+    return start._replace(notes=[*start.notes, *of_the_layout(config, start.path, mesh)])
 
 
 def first_whole(candidates: Sequence[Path], mesh: Mesh) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -85,7 +95,7 @@ def _check_all(config: Config, path: Path, same_run: bool, model: LanguageModel,
     check_entries(path, model, state_names(OPTIMIZERS.options(config.optim.name)))
 
 
-def of_the_layout(config: Config, path: Path, mesh: Mesh) -> list[str]:
+def of_the_layout(config: RunSpec, path: Path, mesh: Mesh) -> list[str]:
     """A note where the layout or the micro-batches are others and the loss depends on them."""
     found = manifest.read(path)
     theirs, was, now = found["config"], found["layout"], config.balance
@@ -100,7 +110,7 @@ def of_the_layout(config: Config, path: Path, mesh: Mesh) -> list[str]:
         "router.capacity_factor": shares and config.router.capacity_factor is not None,
         "balance.scope": shares and now.scope != "global",
         "balance.micro_fraction": shares and now.micro_fraction > 0,
-        "balance.accumulate": shares and now.accumulate == "buffer" and config.micro_steps(mesh.world) > 1,
+        "balance.accumulate": shares and now.accumulate == "buffer" and config.micro_steps > 1,
     }
     if not any(fields.values()):
         return []

@@ -38,9 +38,9 @@ def execute(options: argparse.Namespace) -> int:
 
     settings = config.load(options.overrides, options.config_dir)
     if settings.parallel.nproc:
-        config.resolve_layout(settings, settings.parallel.nproc)
+        config.find_ep(settings, settings.parallel.nproc)
     if options.keep:
-        settings = runs.with_name(settings)
+        settings = config.name_run(settings, runs.make_name(settings))
         runs.check_writable(settings)
         print(runs.keep_submitted(settings))
     elif options.json:

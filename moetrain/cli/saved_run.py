@@ -13,11 +13,12 @@ def load_run(name: str | None, overrides: Sequence[str]) -> Config:
     Raises `ConfigError` where there is no complete checkpoint, or where it does not fit the overrides.
     """
     folder = runs.find(name)
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
     saved = checkpoint.newest(folder)
     if saved is None:
         raise ConfigError(f"run={folder}: has no complete checkpoint")
-    settings = config.load_resolved(folder / "config.yaml", overrides)
+    facts = {"run.dir": str(folder.parent), "run.name": folder.name, "data.on_change": "keep"}  # its own corpus
+    settings = config.load_resolved(folder / "config.yaml", overrides, facts)
     checkpoint.check_fits(settings, saved, same_run=True)
-    run = settings.run.model_copy(update={"dir": str(folder.parent), "name": folder.name})
-    data = settings.data.model_copy(update={"on_change": "keep"})  # a run is evaluated on its own corpus
-    return settings.model_copy(update={"run": run, "data": data})
+    return settings

@@ -119,7 +119,7 @@ def _check(settings: Config, here: bool) -> None:
     from moetrain.launch import local
 
     if here or settings.parallel.nproc:
-        config.resolve_layout(settings, settings.parallel.nproc or local.auto_nproc())
+        config.find_ep(settings, settings.parallel.nproc or local.auto_nproc())
 
 
 def _name(number: int, overrides: Sequence[str], same: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     Returns the exit code; raises `ConfigError` before any process group exists.
     """
     from moetrain import runs
-    from moetrain.config import resize, resolve_layout
+    from moetrain.config import find_ep, name_run, resize
     from moetrain.data.loader import open_data
     from moetrain.launch import local
     from moetrain.runs import lock
@@ -29,26 +29,25 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     _check_nproc(options, settings, verb, workers)
     if verb in ("train", "eval", "generate") and settings.run.name is not None:
         settings = resize.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
-    resolve_layout(settings, workers)
+    ep = find_ep(settings, workers)
     if verb != "profile":
         open_data(settings)
     with ExitStack() as held:
         if place is not None:
             if verb == "train" and settings.run.name is not None and worker.is_first_of_external_job():
                 held.enter_context(lock.hold(runs.folder_of(settings)))
-            layout = resolve_layout(settings, workers)
             return run_on_rank(
                 lambda mesh: _do(options, settings, verb, mesh),
                 place,
-                ep=layout.ep,
-                dp_replicate=layout.dp_replicate,
+                ep=ep,
+                dp_replicate=settings.parallel.dp_replicate,
                 threads=settings.train.threads,
                 timeout=settings.recovery.timeout + 60,  # the heartbeat speaks first
             )
         arguments, again = list(options.given), None
         if verb == "train":
             if settings.run.name is None:
-                settings = runs.with_name(settings)
+                settings = name_run(settings, runs.make_name(settings))
                 arguments.insert(1, f"run.name={settings.run.name}")
             folder = runs.folder_of(settings)
             held.enter_context(lock.hold(folder))

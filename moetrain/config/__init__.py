@@ -2,7 +2,7 @@
 
 from moetrain.common.errors import ConfigError
 from moetrain.config.compose import composing, config_dir, dump, from_tree, load, load_resolved
-from moetrain.config.layout import resolve_layout
+from moetrain.config.layout import find_ep
 from moetrain.config.overrides import fields_of
 from moetrain.config.schema import (
     AnyEngine,
@@ -24,6 +24,7 @@ from moetrain.config.schema import (
     Track,
     Train,
 )
+from moetrain.config.spec import RunSpec, fix_places, name_run, resolve, resolve_early, vary
 
 __all__ = [
     "AnyEngine",
@@ -43,14 +44,20 @@ __all__ = [
     "Recovery",
     "Router",
     "Run",
+    "RunSpec",
     "Track",
     "Train",
     "composing",
     "config_dir",
     "dump",
     "fields_of",
+    "find_ep",
+    "fix_places",
     "from_tree",
     "load",
     "load_resolved",
-    "resolve_layout",
+    "name_run",
+    "resolve",
+    "resolve_early",
+    "vary",
 ]

@@ -3,9 +3,10 @@ the value and the rule. Nobody else sees a `DictConfig`.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -93,8 +94,8 @@ def _at(tree: Any, field: str) -> Any:
     return tree
 
 
-def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """A run's `config.yaml`, with `field=value` overrides on top."""
+def load_resolved(path: Path, overrides: Sequence[str] = (), facts: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """A run's `config.yaml`, with `field=value` overrides on top, and fields in `facts` that no user gave."""
     if not path.is_file():
         raise ConfigError(f"run={path.parent}: there is no run here (no {path.name})")
     if disk.read_yaml(path) is None:
@@ -112,7 +113,11 @@ def load_resolved(path: Path, overrides: Sequence[str] = ()) -> Config:
             OmegaConf.update(tree, key, parsed, merge=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(messages.describe_composition(error)) from None
-    return from_tree(OmegaConf.to_container(tree), [*fields_of(overrides)])
+    plain: Any = OmegaConf.to_container(tree)
+    for field, fact in facts.items():
+        section, _, name = field.partition(".")
+        plain[section] = {**(plain.get(section) or {}), name: fact}
+    return from_tree(plain, [*fields_of(overrides)])
 
 
 def from_tree(tree: Any, given: Sequence[str] = ()) -> Config:

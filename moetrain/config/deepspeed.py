@@ -76,9 +76,10 @@ def fixed_settings(config: Config, world: int) -> Tree:
     zero: Tree = {"stage": options.zero_stage, "contiguous_gradients": True, "reduce_scatter": True}
     if options.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
+    micro_batch, micro_steps = config.train.split_batch(world)
     tree: Tree = {
-        "train_micro_batch_size_per_gpu": config.micro_batch(world),
-        "gradient_accumulation_steps": config.micro_steps(world),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": micro_steps,
         "gradient_allreduce_op": "sum",
         "gradient_clipping": 0.0,
         "communication_data_type": "fp32",

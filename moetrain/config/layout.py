@@ -4,19 +4,14 @@ import math
 
 from moetrain.common.errors import ConfigError
 from moetrain.config import deepspeed
-from moetrain.config.schema import Config, DeepSpeed, Parallel
+from moetrain.config.schema import Config, DeepSpeed
 
 
-def resolve_layout(config: Config, world: int) -> Parallel:
-    """`parallel` with `ep` and `dp_shard` filled in. Raises `ConfigError` where it does not fit `world` ranks."""
-    check_world(config, world)
-    shard = world // config.parallel.dp_replicate
-    ep = config.parallel.ep or math.gcd(shard, *config.model.experts_of_layers)
-    return config.parallel.model_copy(update={"dp_shard": shard, "ep": ep})
+def find_ep(c: Config, world: int) -> int:
+    """Returns the ranks of an expert group on `world` ranks: `parallel.ep`, or the most that divide ranks and experts.
 
-
-def check_world(c: Config, world: int) -> None:
-    """Raises `ConfigError` for the first rule between the configuration and the number of ranks that does not hold."""
+    Raises `ConfigError` for the first rule between the configuration and the number of ranks that does not hold.
+    """
     p, t = c.parallel, c.train
     if world % p.dp_replicate:
         raise ConfigError(f"parallel.dp_replicate={p.dp_replicate}: must divide the number of ranks, {world}")
@@ -38,3 +33,4 @@ def check_world(c: Config, world: int) -> None:
     if not p.uneven and t.global_batch % (world * (t.micro_batch or 1)):
         per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
         raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")
+    return ep

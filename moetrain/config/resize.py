@@ -5,11 +5,11 @@ nothing but the layout changes; shares of the batch may be uneven (ElasWave keep
 """
 
 from pathlib import Path
-from typing import Any
 
 from moetrain.common.errors import ConfigError
-from moetrain.config.layout import check_world
+from moetrain.config.layout import find_ep
 from moetrain.config.schema import Config
+from moetrain.config.spec import vary
 
 
 def fitting(config: Config, world: int, heartbeats: Path) -> Config:
@@ -22,23 +22,24 @@ def fitting(config: Config, world: int, heartbeats: Path) -> Config:
         return config
     options = config.parallel
     most = max(n for n in range(1, options.dp_replicate + 1) if world % n == 0)
-    changed = {"nproc": None, "dp_shard": None, "dp_replicate": most, "uneven": True}
+    changed = {
+        "parallel.nproc": None,
+        "parallel.dp_shard": None,
+        "parallel.dp_replicate": most,
+        "parallel.uneven": True,
+    }
     for ep in range(options.ep or 0, 0, -1):
-        tried = _with(config, {**changed, "ep": ep})
+        tried = vary(config, {**changed, "parallel.ep": ep})
         if _fits(tried, world):
             return tried
-    out = _with(config, {**changed, "ep": None})
-    check_world(out, world)
+    out = vary(config, {**changed, "parallel.ep": None})
+    find_ep(out, world)
     return out
-
-
-def _with(config: Config, changed: dict[str, Any]) -> Config:
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=changed)})
 
 
 def _fits(config: Config, world: int) -> bool:
     try:
-        check_world(config, world)
+        find_ep(config, world)
     except ConfigError:
         return False
     return True

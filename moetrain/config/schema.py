@@ -1,6 +1,7 @@
 """The frozen, typed tree of a run's configuration.
 
-`config.load` composes YAML with Hydra and turns the result into it. Nothing changes a configuration after that.
+`config.load` composes YAML with Hydra and turns the result into it; `config.resolve` fills in what a start finds out.
+Nothing changes a configuration after that.
 """
 
 from pydantic import SerializeAsAny
@@ -58,11 +59,3 @@ class Config(Section):
     @property
     def top_k_of_layers(self) -> list[int]:
         return spread(self.router.k_schedule, self.model.num_moe_layers, self.router.top_k, 1)
-
-    def micro_batch(self, world: int) -> int:
-        """Sequences per rank and micro-step; the most, where shares are uneven."""
-        return self.train.micro_batch or -(-self.train.global_batch // world)
-
-    def micro_steps(self, world: int) -> int:
-        """Micro-steps of an optimizer step."""
-        return -(-self.train.global_batch // (self.micro_batch(world) * world))

@@ -174,16 +174,9 @@ def open_data(config: Config) -> tuple[Corpus, Samples]:
     trained_on = runs.corpus_of(folder) if folder is not None and continues_own(config, folder) else None
     corpus = Corpus(prepare.ensure(config.data, trained_on))
     corpus.hold()
-    with_vocabulary(config, corpus)
-    return corpus, samples_of(corpus, config)
-
-
-def with_vocabulary(config: Config, corpus: Corpus) -> Config:
-    """The config with the tokenizer's vocabulary, where the model did not ask for one. Raises `ConfigError`."""
-    size = config.model.vocab_size or corpus.vocab_size
-    if size < corpus.vocab_size:
+    if (size := config.model.vocab_size or corpus.vocab_size) < corpus.vocab_size:
         raise ConfigError(f"model.vocab_size={size}: must be at least the tokenizer's {corpus.vocab_size}")
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    return corpus, samples_of(corpus, config)
 
 
 class Loader(Packed):

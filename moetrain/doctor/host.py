@@ -48,12 +48,10 @@ def examine(config: Config) -> Iterator[Check]:
 
 
 def parameters(config: Config) -> int:
-    from moetrain.engine import precision
+    from moetrain.config import resolve_early
     from moetrain.observe.estimate import estimate
 
-    config = precision.replace_auto(config, "bf16")
-    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.vocab_size})
-    return estimate(config.model_copy(update={"model": model}), 1).total
+    return estimate(resolve_early(config, 1)).total
 
 
 def _python() -> Check:

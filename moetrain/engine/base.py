@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetrain.config import Config
+from moetrain.config import Config, RunSpec
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.distributed.norms import global_norm
@@ -36,7 +36,7 @@ class Engine(ABC):
     optimizer: Any  # of torch: `param_groups` and `state`
     dtype: torch.dtype  # of computation
 
-    def __init__(self, model: LanguageModel, mesh: Mesh, config: Config) -> None:
+    def __init__(self, model: LanguageModel, mesh: Mesh, config: RunSpec) -> None:
         self.model, self.mesh, self.clip = model, mesh, config.optim.clip
         self.dtype = precision.get_dtype(config)
         self._recompute = config.train.recompute == "full"
@@ -114,10 +114,10 @@ def guest_bytes(config: Config, device_bytes: int) -> int:
     return device_bytes // GUEST_PART or CPU_GUEST_BYTES
 
 
-def guest_slots(config: Config, mesh: Mesh) -> int:
+def guest_slots(config: RunSpec, mesh: Mesh) -> int:
     """Guests of a layer that may stay on a rank between forward and backward: weights, and gradients adding up."""
     width = 2 if config.train.dtype == "bf16" else 4
-    gradient = width if config.micro_steps(mesh.world) == 1 else 4
+    gradient = width if config.micro_steps == 1 else 4
     guest = 3 * config.model.dim * config.model.expert_hidden * (width + gradient)
     return guest_bytes(config, mesh.device_bytes) // (guest * config.model.num_moe_layers)
 

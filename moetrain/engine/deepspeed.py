@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups as parallel
 
-from moetrain.config import Config, DeepSpeed
+from moetrain.config import DeepSpeed, RunSpec
 from moetrain.config.deepspeed import make_settings
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.base import Engine, adam_state, groups, guest_slots
@@ -39,7 +39,7 @@ from moetrain.moe.layer import LayerStats
 class DeepSpeedEngine(Engine):
     """Owns the model and DeepSpeed's engine around it. `model` comes in on the meta device."""
 
-    def __init__(self, model: LanguageModel, mesh: Mesh, config: Config) -> None:
+    def __init__(self, model: LanguageModel, mesh: Mesh, config: RunSpec) -> None:
         super().__init__(model, mesh, config)
         options = config.engine
         assert isinstance(options, DeepSpeed)

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from moetrain.config import Config, Native
+from moetrain.config import Native, RunSpec
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.engine.base import Engine, groups, guest_slots
@@ -42,7 +42,7 @@ from moetrain.models.initialise import initialise
 class NativeEngine(Engine):
     """Owns the sharded model and its optimizer. `model` comes in on the meta device."""
 
-    def __init__(self, model: LanguageModel, mesh: Mesh, config: Config) -> None:
+    def __init__(self, model: LanguageModel, mesh: Mesh, config: RunSpec) -> None:
         super().__init__(model, mesh, config)
         options = _options(config)
         shard(model, mesh, config)
@@ -102,7 +102,7 @@ class NativeEngine(Engine):
                 yield local(parameter.grad), copies
 
 
-def shard(model: LanguageModel, mesh: Mesh, config: Config) -> None:
+def shard(model: LanguageModel, mesh: Mesh, config: RunSpec) -> None:
     """Spread `model`, on whatever device it is, over the ranks; without values yet where that is the meta device."""
     options = _options(config)
     policy = MixedPrecisionPolicy(
@@ -126,7 +126,7 @@ def shard(model: LanguageModel, mesh: Mesh, config: Config) -> None:
     register_fsdp_forward_method(model, "count")
 
 
-def _options(config: Config) -> Native:
+def _options(config: RunSpec) -> Native:
     assert isinstance(config.engine, Native)
     return config.engine
 
@@ -136,7 +136,7 @@ def _on_host(mesh: Mesh, options: Native) -> bool:
     return options.offload != "none" and mesh.device.type == "cuda"
 
 
-def _scratch(config: Config) -> Path | None:
+def _scratch(config: RunSpec) -> Path | None:
     """The folder of memory-mapped optimizer states, if they are to be that."""
     options = _options(config)
     if options.offload != "disk":

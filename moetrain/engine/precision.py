@@ -11,12 +11,12 @@ import torch
 
 from moetrain.common.console import errors
 from moetrain.common.errors import ConfigError, short
-from moetrain.config import Config
+from moetrain.config import Config, RunSpec
+from moetrain.config.spec import AUTO
 from moetrain.distributed.comm import broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-AUTO = "auto"
 CLEARLY = 1.25  # bf16 has to be so much faster: it gives up 16 bits, and near a tie every run is to decide alike
 SIZE = 256  # of the square matrices that are multiplied
 SECONDS, REPEATS = 0.03, 7  # of repeated products, whatever is over first; once at least
@@ -65,29 +65,23 @@ def describe(speed: float) -> str:
     return f"bf16 products run at {speed:.2g} times the speed of fp32 ones here"
 
 
-def get_dtype(config: Config) -> torch.dtype:
-    """Return what `config` computes in. Raises `KeyError` for `auto`: `resolve_dtype` comes first."""
+def get_dtype(config: RunSpec) -> torch.dtype:
+    """Return what the run computes in."""
     return DTYPES[config.train.dtype]
-
-
-def replace_auto(config: Config, dtype: str) -> Config:
-    """Return `config` with `dtype` in place of `auto`."""
-    if config.train.dtype != AUTO:
-        return config
-    return config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
 
 
 def _say(note: str) -> None:
     errors.print(note)
 
 
-def resolve_dtype(config: Config, mesh: Mesh, kept: str = "", say: Callable[[str], None] = _say) -> Config:
-    """Return `config` with the dtype that all ranks compute in, as `agree_on_dtype` finds it. All ranks call it.
+def find_dtype(config: Config, mesh: Mesh, kept: str = "", say: Callable[[str], None] = _say) -> str:
+    """Return the dtype that all ranks compute in, as `agree_on_dtype` finds it. All ranks call it.
 
     `kept`: what the run has computed in so far, if anything, as rank 0 knows it; `auto` stays with it.
     """
     kept = broadcast_text(kept, mesh.device)
-    return replace_auto(config, agree_on_dtype(replace_auto(config, kept or AUTO).train.dtype, mesh, say))
+    asked = config.train.dtype
+    return agree_on_dtype(kept or AUTO if asked == AUTO else asked, mesh, say)
 
 
 def agree_on_dtype(asked: str, mesh: Mesh, say: Callable[[str], None] = _say) -> str:

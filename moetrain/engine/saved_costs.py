@@ -13,7 +13,7 @@ import torch
 
 from moetrain.common import cache, disk
 from moetrain.common.console import console
-from moetrain.config import Config, ConfigError
+from moetrain.config import ConfigError, RunSpec
 from moetrain.distributed.comm import broadcast_text
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
@@ -25,7 +25,7 @@ from moetrain.moe.planning.cost import Costs
 COSTS = "costs.json"  # in a run's folder and in its checkpoints
 
 
-def layer_of(config: Config) -> Layer:
+def layer_of(config: RunSpec) -> Layer:
     """Returns the layer of experts of a run."""
     model, top_k = config.model, config.router.top_k
     return Layer(model.dim, model.expert_hidden, model.num_experts, top_k, precision.get_dtype(config))

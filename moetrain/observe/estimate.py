@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrain.config import Config, Native, resolve_layout
+from moetrain.config import Native, RunSpec
 from moetrain.distributed.mesh import device_of, memory_of
 from moetrain.engine import precision
 from moetrain.models.cross_entropy import peak_bytes
@@ -40,11 +40,11 @@ class Estimate:
         return self.states + self.gathered + self.activations
 
 
-def estimate(config: Config, world: int) -> Estimate:
-    """Of the config's model, on each of `world` ranks. Needs model.vocab_size and a settled train.dtype."""
-    m, t, p = config.model, config.train, config.parallel
+def estimate(config: RunSpec) -> Estimate:
+    """Of the config's model, on each of its ranks."""
+    m, t = config.model, config.train
     assert m.vocab_size is not None
-    shard, ep = world // p.dp_replicate, resolve_layout(config, world).ep or 1
+    shard, ep = config.dp_shard, config.ep
     norms = {"none": 0, "head": 2 * m.head_dim, "full": (m.num_heads + m.num_kv_heads) * m.head_dim}[m.qk_norm]
     attention = 2 * m.dim * (m.num_heads + m.num_kv_heads) * m.head_dim + norms + 2 * m.dim
     expert = 3 * m.dim * m.expert_hidden
@@ -60,12 +60,12 @@ def estimate(config: Config, world: int) -> Estimate:
     per_rank = dense // shard + sum(whole) * expert + routers
 
     width = precision.get_dtype(config).itemsize
-    tokens = t.seq_len * config.micro_batch(world)
+    tokens = t.seq_len * config.micro_batch
     live = 1 if isinstance(config.engine, Native) and config.engine.reshard_after_forward else m.num_layers
     block = (dense - embeddings + experts // ep) // m.num_layers
     gathered = width * (embeddings + live * block)
     held = width * block  # gradients before they are reduced: of one layer, or adding up until the last micro-step
-    if config.micro_steps(world) > 1:
+    if config.micro_steps > 1:
         held = 4 * (embeddings + m.num_layers * block)
     rows = round(computed * m.chain * config.router.top_k * tokens)
     layer = width * (tokens * (8 * m.dim + 3 * m.num_heads * m.head_dim) + rows * (3 * m.dim + 4 * m.expert_hidden))
@@ -89,7 +89,7 @@ def estimate(config: Config, world: int) -> Estimate:
     )
 
 
-def _head_bytes(config: Config, tokens: int) -> int:
+def _head_bytes(config: RunSpec, tokens: int) -> int:
     """Bytes that the head and its cross entropy hold on this host's device."""
     device, dtype = device_of(0), precision.get_dtype(config)
     is_fused = DEFAULT_KERNELS.choose(device, dtype).has_fused_cross_entropy
@@ -98,7 +98,7 @@ def _head_bytes(config: Config, tokens: int) -> int:
     return peak_bytes(*sizes, is_fused, memory_of(device))
 
 
-def _replicated(config: Config) -> int:
+def _replicated(config: RunSpec) -> int:
     """Parameters of routers and what else is whole on every rank."""
     with torch.device("meta"):
         model = Transformer(config.model, config.router, config.planner)

@@ -5,17 +5,17 @@ from rich.text import Text
 
 from moetrain import __version__
 from moetrain.common.console import RunLogger
-from moetrain.config import Config
+from moetrain.config import RunSpec
 from moetrain.data.loader import Corpus
 from moetrain.distributed.mesh import Mesh
 from moetrain.moe.routing import ROUTERS
 from moetrain.observe.estimate import GIB, Estimate, short
 
 
-def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, logger: RunLogger) -> None:
+def describe(config: RunSpec, mesh: Mesh, corpus: Corpus, size: Estimate, logger: RunLogger) -> None:
     m, t = config.model, config.train
     shard = mesh.world // mesh.dp_replicate
-    micro = config.micro_batch(mesh.world)
+    micro = config.micro_batch
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in (
         (
@@ -41,7 +41,7 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, size: Estimate, logger:
         ),
         (
             "batch",
-            f"{t.global_batch} sequences × {t.seq_len} tokens in {config.micro_steps(mesh.world)} "
+            f"{t.global_batch} sequences × {t.seq_len} tokens in {config.micro_steps} "
             f"micro-step(s) of {'up to ' * (t.global_batch % (micro * mesh.world) > 0)}{micro} per rank; "
             f"{t.steps} steps",
         ),

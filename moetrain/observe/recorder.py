@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from moetrain.common.console import console
-from moetrain.config import Config
+from moetrain.config import RunSpec
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.base import LanguageModel
 from moetrain.moe.planning.cost import default_costs
@@ -35,7 +35,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: Config,
+        config: RunSpec,
         mesh: Mesh,
         folder: Path,
         first: int,
@@ -109,7 +109,7 @@ class Recorder:
         self._tracker.__exit__(kind, error, at)
 
 
-def sinks(config: Config, folder: Path, first: int) -> list[Sink]:
+def sinks(config: RunSpec, folder: Path, first: int) -> list[Sink]:
     """What the main rank reports to."""
     live = console.is_terminal and not console.quiet
     out: list[Sink] = [JsonLines(folder, first)]

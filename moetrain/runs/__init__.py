@@ -1,7 +1,6 @@
 """The folder of a run: its name, its lock, its starts."""
 
 from moetrain.runs.folder import (
-    absolute,
     check_writable,
     config_of,
     corpus_of,
@@ -12,11 +11,10 @@ from moetrain.runs.folder import (
     heartbeats,
     keep_corpus,
     keep_submitted,
-    with_name,
+    make_name,
 )
 
 __all__ = [
-    "absolute",
     "check_writable",
     "config_of",
     "corpus_of",
@@ -27,5 +25,5 @@ __all__ = [
     "heartbeats",
     "keep_corpus",
     "keep_submitted",
-    "with_name",
+    "make_name",
 ]

@@ -12,26 +12,26 @@ from typing import Any
 
 from moetrain.common import disk
 from moetrain.common.redact import holds_secret
-from moetrain.config import Config, ConfigError, dump
+from moetrain.config import Config, ConfigError, dump, fix_places, vary
 
 ROOM = 1 << 18  # bytes that must fit on the disk: what a run writes before its first step
 SECTIONS = ("run", "model", "router", "train", "data", "balance", "checkpoint")  # what of a run's config is looked into
 
 
-def with_name(config: Config, name: str | None = None) -> Config:
-    """With a `run.name`: the one it has, else `name`, else that of a new folder, made of the time and the planner.
+def make_name(config: Config) -> str:
+    """Returns `run.name`, or else that of a new folder in `run.dir`, made of the time and the planner.
 
     The folder is made, so that no other run gets the name.
     """
-    name, begun = config.run.name or name, f"{datetime.now():%Y%m%d-%H%M%S}-{config.planner.name}"
+    if config.run.name is not None:
+        return config.run.name
+    begun = f"{datetime.now():%Y%m%d-%H%M%S}-{config.planner.name}"
     for number in count(1):
-        if name is not None:
-            break
+        folder = Path(config.run.dir, begun if number == 1 else f"{begun}-{number}")
         with suppress(FileExistsError):
-            folder = Path(config.run.dir, begun if number == 1 else f"{begun}-{number}")
             folder.mkdir(parents=True)
-            name = folder.name
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+            break
+    return folder.name
 
 
 def check_writable(config: Config) -> None:
@@ -61,13 +61,6 @@ def heartbeats(folder: Path) -> Path:
     return folder / "recovery" / "heartbeat"
 
 
-def absolute(config: Config) -> Config:
-    """With the data's places in full, so that the run is found complete from any folder."""
-    places = {field: getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
-    places = {field: os.path.abspath(place) if place else place for field, place in places.items()}
-    return config.model_copy(update={"data": config.data.model_copy(update=places)})
-
-
 def create(config: Config) -> None:
     """Make the folder with the user's umask and write the resolved config; remove what a kill left unfinished."""
     folder = _write(config, "config.yaml")
@@ -82,9 +75,7 @@ def forget_tracking(folder: Path) -> None:
 
 def keep_submitted(config: Config) -> Path:
     """The configuration of a run that begins later, in its folder, which is returned."""
-    inside = config.run.model_copy(update={"dir": os.path.abspath(config.run.dir)})
-    config = absolute(config.model_copy(update={"run": inside}))
-    return _write(config, "submitted.yaml")
+    return _write(fix_places(vary(config, {"run.dir": os.path.abspath(config.run.dir)})), "submitted.yaml")
 
 
 def _write(config: Config, name: str) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moetrain import config
 from moetrain.common.errors import ConfigError
-from moetrain.config import Config, Native
+from moetrain.config import Config, Native, RunSpec
 from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import Cluster, load_cluster, split_name
 from moetrain.simulate.here import crowd_costs, measured_cluster, read_costs
@@ -68,8 +68,8 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     return Request(job, own.get("routing", "natural"), natural, planner, choice == "auto")
 
 
-def job_of_run(config: Config, world: int, ep: int, cluster: Cluster, costs: Costs) -> Request:
-    """What a run that is about to start asks for: its complete configuration, and the costs that were measured.
+def job_of_run(config: RunSpec, cluster: Cluster, costs: Costs) -> Request:
+    """What a run that is about to start asks for, with the costs that were measured.
 
     Raises `ConfigError` for a model or a batch that the simulator does not know.
     """
@@ -77,22 +77,22 @@ def job_of_run(config: Config, world: int, ep: int, cluster: Cluster, costs: Cos
     if not isinstance(config.engine, Native):
         raise ConfigError(f"engine={config.engine.name}: must be native for `moetrain simulate`")
     layout = Layout(
-        world=world,
-        ep=ep,
+        world=config.world,
+        ep=config.ep,
         dp_replicate=config.parallel.dp_replicate,
         sharding="fsdp",
         reshard=config.engine.reshard_after_forward,
     )
     work = StepWork(
         seq_len=config.train.seq_len,
-        micro_batch=config.micro_batch(world),
+        micro_batch=config.micro_batch,
         global_batch=config.train.global_batch,
         dtype=config.train.dtype,
         recompute=config.train.recompute,
         moment_bytes=8 if config.optim.state_dtype == "fp32" else 4,
         offload=config.engine.offload != "none",
     )
-    settled, measured = _settle(cluster, costs, shape, world, work.dtype)
+    settled, measured = _settle(cluster, costs, shape, config.world, work.dtype)
     planner = PlannerChoice(config.planner.name, config.planner.options)
     return Request(Job(settled, shape, layout, work, find_stack("moetrain"), measured), "natural", Natural(), planner)
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 from moetrain import checkpoint, runs
 from moetrain.common import versions
 from moetrain.common.console import RunLogger
-from moetrain.config import Config
+from moetrain.config import Config, RunSpec, resolve
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Samples, open_data, with_vocabulary
+from moetrain.data.loader import Corpus, Samples, open_data
 from moetrain.distributed.comm import barrier, broadcast_text
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
@@ -24,7 +24,7 @@ from moetrain.training.step import build, check_same_corpus
 class Beginning(NamedTuple):
     """A run before the first step of this start."""
 
-    config: Config  # complete: vocabulary and dtype are known
+    config: RunSpec
     folder: Path
     corpus: Corpus
     loader: Samples
@@ -46,27 +46,30 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     """
     corpus, loader = open_data(config)
     check_same_corpus(corpus, mesh)
-    config = with_vocabulary(runs.absolute(config), corpus)
-    folder, model, notes = runs.folder_of(config), build(config), versions.newer_than_tested()
-    start = checkpoint.agree_on_start(config, folder, mesh, model, corpus.fingerprint)
-    config = precision.resolve_dtype(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
-    saved, more = recovery.find_newer(start, config, folder, mesh)
+    folder, notes = runs.folder_of(config), versions.newer_than_tested()
+    start = checkpoint.agree_on_start(config, folder, mesh)
+    dtype = precision.find_dtype(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
+    spec = resolve(config, mesh.world, corpus.vocab_size, dtype)
+    model = build(spec)
+    start = checkpoint.check_start(start, spec, mesh, model, corpus.fingerprint)
+    start = recovery.find_newer(start, spec, folder, mesh)
+    saved, more = start.path, start.notes
     first, position = checkpoint.progress(saved)
-    is_complete = first >= config.train.steps and _has_summary(folder, mesh)
+    is_complete = first >= spec.train.steps and _has_summary(folder, mesh)
     record: Start | None = None
     if mesh.is_main and not is_complete:
-        if config.checkpoint.resume == "none" and not checkpoint.continues_own(config, folder):
+        if spec.checkpoint.resume == "none" and not checkpoint.continues_own(spec, folder):
             runs.forget_tracking(folder)
-        runs.create(config)
+        runs.create(spec)
         runs.keep_corpus(folder, corpus.fingerprint)
         record = Start(folder, first, mesh)
-        more = [*prepare.outdated(corpus.folder, config.data), *more]
+        more = [*prepare.outdated(corpus.folder, spec.data), *more]
     barrier()
     logger = RunLogger(folder / "log.txt", silent=not mesh.is_main)
     logger.print_lines([*notes, *more])
-    size = estimate(config, mesh.world)
-    describe(config, mesh, corpus, size, logger)
-    return Beginning(config, folder, corpus, loader, model, saved, first, position, size, logger, record, is_complete)
+    size = estimate(spec)
+    describe(spec, mesh, corpus, size, logger)
+    return Beginning(spec, folder, corpus, loader, model, saved, first, position, size, logger, record, is_complete)
 
 
 def _has_summary(folder: Path, mesh: Mesh) -> bool:

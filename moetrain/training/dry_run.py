@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from moetrain.common.console import console
-from moetrain.config import Config, ConfigError, Native, resolve_layout
+from moetrain.config import Config, ConfigError, Native, RunSpec, resolve_early, vary
 from moetrain.distributed import mesh
-from moetrain.engine import native, precision
+from moetrain.engine import native
 from moetrain.engine.base import guest_bytes
 from moetrain.engine.optim import local
 from moetrain.models.base import LanguageModel
@@ -23,12 +23,12 @@ from moetrain.training.step import build
 
 ASSUMED_BYTES = 80 << 30
 LIBRARY_BYTES = 2 << 30  # that the driver, communication and the allocator take of a device
-REMEDIES: dict[str, dict[str, dict[str, str | bool]]] = {  # what may make a run fit, the cheapest first
-    "engine.reshard_after_forward=true": {"engine": {"reshard_after_forward": True}},
-    "train.recompute=selective": {"train": {"recompute": "selective"}},
-    "train.recompute=full": {"train": {"recompute": "full"}},
-    "optim.state_dtype=bf16": {"optim": {"state_dtype": "bf16"}},
-    "engine.offload=cpu": {"engine": {"offload": "cpu"}},
+REMEDIES: dict[str, dict[str, str | bool]] = {  # what may make a run fit, the cheapest first
+    "engine.reshard_after_forward=true": {"engine.reshard_after_forward": True},
+    "train.recompute=selective": {"train.recompute": "selective"},
+    "train.recompute=full": {"train.recompute": "full"},
+    "optim.state_dtype=bf16": {"optim.state_dtype": "bf16"},
+    "engine.offload=cpu": {"engine.offload": "cpu"},
 }
 
 
@@ -36,30 +36,27 @@ def show_dry_run(config: Config, world: int, as_json: bool) -> int:
     """Print parameters and memory per rank of `config` on `world` ranks. Raises `ConfigError`."""
     if not isinstance(config.engine, Native):
         raise ConfigError(f"engine={config.engine.name}: --dry-run lays out the native engine only")
-    if config.model.vocab_size is None:  # that of the data, which need not be there yet
-        model = config.model.model_copy(update={"vocab_size": config.data.vocab_size})
-        config = config.model_copy(update={"model": model})
-    config = precision.replace_auto(config, "bf16")  # another machine, likely with GPUs
-    layout = resolve_layout(config, world)
-    whole = build(config)
+    spec = resolve_early(config, world)
+    whole = build(spec)
     total = dict(_count(whole))
-    with mesh.pretend(rank=0, world=world, ep=layout.ep, dp_replicate=layout.dp_replicate) as pretended:
-        native.shard(whole, pretended, config)
+    with mesh.pretend(rank=0, world=world, ep=spec.ep, dp_replicate=spec.parallel.dp_replicate) as pretended:
+        native.shard(whole, pretended, spec)
         own = dict(_count(whole))
-    size = estimate(config, world)
+    size = estimate(spec)
     if as_json:
         device = _device_bytes()
-        needed = needed_bytes(config, world, device)
-        found = {"world": world, **layout.model_dump(), "parameters": total, "per_rank": own, **_bytes(size)}
+        needed = needed_bytes(spec, device)
+        layout = {**spec.parallel.model_dump(), "dp_shard": spec.dp_shard, "ep": spec.ep}
+        found = {"world": world, **layout, "parameters": total, "per_rank": own, **_bytes(size)}
         print(json.dumps({**found, "device_bytes": device, "needed_bytes": needed, "fits": needed <= device}))
         return 0
     console.print(
-        f"{world} ranks = dp_replicate {layout.dp_replicate} × dp_shard {layout.dp_shard}; ep {layout.ep}. "
+        f"{world} ranks = dp_replicate {spec.parallel.dp_replicate} × dp_shard {spec.dp_shard}; ep {spec.ep}. "
         f"{short(sum(total.values()))} parameters, {short(size.active)} active a token"
     )
     console.print(_parameters(total, own))
-    console.print(_memory(size, config))
-    console.print(describe_fit(config, world, _device_bytes()))
+    console.print(_memory(size, spec))
+    console.print(describe_fit(spec, _device_bytes()))
     return 0
 
 
@@ -68,36 +65,34 @@ def _device_bytes() -> int:
     return mesh.memory_of(mesh.device_of(0)) or ASSUMED_BYTES
 
 
-def needed_bytes(config: Config, world: int, device_bytes: int) -> int:
+def needed_bytes(config: RunSpec, device_bytes: int) -> int:
     """Returns what lies on a device of a rank, guests and libraries included; activations are good to ±30 %."""
-    size = estimate(config, world)
+    size = estimate(config)
     guests = guest_bytes(config, device_bytes) if config.planner.name != "home" else 0
     states = size.states if config.engine.offload == "none" else 0
     return states + size.gathered + size.activations + guests + LIBRARY_BYTES
 
 
-def describe_fit(config: Config, world: int, device_bytes: int) -> str:
+def describe_fit(config: RunSpec, device_bytes: int) -> str:
     """Says whether the run fits into a device's memory; where it does not, which changes would make it fit."""
-    needed = needed_bytes(config, world, device_bytes)
+    needed = needed_bytes(config, device_bytes)
     about = f"in {device_bytes / GIB:.0f} GiB: about {needed / GIB:.1f} GiB on a device"
     if needed <= device_bytes:
         return f"fits {about}"
-    enough = [name for name, change in REMEDIES.items() if _would_fit(config, world, device_bytes, [change])]
+    enough = [name for name, change in REMEDIES.items() if _would_fit(config, device_bytes, [change])]
     if enough:
         return f"does not fit {about}; would with {', or with '.join(enough)}"
     steps = [name for name in REMEDIES if name != "train.recompute=selective"]
     for number in range(2, len(steps) + 1):
-        if _would_fit(config, world, device_bytes, [REMEDIES[name] for name in steps[:number]]):
+        if _would_fit(config, device_bytes, [REMEDIES[name] for name in steps[:number]]):
             return f"does not fit {about}; would with all of {', '.join(steps[:number])}"
     return f"does not fit {about}; needs more ranks, a smaller train.micro_batch or a shorter train.seq_len"
 
 
-def _would_fit(config: Config, world: int, device_bytes: int, changes: list[dict[str, dict[str, str | bool]]]) -> bool:
+def _would_fit(config: RunSpec, device_bytes: int, changes: list[dict[str, str | bool]]) -> bool:
     for change in changes:
-        for section, update in change.items():
-            changed = getattr(config, section).model_copy(update=update)
-            config = config.model_copy(update={section: changed})
-    return needed_bytes(config, world, device_bytes) <= device_bytes
+        config = vary(config, change)
+    return needed_bytes(config, device_bytes) <= device_bytes
 
 
 def _count(model: LanguageModel) -> Iterator[tuple[str, int]]:
@@ -123,7 +118,7 @@ def _parameters(total: dict[str, int], own: dict[str, int]) -> Table:
     return table
 
 
-def _memory(size: Estimate, config: Config) -> Table:
+def _memory(size: Estimate, config: RunSpec) -> Table:
     """GiB, and where they lie on a GPU machine."""
     offload = config.engine.offload
     host = "device" if offload == "none" else "host"

@@ -11,7 +11,7 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 
 from moetrain.common.console import errors
-from moetrain.config import Config
+from moetrain.config import RunSpec
 from moetrain.data.held_out import held_out_windows
 from moetrain.data.loader import Corpus
 from moetrain.distributed.comm import all_reduce_sum
@@ -39,9 +39,9 @@ from moetrain.observe.scores import HeldOut, Score
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, corpus: Corpus, config: Config, mesh: Mesh) -> HeldOut:
+def evaluate(model: LanguageModel, corpus: Corpus, config: RunSpec, mesh: Mesh) -> HeldOut:
     """All ranks call it, and call the model equally often. Losses are means over the tokens to be predicted."""
-    device, size = mesh.device, config.micro_batch(mesh.world)
+    device, size = mesh.device, config.micro_batch
     sizes = [router.num_experts for router in model.routers]
     counts_CN = torch.zeros(len(corpus.domains), sum(sizes), device=device)  # experts of all layers
     sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
@@ -88,7 +88,7 @@ def evaluate(model: LanguageModel, corpus: Corpus, config: Config, mesh: Mesh) -
 def answer_tasks(
     model: LanguageModel,
     corpus: Corpus,
-    config: Config,
+    config: RunSpec,
     mesh: Mesh,
     tasks: Sequence[Task],
     max_length: int | None = None,
@@ -100,7 +100,7 @@ def answer_tasks(
     """
     most = max_length or config.train.seq_len
     encoder = Encoder(corpus.tokenizer, corpus.end_of_text, most)
-    budget = config.micro_batch(mesh.world) * config.train.seq_len
+    budget = config.micro_batch * config.train.seq_len
     found = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True, disable=not show) as progress:

@@ -31,41 +31,41 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
     too many steps that were not finite, and `Ended` where the last state could not be saved.
     """
     run = begin(config, mesh)
-    config, steps, batch = run.config, run.config.train.steps, run.config.train.global_batch
+    spec, steps, batch = run.config, run.config.train.steps, run.config.train.global_batch
     if run.is_complete:
         return _show_again(run)
-    engine = build_engine(run.model, mesh, config)
+    engine = build_engine(run.model, mesh, spec)
     if run.saved is not None:
         checkpoint.load(run.saved, engine)
         run.logger.print(f"resumed from {run.saved}, {run.first} steps done")
-    costs = saved_costs.obtain(mesh, saved_costs.layer_of(config), run.folder, run.saved)
+    costs = saved_costs.obtain(mesh, saved_costs.layer_of(spec), run.folder, run.saved)
     engine.plan_with(costs)
-    if mesh.is_main and (expected := predict(config, mesh, costs)) is not None:
+    if mesh.is_main and (expected := predict(spec, mesh, costs)) is not None:
         run.logger.print_lines(expected.lines())
         expected.write(run.folder)
     peak_flops = matmul_rate(mesh.device, engine.dtype) * mesh.world
     position = run.position
-    engine.model.at_step(run.first, config.train)
+    engine.model.at_step(run.first, spec.train)
 
     with (
-        checkpoint.Saver(run.folder, config, mesh, engine, run.corpus.fingerprint, run.first) as saver,
-        Recorder(config, mesh, run.folder, run.first, run.corpus.domains, engine.model) as recorder,
-        recovery.Watch(config, run.folder, mesh, engine, run.first, run.logger) as watch,
+        checkpoint.Saver(run.folder, spec, mesh, engine, run.corpus.fingerprint, run.first) as saver,
+        Recorder(spec, mesh, run.folder, run.first, run.corpus.domains, engine.model) as recorder,
+        recovery.Watch(spec, run.folder, mesh, engine, run.first, run.logger) as watch,
     ):
         for step in range(run.first + 1, steps + 1):
             recorder.begin(step)
             watch.begin(step)
             began, clock = time.perf_counter(), Clock(mesh.device, watch.mark)
             with clock.phase("data"):
-                shares = list(micro_batches(config, mesh, run.loader, position))
-            lr = learning_rate(config.optim, step - 1, steps)
-            done = optimizer_step(engine, config, shares, lr, clock)
+                shares = list(micro_batches(spec, mesh, run.loader, position))
+            lr = learning_rate(spec.optim, step - 1, steps)
+            done = optimizer_step(engine, spec, shares, lr, clock)
             position += batch
-            engine.model.at_step(step, config.train)
+            engine.model.at_step(step, spec.train)
             seconds = time.perf_counter() - began
 
             is_last, end_requested = step == steps, watch.end(step, position, done.norm)
-            is_due = watch.sound and _is_every(config.checkpoint.every, step)
+            is_due = watch.sound and _is_every(spec.checkpoint.every, step)
             saves = is_last or end_requested or is_due
             metrics = recorder.read(step, done, always=saves)
             if saves:
@@ -78,8 +78,8 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
                 metrics |= {metric.LR: lr, metric.GRAD_NORM: done.norm}
                 metrics |= {metric.TOKENS: run.loader.count_tokens(position), metric.SKIPPED_STEPS: watch.skipped}
                 recorder.log(step, metrics | _speed(run, done.size.tokens, seconds, peak_flops))
-            if not is_last and _is_every(config.eval.every, step):
-                recorder.held_out(step, evaluate(engine.model, run.corpus, config, mesh))
+            if not is_last and _is_every(spec.eval.every, step):
+                recorder.held_out(step, evaluate(engine.model, run.corpus, spec, mesh))
             if end_requested and not is_last:
                 saver.wait()
                 _end_record(run)

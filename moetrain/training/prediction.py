@@ -9,7 +9,7 @@ import torch
 
 from moetrain.common import disk
 from moetrain.common.errors import ConfigError
-from moetrain.config import Config
+from moetrain.config import RunSpec
 from moetrain.distributed.mesh import Mesh
 from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import Cluster, load_cluster
@@ -47,14 +47,14 @@ class Prediction:
         disk.write(folder / NAME, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def predict(config: Config, mesh: Mesh, costs: Costs) -> Prediction | None:
+def predict(config: RunSpec, mesh: Mesh, costs: Costs) -> Prediction | None:
     """Predict the run from the costs that were measured here; None for a device or a model that the simulator does not
     know."""
     cluster = _find_cluster(mesh, costs)
     if cluster is None:
         return None
     try:
-        request = job_of_run(config, mesh.world, mesh.ep.size, cluster, costs)
+        request = job_of_run(config, cluster, costs)
         step = predict_step(request.job, request.routing, request.planner)
     except ConfigError:
         return None

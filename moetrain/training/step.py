@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.config import Config, ConfigError
+from moetrain.config import Config, ConfigError, RunSpec
 from moetrain.config.core_options import balance_options
 from moetrain.data.loader import Corpus, Samples, Sequences
 from moetrain.distributed.comm import all_reduce_sum, gather_texts
@@ -118,12 +118,12 @@ def check_same_corpus(corpus: Corpus, mesh: Mesh) -> None:
         )
 
 
-def micro_batches(config: Config, mesh: Mesh, loader: Samples, position: int) -> Iterator[Sequences]:
+def micro_batches(config: RunSpec, mesh: Mesh, loader: Samples, position: int) -> Iterator[Sequences]:
     """This rank's sequences of one optimizer step, micro-step by micro-step; `position`: its first global sample.
 
     The batch is cut into equal parts, one a rank and micro-step, or parts that differ by one.
     """
-    size, parts = config.train.global_batch, config.micro_steps(mesh.world) * mesh.world
+    size, parts = config.train.global_batch, config.micro_steps * mesh.world
     for part in range(mesh.rank, parts, mesh.world):
         first, end = (-(-size * n // parts) for n in (part, part + 1))
         yield loader.samples(position + first, position + end)

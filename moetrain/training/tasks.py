@@ -11,9 +11,9 @@ from moetrain import checkpoint, runs
 from moetrain.checkpoint import manifest
 from moetrain.common import disk
 from moetrain.common.console import console, errors, styled
-from moetrain.config import Config, ConfigError
+from moetrain.config import Config, ConfigError, RunSpec, name_run, resolve
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, open_data, with_vocabulary
+from moetrain.data.loader import Corpus, open_data
 from moetrain.distributed.comm import broadcast_text
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, precision, saved_costs
@@ -34,8 +34,8 @@ def train_run(config: Config, mesh: Mesh, as_json: bool, at_end: Sequence[AtEnd]
     """Train; a run without a name gets one. `at_end` as in `train`."""
     with ExitStack() as stack:
         if config.run.name is None:  # under torchrun or Slurm: our own launcher has named the run, and holds its lock
-            name = str(runs.with_name(config).run.name) if mesh.is_main else ""
-            config = runs.with_name(config, broadcast_text(name, mesh.device))
+            name = runs.make_name(config) if mesh.is_main else ""
+            config = name_run(config, broadcast_text(name, mesh.device))
             if mesh.is_main:
                 stack.enter_context(lock.hold(runs.folder_of(config)))
         folder = train(config, mesh, at_end)
@@ -45,8 +45,8 @@ def train_run(config: Config, mesh: Mesh, as_json: bool, at_end: Sequence[AtEnd]
 
 def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     """Measure the layer of the config's model on these ranks and keep it in place of what was known."""
-    config = precision.resolve_dtype(config, mesh)
-    began, layer = time.perf_counter(), saved_costs.layer_of(config)
+    spec = resolve(config, mesh.world, config.data.vocab_size, precision.find_dtype(config, mesh))
+    began, layer = time.perf_counter(), saved_costs.layer_of(spec)
     costs = calibrate.measure(mesh, layer)
     path = saved_costs.keep(mesh, layer, costs)
     if not mesh.is_main:
@@ -57,7 +57,7 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     kept = "not saved: no cache folder can be written" if path is None else str(path)
     console.print(styled((str(kept), "bold"), (f", measured in {time.perf_counter() - began:.1f} s", "")))
     console.print(
-        f"layer      width {layer.dim}, hidden {layer.hidden}, top-{layer.top_k}, {config.train.dtype}, "
+        f"layer      width {layer.dim}, hidden {layer.hidden}, top-{layer.top_k}, {spec.train.dtype}, "
         f"{mesh.ep.size} ranks"
     )
     console.print(f"row        {1e6 * costs.row_forward:.2f} µs forward, {1e6 * costs.row_backward:.2f} µs backward")
@@ -75,8 +75,8 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 
 def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
-    model, corpus, saved = _restore(config, mesh)
-    scores, metrics, _ = evaluate(model, corpus, config, mesh)
+    spec, model, corpus, saved = _restore(config, mesh)
+    scores, metrics, _ = evaluate(model, corpus, spec, mesh)
     if not mesh.is_main:
         return
     if as_json:
@@ -91,9 +91,9 @@ def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 def answer_run(config: Config, mesh: Mesh, as_json: bool, selection: Selection) -> None:
     """Have the run's newest checkpoint answer tasks, keep the answers in the run's folder and print a table."""
-    model, corpus, saved = _restore(config, mesh)
+    spec, model, corpus, saved = _restore(config, mesh)
     tasks, shown = selection.read(), mesh.is_main and not as_json
-    found = answer_tasks(model, corpus, config, mesh, tasks, selection.max_length, shown)
+    found = answer_tasks(model, corpus, spec, mesh, tasks, selection.max_length, shown)
     if not mesh.is_main:
         return
     for result in found:
@@ -112,7 +112,7 @@ def answer_run(config: Config, mesh: Mesh, as_json: bool, selection: Selection) 
 
 
 def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
-    model, corpus, saved = _restore(config, mesh)
+    _, model, corpus, saved = _restore(config, mesh)
     prompts = prompts_of(corpus, config)
     texts = generate(model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
     if not mesh.is_main:
@@ -128,20 +128,20 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         console.print(item["prompt"] + item["text"])
 
 
-def _restore(config: Config, mesh: Mesh) -> tuple[LanguageModel, Corpus, Path]:
+def _restore(config: Config, mesh: Mesh) -> tuple[RunSpec, LanguageModel, Corpus, Path]:
     """The newest checkpoint of `config.run` that is whole, on these ranks."""
     corpus, _ = open_data(config)
     for line in prepare.outdated(corpus.folder, config.data) if mesh.is_main else []:
         errors.print(line)
-    config = precision.resolve_dtype(with_vocabulary(config, corpus), mesh)
+    spec = resolve(config, mesh.world, corpus.vocab_size, precision.find_dtype(config, mesh))
     saved, passed = checkpoint.first_whole(manifest.folders(runs.folder_of(config)), mesh)
     for path, said in passed if mesh.is_main else []:
         errors.print(f"{path} is incomplete or damaged and is skipped: {said}")
     if saved is None:
         raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
     checkpoint.check_data(saved, corpus.fingerprint, same_run=False)
-    engine = build_engine(build(config), mesh, config)
+    engine = build_engine(build(spec), mesh, spec)
     checkpoint.load(saved, engine, optimizer=False)
     engine.plan_with(saved_costs.of_checkpoint(saved))
     engine.model.at_step(checkpoint.progress(saved)[0], config.train)
-    return engine.model, corpus, saved
+    return spec, engine.model, corpus, saved

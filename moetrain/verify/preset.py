@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.config import Config, ConfigError, load
+from moetrain.config import Config, ConfigError, load, resolve, vary
 from moetrain.data.loader import Sequences
 from moetrain.distributed import sharded
 from moetrain.distributed.comm import all_gather, all_reduce_sum
@@ -48,13 +48,13 @@ def settle(overrides: list[str], layers: int, sequences: int, more: tuple[str, .
     if config.engine.name != "native":
         raise ConfigError(f"engine={config.engine.name}: verify compares the native engine so far")
     few = min(layers, config.model.num_layers)
-    model = config.model.model_copy(update={"vocab_size": VOCABULARY, "num_layers": few})
-    return config.model_copy(update={"model": model})
+    return vary(config, {"model.vocab_size": VOCABULARY, "model.num_layers": few})
 
 
 def run_step(config: Config, mesh: Mesh) -> tuple[Result, int]:
     """Run one optimizer step. Returns the whole result, and the copies of experts on other ranks."""
-    engine = NativeEngine(build(config), mesh, config)
+    spec = resolve(config, mesh.world, VOCABULARY, "fp32")
+    engine = NativeEngine(build(spec), mesh, spec)
     engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))  # lending is nothing against rows
     found: Result = {}
 
@@ -64,9 +64,9 @@ def run_step(config: Config, mesh: Mesh) -> tuple[Result, int]:
                 found[f"gradient of {name}"] = _gather(mesh, name, parameter.grad)
 
     engine.optimizer.register_step_pre_hook(keep)
-    shares = list(micro_batches(config, mesh, RandomSamples(config.train.seq_len), 0))
-    step = optimizer_step(engine, config, shares, LR)
-    tokens = config.train.global_batch * config.train.seq_len
+    shares = list(micro_batches(spec, mesh, RandomSamples(config.train.seq_len), 0))
+    step = optimizer_step(engine, spec, shares, LR)
+    tokens = spec.tokens_per_step
     loss = torch.stack([part.nats.sum() / tokens + part.losses.weighted for part in step.parts]).sum()
     found["loss"] = all_reduce_sum(loss)
     found["norm"] = torch.tensor(step.norm, dtype=torch.float64)

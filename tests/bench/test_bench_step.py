@@ -14,7 +14,7 @@ from moetrain import cli, config
 from moetrain.bench import gpu, step
 from moetrain.bench.protocol import StepOptions
 from moetrain.bench.step_peer import Peer
-from moetrain.data.loader import Corpus, with_vocabulary
+from moetrain.data.loader import Corpus
 from moetrain.data.prepare import ensure
 from moetrain.distributed.mesh import Mesh
 from moetrain.observe.estimate import estimate
@@ -93,7 +93,7 @@ def test_a_peer_of_the_same_shape_takes_its_turns(pool: Pool, tiny: list[str]) -
     (found, size, loss), _ = pool.run(beside, 2, overrides)
     settings = config.load(overrides)
     corpus = Corpus(ensure(settings.data))
-    assert size == estimate(with_vocabulary(settings, corpus), 2).total
+    assert size == estimate(config.resolve(settings, 2, corpus.vocab_size, "fp32")).total
     assert loss == pytest.approx(math.log(corpus.vocab_size), rel=0.1)
     ideal, home, peer = found
     assert (ideal["peer"], home["peer"], peer["planner"]) == (None, None, None)

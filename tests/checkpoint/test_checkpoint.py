@@ -57,10 +57,10 @@ def tiny_model() -> config.Config:
     return config.load(["model=tiny"])
 
 
-def settings(**options: int | str) -> config.Config:
+def settings(**options: int | str) -> config.RunSpec:
     """`checkpoint.*` as given."""
-    base = tiny_model()
-    return base.model_copy(update={"checkpoint": base.checkpoint.model_copy(update=options)})
+    changes = {f"checkpoint.{name}": value for name, value in options.items()}
+    return config.vary(config.resolve(tiny_model(), 1, 64, "fp32"), changes)
 
 
 def saved(mesh: Mesh, folder: str, steps: list[int], by_rows: bool = True, keep: int = 2, every: int = 0) -> list[str]:
@@ -186,7 +186,9 @@ def agreed(mesh: Mesh, folder: str, resume: str, names: list[str]) -> list[tuple
         place = Path(folder) / name
         choice = "auto" if resume == "auto" else str(place / "checkpoints" / resume)
         try:
-            start = checkpoint.agree_on_start(settings(resume=choice), place, mesh, model, DATA)
+            asked = settings(resume=choice)
+            start = checkpoint.agree_on_start(asked, place, mesh)
+            start = checkpoint.check_start(start, asked, mesh, model, DATA)
             out.append((start.path.name if start.path else "", start.notes))
         except ConfigError as error:
             out.append(("error", [str(error)]))
@@ -252,11 +254,9 @@ def test_token_numbers_must_mean_what_they_meant(pool, tmp_path: Path) -> None:
 
 def noted(mesh: Mesh, path: str) -> list[list[str]]:
     """On two ranks what one rank saved: notes under options that depend on the layout, and under one that does not."""
-    base, out = tiny_model(), []
-    for change in ({}, {"scope": "micro"}, {"device_coefficient": 0.1}):
-        balance = base.balance.model_copy(update=change)
-        given = base.model_copy(update={"balance": balance})
-        out.append(agreeing.of_the_layout(given, Path(path), mesh))
+    spec, out = config.resolve(tiny_model(), mesh.world, 64, "fp32"), []
+    for change in ({}, {"balance.scope": "micro"}, {"balance.device_coefficient": 0.1}):
+        out.append(agreeing.of_the_layout(config.vary(spec, change), Path(path), mesh))
     return out
 
 

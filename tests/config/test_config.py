@@ -321,7 +321,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
 def test_a_mistake_is_one_line_with_field_value_and_rule(overrides: list[str], line: str) -> None:
     def laid_out() -> None:
         settings = config.load(overrides)
-        config.resolve_layout(settings, settings.parallel.nproc or 1)
+        config.find_ep(settings, settings.parallel.nproc or 1)
 
     with pytest.raises(ConfigError) as caught:
         laid_out()

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import config
-from moetrain.config import Config, ConfigError
+from moetrain.config import ConfigError, RunSpec
 from moetrain.config.deepspeed import make_settings
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Loader, with_vocabulary
+from moetrain.data.loader import Corpus, Loader
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine, build_engine
 from moetrain.moe.planning.cost import default_costs
@@ -26,17 +26,16 @@ MOVING = ["planner=llep", "planner.min_rows=1", "router.skew=0.5", "optim.warmup
 EXACT = ["balance.accumulate=exact"]  # micro-steps change nothing then
 
 
-def engine_of(mesh: Mesh, overrides: list[str]) -> tuple[Engine, Config, Loader]:
+def engine_of(mesh: Mesh, overrides: list[str]) -> tuple[Engine, RunSpec, Loader]:
     settings = config.load(overrides)
-    config.resolve_layout(settings, mesh.world)
     corpus = Corpus(prepare.ensure(settings.data))
-    settings = with_vocabulary(settings, corpus)
+    settings = config.resolve(settings, mesh.world, corpus.vocab_size, "fp32")
     engine = build_engine(build(settings), mesh, settings)
     engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))  # lending is nothing against rows
     return engine, settings, Loader(corpus, settings.train.seq_len, 0)
 
 
-def steps(engine: Engine, settings: Config, loader: Loader, begin: int, end: int) -> list[tuple[float, float, int]]:
+def steps(engine: Engine, settings: RunSpec, loader: Loader, begin: int, end: int) -> list[tuple[float, float, int]]:
     """(loss over all ranks, gradient norm, guests) of the steps `begin` to `end`."""
     out = []
     size, tokens = settings.train.global_batch, settings.train.global_batch * settings.train.seq_len
@@ -212,7 +211,7 @@ def test_a_norm_that_is_not_finite_updates_nothing(pool, tiny) -> None:
 def test_what_cannot_be_is_refused_in_one_line(overrides: list[str], line: str) -> None:
     settings = config.load(["engine=deepspeed", *overrides])
     with pytest.raises(ConfigError) as caught:
-        config.resolve_layout(settings, 4)
+        config.find_ep(settings, 4)
     assert str(caught.value).startswith(line)
 
 
@@ -235,7 +234,7 @@ def test_without_deepspeed_it_says_how_to_install(monkeypatch) -> None:
     monkeypatch.setattr("moetrain.config.deepspeed.find_spec", lambda name: None)
     settings = config.load(["engine=deepspeed"])
     with pytest.raises(ConfigError, match=r"engine=deepspeed: needs DeepSpeed.*pip install 'moetrain\[deepspeed\]'"):
-        config.resolve_layout(settings, 2)
+        config.find_ep(settings, 2)
 
 
 def test_other_runs_never_import_it() -> None:

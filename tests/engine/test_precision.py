@@ -71,7 +71,7 @@ def test_ranks_take_what_all_of_them_do_well(pool) -> None:
 
 def refusal(mesh: Mesh, kept: str) -> str:
     try:
-        return precision.resolve_dtype(config.load(["model=tiny", "train.dtype=auto"]), mesh, kept).train.dtype
+        return precision.find_dtype(config.load(["model=tiny", "train.dtype=auto"]), mesh, kept)
     except ConfigError as error:
         return str(error)
 

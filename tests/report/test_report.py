@@ -22,7 +22,7 @@ import torch
 
 from moetrain import cli
 from moetrain.common.console import RunLogger
-from moetrain.config import ConfigError
+from moetrain.config import ConfigError, resolve_early
 from moetrain.config import load as load_config
 from moetrain.observe import palette, picture, reduce, summary
 from moetrain.observe.estimate import estimate, short
@@ -575,7 +575,7 @@ def test_the_summary_on_the_terminal_is_that_of_the_metrics(tmp_path: Path, caps
         rows = rows_of(folder)[40 // recorded - 1 :: 40 // recorded]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = load_config(["model=tiny", "model.vocab_size=512", "train.steps=40", "train.dtype=fp32"])
-        size, score = estimate(settings, 1), Score(nats=120.0, tokens=40, num_bytes=80)
+        size, score = estimate(resolve_early(settings, 1)), Score(nats=120.0, tokens=40, num_bytes=80)
         found = summary.collect(folder, settings, size, {"all": score}, {"all": 2.5}, [])
         summary.show(found, RunLogger(None))
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -186,7 +186,7 @@ def test_what_a_kill_left_unfinished_goes_at_the_next_start(tmp_path: Path) -> N
 
 def test_unnamed_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     settings = config.load([f"run.dir={tmp_path}"])
-    names = [runs.with_name(settings).run.name for _ in range(5)]
+    names = [runs.make_name(settings) for _ in range(5)]
     assert len(set(names)) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, names))
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from moetrain import config
-from moetrain.engine import precision
 from moetrain.observe.estimate import estimate
 from moetrain.simulate import request
 from moetrain.simulate.memory import predict_memory
@@ -17,8 +16,8 @@ OLMOE = ["model=olmoe_1b7b", "parallel.ep=8", "train.seq_len=4096", "train.micro
 
 @pytest.mark.parametrize(("words", "world"), [(QWEN, 64), (OLMOE, 8)])
 def test_states_are_those_of_the_estimate(words: list[str], world: int) -> None:
-    settings = precision.replace_auto(config.load([*words, f"parallel.nproc={world}"]), "bf16")
-    counted = estimate(settings, world)
+    settings = config.resolve_early(config.load([*words, f"parallel.nproc={world}"]), world)
+    counted = estimate(settings)
     asked = request.read([*words, f"cluster=h100x{world}"])
     parts = predict(asked.job, "balanced", asked.planner).memory.parts
     assert parts["masters"] == pytest.approx(counted.masters, rel=1e-3)

@@ -7,7 +7,6 @@ import pytest
 
 from moetrain import config
 from moetrain.common.errors import ConfigError
-from moetrain.engine import precision
 from moetrain.observe.estimate import estimate
 from moetrain.simulate.shape import PUBLISHED, from_config, from_hf
 
@@ -16,7 +15,7 @@ from moetrain.simulate.shape import PUBLISHED, from_config, from_hf
 def test_a_preset_has_the_parameters_of_the_estimate(model: str) -> None:
     settings = config.load([f"model={model}", "train.global_batch=8", "parallel.nproc=8", "model.vocab_size=4096"])
     shape = from_config(settings)
-    found = estimate(precision.replace_auto(settings, "bf16"), 8)
+    found = estimate(config.resolve_early(settings, 8))
     bias = shape.num_moe * shape.experts if settings.balance.bias != "none" else 0
     assert shape.params == pytest.approx(found.total, abs=bias)
     assert shape.active_params == pytest.approx(found.active, abs=bias)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from moetrain import config
 from moetrain.config.core_options import balance_options
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Loader, with_vocabulary
+from moetrain.data.loader import Corpus, Loader
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
@@ -28,10 +28,10 @@ STEP = ["train.global_batch=16", "train.seq_len=16", "router.skew=0.5", "optim.c
 STEP += ["optim.eps=0.01"]  # an update that is smooth in the gradient: without it AdamW's first is its sign
 
 
-def started(mesh: Mesh, overrides: list[str]) -> tuple[NativeEngine, config.Config, list[Any]]:
+def started(mesh: Mesh, overrides: list[str]) -> tuple[NativeEngine, config.RunSpec, list[Any]]:
     settings = config.load(overrides)
     corpus = Corpus(prepare.ensure(settings.data))
-    settings = with_vocabulary(settings, corpus)
+    settings = config.resolve(settings, mesh.world, corpus.vocab_size, "fp32")
     engine = NativeEngine(build(settings), mesh, settings)
     engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))  # lending is nothing against rows
     return engine, settings, list(micro_batches(settings, mesh, Loader(corpus, settings.train.seq_len, 0), 0))

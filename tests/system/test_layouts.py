@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moetrain import config
-from moetrain.data.loader import with_vocabulary
 from moetrain.distributed import comm
 from moetrain.distributed.mesh import Mesh
 from moetrain.moe.exchange import dispatch
@@ -94,7 +93,7 @@ def steps(mesh: Mesh, overrides: list[str]) -> Found:
 
     settings = config.load(overrides)
     corpus = Corpus(prepare.ensure(settings.data))
-    settings = with_vocabulary(settings, corpus)
+    settings = config.resolve(settings, mesh.world, corpus.vocab_size, "fp32")
     engine = NativeEngine(build(settings), mesh, settings)
     parameters = dict(engine.model.named_parameters())
     start = whole(mesh, engine, parameters)

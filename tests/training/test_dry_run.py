@@ -6,7 +6,6 @@ import re
 import pytest
 
 from moetrain import config
-from moetrain.engine import precision
 from moetrain.engine.base import guest_bytes
 from moetrain.observe.estimate import estimate
 from moetrain.training import dry_run
@@ -34,7 +33,7 @@ def test_presets_build_at_full_size(model, world, replicate, ep, total, active, 
     settings = config.load(overrides)
     assert dry_run.show_dry_run(settings, world, as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
-    size = estimate(precision.replace_auto(settings, "bf16"), world)
+    size = estimate(config.resolve_early(settings, world))
     assert found["gathered_bytes"] == size.gathered
     assert sum(found["parameters"].values()) == size.total == pytest.approx(total, rel=0.01 if "like" in model else 0)
     assert size.active == pytest.approx(active, rel=0.02)
@@ -76,9 +75,9 @@ def test_guests_get_a_share_of_the_devices_memory(given: str, device_bytes: int,
 def test_a_dry_run_says_whether_it_fits(overrides: list[str], said: str) -> None:
     words = ["model=qwen3_30b_a3b", "parallel.nproc=64", "parallel.ep=8", "train.seq_len=4096", "train.micro_batch=1"]
     settings = config.load([*words, "train.global_batch=64", "planner=home", *overrides])
-    settings = precision.replace_auto(settings, "bf16")
-    assert re.fullmatch(said + ".*", dry_run.describe_fit(settings, 64, 80 << 30))
-    needed = dry_run.needed_bytes(settings, 64, 80 << 30)
+    spec = config.resolve_early(settings, 64)
+    assert re.fullmatch(said + ".*", dry_run.describe_fit(spec, 80 << 30))
+    needed = dry_run.needed_bytes(spec, 80 << 30)
     assert (needed <= 80 << 30) == said.startswith("fits")
-    offloaded = settings.model_copy(update={"engine": settings.engine.model_copy(update={"offload": "cpu"})})
-    assert needed - dry_run.needed_bytes(offloaded, 64, 80 << 30) == estimate(settings, 64).states
+    offloaded = config.vary(spec, {"engine.offload": "cpu"})
+    assert needed - dry_run.needed_bytes(offloaded, 80 << 30) == estimate(spec).states

@@ -46,6 +46,14 @@ class Train(Section):
     log_every: Positive = Field(description="Steps between two lines of metrics.")
     threads: Positive | None = Field(description="CPU threads per worker. null: the cores of the host / its workers.")
 
+    def split_batch(self, world: int) -> tuple[int, int]:
+        """Returns (sequences per rank and micro-step, micro-steps) of `global_batch` on `world` ranks.
+
+        Where shares are uneven, the first is the most that a rank has.
+        """
+        micro_batch = self.micro_batch or -(-self.global_batch // world)
+        return micro_batch, -(-self.global_batch // (micro_batch * world))
+
 
 class Optim(Section):
     """The optimizer, its learning-rate schedule and gradient clipping."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.config import Config
+from moetrain.config import RunSpec
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
@@ -107,7 +107,7 @@ class Reading(NamedTuple):
 class Meter:
     """Follows every step (`add`), and reads some of them (`read`): reading is what costs."""
 
-    def __init__(self, config: Config, mesh: Mesh, domains: Sequence[str], costs: Costs) -> None:
+    def __init__(self, config: RunSpec, mesh: Mesh, domains: Sequence[str], costs: Costs) -> None:
         self._config, self._mesh, self._domains, self._costs = config, mesh, domains, costs
         self._forwards = FORWARDS.get(config.train.recompute, 1.0)
         self._window = health.Window(config.track.window)

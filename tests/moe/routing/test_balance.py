@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moetrain import checkpoint, config
 from moetrain.checkpoint import manifest
 from moetrain.config.core_options import router_options
-from moetrain.data.loader import open_data, with_vocabulary
+from moetrain.data.loader import open_data
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
 from moetrain.moe.layer import LayerStats
@@ -283,7 +283,7 @@ def stepped(mesh: Mesh, overrides: list[str]) -> list[Any]:
     """Two optimizer steps of two micro-steps: what the bias became, and what follows from the counts."""
     settings = config.load(overrides)
     corpus, loader = open_data(settings)
-    settings = with_vocabulary(settings, corpus)
+    settings = config.resolve(settings, mesh.world, corpus.vocab_size, "fp32")
     engine = NativeEngine(build(settings), mesh, settings)
     expected = torch.zeros(len(engine.model.routers), settings.model.num_experts)
     for position in (0, 8):

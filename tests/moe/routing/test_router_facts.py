@@ -155,7 +155,7 @@ def test_parameters_and_flops() -> None:
 
     def of(*overrides: str) -> tuple[int, int, int]:
         settings = config.load(["model=tiny", "model.vocab_size=64", "train.dtype=bf16", *overrides])
-        found, model = estimate(settings, 1), build(settings)
+        found, model = estimate(config.resolve_early(settings, 1)), build(settings)
         assert found.total == sum(p.numel() for p in model.parameters()), overrides
         routers = sum(p.numel() for r in model.routers for p in r.parameters())
         return found.total - routers, found.active - routers, routers

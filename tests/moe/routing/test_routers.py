@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from moetrain import config
 from moetrain.config.core_options import router_options
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Loader, with_vocabulary
+from moetrain.data.loader import Corpus, Loader
 from moetrain.distributed.comm import all_gather
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
@@ -72,7 +72,7 @@ def two_steps(mesh: Mesh, overrides: list[str]) -> tuple[list[float], dict[str, 
     """Loss of two optimizer steps summed over ranks, gradients of the first, and how many guests there were."""
     settings = config.load(overrides)
     corpus = Corpus(prepare.ensure(settings.data))
-    settings = with_vocabulary(settings, corpus)
+    settings = config.resolve(settings, mesh.world, corpus.vocab_size, "fp32")
     engine = Watched(build(settings), mesh, settings)
     engine.plan_with(dataclasses.replace(default_costs(), row_forward=1e-3, row_backward=2e-3))  # moving rows pays
     loader, losses, guests, seen = Loader(corpus, settings.train.seq_len, 0), [], 0, {}
