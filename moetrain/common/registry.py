@@ -8,7 +8,7 @@ decorator; and the entry points of installed packages, of the group `moetrain.ro
     cosine = "my_package.routing:Cosine"
 
 Options of a kind are a frozen dataclass that derives from `Options`; `option` gives a field its default, its bounds and
-its one line of description. Loads neither torch nor pydantic.
+its description. Loads neither torch nor pydantic.
 """
 
 import dataclasses
@@ -142,12 +142,17 @@ class Registry(MutableMapping[str, T]):
         self.sort, self.field = sort, field or f"{sort}.name"
         self.plural = "corpora" if sort == "corpus" else f"{sort}s"
         self._kinds = {name: _Kind(_importer(path), options) for name, (path, options) in own.items()}
+        self._own = [options for _, options in own.values()]
         self._searched = False
 
     @property
     def group(self) -> str:
         """The group of entry points in which other packages name theirs."""
         return f"moetrain.{self.plural}"
+
+    def own_options(self) -> dict[str, Any]:
+        """Returns the options of this package's kinds, in their order, with their defaults."""
+        return {field.name: field.default for options in self._own for field in dataclasses.fields(options)}
 
     def register(self, name: str, options: type[Options] | None = None) -> Callable[[Any], Any]:
         """Returns a decorator that makes a class or function known as `name`.

@@ -128,7 +128,7 @@ def _describe_type(annotation: Any, field: FieldInfo | None = None) -> str:
         extra = arguments[1]
         return _describe_type(arguments[0], extra if isinstance(extra, FieldInfo) else None) + bounds
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_describe_type(part) for part in arguments) + bounds
+        return " or ".join(_describe_type(part) + bounds * (part in (int, float)) for part in arguments)
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin is tuple:

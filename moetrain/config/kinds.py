@@ -18,13 +18,11 @@ from pydantic import Field, create_model
 from moetrain.common.errors import ConfigError, short
 from moetrain.common.extensions import CORPORA, OPTIMIZERS
 from moetrain.common.registry import Registry
-from moetrain.config.sections.base import Section
+from moetrain.config.sections.base import Section, find_bounds
 from moetrain.config.sections.router import PLANNER_OPTIONS, ROUTER_OPTIONS, Planner, Router
 from moetrain.config.sections.running import Data
 from moetrain.config.sections.training import Optim
 from moetrain.moe.options import PLANNERS, ROUTERS
-
-BOUNDS = {"above": "gt", "at_least": "ge", "below": "lt", "at_most": "le"}  # of registry.option -> of pydantic
 
 
 class Sort(NamedTuple):
@@ -32,7 +30,7 @@ class Sort(NamedTuple):
 
     base: type[Section]
     registry: Registry[Any]
-    known: dict[str, tuple[Any, str]]  # options of our kinds: default and meaning
+    known: dict[str, Any]  # options of our kinds, with their defaults in files
     optional: bool = False  # whether null stands for the kind's own default
     choice: str = "name"  # the field that chooses the kind
 
@@ -73,7 +71,7 @@ def split_options(section: str, values: dict[str, Any]) -> tuple[type[Section], 
         return sort.base, values
     kind = find_section(section, name)
     for option, value in values.items():
-        if option in known and option not in kind.model_fields and value != known[option][0]:
+        if option in known and option not in kind.model_fields and value != known[option]:
             raise ConfigError(f"{section}.{option}={short(value)}: the {section} {name} has no such option")
     return kind, {option: v for option, v in values.items() if option in kind.model_fields or option not in known}
 
@@ -87,9 +85,9 @@ def _make_section(section: str, name: str, options: Any) -> type[Section]:
     for field in dataclasses.fields(options):
         if field.name in sort.base.model_fields:
             continue
-        default, meaning = sort.known.get(field.name, (field.default, str(field.metadata.get("description", ""))))
         type_ = _bounded_type(hints[field.name], field.metadata, sort.optional)
-        fields[field.name] = (type_, Field(default=None if sort.optional else default, description=meaning))
+        meaning = str(field.metadata.get("description", ""))
+        fields[field.name] = (type_, Field(default=None if sort.optional else field.default, description=meaning))
     made = create_model(
         f"{name.title().replace('_', '')}{sort.base.__name__}Section",
         __base__=sort.base,
@@ -102,10 +100,6 @@ def _make_section(section: str, name: str, options: Any) -> type[Section]:
 
 def _bounded_type(hint: Any, metadata: Mapping[str, Any], optional: bool) -> Any:
     """The type of an option with its bounds, as pydantic has them."""
-    bounds: dict[str, Any] = {BOUNDS[name]: value for name, value in metadata.items() if name in BOUNDS}
     parts = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
-    made: list[Any] = []
-    for part in parts:
-        finite = {"allow_inf_nan": False} if part is float else {}
-        made.append(Annotated[part, Field(**(bounds | finite))] if part in (int, float) else part)
+    made = [Annotated[part, Field(**find_bounds(part, metadata))] if part in (int, float) else part for part in parts]
     return Union[tuple(made + ([None] if optional else []))]  # noqa: UP007

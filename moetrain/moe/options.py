@@ -1,6 +1,7 @@
 """The options of a layer of experts, its routers, planners and losses, and the kinds that there are. Loads no torch.
 
-The configuration of a run maps onto these, field by field and under the same names.
+The configuration of a run maps onto these, field by field and under the same names: what an option means and which
+values it takes stands here alone. Descriptions name fields of the configuration, `router.top_k`; null is None.
 """
 
 from collections.abc import Iterator
@@ -17,13 +18,26 @@ class RouterOptions(Options):
     biased: ClassVar[bool] = True  # whether it chooses by gates plus the bias
     equal_layers: ClassVar[bool] = False  # whether all layers must have equally many experts
 
-    top_k: int = option(2, "experts that a token chooses", above=0)
-    scores: Literal["softmax", "sigmoid"] = option("softmax", "what turns logits into gates")
-    normalise: bool | None = option(None, "a token's weights sum to one; none: as the router's paper has it")
-    scaling: float = option(1.0, "factor of all weights (DeepSeek-V3 has 2.5)", above=0)
-    skew: float = option(0.0, "added to the logits of the first top_k experts, to study imbalance")
+    top_k: int = option(
+        2,
+        "Experts per token. Under `router.name=top_p` only the estimate of active parameters uses it.",
+        above=0,
+    )
+    scores: Literal["softmax", "sigmoid"] = option("softmax", "Function that turns the router's logits into scores.")
+    normalise: bool | None = option(
+        None,
+        "Whether the weights of a token's experts are divided by their sum. null: as the router's paper has it, and "
+        "never for `router.top_k=1`, where the only weight would be a constant.",
+    )
+    scaling: float = option(1.0, "Factor on the weights of all experts (DeepSeek-V3's routed_scaling_factor).", above=0)
+    skew: float = option(
+        0.0, "Number added to the logits of the first `router.top_k` experts, to study an uneven load."
+    )
     capacity_factor: float | None = option(
-        None, "room of an expert in mean loads, beyond which selections are dropped; none: dropless", above=0
+        None,
+        "Most token copies that an expert takes from a rank, as a multiple of the even share; the rest is dropped. "
+        "null: nothing is dropped.",
+        above=0,
     )
 
     def problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
@@ -43,15 +57,27 @@ class UnbiasedOptions(RouterOptions):
 class NoisyOptions(RouterOptions):
     """Of routers that explore."""
 
-    noise: float = option(0.0, "standard deviation of noise on the logits, in training alone", at_least=0)
+    noise: float = option(
+        0.0,
+        "Standard deviation of normal noise that is added to the logits where experts are chosen, in training only.",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKOptions(NoisyOptions):
     """Of `topk`."""
 
-    groups: int | None = option(None, "groups of experts; a token chooses within top_groups of them", above=0)
-    top_groups: int | None = option(None, "groups that a token chooses from (DeepSeek-V3)", above=0)
+    groups: int | None = option(
+        None,
+        "Number of groups of experts, of which a token uses `router.top_groups` (DeepSeek-V3). null: no groups.",
+        above=0,
+    )
+    top_groups: int | None = option(
+        None,
+        "Groups per token: those whose two best experts have the highest sum of scores. Set it with `router.groups`.",
+        above=0,
+    )
 
     def problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
         yield from super().problems(num_experts)
@@ -72,14 +98,18 @@ class TopKOptions(NoisyOptions):
 class TopPOptions(UnbiasedOptions):
     """Of `top_p`."""
 
-    top_p: float = option(0.4, "probability that a token's experts reach together", above=0, at_most=1)
+    top_p: float = option(
+        0.4, "A token's experts are added, best first, until their probabilities sum to this.", above=0, at_most=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedOptions(NoisyOptions):
     """Of `grouped`."""
 
-    token_groups: int = option(2, "groups of tokens, by data domain, each with experts of its own", above=0)
+    token_groups: int = option(
+        2, "Groups of experts; group g serves the tokens of every domain d with d mod groups = g.", above=0
+    )
 
     def problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
         if self.top_k > num_experts // self.token_groups:
@@ -91,7 +121,9 @@ class GroupedOptions(NoisyOptions):
 class FrozenOptions(RouterOptions):
     """Of `frozen`."""
 
-    k_start: int = option(1, "experts a token at the first step; top_k at the last", above=0)
+    k_start: int = option(
+        1, "Experts per token at the first step; the number rises linearly to `router.top_k`.", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +137,25 @@ class GatingResidualOptions(TopKOptions):
 class RecurrentOptions(NoisyOptions):
     """Of `recurrent`."""
 
-    state_dim: int = option(128, "width of the state that layers hand on", above=0)
+    state_dim: int = option(128, "Width of the recurrent state that goes from layer to layer.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroComputeOptions(Options):
     """Experts that compute next to nothing (MoE++)."""
 
-    zero: int = option(0, "experts whose output is zero", at_least=0)
-    copy: int = option(0, "experts whose output is their input", at_least=0)
-    constant: int = option(0, "experts that mix their input with a vector of their own", at_least=0)
-    tau: float = option(0.75, "load of an expert that computes, as a share of that of one that does not", above=0)
+    zero: int = option(
+        0, "Additional experts per layer whose output is zero (MoE++). They need no computation.", at_least=0
+    )
+    copy: int = option(0, "Additional experts per layer whose output is the token (MoE++).", at_least=0)
+    constant: int = option(
+        0, "Additional experts per layer whose output mixes the token with a learned vector (MoE++).", at_least=0
+    )
+    tau: float = option(
+        0.75,
+        "Weight of experts without computation in the balance loss, and of the others in the capacity (MoE++'s τ).",
+        above=0,
+    )
 
     @property
     def total(self) -> int:
@@ -127,35 +167,81 @@ class ZeroComputeOptions(Options):
 class BalanceOptions(Options):
     """The losses that keep routers balanced."""
 
-    scope: Literal["micro", "data", "global"] = option("global", "whose selections the loss goes by")
-    accumulate: Literal["buffer", "exact", "hold"] = option(
-        "buffer", "under gradient accumulation: counts so far, of the whole batch, or of the last step"
+    scope: Literal["micro", "data", "global"] = option(
+        "global",
+        "Tokens over which the balance loss counts the frequencies of the experts. micro: a rank's micro-batch. data: "
+        "the micro-batches of all ranks. global: the whole global batch.",
     )
-    coefficient: float = option(0.01, "of the load-balancing loss", at_least=0)
-    micro_fraction: float = option(0.0, "share of coefficient for a loss of the micro-batch alone", at_least=0)
-    sequence_coefficient: float = option(0.0, "of the loss within sequences (DeepSeek-V3)", at_least=0)
-    device_coefficient: float = option(0.0, "of the loss over groups of experts (DeepSeekMoE)", at_least=0)
-    device_groups: int | None = option(None, "groups for that; none: the ranks of the expert group", above=0)
-    entropy_coefficient: float = option(0.0, "of the routers' entropy", at_least=0)
-    z_coefficient: float = option(0.0, "of the z-loss (ST-MoE)", at_least=0)
-    bias: Literal["none", "sign", "proportional"] = option("none", "rule of the loss-free bias")
-    bias_rate: float = option(1e-3, "step of the bias", at_least=0)
+    accumulate: Literal["buffer", "exact", "hold"] = option(
+        "buffer",
+        "Where the counts of `balance.scope=global` come from under gradient accumulation. buffer: from the "
+        "micro-steps so far. exact: from the whole batch, by a counting pass. hold: from the step before.",
+    )
+    coefficient: float = option(
+        0.01,
+        "Weight of the balance loss, per selection: frequencies sum to 1 and a balanced layer has loss 1. It is summed "
+        "over layers.",
+        at_least=0,
+    )
+    micro_fraction: float = option(
+        0.0,
+        "Weight of an additional balance loss over this rank's micro-batch alone, as a fraction of "
+        "`balance.coefficient`.",
+        at_least=0,
+    )
+    sequence_coefficient: float = option(
+        0.0, "Weight of the balance loss within every sequence, averaged over sequences (DeepSeek-V3).", at_least=0
+    )
+    device_coefficient: float = option(
+        0.0,
+        "Weight of the balance loss over groups of experts instead of single ones (DeepSeekMoE).",
+        at_least=0,
+    )
+    device_groups: int | None = option(
+        None,
+        "Number of groups for `balance.device_coefficient`, formed by home rank. null: the ranks of `parallel.ep`.",
+        above=0,
+    )
+    entropy_coefficient: float = option(
+        0.0,
+        "Weight of the mean entropy of a token's probabilities. A small value makes the router decisive, which "
+        "`router.name=top_p` needs.",
+        at_least=0,
+    )
+    z_coefficient: float = option(
+        0.0,
+        "Weight of the z-loss: the mean squared logsumexp of the router's logits, summed over layers.",
+        at_least=0,
+    )
+    bias: Literal["none", "sign", "proportional"] = option(
+        "none",
+        "Rule for a bias per expert, added to the scores only where experts are chosen: balance without a loss "
+        "(DeepSeek-V3). sign: a fixed step up or down. proportional: a step in proportion to the missing load.",
+    )
+    bias_rate: float = option(
+        1e-3,
+        "Change of the bias per optimizer step. For `balance.bias=proportional` it is multiplied by the missing load "
+        "in units of the mean load.",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlepOptions(Options):
     """Of `llep`: the paper's α, m and λ."""
 
-    alpha: float = option(1.0, "capacity of a device in mean loads", at_least=1)
-    min_rows: int = option(1024, "rows below which no part of an expert moves", at_least=0)
-    threshold: float = option(1.3, "max/mean device load below which nothing moves", at_least=1)
+    alpha: float = option(1.0, "Capacity of a device in mean loads (LLEP's α).", at_least=1)
+    min_rows: int = option(
+        1024, "Fewest token copies of an expert that are worth moving to another rank (LLEP's m).", at_least=0
+    )
+    threshold: float = option(1.3, "Largest / mean device load below which nothing is moved (LLEP's λ).", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EplbOptions(Options):
     """Of `eplb`."""
 
-    replicas: int = option(1, "guest slots of a rank", above=0)
+    replicas: int = option(1, "Slots per rank for replicas of experts (EPLB).", above=0)
 
 
 ROUTERS: Registry[Any] = Registry(
@@ -164,8 +250,8 @@ ROUTERS: Registry[Any] = Registry(
         "topk": ("moetrain.moe.routing.topk:TopK", TopKOptions),
         "expert_choice": ("moetrain.moe.routing.expert_choice:ExpertChoice", UnbiasedOptions),
         "top_p": ("moetrain.moe.routing.top_p:TopP", TopPOptions),
-        "grouped": ("moetrain.moe.routing.grouped:Grouped", GroupedOptions),
         "frozen": ("moetrain.moe.routing.frozen:Frozen", FrozenOptions),
+        "grouped": ("moetrain.moe.routing.grouped:Grouped", GroupedOptions),
         "gating_residual": ("moetrain.moe.routing.gating_residual:GatingResidual", GatingResidualOptions),
         "recurrent": ("moetrain.moe.routing.recurrent:Recurrent", RecurrentOptions),
         "round_robin": ("moetrain.moe.routing.round_robin:RoundRobin", UnbiasedOptions),

@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+from pydantic import ValidationError
 
 from moetrain import config
-from moetrain.common.registry import option
-from moetrain.config import ConfigError, explain, kinds
+from moetrain.common.registry import Options, option
+from moetrain.config import Balance, ConfigError, Model, Router, explain, kinds
 from moetrain.config.core_options import router_options
-from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions
+from moetrain.config.sections.base import Section
+from moetrain.moe.options import PLANNERS, ROUTERS, BalanceOptions, RouterOptions, ZeroComputeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +39,39 @@ def test_a_section_has_the_options_of_its_kind_alone() -> None:
     assert set(kinds.own_options("planner", "llep")) == {"alpha", "min_rows", "threshold"}
 
 
-def test_every_option_of_our_kinds_is_listed_with_its_default() -> None:
-    for section, sort in kinds.SORTS.items():
-        for name in sort.registry:
-            defaults = sort.registry.options(name)()
-            for option_name in kinds.own_options(section, name):
-                known = sort.known[option_name][0]
-                assert known == getattr(defaults, option_name) or (sort.optional and known is None)
+@pytest.mark.parametrize(
+    ("section", "options", "names"),
+    [
+        (Router, RouterOptions, {name: name for name in RouterOptions.names()}),
+        (Balance, BalanceOptions, {name: name for name in BalanceOptions.names()}),
+        (Model, ZeroComputeOptions, {f"{name}_experts": name for name in ("zero", "copy", "constant")}),
+    ],
+)
+def test_a_section_takes_what_the_core_takes(
+    section: type[Section], options: type[Options], names: dict[str, str]
+) -> None:
+    """Types are written twice, for the type checker; bounds are not."""
+    for field, name in names.items():
+        hint = get_type_hints(options)[name]
+        assert section.model_fields[field].annotation == hint, field
+        for value in (-1, 0, 0.5, 1, float("inf"), None, True, "none") if hint != bool | None else ():
+            assert _is_valid(section, field, value) == _is_taken(options, name, value), (field, value)
+
+
+def _is_valid(section: type[Section], field: str, value: Any) -> bool:
+    try:
+        section.__pydantic_validator__.validate_assignment(section.model_construct(), field, value)
+    except ValidationError as error:
+        return error.errors()[0]["type"] == "frozen_instance"
+    return True
+
+
+def _is_taken(options: type[Options], name: str, value: Any) -> bool:
+    try:
+        options(**{name: value})
+    except ConfigError:
+        return False
+    return True
 
 
 def test_an_option_of_another_kind_is_refused_and_its_default_is_not(tmp_path: Path) -> None:

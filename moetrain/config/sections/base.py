@@ -4,9 +4,13 @@ Every field has a `description` in full sentences; `moetrain config --explain` a
 Defaults stand in configs/; a field has one here only where a file of an older version may lack it.
 """
 
-from typing import Annotated, Any, Literal
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from moetrain.common.registry import Options
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -16,6 +20,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["auto", "fp32", "bf16"]
 Shape = Literal["uniform", "descending", "ascending", "pyramid_up", "pyramid_down", "wave_up", "wave_down"]
+BOUNDS = {"above": "gt", "at_least": "ge", "below": "lt", "at_most": "le"}  # of registry.option -> of pydantic
 
 
 class Section(BaseModel):
@@ -29,3 +34,20 @@ class Section(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
             raise ValueError("must not be true or false")
         return value
+
+
+def core_field(options: type[Options], name: str) -> Any:
+    """Returns the field of a section that is the option `name` of the core, with the bounds and the description there.
+
+    The section repeats the type alone, for the type checker. The default stands in configs/.
+    """
+    (found,) = [field for field in dataclasses.fields(options) if field.name == name]
+    return Field(
+        description=found.metadata["description"], **find_bounds(get_type_hints(options)[name], found.metadata)
+    )
+
+
+def find_bounds(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the bounds of an option of this type, as pydantic has them. Numbers are finite."""
+    bounds: dict[str, Any] = {BOUNDS[name]: value for name, value in metadata.items() if name in BOUNDS}
+    return bounds | ({"allow_inf_nan": False} if float in (hint, *get_args(hint)) else {})

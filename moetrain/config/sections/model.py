@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from moetrain.config.schedules import spread
-from moetrain.config.sections.base import NonNegative, Positive, PositiveFloat, Section, Shape
+from moetrain.config.sections.base import NonNegative, Positive, PositiveFloat, Section, Shape, core_field
+from moetrain.moe.options import ZeroComputeOptions
 
 
 class Model(Section):
@@ -32,13 +33,9 @@ class Model(Section):
         description="Passes through each MoE layer, each with a router of its own over the same experts "
         "(Chain-of-Experts)."
     )
-    zero_experts: NonNegative = Field(
-        description="Additional experts per layer whose output is zero (MoE++). They need no computation."
-    )
-    copy_experts: NonNegative = Field(description="Additional experts per layer whose output is the token (MoE++).")
-    constant_experts: NonNegative = Field(
-        description="Additional experts per layer whose output mixes the token with a learned vector (MoE++)."
-    )
+    zero_experts: int = core_field(ZeroComputeOptions, "zero")
+    copy_experts: int = core_field(ZeroComputeOptions, "copy")
+    constant_experts: int = core_field(ZeroComputeOptions, "constant")
     expert_schedule: Shape = Field(
         description="How the number of experts varies over depth; the mean stays `model.num_experts` (docs/routers.md)."
     )

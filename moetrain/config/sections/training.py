@@ -12,7 +12,9 @@ from moetrain.config.sections.base import (
     Positive,
     PositiveFloat,
     Section,
+    core_field,
 )
+from moetrain.moe.options import BalanceOptions
 
 
 class Train(Section):
@@ -118,47 +120,17 @@ class Parallel(Section):
 class Balance(Section):
     """The losses and biases that keep the router balanced."""
 
-    scope: Literal["micro", "data", "global"] = Field(
-        description="Tokens over which the balance loss counts the frequencies of the experts. micro: a rank's "
-        "micro-batch. data: the micro-batches of all ranks. global: the whole global batch."
-    )
-    accumulate: Literal["buffer", "exact", "hold"] = Field(
-        description="Where the counts of `balance.scope=global` come from under gradient accumulation. buffer: from "
-        "the micro-steps so far. exact: from the whole batch, by a counting pass. hold: from the step before."
-    )
-    coefficient: NonNegativeFloat = Field(
-        description="Weight of the balance loss, per selection: frequencies sum to 1 and a balanced layer has loss 1. "
-        "It is summed over layers."
-    )
-    micro_fraction: NonNegativeFloat = Field(
-        description="Weight of an additional balance loss over this rank's micro-batch alone, as a fraction of "
-        "`balance.coefficient`."
-    )
-    sequence_coefficient: NonNegativeFloat = Field(
-        description="Weight of the balance loss within every sequence, averaged over sequences (DeepSeek-V3)."
-    )
-    device_coefficient: NonNegativeFloat = Field(
-        description="Weight of the balance loss over groups of experts instead of single ones (DeepSeekMoE)."
-    )
-    device_groups: Positive | None = Field(
-        description="Number of groups for `balance.device_coefficient`, formed by home rank. null: the ranks of "
-        "`parallel.ep`."
-    )
-    entropy_coefficient: NonNegativeFloat = Field(
-        description="Weight of the mean entropy of a token's probabilities. A small value makes the router decisive, "
-        "which `router.name=top_p` needs."
-    )
-    z_coefficient: NonNegativeFloat = Field(
-        description="Weight of the z-loss: the mean squared logsumexp of the router's logits, summed over layers."
-    )
-    bias: Literal["none", "sign", "proportional"] = Field(
-        description="Rule for a bias per expert, added to the scores only where experts are chosen: balance without a "
-        "loss (DeepSeek-V3). sign: a fixed step up or down. proportional: a step in proportion to the missing load."
-    )
-    bias_rate: NonNegativeFloat = Field(
-        description="Change of the bias per optimizer step. For `balance.bias=proportional` it is multiplied by the "
-        "missing load in units of the mean load."
-    )
+    scope: Literal["micro", "data", "global"] = core_field(BalanceOptions, "scope")
+    accumulate: Literal["buffer", "exact", "hold"] = core_field(BalanceOptions, "accumulate")
+    coefficient: float = core_field(BalanceOptions, "coefficient")
+    micro_fraction: float = core_field(BalanceOptions, "micro_fraction")
+    sequence_coefficient: float = core_field(BalanceOptions, "sequence_coefficient")
+    device_coefficient: float = core_field(BalanceOptions, "device_coefficient")
+    device_groups: int | None = core_field(BalanceOptions, "device_groups")
+    entropy_coefficient: float = core_field(BalanceOptions, "entropy_coefficient")
+    z_coefficient: float = core_field(BalanceOptions, "z_coefficient")
+    bias: Literal["none", "sign", "proportional"] = core_field(BalanceOptions, "bias")
+    bias_rate: float = core_field(BalanceOptions, "bias_rate")
 
 
 class Eval(Section):
