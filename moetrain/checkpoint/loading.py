@@ -15,7 +15,7 @@ from moetrain.config import ConfigError
 from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Engine, Entries, expected
 from moetrain.models.base import LanguageModel
 
-_DTYPE = {name: dtype for dtype, name in DTYPES.items()}
+DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class _Part(NamedTuple):
@@ -60,7 +60,7 @@ def mismatches(path: Path, names: Sequence[str]) -> list[str]:
             with safe_open(path / file, "pt") as tensors:
                 for name, dtype, size in pieces:
                     found = tensors.get_tensor(name)
-                    if found.dtype != _DTYPE[dtype] or found.numel() != size:
+                    if found.dtype != DTYPE[dtype] or found.numel() != size:
                         return [f"{file}: {name} has {found.numel()} × {found.dtype}, {size} × {dtype} were saved"]
                     if name.startswith(f"{MODEL}/") and not found.isfinite().all():
                         return [f"{file}: {name} has values that are not finite"]
@@ -100,7 +100,7 @@ def _parts(path: Path, entries: Entries) -> dict[str, list[_Part]]:
     out = defaultdict(list)
     for name, (shape, begin, values) in entries.items():
         entry = _check(path, saved, name, shape)
-        dtype, end, found = _DTYPE[entry.dtype], begin + len(values), 0
+        dtype, end, found = DTYPE[entry.dtype], begin + len(values), 0
         if torch.promote_types(dtype, values.dtype) != values.dtype:
             here = DTYPES[values.dtype]
             raise ConfigError(f"checkpoint={path}: {name} is {entry.dtype} and would be rounded to {here} here")

@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from moetrain import __version__
-from moetrain.cli import bench, data, doctor, evaluate, generate, profile, report, simulate, train, verify, workspace
+from moetrain.cli import (
+    bench,
+    data,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    profile,
+    report,
+    simulate,
+    train,
+    verify,
+    workspace,
+)
 from moetrain.cli import config as config_verb
 from moetrain.common.console import console
 from moetrain.common.errors import ConfigError
@@ -33,6 +46,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "export": export,
     "data": data,
     "profile": profile,
     "simulate": simulate,
