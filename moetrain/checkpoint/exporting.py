@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moetrain.checkpoint import files
-from moetrain.checkpoint.files import Block
+from moetrain.checkpoint.files import TensorBlock
 from moetrain.checkpoint.reading import SavedModel
 from moetrain.common import disk
 from moetrain.config import Config, ConfigError
@@ -35,8 +35,10 @@ class Exported:
     pieces: Callable[[], Iterator[Tensor]]  # its values in their order, of any dtype
 
     @property
-    def block(self) -> Block:
-        return Block(self.key, DTYPES[self.dtype], self.shape, torch.Size(self.shape).numel() * self.dtype.itemsize)
+    def block(self) -> TensorBlock:
+        return TensorBlock(
+            self.key, DTYPES[self.dtype], self.shape, torch.Size(self.shape).numel() * self.dtype.itemsize
+        )
 
 
 def list_preset(config: Config, saved: SavedModel, dtype: torch.dtype) -> list[Exported]:
@@ -72,7 +74,7 @@ def write_folder(
         part.mkdir(parents=True)
         if (free := shutil.disk_usage(part).free) < needed:
             raise ConfigError(f"--out={out}: {needed:,} bytes are needed, {free:,} are free")
-        places = {}
+        places: dict[str, str] = {}
         shards = _cut_shards(tensors, shard_bytes)
         for number, shard in enumerate(shards, 1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -124,7 +126,7 @@ def _write_shard(path: Path, tensors: Sequence[Exported], progress: Progress) ->
             left = tensor.block.bytes
             for piece in tensor.pieces():
                 flat = piece.to(tensor.dtype).contiguous().view(-1).view(torch.uint8)
-                out.write(memoryview(flat.numpy()))
+                out.write(flat.numpy().data)
                 left -= flat.numel()
                 progress(flat.numel())
             if left:

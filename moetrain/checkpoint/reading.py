@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.loading import DTYPE, mismatches
-from moetrain.checkpoint.manifest import Entry
+from moetrain.checkpoint.manifest import ManifestEntry
 from moetrain.config import ConfigError
 from moetrain.engine.entries import MODEL
 
@@ -25,7 +25,9 @@ class SavedModel:
         self.path = path
         saved = manifest.read_entries(path)
         prefix = f"{MODEL}/"
-        self.entries: dict[str, Entry] = {n.removeprefix(prefix): e for n, e in saved.items() if n.startswith(prefix)}
+        self.entries: dict[str, ManifestEntry] = {
+            n.removeprefix(prefix): e for n, e in saved.items() if n.startswith(prefix)
+        }
         self._files: dict[str, Any] = {}
 
     @property
@@ -43,7 +45,7 @@ class SavedModel:
                 raise ConfigError(f"checkpoint={self.path}: {found[0]}")
             progress(size)
 
-    def find(self, name: str) -> Entry:
+    def find(self, name: str) -> ManifestEntry:
         """Return where an entry lies. Raises `ConfigError` where there is none of the name."""
         if name not in self.entries:
             raise ConfigError(f"checkpoint={self.path}: has no {name}, which the model needs")
