@@ -100,14 +100,14 @@ def _answer(server: socket.socket) -> None:
 def _reach(other: dict[str, Any], own: dict[str, Any]) -> Check:
     name, (address, port) = f"host {other['name']}", other["address"]
     try:
-        began = time.time()
+        asked_at, began = time.time(), time.monotonic()
         with socket.create_connection((address, port), timeout=5) as way:
             theirs = float(way.makefile().read())
-        took = time.time() - began
+        took = time.monotonic() - began
     except (OSError, ValueError) as error:
         advice = "open all ports between the hosts in their firewalls"
         return Check(name, BAD, f"{address} does not answer ({error})", advice)
-    ahead = round(theirs - began - took / 2, 2) + 0.0  # never -0
+    ahead = round(theirs - asked_at - took / 2, 2) + 0.0  # never -0
     text = f"{address} answers in {1e3 * took:.1f} ms; its clock is {ahead:+.2f} s"
     for package in ("torch", "moetrain"):
         if other[package] != own[package]:

@@ -61,8 +61,9 @@ def of_checkpoint(saved: Path) -> Costs:
 
 
 def _keep(path: Path, text: str) -> None:
-    """Where a cache cannot be written, nothing is kept."""
+    """Where a cache cannot be written, nothing is kept. What a killed process left unfinished beside it goes."""
     with suppress(OSError):
+        disk.remove_parts(path.parent)
         disk.write(path, text)
 
 

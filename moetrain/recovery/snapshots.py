@@ -19,6 +19,7 @@ from torch import Tensor
 from moetrain.checkpoint import files
 from moetrain.checkpoint.files import TensorBlock
 from moetrain.checkpoint.saving import Behind, holding_of
+from moetrain.common import disk
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.entries import DTYPES, Engine, Entries
@@ -56,17 +57,32 @@ class Snapshots(Behind):
         self._clear_assembled()
         self._held: dict[tuple[str, int], Tensor] = {}  # (slot, rank) -> its file's memory
         self._too_small = False
+        self._unstamped = self._said_so = False
 
     @property
     def busy(self) -> bool:
         """Whether the last one is still being stamped and sent."""
         return self._thread is not None and self._thread.is_alive()
 
-    def take(self, step: int, samples: int) -> str | None:
-        """Copy the states now, the rest in a thread. What to say, where there is no memory for it: none is taken."""
+    @property
+    def unstamped(self) -> bool:
+        """Whether a stamp of the last one could not be written here: it does not count. Known when `busy` is false."""
+        return self._unstamped
+
+    def take(self, step: int, samples: int, again: bool = False) -> str | None:
+        """Copy the states now, the rest in a thread. What to say, where there is no memory for it: none is taken.
+
+        `again`: the last one is `unstamped` on some rank. Its file is written over, so that the one before it stays.
+        """
         self.wait()
         if self._too_small:
             return None
+        said = None
+        if again:
+            self._turn ^= 1
+            if not self._said_so:
+                said = f"an in-memory checkpoint was not kept: {memory.ROOT} of some host is full or cannot be written"
+        self._said_so, self._unstamped = again, False
         slot, rank = self._place / SLOTS[self._turn], self._mesh.rank
         held = self._engine.entries()
         blocks = _blocks(held)
@@ -87,7 +103,7 @@ class Snapshots(Behind):
             torch.cuda.current_stream().synchronize()
         stamp = SnapshotStamp(rank, step, samples, self._layout, size, "", holding_of(held))
         self._start(self._work, slot.name, stamp)
-        return None
+        return said
 
     def forget(self) -> None:
         """The run is complete: its snapshots go, when the threads of all ranks are through with them."""
@@ -101,16 +117,23 @@ class Snapshots(Behind):
         try:
             mapped = self._held[slot, stamp.rank]
             stamp = replace(stamp, crc32=f"{zlib.crc32(mapped.numpy().data):08x}")
-            memory.put_stamp(self._place / slot, stamp)
+            self._put_stamp(slot, stamp)
             under_way = [] if self._to is None else transfer.start_send(mapped, stamp, self._to, self._mesh)
             for source in self._from:
                 theirs = transfer.receive_stamp(source, self._mesh)
                 transfer.receive_file(self._held[slot, source], source, self._mesh)
-                memory.put_stamp(self._place / slot, theirs)
+                self._put_stamp(slot, theirs)
             for work in under_way:
                 work.wait()
         except BaseException as error:
             self._failure = error
+
+    def _put_stamp(self, slot: str, stamp: SnapshotStamp) -> None:
+        """Have the file count; without room for the stamp, it does not."""
+        try:
+            memory.put_stamp(self._place / slot, stamp)
+        except OSError:
+            self._unstamped = True
 
     def _newest_of_all(self, mine: int) -> int:
         """2 · step + slot of the newest file that any rank sees."""
@@ -141,7 +164,7 @@ class Snapshots(Behind):
             return f"no in-memory checkpoints: {said}"
         here = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]]
         most = 2 * len(here) * size * (1 if self._to is None else 2)
-        return f"no in-memory checkpoints: {memory.ROOT} is too small, a host needs about {most / 2**30:.1f} GiB there"
+        return f"no in-memory checkpoints: {memory.ROOT} is too small, a host needs about {most / 2**20:,.0f} MiB there"
 
     def _clear_assembled(self) -> None:
         """What this start was loaded from, `restore.assemble`: all ranks have by now."""
@@ -158,12 +181,13 @@ class Snapshots(Behind):
         return self._mesh.rank == self._hosts.index(self._hosts[self._mesh.rank])
 
     def _clear_others(self, slot: str) -> None:
-        """Files of ranks that an earlier start with more of them had here; one rank a host does it."""
+        """Files of ranks that an earlier start had here, and unfinished ones; one rank a host does it."""
         if not self._is_first_here or memory.distrust_reason(self._place / slot):
             return
         here = {rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._mesh.rank]}
         keep = here | {rank for rank, to in enumerate(keepers(self._hosts)) if to in here}
         known = {f"rank_{rank:05d}" for rank in keep}
+        disk.remove_parts(self._place / slot)
         for path in (self._place / slot).glob("rank_*"):
             if path.name.partition(".")[0] not in known:
                 path.unlink(missing_ok=True)

@@ -104,12 +104,12 @@ class Watch:
         self.mark("end of the step")
         if said := self.guard.judge(step, norm):
             self._logger.print(said)
-        own = [signals.end_requested(), self._snapshots.busy]
+        own = [signals.end_requested(), self._snapshots.busy, self._snapshots.unstamped]
         votes = torch.tensor(own, dtype=torch.int64, device=self._mesh.device)
-        asked, busy = all_reduce_sum(votes).tolist()
+        asked, busy, unstamped = all_reduce_sum(votes).tolist()
         due = self._every and step - self._last >= self._every
         if due and not busy and not self.guard.in_a_row:
-            if said := self._snapshots.take(step, samples):
+            if said := self._snapshots.take(step, samples, again=unstamped > 0):
                 self._logger.print(said)
             self._last, self.guard.saved = step, True
         return asked > 0

@@ -1,6 +1,7 @@
 """Parts of recovery: requests to end, heartbeats, steps that are not finite, ranks that raise, snapshots on two hosts,
 fewer ranks."""
 
+import errno
 import json
 import math
 import os
@@ -319,8 +320,43 @@ def test_a_lost_host_costs_nothing_but_its_ranks(pool, identity: str, tmp_path: 
 
 def test_the_newest_snapshot_is_not_written_over_first(pool, identity: str) -> None:
     pool.run(taken, 2, identity, ["x", "x"], [1, 2, 3])
+    left = memory.host_folder(identity, "x") / "b" / ".rank_00001.json.0123456789abcdef.part"  # of a killed worker
+    left.touch()
     held = pool.run(taken, 1, identity, ["x"], [4])[0]
     assert held == ["0 of step 3 in a", "0 of step 4 in b", "1 of step 3 in a"]
+    assert not left.exists()
+
+
+def taken_without_room(mesh: Mesh, run: str) -> list[tuple[str | None, list[int]]]:
+    """What `take` says, and the steps that are whole in memory, while rank 1 cannot write its stamps of 2 to 4."""
+    snapshots = Snapshots(run, mesh, Toy(mesh, 0), {**LAYOUT, "ranks": mesh.world}, ["x"] * mesh.world)
+    put_stamp, out = memory.put_stamp, []
+
+    def put(slot: Path, stamp: memory.SnapshotStamp) -> None:
+        if mesh.rank == 1 and 2 <= stamp.step <= 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put_stamp(slot, stamp)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "put_stamp", put)
+        for step in range(1, 7):
+            votes = torch.tensor(int(snapshots.unstamped))
+            torch.distributed.all_reduce(votes)
+            said = snapshots.take(step, 10 * step, again=votes.item() > 0)
+            snapshots.wait()
+            torch.distributed.barrier()
+            there = [stamp.step for _, stamp in memory.stamps(memory.host_folder(run, "x"))]
+            out.append((said, sorted(n for n in set(there) if there.count(n) == mesh.world)))
+            torch.distributed.barrier()
+    return out
+
+
+def test_shared_memory_that_fills_up_costs_no_whole_snapshot(pool, identity: str) -> None:
+    first, second = pool.run(taken_without_room, 2, identity)
+    assert first == second
+    assert [whole for _, whole in first] == [[1], [1], [1], [1], [1, 5], [5, 6]]
+    assert [said is not None for said, _ in first] == [False, False, True, False, False, False]
+    assert "was not kept: /dev/shm of some host is full or cannot be written" in str(first[2][0])
 
 
 def forgotten(mesh: Mesh, run: str) -> bool:
