@@ -3,10 +3,13 @@
 Routers and planners, which the layer alone needs too, are in `moetrain.moe.options`.
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from moetrain.common.registry import Options, Registry
+from moetrain.common.errors import ConfigError
+from moetrain.common.registry import Options, Registry, make_options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +19,76 @@ class OptimizerOptions(Options):
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # its state tensors of a parameter's shape
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedInParallel(Options):
+    """The base of the options of corpora that several processes or threads prepare."""
+
+    workers: int | None = option(
+        None, "Processes or threads that prepare the corpus. null: one for every core.", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSource(Options):
+    """One entry of `data.sources`: text that is tokens already."""
+
+    path: str = option("", "A folder prepared by `moetrain data`, a Megatron file or prefix, or a folder of these.")
+    weight: float | None = option(None, "Its share of the samples, relative to the other weights.", above=0)
+    epochs: float | None = option(None, "Passes over it beside one of the others; with a weight the most.", above=0)
+    domain: str | None = option(None, "The label of its tokens. null: as prepared; of Megatron files its name.")
+    held_out: str | None = option(None, "Megatron files to evaluate on. null: the last `data.held_out` of its own.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise ConfigError("path=: must be given: a folder prepared by `moetrain data` or Megatron files")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensOptions(PreparedInParallel):
+    """The options of `data=tokens`."""
+
+    sources: dict[str, Any] | None = option(  # noqa: RUF009 - a field, as those of other types
+        None,
+        "Tokens to train on: a mapping of names to {path, weight, epochs, domain, held_out} "
+        "(docs/data-at-scale.md). `data.sources.NAME.FIELD=VALUE` sets one field.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found = read_token_sources(self.sources or {})
+        weighted = [name for name, source in found.items() if source.weight is not None]
+        if missing := [name for name in found if name not in weighted] if weighted else []:
+            rule = f"must be given, as that of {weighted[0]} is, or for none of the sources"
+            raise ConfigError(f"sources.{missing[0]}.weight=null: {rule}")
+
+
+def read_token_sources(sources: Mapping[str, Any]) -> dict[str, TokenSource]:
+    """`data.sources` with types and bounds checked. Raises `ConfigError`, whose line begins with `sources.NAME`."""
+    found = {}
+    for name, values in sources.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"sources.{name}={values}: must be a mapping such as {{path: PATH}}")
+        found[name] = make_options(TokenSource, values, f"sources.{name}.", "a source")
+    return found
+
+
+def make_paths_absolute(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`data.sources` with their places in full."""
+    places = ("path", "held_out")
+    return {
+        name: {key: os.path.abspath(value) if key in places and value else value for key, value in source.items()}
+        for name, source in sources.items()
+    }
+
+
 CORPORA: Registry[Any] = Registry(
     "corpus",
     {
         "local": ("moetrain.data.corpus:read_local", Options),
         "debian": ("moetrain.data.corpus:read_debian", Options),
         "folder": ("moetrain.data.corpus:read_folder", Options),
+        "tokens": ("moetrain.data.token_sources:prepare_sources", TokensOptions),
     },
     field="data.source",
 )

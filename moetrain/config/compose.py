@@ -73,11 +73,11 @@ def load(overrides: Sequence[str] = (), extra_dir: str | None = None) -> Config:
 
 
 def _may_add(override: str) -> str:
-    """`++override` for an option of another package's kind, which stands in none of our files."""
+    """`++override` for what may stand in none of the files: an option of a kind, an entry of one that is a mapping."""
     section, _, name = override.partition("=")[0].partition(".")
-    theirs = section in kinds.SORTS and name not in kinds.SORTS[section].known
-    theirs = theirs and name not in kinds.SORTS[section].base.model_fields
-    return f"++{override}" if theirs and f"{section}.{name}" in all_fields() else override
+    option = name.partition(".")[0]
+    of_kind = section in kinds.SORTS and option not in kinds.SORTS[section].base.model_fields
+    return f"++{override}" if of_kind and f"{section}.{option}" in all_fields() else override
 
 
 def _changed(tree: Any, extra_dir: str | None) -> list[str]:

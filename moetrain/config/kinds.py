@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import Field, create_model
 
 from moetrain.common.errors import ConfigError, short
-from moetrain.common.extensions import CORPORA, OPTIMIZERS
-from moetrain.common.registry import Registry
+from moetrain.common.extensions import CORPORA, OPTIMIZERS, TokensOptions
+from moetrain.common.registry import Options, Registry
 from moetrain.config.sections.base import Section, find_bounds
 from moetrain.config.sections.router import PLANNER_OPTIONS, ROUTER_OPTIONS, Planner, Router
 from moetrain.config.sections.running import Data
@@ -35,11 +35,16 @@ class Sort(NamedTuple):
     choice: str = "name"  # the field that chooses the kind
 
 
+def _list_options(*options: type[Options]) -> dict[str, tuple[Any, str]]:
+    fields = (field for kind in options for field in dataclasses.fields(kind))
+    return {field.name: (field.default, str(field.metadata["description"])) for field in fields}
+
+
 SORTS: dict[str, Sort] = {
     "router": Sort(Router, ROUTERS, ROUTER_OPTIONS),
     "planner": Sort(Planner, PLANNERS, PLANNER_OPTIONS, optional=True),
     "optim": Sort(Optim, OPTIMIZERS, {}),
-    "data": Sort(Data, CORPORA, {}, choice="source"),
+    "data": Sort(Data, CORPORA, _list_options(TokensOptions), choice="source"),
 }
 
 

@@ -78,6 +78,9 @@ def check(c: Config) -> None:
         )
     if c.data.source == "folder":
         rule(c.data.path is not None, "data.path", "must be given for data.source=folder: a folder or a file")
+    if c.data.source == "tokens":
+        named = bool(getattr(c.data, "sources", None))
+        rule(named, "data.sources", "must name a source, such as data.sources.web.path=PATH")
     if c.data.tokenizer is not None:
         rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "must be an existing file")
 

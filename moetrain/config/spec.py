@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
+from moetrain.common.extensions import make_paths_absolute
 from moetrain.config.layout import find_ep
 from moetrain.config.schema import Config
 from moetrain.config.sections.base import Positive
@@ -84,7 +85,10 @@ def name_run(config: Config, name: str) -> Config:
 def fix_places(config: Config) -> Config:
     """Returns `config` with absolute paths of the data, so that a run is found complete from any folder."""
     places = {f"data.{field}": getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
-    return vary(config, {field: os.path.abspath(place) for field, place in places.items() if place})
+    changes: dict[str, Any] = {field: os.path.abspath(place) for field, place in places.items() if place}
+    if sources := getattr(config.data, "sources", None):
+        changes["data.sources"] = make_paths_absolute(sources)
+    return vary(config, changes)
 
 
 def vary(config: AnyConfig, changes: Mapping[str, Any]) -> AnyConfig:

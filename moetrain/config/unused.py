@@ -72,10 +72,14 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
             "data.path",
             "has an effect only with data=folder; data=local, which is chosen, reads text of this installation",
         )
-    if c.data.source in ("local", "debian"):
+    if c.data.source in ("local", "debian", "tokens"):
         yield "data.on_bad", f"has an effect only with data=folder, not data={c.data.source}"
-    if c.data.path is None or c.data.source not in ("folder", "debian"):
+    watched = c.data.source == "tokens" or (c.data.path is not None and c.data.source in ("folder", "debian"))
+    if not watched:
         yield "data.on_change", f"has an effect only with data.path; data={c.data.source} is not checked for changes"
+    if c.data.source == "tokens":
+        for option in ("path", "vocab_size", "max_bytes_per_domain", "dedup"):
+            yield f"data.{option}", "has no effect with data=tokens, whose text is prepared already (data.sources)"
     if c.data.tokenizer is not None:
         yield "data.vocab_size", "has no effect with data.tokenizer, which has a vocabulary of its own"
     if c.optim.name != "adamw":

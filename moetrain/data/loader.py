@@ -4,6 +4,7 @@ The same global batch at any number of ranks; resumed by one integer; a domain l
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,7 +17,10 @@ from tokenizers import Tokenizer
 from moetrain import runs
 from moetrain.checkpoint.resume import continues_own
 from moetrain.config import Config, ConfigError
+from moetrain.data import manifest as prepared
 from moetrain.data import prepare
+from moetrain.data.mixture import Mixture, Source
+from moetrain.data.token_files import Stream, TokenFile, open_megatron, open_split
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus (data/prepare.py), memory-mapped."""
+    """A prepared corpus (data/prepare.py), memory-mapped; of `data=tokens`, what describes its sources."""
 
     folder: Path
 
@@ -72,7 +76,7 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What a run remembers of its data."""
-        return prepare.fingerprint(self.folder)
+        return prepared.fingerprint(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -105,9 +109,37 @@ class Corpus:
             for split in self.manifest["splits"]
         }
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it is a description of `data.sources`, which has `streams` in place of `tokens` and `documents`."""
+        return "sources" in self.manifest
+
+    def streams(self, source: int, split: str, seq_len: int) -> list[Stream]:
+        """The documents of a source, file by file."""
+        described = self.manifest["sources"][source]["files"][split]
+        files = self._files[source][split]
+        return [
+            Stream(file, place["first"], place["last"], place["labels"], seq_len)
+            for file, place in zip(files, described, strict=True)
+        ]
+
+    @cached_property
+    def _files(self) -> list[dict[str, list[TokenFile]]]:
+        """Opened together and once, as `_splits` are."""
+        return [
+            {split: [_open_tokens(place) for place in places] for split, places in source["files"].items()}
+            for source in self.manifest["sources"]
+        ]
+
     def hold(self) -> None:
         """Read or open all that a run will need."""
-        _ = self._splits, self.token_bytes, self.fingerprint
+        _ = self._files if self.is_mixture else self._splits, self.token_bytes, self.fingerprint
+
+
+def _open_tokens(place: dict) -> TokenFile:
+    if "split" in place:
+        return open_split(Path(place["folder"]), place["split"], place["vocab_size"])
+    return open_megatron(Path(place["index"]))
 
 
 class Packed:
@@ -141,10 +173,15 @@ class Packed:
 
     def windows(self, numbers: list[int]) -> Sequences:
         """[B, L + 1] of each; B may be 0."""
-        if not numbers:
-            empty = np.zeros((0, self.seq_len + 1), np.int64)
-            return Sequences(empty, empty, empty)
-        return Sequences(*(np.stack(part) for part in zip(*map(self.window, numbers), strict=True)))
+        return stack_windows([self.window(number) for number in numbers], self.seq_len)
+
+
+def stack_windows(windows: Sequence[tuple[NDArray, ...]], seq_len: int) -> Sequences:
+    """[B, L + 1] of windows of tokens, domains and document numbers [L + 1] each; B may be 0."""
+    if not windows:
+        empty = np.zeros((0, seq_len + 1), np.int64)
+        return Sequences(empty, empty, empty)
+    return Sequences(*(np.stack(part) for part in zip(*windows, strict=True)))
 
 
 class Samples(Protocol):
@@ -162,6 +199,8 @@ class Samples(Protocol):
 def samples_of(corpus: Corpus, config: Config) -> Samples:
     """What a run trains on. Raises `ConfigError` where the corpus is too small for it."""
     seq_len, seed, block = config.train.seq_len, config.train.seed, config.data.domain_block
+    if corpus.is_mixture:
+        return MixtureLoader(corpus, config)
     return Loader(corpus, seq_len, seed) if block is None else DomainBlocks(corpus, seq_len, seed, block)
 
 
@@ -241,3 +280,43 @@ class DomainBlocks:
         order, windows = self._epoch(epoch)
         domain, block = order[turn]
         return self.domains[domain].windows([int(windows[domain][block * self.block + place])])
+
+
+class MixtureLoader:
+    """Training sequences of `data=tokens`, in the proportions of its sources; `data.domain_block` consecutive ones are
+    of one source."""
+
+    def __init__(self, corpus: Corpus, config: Config) -> None:
+        """Raises `ConfigError` where a source is too small, or the run needs more passes over it than it allows."""
+        self.seq_len, block = config.train.seq_len, config.data.domain_block
+        sources = []
+        for number, entry in enumerate(corpus.manifest["sources"]):
+            streams = tuple(corpus.streams(number, "train", self.seq_len))
+            sources.append(Source(entry["name"], entry["weight"], entry["epochs"], streams))
+            _check_source(sources[-1], self.seq_len, block)
+        self.mixture = Mixture(sources, config.train.seed, block or 1)
+        samples = config.train.steps * config.train.global_batch
+        for source, passes in zip(sources, self.mixture.passes(samples), strict=True):
+            if source.weight is not None and source.epochs is not None and passes > source.epochs:
+                rule = f"with its weight {config.train.steps:,} steps take {passes:.2f} epochs of it"
+                raise ConfigError(f"data.sources.{source.name}.epochs={source.epochs:g}: {rule}")
+
+    def samples(self, begin: int, end: int) -> Sequences:
+        windows = [self.mixture.window(sample) for sample in range(begin, end)]
+        return replace(stack_windows(windows, self.seq_len), sample=np.arange(begin, end))
+
+    def count_tokens(self, end: int) -> int:
+        """Returns the tokens of the global samples before `end`."""
+        return end * self.seq_len
+
+
+def _check_source(source: Source, seq_len: int, block: int | None) -> None:
+    if not source.num_windows:
+        rule = f"no file of data.sources.{source.name} has training documents of so many tokens together"
+        raise ConfigError(f"train.seq_len={seq_len}: {rule}")
+    if block is not None and source.num_windows < block:
+        rule = f"must be at most {source.num_windows}, the sequences of {seq_len} tokens in data.sources.{source.name}"
+        raise ConfigError(f"data.domain_block={block}: {rule}")
+    if block is not None and len({label for stream in source.streams for label in stream.labels}) > 1:
+        rule = f"data.sources.{source.name} has several domains; data.sources.{source.name}.domain=NAME makes them one"
+        raise ConfigError(f"data.domain_block={block}: {rule}")

@@ -25,13 +25,12 @@ from tokenizers import Tokenizer
 
 from moetrain.common import disk
 from moetrain.common.console import console
+from moetrain.common.extensions import make_paths_absolute
 from moetrain.config import ConfigError, Data
-from moetrain.data import debian, sources, tokenizer
+from moetrain.data import debian, sources, token_sources, tokenizer
 from moetrain.data.corpus import MIN_CHARACTERS, Document, cut, documents, held_out
 from moetrain.data.files import LeftOut
-
-VERSION = 3  # of this format
-SPLITS = ("train", "held_out")
+from moetrain.data.manifest import SPLITS, VERSION, fingerprint, problem
 
 
 def folder_of(options: Data) -> Path:
@@ -40,6 +39,9 @@ def folder_of(options: Data) -> Path:
         **options.model_dump(exclude={"dir", "attend_within_documents", "domain_block", "on_change"}),
         "version": VERSION,
     }
+    if options.source == "tokens":
+        settings["sources"] = make_paths_absolute(settings["sources"])
+        settings.pop("workers")
     if options.path is not None:
         settings["path"] = str(Path(options.path).resolve())
     if options.tokenizer is not None:
@@ -58,7 +60,7 @@ def ensure(options: Data, trained_on: Mapping[str, str] | None = None) -> Path:
     if trained_on is not None and (folder := next((f for f in prepared(options) if _is(f, trained_on)), None)):
         if options.on_change == "error" and (said := sources.change(folder, options)):
             advice = f"data.on_change=keep goes on with the corpus of the run, {folder}; another run.name starts anew"
-            raise ConfigError(f"data.path={options.path}: {said}; {advice}")
+            raise ConfigError(f"{sources.place(options)}: {said}; {advice}")
         return folder
     if (folder := current(options)) is not None:
         return folder
@@ -93,41 +95,12 @@ def up_to_date(folder: Path, options: Data) -> str:
 def outdated(folder: Path, options: Data) -> list[str]:
     """A line where the text is no longer that of the corpus, which is used all the same."""
     said = sources.change(folder, options)
-    return [f"data.path={options.path}: {said}; it is used as it was prepared, {folder}"] if said else []
+    return [f"{sources.place(options)}: {said}; it is used as it was prepared, {folder}"] if said else []
 
 
 def prepared(options: Data) -> list[Path]:
     """All whole corpora of these settings, the newest first: NAME, and NAME.2 and so on of text that changed since."""
     return [folder for folder in _folders(folder_of(options)) if problem(folder) is None]
-
-
-def problem(folder: Path) -> str | None:
-    """What is wrong with a prepared corpus as far as sizes tell; None for nothing."""
-    try:
-        manifest = json.loads(disk.read(folder / "manifest.json"))
-        names = [*manifest["domains"], *manifest["one_document"], *(manifest["splits"][s]["sha256"] for s in SPLITS)]
-        if not all(isinstance(name, str) for name in names) or not isinstance(manifest["end_of_text"], int):
-            return "its manifest is damaged"
-        width = 2 if int(manifest["vocab_size"]) <= 1 << 16 else 4
-        for split in SPLITS:
-            facts, size = manifest["splits"][split], (folder / f"{split}.bin").stat().st_size
-            if size != facts["tokens"] * width:
-                return f"{split}.bin has {size:,} bytes, but {facts['tokens'] * width:,} were written"
-            if not isinstance(facts["sha256"], str):
-                raise ValueError(f"the digest of {split}.bin is none")
-            table = np.load(folder / f"{split}.docs.npy", mmap_mode="r")
-            if table.shape != (facts["documents"], 3):
-                return f"{split}.docs.npy has not {facts['documents']} documents"
-        return None if (folder / "tokenizer.json").is_file() else "tokenizer.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
-        return f"it cannot be read ({error})"
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """What a run remembers of its data: digests of the tokenizer, the table of training documents, their tokens."""
-    files = {"tokenizer": "tokenizer.json", "documents": "train.docs.npy"}
-    found = {k: hashlib.sha256((folder / f).read_bytes()).hexdigest()[:16] for k, f in files.items()}
-    return {**found, "tokens": json.loads((folder / "manifest.json").read_text())["splits"]["train"]["sha256"][:16]}
 
 
 def _is(folder: Path, trained_on: Mapping[str, str]) -> bool:
@@ -148,7 +121,8 @@ def _make(options: Data, base: Path) -> Path:
     """A new one, beside those that are there; the caller holds the lock."""
     for leftover in base.parent.glob(f".{glob.escape(base.name)}.*.part"):  # of a preparation that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    console.print(f"preparing the corpus {base.name}: documents, tokenizer, tokens", style="dim")
+    what = "the files of its sources" if options.source == "tokens" else "documents, tokenizer, tokens"
+    console.print(f"preparing the corpus {base.name}: {what}", style="dim")
     before = _folders(base)
     folder = base.with_name(f"{base.name}.{_number(before[0]) + 1}") if before else base
     if before:
@@ -156,7 +130,10 @@ def _make(options: Data, base: Path) -> Path:
         console.print(f"{before[0]}: {said}; prepared again, and it stays as it is")
     try:
         with _appearing(folder, base.name) as unfinished:
-            _prepare(options, unfinished)
+            if options.source == "tokens":
+                token_sources.prepare_sources(options, unfinished)
+            else:
+                _prepare(options, unfinished)
     except OSError as error:
         raise ConfigError(f"data.dir={options.dir}: must have room for the corpus ({error.strerror})") from None
     return folder
@@ -226,6 +203,7 @@ def _prepare(options: Data, folder: Path) -> None:
 def news(manifest: dict[str, Any], options: Data) -> Iterator[str]:
     """What a person should know of how a corpus was made: what it left out, what it cut."""
     yield from LeftOut(manifest["left_out"]).lines()
+    yield from manifest.get("notes", [])
     for domain in manifest["one_document"]:
         yield f"the domain {domain} is one document: its last {options.held_out:.0%} are held out"
 

@@ -1,43 +1,64 @@
 """Which files a corpus was made of, and whether they have changed since: by size and time, and by content where those
 differ. Kept in `sources.json` of the prepared corpus."""
 
-import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from moetrain.common import disk
+from moetrain.common.extensions import read_token_sources
 from moetrain.config import Data
 from moetrain.data import debian, files
 from moetrain.data.files import LeftOut
+from moetrain.data.manifest import digest_file
+from moetrain.data.token_files import find_files
 
 NAME = "sources.json"
-WATCHED_SOURCES = ("folder", "debian")
 Listing = dict[str, tuple[int, int]]  # a file's name below `data.path`: its size in bytes, its time in ns
 
 
+def place(options: Data) -> str:
+    """The field that says where the text is, for messages."""
+    return "data.sources" if options.source == "tokens" else f"data.path={options.path}"
+
+
 def listing(options: Data) -> Listing | None:
-    """The files of a folder or of Debian packages of the user's own; None where there are none to watch.
+    """The files of a folder, of Debian packages of the user's own or of `data.sources`; None: there are none to watch.
 
     `data=local`, packages that were fetched once and corpora of other packages stay as they were when they were
     prepared.
     """
-    if options.path is None or options.source not in WATCHED_SOURCES:
-        return None
-    path = Path(options.path)
-    packages = options.source == "debian"
     out = {}
-    for file in debian.packages(options).values() if packages else files.text_files(path, LeftOut()):
+    for file in _watched_files(options):
         with suppress(OSError):
             stat = file.stat()
-            out[str(file.relative_to(path))] = (stat.st_size, stat.st_mtime_ns)
-    return out
+            out[str(file.relative_to(_root(options)))] = (stat.st_size, stat.st_mtime_ns)
+    return out or None
 
 
-def record(folder: Path, options: Data, seen: Listing | None) -> None:
-    """Keep what was listed before it was read, with digests."""
+def _watched_files(options: Data) -> Iterable[Path]:
+    if options.source == "tokens":
+        found = read_token_sources(getattr(options, "sources", None) or {}).values()
+        places = [place for source in found for place in (source.path, source.held_out) if place]
+        return [file for place in places for file in find_files(Path(place).absolute())]
+    if options.path is None:
+        return []
+    if options.source == "debian":
+        return debian.packages(options).values()
+    return files.text_files(Path(options.path), LeftOut()) if options.source == "folder" else []
+
+
+def _root(options: Data) -> Path:
+    """What the names of the files are relative to."""
+    return Path("/") if options.source == "tokens" else Path(str(options.path))
+
+
+def record(folder: Path, options: Data, seen: Listing | None, digests: Mapping[str, str] | None = None) -> None:
+    """Keep what was listed before it was read, with digests: those that are known, or else made now."""
     if seen is not None:
-        rows = {name: [size, time, digest(options, name)] for name, (size, time) in seen.items()}
+        known = digests or {}
+        rows = {name: [size, time, known.get(name) or digest(options, name)] for name, (size, time) in seen.items()}
         disk.write(folder / NAME, json.dumps(rows))
 
 
@@ -49,7 +70,7 @@ def change(folder: Path, options: Data) -> str | None:
         return None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"{folder / NAME} cannot be read"
-    if options.path is None or not Path(options.path).exists():
+    if options.source != "tokens" and (options.path is None or not Path(options.path).exists()):
         return f"{options.path} is gone"
     now = listing(options) or {}
     new, gone = sorted(now.keys() - known.keys()), sorted(known.keys() - now.keys())
@@ -66,9 +87,9 @@ def change(folder: Path, options: Data) -> str | None:
 
 def digest(options: Data, name: str) -> str:
     """SHA-256 of a file; empty where it cannot be read."""
-    path = Path(str(options.path))
-    with suppress(OSError), (path if name == "." else path / name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    root = _root(options)
+    with suppress(OSError):
+        return digest_file(root if name == "." else root / name)
     return ""
 
 

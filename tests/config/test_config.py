@@ -22,6 +22,7 @@ CASES = {
     "eplb": ["planner=eplb"],
     "debian": ["data=debian"],
     "folder": ["data=folder", "data.path=tests"],
+    "tokens": ["data=tokens", "data.sources.web.path=corpora/web", "data.sources.code.path=code.idx"],
     "deepspeed": ["engine=deepspeed"],
     **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
 }
@@ -274,7 +275,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["planner=best"], "planner=best: must be one of eplb, home, llep, makespan"),
         (["planner.name=best"], "planner.name=best: known planners are home, llep, makespan, eplb"),
         (["planner=home", "+planner.alpha=1.5"], "planner.alpha=1.5: the planner home has no such option"),
-        (["planner.alpha=1.5"], "planner.alpha: no such field in this planner preset"),
+        (["planner.alpha=1.5"], "planner.alpha=1.5: the planner makespan has no such option"),
         (["engine=fsdp"], "engine=fsdp: must be one of deepspeed, native"),
         (["engine.name=fsdp"], "engine.name=fsdp: must be one of 'native', 'deepspeed'"),
         (["+engine.zero_stage=1"], "engine.zero_stage=1: no such field in this engine preset"),

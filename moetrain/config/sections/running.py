@@ -115,7 +115,8 @@ class Data(Section):
 
     source: str = Field(
         description="Where text comes from. local: files of this Python installation. debian: Debian packages, fetched "
-        "with apt-get. folder: your own files. Choose these by the group, `data=folder`, and a corpus of another "
+        "with apt-get. folder: your own files. tokens: files of tokens that are prepared already, from several "
+        "sources. Choose these by the group, `data=folder`, and a corpus of another "
         "package that is installed by `data.source=NAME` (docs/library.md)."
     )
     path: str | None = Field(
