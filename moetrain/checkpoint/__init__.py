@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moetrain.checkpoint.manifest import newest, progress
+from moetrain.checkpoint.remote import check_stores
 from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_named, find_to_resume, known_dtype
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "check_data",
     "check_fits",
     "check_start",
+    "check_stores",
     "continues_own",
     "find_named",
     "find_to_resume",

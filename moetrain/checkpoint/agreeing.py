@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moetrain.checkpoint import manifest
+from moetrain.checkpoint.fetching import fetch_start
 from moetrain.checkpoint.loading import check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
 from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_to_resume
@@ -28,19 +29,20 @@ def agree_on_start(config: Config, folder: Path, mesh: Mesh) -> StartingPoint:
     Raises `ConfigError` on all ranks where `find_to_resume` does, and where no checkpoint of the run is whole although
     there are some.
     """
-    _first_rank_checks(mesh, lambda: find_to_resume(config, folder))
-    choice = config.checkpoint.resume
+    fetched, said = fetch_start(config, folder, mesh)
+    _first_rank_checks(mesh, lambda: find_to_resume(config, folder, fetched))
+    choice = config.checkpoint.resume if fetched is None else str(fetched)
     again = continues_own(config, folder) and (choice == "auto" or newest(folder) is not None)
     choice = broadcast_text("auto" if again else choice, mesh.device)
     candidates = manifest.folders(folder) if choice == "auto" else [] if choice == "none" else [Path(choice)]
     path, passed = first_whole(candidates, mesh)
     if path is None and passed:
-        worst, said = passed[0]
+        worst, why = passed[0]
         if choice != "auto":
-            raise ConfigError(f"checkpoint.resume={choice}: {said}")
-        rule = f"none of its checkpoints is complete ({worst.name}: {said}); another run.name starts a new run"
+            raise ConfigError(f"checkpoint.resume={choice}: {why}")
+        rule = f"none of its checkpoints is complete ({worst.name}: {why}); another run.name starts a new run"
         raise ConfigError(f"run.name={config.run.name}: {rule}")
-    notes = [f"{bad} is incomplete or damaged and is skipped: {said}" for bad, said in passed]
+    notes = [*said, *(f"{bad} is incomplete or damaged and is skipped: {why}" for bad, why in passed)]
     return StartingPoint(path, notes, is_own=choice == "auto")
 
 

@@ -25,6 +25,7 @@ from moetrain.config.messages import plain
 
 FORMAT = 2
 MANIFEST, ENTRIES = "manifest.json", "entries.json"
+STEP = re.compile(r"step_\d+")  # the name of a checkpoint
 MOST_BYTES = 1 << 29  # of either of them
 MOST_DIMENSIONS = 16
 
@@ -80,7 +81,7 @@ def step_of(path: Path) -> int:
 
 def folders(run: Path) -> list[Path]:
     """The folders `step_N` of a run, newest first, whole or not."""
-    found = [p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    found = [p for p in (run / "checkpoints").glob("step_*") if STEP.fullmatch(p.name)]
     return sorted(found, key=step_of, reverse=True)
 
 

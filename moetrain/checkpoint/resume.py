@@ -7,6 +7,7 @@ from typing import Any
 from moetrain import runs
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.manifest import newest, progress
+from moetrain.common.store import is_url
 from moetrain.config import Balance, Config, ConfigError
 
 FREE = {"skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change in a run
@@ -31,8 +32,10 @@ def known_dtype(folder: Path | None, saved: Path | None) -> str:
     return str(manifest.read(saved)["config"]["train"].get("dtype", "")) if saved is not None else ""
 
 
-def find_to_resume(config: Config, folder: Path | None) -> Path | None:
+def find_to_resume(config: Config, folder: Path | None, fetched: Path | None = None) -> Path | None:
     """The checkpoint that `checkpoint.resume` means for a run in `folder`, if any; the tensors' bytes are not read.
+
+    `fetched`: where that of `checkpoint.resume=URL` lies by now; None: nowhere yet, and it is not looked at.
 
     Raises `ConfigError` where it is not there, damaged or foreign, or where going on from it would mix two runs in one
     folder.
@@ -44,7 +47,9 @@ def find_to_resume(config: Config, folder: Path | None) -> Path | None:
             check_fits(config, present, same_run=True)
             _check_steps(config, present, progress(present)[0])
         return present
-    path = find_named(config)
+    path = fetched or (None if is_url(config.checkpoint.resume) else find_named(config))
+    if fetched is not None:
+        check_fits(config, fetched, same_run=False)
     if path is not None:
         _check_steps(config, path, progress(path)[0] + 1)
     if present is not None and (
@@ -73,6 +78,8 @@ def find_named(config: Config) -> Path | None:
     choice = config.checkpoint.resume
     if choice in ("auto", "none"):
         return None
+    if is_url(choice):
+        raise ConfigError(f"checkpoint.resume={choice}: must be a folder here; `moetrain train` alone takes a URL")
     path = Path(choice)
     if not (path / manifest.MANIFEST).is_file():
         raise ConfigError(f"checkpoint.resume={choice}: must be auto, none or a folder step_N with a manifest.json")

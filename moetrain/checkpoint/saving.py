@@ -22,8 +22,10 @@ from torch import Tensor
 
 import moetrain
 from moetrain.checkpoint import files, manifest
+from moetrain.checkpoint.fetching import FETCHED
 from moetrain.checkpoint.files import WIDTH, TensorBlock
 from moetrain.checkpoint.manifest import ManifestEntry
+from moetrain.checkpoint.remote import Uploader, open_remote
 from moetrain.common import disk
 from moetrain.config import Config
 from moetrain.distributed.comm import gather_texts
@@ -134,11 +136,17 @@ class Saver(Behind):
         self.saved = first  # steps done in the newest whole checkpoint, as far as this rank knows
         self._buffer: Tensor | None = None
         self._news: list[str] = []
+        self._uploader: Uploader | None = None
         if mesh.is_main:
+            shutil.rmtree(folder / FETCHED, ignore_errors=True)  # every rank has loaded its states
             self._costs = (folder / COSTS).read_bytes()  # whatever becomes of the file while the run goes
             for path in manifest.folders(folder):
                 if manifest.step_of(path) > first:  # damaged, or this run would not start before it
                     path.rename(_free(path.with_name(f"{path.name}.damaged")))
+            if (remote := open_remote(config)) is not None:
+                self._uploader = Uploader(remote, config)
+                if (newest := folder / "checkpoints" / f"step_{first}").is_dir():
+                    self._uploader.add(newest)
 
     def __enter__(self) -> "Saver":
         return self
@@ -146,6 +154,7 @@ class Saver(Behind):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None or issubclass(kind, FloatingPointError):  # which every rank raises: all can finish
             self.wait()
+            self._wait_for_uploads()
         elif self._thread is not None:
             self._thread.join(PATIENCE_SECONDS)
 
@@ -158,9 +167,16 @@ class Saver(Behind):
         return time.perf_counter() - began
 
     def news(self) -> list[str]:
-        """What was not saved, and why, since this was last asked; the same on every rank."""
+        """What was not saved or uploaded, and why, since this was last asked; of uploads rank 0 alone knows."""
         out, self._news = self._news, []
-        return out
+        return [*out, *(self._uploader.news() if self._uploader is not None else [])]
+
+    def _wait_for_uploads(self) -> None:
+        """Wait on all ranks until rank 0 has uploaded everything, or given it up."""
+        if self._config.checkpoint.remote is not None:
+            if self._uploader is not None:
+                self._uploader.wait()
+            gather_texts("", self._mesh.saving)
 
     def _copy(self, held: Entries) -> torch.cuda.Event | None:
         """Into the buffer, whose layout is the file's. The event says when a GPU is through with it."""
@@ -187,6 +203,8 @@ class Saver(Behind):
             stamps = dict(self._together(lambda: self._write_own(part)))
             self._together(lambda: self._finish(part, path, step, samples, stamps) if self._mesh.is_main else None)
             self.saved = step
+            if self._uploader is not None:
+                self._uploader.add(path)
         except Unsaved as why:
             if self._mesh.is_main:
                 shutil.rmtree(part, ignore_errors=True)
@@ -265,7 +283,8 @@ class Saver(Behind):
         return [
             path
             for path in manifest.folders(self._folder)[keep.keep :]
-            if not keep.keep_every or manifest.step_of(path) % keep.keep_every
+            if (not keep.keep_every or manifest.step_of(path) % keep.keep_every)
+            and not (self._uploader is not None and self._uploader.needs(path))
         ]
 
 

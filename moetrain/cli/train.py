@@ -51,5 +51,6 @@ def execute(options: argparse.Namespace) -> int:
 
         return dry_run.show_dry_run(settings, settings.parallel.nproc or local.auto_nproc(), options.json)
     runs.check_writable(settings)
+    checkpoint.check_stores(settings)
     checkpoint.find_to_resume(settings, runs.folder_of(settings) if settings.run.name else None)
     return run_with_workers(options, settings, "train")

@@ -92,6 +92,15 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk. Raises `OSError`."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read(path: Path, most: int = MOST_BYTES) -> bytes:
     """A regular file. Raises `OSError`; `ValueError` where it is something else or has more than `most` bytes."""
     with opened(path, most) as file:

@@ -76,6 +76,8 @@ def check(c: Config) -> None:
             "track.tensorboard",
             "needs the package tensorboard: pip install 'moetrain[tensorboard]'",
         )
+    if c.checkpoint.remote is not None:
+        rule("://" in c.checkpoint.remote, "checkpoint.remote", "must be a URL, such as s3://bucket/runs")
     if c.data.source == "folder":
         rule(c.data.path is not None, "data.path", "must be given for data.source=folder: a folder or a file")
     if c.data.source == "tokens":

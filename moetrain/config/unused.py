@@ -14,7 +14,7 @@ from moetrain.config.schema import Config, Native, Optim
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
 OF_A_RUN: tuple[str, ...] = ("run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
 OF_A_RUN = (*OF_A_RUN, "train.steps", "train.log_every", "train.recompute")
-SAVES = ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every")
+SAVES = ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.remote")
 OF_A_SIMULATION: tuple[str, ...] = (
     "run",
     "train.steps",

@@ -28,7 +28,13 @@ class Checkpoint(Section):
     )
     resume: str = Field(
         description="Where to start from. auto: the newest checkpoint of the run, if it has one. none: from scratch. "
-        "Or the PATH of a folder step_N, also of another run."
+        "Or the PATH of a folder step_N, also of another run, or its URL in a store."
+    )
+    remote: str | None = Field(
+        default=None,
+        description="URL of a folder in a store that fsspec reaches, such as s3://bucket/runs, to which every finished "
+        "checkpoint is uploaded, as URL/RUN/step_N; a run without newer ones in its folder continues from there. null: "
+        "none (docs/checkpoints.md).",
     )
 
 
