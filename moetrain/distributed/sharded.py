@@ -37,6 +37,14 @@ def gather_whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's part of the whole `value` that goes with a parameter, sharded if that is and has its shape."""
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
 def fill(target: Tensor, value: Tensor) -> None:
     """Copy the whole `value` into `target`, which may be sharded; every rank has the value."""
     if isinstance(target, DTensor):

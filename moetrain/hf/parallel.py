@@ -30,6 +30,7 @@ from moetrain.distributed import sharded
 from moetrain.distributed.comm import Group
 from moetrain.distributed.mesh import ExpertGroup, join_group
 from moetrain.hf.layout import is_experts
+from moetrain.hf.matching import open_weights
 from moetrain.hf.pinning import PinnedChoices
 from moetrain.hf.replay import replay_in_recompute
 from moetrain.hf.scores import RouterPass, find_router, is_recomputed, prepare_routers
@@ -228,6 +229,23 @@ class HFExpertParallel(ExpertParallel):
             carry = one.run_empty(carry)
             self._keep_logits(one, carry.expand(0, one.num_experts), carry)
         return carry
+
+    @torch.no_grad()
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Fill the model from a folder of its family, one that `save_pretrained` wrote or from elsewhere; a rank reads
+        its own experts alone, and dequantises them where they are quantised.
+
+        Raises `ConfigError` for a folder that is not right, or is not of this model.
+        """
+        sources, owners = open_weights(folder).sources, self._find_owners()
+        for name, target in self.module.state_dict().items():
+            if name not in sources:
+                raise ConfigError(f"{folder}: has no {name} of {type(self.module).__name__}")
+            rows = owners[name].own_experts() if name in owners else None
+            value = sources[name].read(rows)
+            if value.shape != target.shape:
+                raise ConfigError(f"{folder}: {name} is {tuple(value.shape)}, must be {tuple(target.shape)}")
+            sharded.fill(target, value)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Save the model with all its experts, as `model.save_pretrained` does. All ranks call it; rank 0 writes."""

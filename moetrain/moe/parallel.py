@@ -25,6 +25,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moetrain.common.errors import ConfigError
 from moetrain.common.registry import Options
@@ -38,7 +39,13 @@ from moetrain.moe.options import BalanceOptions
 from moetrain.moe.planning.cost import Costs
 from moetrain.moe.routing.balance import BalancedRouter, BalanceLoss, add_buffers
 from moetrain.moe.statistics import LayerStatistics, StatisticsOfStep
-from moetrain.moe.whole_weights import broadcast_weights, gather_state_dict, load_state_dict
+from moetrain.moe.whole_weights import (
+    broadcast_weights,
+    gather_optimizer_state,
+    gather_state_dict,
+    load_optimizer_state,
+    load_state_dict,
+)
 
 Recompute = Literal["none", "selective", "full"]
 GUEST_PART = 8  # of a GPU's memory, one is for guests, where `guest_memory` does not say
@@ -314,6 +321,22 @@ class ExpertParallel:
         Raises `KeyError` where a name is missing, `ValueError` where a shape differs.
         """
         load_state_dict(self.module, self._find_owners(), state)
+
+    def full_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """Returns `optimizer.state_dict()` as it is on one device, of all experts: on rank 0 of the group, in the CPU's
+        memory, None on the other ranks. All ranks call it.
+
+        Raises `ConfigError` where the optimizer keeps something for experts that is not one row an expert.
+        """
+        return gather_optimizer_state(optimizer, self._find_parameter_owners(), self.group)
+
+    def load_full_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Fill the optimizer from what `full_optimizer_state` returned, here or on another number of ranks; every rank
+        has `state`, which may be mapped from a file. Raises `ConfigError` where it does not fit."""
+        load_optimizer_state(optimizer, self._find_parameter_owners(), state)
+
+    def _find_parameter_owners(self) -> dict[nn.Parameter, Any]:
+        return {parameter: layer for layer in self._layers.values() for parameter in layer.experts.parameters()}
 
     def _find_owners(self) -> dict[str, Any]:
         """Returns the layer of every tensor in `module.state_dict()` that has one entry an expert."""

@@ -1,4 +1,4 @@
-"""The whole weights of a module whose experts are spread over ranks: broadcast, gathered, loaded.
+"""The whole weights, and optimizer state, of a module whose experts are spread over ranks: gathered and loaded.
 
 `owners` maps the name of every tensor that has one entry an expert to the layer that it belongs to; S experts are at
 home on a rank, E on all ranks of the group.
@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from moetrain.common.errors import ConfigError
 from moetrain.distributed import sharded
 from moetrain.distributed.comm import Group, all_gather, broadcast
 from moetrain.distributed.mesh import ExpertGroup
@@ -59,3 +61,66 @@ def load_state_dict(module: nn.Module, owners: Mapping[str, Any], state: Mapping
         if value.shape != target.shape:
             raise ValueError(f"{name}: has the shape {tuple(value.shape)}, must have {tuple(target.shape)}")
         sharded.fill(target, value)
+
+
+@torch.no_grad()
+def gather_optimizer_state(
+    optimizer: Optimizer, owners: Mapping[nn.Parameter, Any], group: ExpertGroup
+) -> dict[str, Any] | None:
+    """Return `optimizer.state_dict()` as it is on one device, in the CPU's memory: on rank 0 of the group, None on the
+    others. All ranks call it. `owners`: the layer of each parameter that has one entry an expert.
+
+    Raises `ConfigError` where the optimizer keeps something for experts that is not one row an expert.
+    """
+    found, whole = optimizer.state_dict(), {}
+    for number, parameter in enumerate(_list_parameters(optimizer)):
+        state = dict(found["state"].get(number, {}))  # a copy: what stands there is the optimizer's own
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                if parameter in owners and value.dim():
+                    value = _gather_rows(f"{type(optimizer).__name__} keeps {key}", value, parameter, owners, group)
+                value = sharded.gather_whole(value)
+                state[key] = value.detach().to("cpu", copy=True) if group.rank == 0 else None
+        if state:
+            whole[number] = state
+    return {**found, "state": whole} if group.rank == 0 else None
+
+
+def _gather_rows(
+    about: str, value: Tensor, parameter: nn.Parameter, owners: Mapping[nn.Parameter, Any], group: ExpertGroup
+) -> Tensor:
+    """[E, ...] of what an optimizer keeps for the experts at home here. Raises `ConfigError` for other rows."""
+    if len(value) != len(parameter):
+        raise ConfigError(f"optimizer: {about} {tuple(value.shape)} for {len(parameter)} experts, not a row each")
+    return gather_experts(value, owners[parameter].experts.num_experts, group)
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: Optimizer, owners: Mapping[nn.Parameter, Any], whole: Mapping[str, Any]) -> None:
+    """Fill the optimizer from what `gather_optimizer_state` returned, on any number of ranks.
+
+    Raises `ConfigError` where it is that of other parameters.
+    """
+    parameters = _list_parameters(optimizer)
+    if sum(len(each["params"]) for each in whole["param_groups"]) != len(parameters):
+        raise ConfigError("optimizer: its state is that of another number of parameters")
+    own: dict[int, dict[str, Any]] = {}
+    for number, parameter in enumerate(parameters):
+        own[number] = dict(whole["state"].get(number, {}))
+        for key, value in own[number].items():
+            if not isinstance(value, Tensor) or not value.dim():
+                continue
+            if parameter in owners:
+                experts = owners[parameter].experts
+                if len(value) != experts.num_experts:
+                    raise ConfigError(f"optimizer: {key} has {len(value)} of {experts.num_experts} experts")
+                value = value[experts.own_experts()]
+            own[number][key] = sharded.shard_like(value, parameter)
+    optimizer.load_state_dict(
+        {"state": {n: each for n, each in own.items() if each}, "param_groups": whole["param_groups"]}
+    )
+
+
+def _list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters in the order of the optimizer's state."""
+    return [parameter for each in optimizer.param_groups for parameter in each["params"]]

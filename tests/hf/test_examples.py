@@ -4,38 +4,101 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from moetrain import hf
+from moetrain.common.errors import ConfigError
+from moetrain.distributed.mesh import ExpertGroup
+from moetrain.hf.trainer import ExpertParallelCallback
 from tests.grid import on_grid
+from tests.hf.families import build
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1e-5
 
 
-def train(script: str, folder: Path, ranks: int) -> list[float]:
+def train(script: str, folder: Path, ranks: int, *more: str) -> list[float]:
     """Run an example; returns the norms that it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script_and_folder = [str(ROOT / "examples" / script), str(folder)]
-    done = subprocess.run([*command, *script_and_folder], capture_output=True, text=True, env=env, timeout=240)
+    arguments = [str(ROOT / "examples" / script), str(folder), *more]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     words = " ".join(line for line in done.stdout.splitlines() if line.startswith("norm")).split()
     return [float(word) for word in words if word not in ("norm", "norms")]
 
 
+def compare_saved(one: Path, other: Path) -> None:
+    """All experts are in both files, with the same values."""
+    alone, spread = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert alone.keys() == spread.keys()
+    for key, value in alone.items():
+        torch.testing.assert_close(spread[key], value, rtol=0, atol=LIMIT * float(value.abs().max()), msg=key)
+
+
 @pytest.mark.parametrize(
-    ("script", "saved"), [("hf_trainer.py", ["last", "checkpoint-4"]), on_grid(("hf_ddp.py", ["."]))]
+    ("script", "saved"), [("hf_sft.py", "last"), on_grid(("hf_ddp.py", ".")), on_grid(("hf_accelerate.py", "."))]
 )
-def test_two_ranks_train_as_one(tmp_path: Path, script: str, saved: list[str]) -> None:
+def test_two_ranks_train_as_one(tmp_path: Path, script: str, saved: str) -> None:
     norms = [train(script, tmp_path / str(ranks), ranks) for ranks in (1, 2)]
     assert norms[0] == pytest.approx(norms[1], rel=LIMIT)
     assert len(norms[0]) == 4
     assert max(norms[0]) > 0.5  # so that clipping has an effect
-    for name in saved:
-        alone, spread = (load_file(tmp_path / str(ranks) / name / "model.safetensors") for ranks in (1, 2))
-        assert alone.keys() == spread.keys()
-        for key, value in alone.items():
-            torch.testing.assert_close(spread[key], value, rtol=0, atol=LIMIT * float(value.abs().max()), msg=key)
+    compare_saved(tmp_path / "1" / saved, tmp_path / "2" / saved)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), on_grid((2, 1)), on_grid((2, 2))])
+def test_a_trainer_goes_on_from_its_checkpoint(tmp_path: Path, before: int, after: int) -> None:
+    """On another number of ranks, with the momentum of all experts."""
+    norms = train("hf_trainer.py", tmp_path / "whole", before)
+    again = train("hf_trainer.py", tmp_path / "again", after, str(tmp_path / "whole" / "checkpoint-2"))
+    assert len(norms) == 4
+    assert again == pytest.approx(norms[2:], rel=LIMIT)
+    for name in ("last", "checkpoint-4"):
+        compare_saved(tmp_path / "whole" / name, tmp_path / "again" / name)
+
+
+def arguments_of(**fields: Any) -> Any:
+    return SimpleNamespace(**{"fsdp": None, "deepspeed": None, "load_best_model_at_end": False, **fields})
+
+
+def test_what_a_trainer_must_not_do_is_refused(tmp_path: Path) -> None:
+    callback, state = ExpertParallelCallback(None), SimpleNamespace(global_step=0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"deepspeed=zero\.json: would shard experts that are spread over ranks"):
+        callback.on_init_end(arguments_of(deepspeed="zero.json"), state, None)
+    with pytest.raises(ConfigError, match="load_best_model_at_end: needs a Trainer with ExpertParallelMixin"):
+        callback.on_train_begin(arguments_of(load_best_model_at_end=True), state, None)
+    with pytest.raises(ConfigError, match="resume_from_checkpoint: a checkpoint by ExpertParallelCallback"):
+        callback.on_train_begin(arguments_of(), SimpleNamespace(global_step=2), None)
+
+
+def test_an_optimizer_with_other_rows_is_refused() -> None:
+    model = build("qwen3_moe")
+    handle = hf.expert_parallel(model, ExpertGroup.alone())
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    experts = handle.experts[0].parameters()[0]
+    optimizer.state[experts] = {"absmax": torch.zeros(3)}
+    with pytest.raises(ConfigError, match=r"optimizer: SGD keeps absmax \(3,\) for 8 experts, not a row each"):
+        handle.full_optimizer_state(optimizer)
+    optimizer.state[experts] = {"momentum_buffer": torch.zeros_like(experts)}
+    state = handle.full_optimizer_state(optimizer)
+    assert state is not None
+    for each in state["state"].values():
+        each["momentum_buffer"] = each["momentum_buffer"][:4]
+    with pytest.raises(ConfigError, match="optimizer: momentum_buffer has 4 of 8 experts"):
+        handle.load_full_optimizer_state(optimizer, state)
+    state["param_groups"][0]["params"].pop()
+    with pytest.raises(ConfigError, match="optimizer: its state is that of another number of parameters"):
+        handle.load_full_optimizer_state(optimizer, state)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    handle = hf.expert_parallel(build("qwen3_moe"), ExpertGroup.alone())
+    build("qwen3_moe", moe_intermediate_size=48).save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=r"gate_up_proj is \(8, 96, 64\), must be \(8, 64, 64\)"):
+        handle.load_pretrained(tmp_path)
