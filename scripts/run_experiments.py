@@ -5,7 +5,7 @@
 
 Words with = are overrides of the configuration. A run is DIR/EXPERIMENT-sSEED. Seeds go outermost, so that a whole
 comparison is there early. A run that was stopped begins anew, or at its last checkpoint where it made some; one that
-fails is reported and the others go on. `scripts/tabulate.py DIR/*` makes tables of them.
+fails is reported and the others go on. `scripts/tabulate_runs.py DIR/*` makes tables of them.
 """
 
 import argparse

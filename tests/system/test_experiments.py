@@ -64,7 +64,7 @@ def test_runs_become_a_table_and_a_picture(runs: tuple[Path, list[str]], tmp_pat
     folder, _ = runs
     names = ["scope_micro-s0", "scope_global-s0", "scope_global-s1"]
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(names)
-    done = script("tabulate.py", *(str(folder / name) for name in names), "--out", str(tmp_path))
+    done = script("tabulate_runs.py", *(str(folder / name) for name in names), "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     micro, wide = json.loads((tmp_path / "table.json").read_text())
     assert (micro["name"], micro["seeds"], wide["name"], wide["seeds"]) == ("scope_micro", [0], "scope_global", [0, 1])
@@ -106,9 +106,9 @@ def test_what_does_not_belong_together_is_refused(runs: tuple[Path, list[str]], 
     odd.mkdir()
     for name in ("config.yaml", "summary.json", "metrics.jsonl"):
         (odd / name).write_text((folder / "scope_global-s1" / name).read_text())
-    mixed = script("tabulate.py", str(folder / "scope_micro-s0"), str(odd), "--out", str(tmp_path / "out"))
+    mixed = script("tabulate_runs.py", str(folder / "scope_micro-s0"), str(odd), "--out", str(tmp_path / "out"))
     assert mixed.returncode == 2
     assert "differs from other runs of scope_micro in more than its seed" in mixed.stderr
-    nothing = script("tabulate.py", str(tmp_path), "--out", str(tmp_path / "out"))
+    nothing = script("tabulate_runs.py", str(tmp_path), "--out", str(tmp_path / "out"))
     assert (nothing.returncode, nothing.stderr.splitlines()[-1]) == (2, "error: none of these is a finished run")
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
 """Tables and one picture of finished runs: runs that differ in nothing but their seed make one row.
 
-  python scripts/tabulate.py runs/experiments/scope_* --out docs/results/MACHINE/scopes
+  python scripts/tabulate_runs.py runs/experiments/scope_* --out docs/results/MACHINE/scopes
 
 Reads RUN/config.yaml, summary.json and metrics.jsonl; writes table.md, table.json and picture.png into --out. A run's
 row is its folder's name without -sSEED; rows stand in the order given, and the first is what others are compared with,
