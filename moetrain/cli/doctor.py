@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from moetrain.cli import arguments
 from moetrain.common.console import console, styled
-from moetrain.doctor.finding import BAD, GOOD, NOTE, Check
 
 if TYPE_CHECKING:
     from moetrain.config import Config
+    from moetrain.doctor.host import Check
 
 HELP = """Check that this host has what a run needs: one line per check, with what to do. Exit code 1 if one fails.
 
@@ -19,7 +19,7 @@ examples:
   moetrain doctor model=olmoe_1b7b run.dir=/shared/runs     for another model and folder
   moetrain doctor --meet node-1:29400 --nodes 4             on four hosts at the same time: do they reach each other?
 """
-SIGNS = {GOOD: ("good", "green"), NOTE: ("note", "yellow"), BAD: ("bad ", "bold red")}
+SIGNS = {"good": ("good", "green"), "note": ("note", "yellow"), "bad": ("bad ", "bold red")}  # by a check's state
 
 
 def add_options(verb: argparse.ArgumentParser) -> None:
@@ -37,17 +37,17 @@ def execute(options: argparse.Namespace) -> int:
     from moetrain import config
 
     settings, found = config.load(options.overrides, options.config_dir), []
-    for finding in _examine(settings, options):
-        found.append(finding)
+    for check in _examine(settings, options):
+        found.append(check)
         if not options.json:
-            advice = f"\n{'':17}{finding.advice}" if finding.advice else ""
-            console.print(styled(SIGNS[finding.state], (f"  {finding.name:<11}{finding.text}{advice}", "")))
+            advice = f"\n{'':17}{check.advice}" if check.advice else ""
+            console.print(styled(SIGNS[check.state], (f"  {check.name:<11}{check.text}{advice}", "")))
     if options.json:
-        print(json.dumps([finding._asdict() for finding in found]))
-    return 1 if any(finding.state == BAD for finding in found) else 0
+        print(json.dumps([check._asdict() for check in found]))
+    return 1 if any(check.state == "bad" for check in found) else 0
 
 
-def _examine(settings: "Config", options: argparse.Namespace) -> Iterator[Check]:
+def _examine(settings: "Config", options: argparse.Namespace) -> Iterator["Check"]:
     from moetrain.doctor import host, hosts
 
     yield from host.examine(settings)

@@ -11,15 +11,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from moetrain import runs
 from moetrain.common import versions
 from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
-from moetrain.doctor.finding import BAD, GOOD, NOTE, Check
 from moetrain.launch import local
 from moetrain.recovery import memory
 
+GOOD, NOTE, BAD = "good", "note", "bad"  # note: a run works, but something could be better
 OPTIONAL = {
     "deepspeed": "engine=deepspeed",
     "tensorboard": "TensorBoard",
@@ -30,6 +31,15 @@ OPTIONAL = {
 LEAST_TORCH = (2, 10)
 STATES = 12  # bytes a parameter: fp32 weight and two moments
 TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
+
+
+class Check(NamedTuple):
+    """The result of one check."""
+
+    name: str
+    state: str  # GOOD, NOTE or BAD
+    text: str
+    advice: str = ""  # what to do; empty where nothing is
 
 
 def examine(config: Config) -> Iterator[Check]:

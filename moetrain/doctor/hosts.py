@@ -17,7 +17,7 @@ from torch.distributed import DistError, TCPStore
 
 from moetrain import __version__
 from moetrain.config import ConfigError
-from moetrain.doctor.finding import BAD, GOOD, NOTE, Check
+from moetrain.doctor.host import BAD, GOOD, NOTE, Check
 
 SKEW_SECONDS = 1.0
 

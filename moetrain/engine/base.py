@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moetrain.config import Config, RunSpec
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
-from moetrain.distributed.norms import global_norm
+from moetrain.distributed.sharded import global_norm
 from moetrain.engine import precision
 from moetrain.engine.entries import MOMENTS, Entries
 from moetrain.models.base import LanguageModel

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moetrain.distributed import sharded
 from moetrain.distributed.comm import Group, all_reduce_sum
 from moetrain.distributed.mesh import ExpertGroup
-from moetrain.distributed.norms import global_norm
+from moetrain.distributed.sharded import global_norm
 
 Reduction = Literal["auto", "sum", "mean"]
 

@@ -249,18 +249,18 @@ ROUTERS: Registry[Any] = Registry(
     {
         "topk": ("moetrain.moe.routing.topk:TopK", TopKOptions),
         "expert_choice": ("moetrain.moe.routing.expert_choice:ExpertChoice", UnbiasedOptions),
-        "top_p": ("moetrain.moe.routing.top_p:TopP", TopPOptions),
-        "frozen": ("moetrain.moe.routing.frozen:Frozen", FrozenOptions),
-        "grouped": ("moetrain.moe.routing.grouped:Grouped", GroupedOptions),
-        "gating_residual": ("moetrain.moe.routing.gating_residual:GatingResidual", GatingResidualOptions),
+        "top_p": ("moetrain.moe.routing.topk:TopP", TopPOptions),
+        "frozen": ("moetrain.moe.routing.topk:Frozen", FrozenOptions),
+        "grouped": ("moetrain.moe.routing.topk:Grouped", GroupedOptions),
+        "gating_residual": ("moetrain.moe.routing.recurrent:GatingResidual", GatingResidualOptions),
         "recurrent": ("moetrain.moe.routing.recurrent:Recurrent", RecurrentOptions),
-        "round_robin": ("moetrain.moe.routing.round_robin:RoundRobin", UnbiasedOptions),
+        "round_robin": ("moetrain.moe.routing.topk:RoundRobin", UnbiasedOptions),
     },
 )
 PLANNERS: Registry[Any] = Registry(
     "planner",
     {
-        "home": ("moetrain.moe.planning.home:home", Options),
+        "home": ("moetrain.moe.planning.plan:stay_home", Options),
         "llep": ("moetrain.moe.planning.llep:llep", LlepOptions),
         "makespan": ("moetrain.moe.planning.makespan:makespan", Options),
         "eplb": ("moetrain.moe.planning.eplb:eplb", EplbOptions),

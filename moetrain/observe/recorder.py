@@ -23,8 +23,7 @@ from moetrain.observe.collect.profiler import Profiler
 from moetrain.observe.collect.trace import LoadTrace
 from moetrain.observe.metrics import GAMMA_EFF, GAMMA_PHASE, RECORD_SECONDS
 from moetrain.observe.scores import HeldOut
-from moetrain.observe.sinks.jsonl import JsonLines
-from moetrain.observe.sinks.tensorboard import TensorBoard
+from moetrain.observe.sinks.files import JsonLines, TensorBoard
 from moetrain.observe.sinks.terminal import Plain, View
 from moetrain.observe.sinks.tracker import Sink, Tolerant, Tracker
 from moetrain.observe.sinks.wandb import Wandb

@@ -25,7 +25,10 @@ from torch import Tensor
 
 from moetrain.checkpoint import files
 from moetrain.common import disk
+from moetrain.distributed.comm import receive, start_sending
+from moetrain.distributed.mesh import Mesh
 
+CHUNK = 1 << 26  # bytes of a message between hosts
 ROOT = Path("/dev/shm")
 SLOTS = ("a", "b")
 FETCHED = "fetched"  # from another host, to start with
@@ -163,3 +166,29 @@ def left_behind() -> list[tuple[Path, int]]:
     """(folder of a run, bytes) of all snapshots of this user on this host."""
     runs = sorted(root().iterdir()) if root().is_dir() and not distrust_reason(root()) else []
     return [(run, sum(p.stat().st_size for p in run.rglob("*") if p.is_file())) for run in runs]
+
+
+def start_sending_file(data: Tensor, stamp: SnapshotStamp, to: int, mesh: Mesh) -> list[Any]:
+    """Begin to send a file to another host's rank: its stamp first, then its bytes, uint8 [bytes].
+
+    Wait for each of what is returned; `data` stays as it is until then.
+    """
+    text = torch.frombuffer(bytearray(json.dumps(asdict(stamp)).encode()), dtype=torch.uint8)
+    return [start_sending(part, to, mesh.peers) for part in (torch.tensor([len(text)]), text, *_chunks(data))]
+
+
+def receive_stamp(source: int, mesh: Mesh) -> SnapshotStamp:
+    """Return the stamp of the file that the rank `source` sends."""
+    size = receive(torch.zeros(1, dtype=torch.int64), source, mesh.peers)
+    text = receive(torch.zeros(int(size), dtype=torch.uint8), source, mesh.peers)
+    return SnapshotStamp(**json.loads(bytes(text.tolist())))
+
+
+def receive_file(out: Tensor, source: int, mesh: Mesh) -> None:
+    """Fill uint8 [bytes] with the file whose stamp has come."""
+    for part in _chunks(out):
+        receive(part, source, mesh.peers)
+
+
+def _chunks(data: Tensor) -> Iterator[Tensor]:
+    return iter(data.split(CHUNK))

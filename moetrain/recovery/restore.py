@@ -19,7 +19,7 @@ from moetrain.common import disk
 from moetrain.distributed.comm import barrier, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.saved_costs import COSTS
-from moetrain.recovery import memory, transfer
+from moetrain.recovery import memory
 from moetrain.recovery.memory import SnapshotStamp
 
 Where = dict[int, list[tuple[str, str]]]  # rank that wrote a file -> (host, slot) of its copies
@@ -87,12 +87,12 @@ def assemble(found: Found, run: str, mesh: Mesh, hosts: Sequence[str], layout: d
             slot = place / next(slot for name, slot in found.where[file] if name == host)
             stamp = next(s for p, s in memory.stamps(place) if p == slot and s.rank == file)
             data = memory.mapped(memory.data_file(slot, file), stamp.bytes)
-            for work in transfer.start_send(data, stamp, to, mesh):
+            for work in memory.start_sending_file(data, stamp, to, mesh):
                 work.wait()
         if mesh.rank == to:
-            stamp = transfer.receive_stamp(source, mesh)
+            stamp = memory.receive_stamp(source, mesh)
             slot = place / memory.FETCHED
-            transfer.receive_file(memory.reserve(memory.data_file(slot, file), stamp.bytes), source, mesh)
+            memory.receive_file(memory.reserve(memory.data_file(slot, file), stamp.bytes), source, mesh)
             memory.put_stamp(slot, stamp)
     barrier()
     return _folder(found, place, mesh.rank, needs[mesh.rank], config, costs)

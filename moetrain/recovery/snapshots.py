@@ -23,7 +23,7 @@ from moetrain.common import disk
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.entries import DTYPES, Engine, Entries
-from moetrain.recovery import memory, transfer
+from moetrain.recovery import memory
 from moetrain.recovery.memory import SLOTS, SnapshotStamp
 
 
@@ -118,10 +118,10 @@ class Snapshots(Behind):
             mapped = self._held[slot, stamp.rank]
             stamp = replace(stamp, crc32=f"{zlib.crc32(mapped.numpy().data):08x}")
             self._put_stamp(slot, stamp)
-            under_way = [] if self._to is None else transfer.start_send(mapped, stamp, self._to, self._mesh)
+            under_way = [] if self._to is None else memory.start_sending_file(mapped, stamp, self._to, self._mesh)
             for source in self._from:
-                theirs = transfer.receive_stamp(source, self._mesh)
-                transfer.receive_file(self._held[slot, source], source, self._mesh)
+                theirs = memory.receive_stamp(source, self._mesh)
+                memory.receive_file(self._held[slot, source], source, self._mesh)
                 self._put_stamp(slot, theirs)
             for work in under_way:
                 work.wait()

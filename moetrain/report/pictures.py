@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moetrain.observe.palette import HEAT, ORDERED, SERIES, TONES, line_style
+from moetrain.observe.picture import HEAT, ORDERED, SERIES, TONES, line_style
 from moetrain.report.curves import Figure
 
 PICTURES = ("loss", "load", "devices", "imbalance", "time", "moved", "domains", "information")

@@ -28,7 +28,7 @@ from moetrain.launch.exits import Ended
 from moetrain.moe import calibrate
 from moetrain.moe.planning.cost import Costs, default_costs
 from moetrain.observe import picture, recorder, summary
-from moetrain.observe.sinks.jsonl import JsonLines
+from moetrain.observe.sinks.files import JsonLines
 from moetrain.observe.sinks.tracker import Tracker
 from moetrain.recovery import memory, watch
 from moetrain.recovery.guard import Guard

@@ -37,11 +37,11 @@ class Cosine(TopK):
         return F.linear(token_TD, expert_ED) / self.options.temperature, carry
 """
 PLANNING = """
-from moetrain.moe.planning.home import home
+from moetrain.moe.planning.plan import stay_home
 
 
 def nowhere(counts, home_, costs=None, limits=None, state=None):
-    return home(counts, home_)
+    return stay_home(counts, home_)
 """
 WRITING = """
 from dataclasses import dataclass

@@ -13,8 +13,7 @@ import pytest
 
 from moetrain import cli, config
 from moetrain.bench.namespaces import Hosts
-from moetrain.doctor.finding import BAD, GOOD, NOTE, Check
-from moetrain.doctor.host import examine
+from moetrain.doctor.host import BAD, GOOD, NOTE, Check, examine
 from moetrain.doctor.hosts import meet
 from moetrain.engine import precision
 from tests.system.test_hosts import allowed

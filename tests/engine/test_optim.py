@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from moetrain import config
 from moetrain.config import Optim
-from moetrain.distributed import norms
+from moetrain.distributed import sharded
 from moetrain.distributed.mesh import Mesh
-from moetrain.distributed.norms import EXACT_ELEMENTS, fp32_squares, sum_of_squares
+from moetrain.distributed.sharded import EXACT_ELEMENTS, fp32_squares, sum_of_squares
 from moetrain.engine import base
 from moetrain.engine.optim import AdamW, mapped, rounded_at_random
 from moetrain.training.loop import train
@@ -186,7 +186,7 @@ def find_norms(mesh: Mesh) -> list[float]:
         return sum_of_squares(grads, device, exact) if exact else fp32_squares([g for g, _ in grads]) / mesh.world
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norms, "sum_of_squares", in_fp32)
+        patch.setattr(sharded, "sum_of_squares", in_fp32)
         return [Engine(torch.full((3, 4), value), mesh).grad_norm() for value in (1e20, 1e-25, 0.0, 2.0, math.inf)]
 
 

@@ -27,7 +27,7 @@ from moetrain.observe import recorder
 from moetrain.observe.collect import congestion, health, meter, specialization, trace
 from moetrain.observe.collect.alerts import Alert, Alerts
 from moetrain.observe.metrics import find_metric
-from moetrain.observe.sinks.jsonl import JsonLines
+from moetrain.observe.sinks.files import JsonLines
 from moetrain.observe.sinks.terminal import View
 from moetrain.observe.sinks.tracker import Tracker
 from moetrain.observe.sinks.wandb import MOST_BINS, _bins, heat_map

@@ -24,7 +24,8 @@ from moetrain import cli
 from moetrain.common.console import RunLogger
 from moetrain.config import ConfigError, resolve_early
 from moetrain.config import load as load_config
-from moetrain.observe import palette, picture, reduce, summary
+from moetrain.observe import picture, reduce, summary
+from moetrain.observe import picture as palette
 from moetrain.observe.estimate import estimate, short
 from moetrain.observe.scores import Score
 from moetrain.observe.sinks.terminal import Plain

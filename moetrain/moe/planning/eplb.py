@@ -7,8 +7,7 @@ For comparison, and for traffic that repeats itself. Experts keep their homes; c
 import numpy as np
 
 from moetrain.moe.planning.cost import Costs, Limits, State, default_costs
-from moetrain.moe.planning.home import home as stay_home
-from moetrain.moe.planning.plan import Floats, Ints, Plan
+from moetrain.moe.planning.plan import Floats, Ints, Plan, stay_home
 
 MEMORY = 0.8  # weight of what was before in the past that is planned from
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.moe.compiled import njit
-from moetrain.moe.planning.home import home as stay_home
-from moetrain.moe.planning.plan import Ints, Plan, imbalance
+from moetrain.moe.planning.plan import Ints, Plan, imbalance, stay_home
 
 
 @njit()

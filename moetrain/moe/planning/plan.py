@@ -9,6 +9,7 @@ the sources nearest to the rank give theirs first, the others in the order of ra
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,3 +206,10 @@ def imbalance(loads: Ints) -> float:
     """Return largest over mean device load; 1 is perfect balance, and by convention also no load at all."""
     total = loads.sum()
     return float(loads.max() * len(loads) / total) if total else 1.0
+
+
+def stay_home(counts: Ints, home: Ints, costs: Any = None, limits: Any = None, state: Any = None) -> Plan:
+    """Return the plan that moves nothing, standard expert parallelism: the planner `home`. counts [R, E], home [E]."""
+    totals = counts.sum(0)
+    expert = np.flatnonzero(totals)
+    return Plan(counts, home, expert, home[expert], totals[expert])
