@@ -75,7 +75,7 @@ def steps(mesh: Mesh, variants: list[tuple[str, int, list[str]]]) -> list[tuple[
     """For every variant one step: gradients, new weights and the loss; the batch's size; guests."""
     out = []
     for rows, length, overrides in variants:
-        settings = config.load([*BASE, f"train.seq_len={length}", *overrides])
+        settings = config.resolve_early(config.load([*BASE, f"train.seq_len={length}", *overrides]), mesh.world)
         engine = NativeEngine(build(settings), mesh, settings)
         engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))
         found: Found = {}
