@@ -153,8 +153,7 @@ class Saver(Behind):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None or issubclass(kind, FloatingPointError):  # which every rank raises: all can finish
-            self.wait()
-            self._wait_for_uploads()
+            self.finish()
         elif self._thread is not None:
             self._thread.join(PATIENCE_SECONDS)
 
@@ -171,8 +170,9 @@ class Saver(Behind):
         out, self._news = self._news, []
         return [*out, *(self._uploader.news() if self._uploader is not None else [])]
 
-    def _wait_for_uploads(self) -> None:
-        """Wait on all ranks until rank 0 has uploaded everything, or given it up."""
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written, and uploaded or given up. All ranks call it."""
+        self.wait()
         if self._config.checkpoint.remote is not None:
             if self._uploader is not None:
                 self._uploader.wait()

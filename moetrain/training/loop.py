@@ -81,7 +81,9 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
             if not is_last and _is_every(spec.eval.every, step):
                 recorder.held_out(step, evaluate(engine.model, run.corpus, spec, mesh))
             if end_requested and not is_last:
-                saver.wait()
+                watch.mark("save")
+                saver.finish()
+                run.logger.print_lines(saver.news())
                 _end_record(run)
                 run.logger.print(f"ended on request: saved after step {step}; the same command continues from there")
                 raise Preempted

