@@ -52,11 +52,6 @@ def for_domain(name: str, domain: str) -> str:
     return name.replace(DOMAIN, domain)
 
 
-def find_metric(name: str) -> Metric | None:
-    """The registered metric that a recorded name belongs to; None for a name that no version of moetrain writes."""
-    return METRICS.get(name) or next((m for m in METRICS.values() if m.form.fullmatch(name)), None)
-
-
 def layer_prefixes() -> list[str]:
     """What the names of metrics of single layers begin with, such as `balance/layer_`."""
     return sorted({name.partition(LAYER)[0] + "layer_" for name in METRICS if LAYER in name})

@@ -9,6 +9,7 @@ R expert-parallel ranks, E experts, T tokens of a rank, K experts of a token.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrain.common.errors import ConfigError
-from moetrain.moe.planning.plan import Floats, Ints, imbalance
+from moetrain.moe.planning.plan import Floats, Ints
+from moetrain.observe.collect.arrays import BROKEN, read_arrays
 
 CONCENTRATION = (
     1.25  # of an expert; 256 of them on 64 ranks have max/mean 2.3 then: the middle of UltraEP's 1.30 to 4.01
@@ -236,19 +238,11 @@ def find_routing(name: str, group: Group, natural: Natural) -> RoutingSource:
 
 
 def read_trace(folder: Path) -> Ints | None:
-    """[N, R, E] the counts of a run's load trace, all layers and samples; None where there is none that can be read."""
+    """Return the counts of a run's load trace, [N, R, E] of all layers and samples; None where none can be read."""
     found = []
     for path in sorted((folder / "load_trace").glob("part_*.npz")):
-        try:
-            with np.load(path, allow_pickle=False) as part:
-                counts = part["counts"]
-        except (OSError, ValueError, KeyError):
-            continue
-        found.append(counts.reshape(-1, *counts.shape[-2:]).astype(np.int64))
+        with suppress(*BROKEN):
+            counts = read_arrays(path, ["counts"])["counts"]
+            found.append(counts.reshape(-1, *counts.shape[-2:]).astype(np.int64))
     shapes = {counts.shape[1:] for counts in found}
     return np.concatenate(found) if len(shapes) == 1 else None
-
-
-def device_imbalance(counts_RE: Ints, home_E: Ints) -> float:
-    """Largest over mean device load without planning."""
-    return imbalance(np.bincount(home_E, counts_RE.sum(0), counts_RE.shape[0]).astype(np.int64))

@@ -26,13 +26,13 @@ from moetrain.moe.routing import Choice, Scores
 from moetrain.observe import recorder
 from moetrain.observe.collect import congestion, health, meter, specialization, trace
 from moetrain.observe.collect.alerts import Alert, Alerts
-from moetrain.observe.metrics import find_metric
 from moetrain.observe.sinks.files import JsonLines
 from moetrain.observe.sinks.terminal import View
 from moetrain.observe.sinks.tracker import Tracker
 from moetrain.observe.sinks.wandb import MOST_BINS, _bins, heat_map
 from moetrain.training.loop import train
 from tests.conftest import TINY
+from tests.observe.test_metrics import find_metric
 
 
 def equilibrium(quality_E: np.ndarray, gamma: float) -> np.ndarray:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moetrain.common.errors import ConfigError
 from moetrain.moe.planning import default_home
+from moetrain.moe.planning.plan import Ints, imbalance
 from moetrain.simulate.cluster import load_cluster
 from moetrain.simulate.layer import PlannerChoice, run_layer
 from moetrain.simulate.layout import Layout, StepWork
@@ -21,7 +22,6 @@ from moetrain.simulate.traffic import (
     WORKLOADS,
     Natural,
     balanced,
-    device_imbalance,
     find_routing,
     fit_natural,
     workload,
@@ -30,6 +30,11 @@ from moetrain.simulate.traffic import (
 MODELS = st.sampled_from(["qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3"])
 ROUTINGS = st.sampled_from(["balanced", "natural", "W1_hot_expert_set", "W4_source_ragged"])
 LINKS = ("nvlink.bandwidth", "network.bandwidth", "memory.bandwidth")
+
+
+def device_imbalance(counts_RE: Ints, home_E: Ints) -> float:
+    """Largest over mean load of the devices without planning."""
+    return imbalance(np.bincount(home_E, counts_RE.sum(0), len(counts_RE)).astype(np.int64))
 
 
 def job(model: str, world: int, ep: int, micro_batch: int = 1) -> Job:
