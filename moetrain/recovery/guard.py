@@ -5,6 +5,7 @@ trouble. It goes back once: where the same comes again before the run has got be
 """
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 from moetrain.common import disk
@@ -31,7 +32,8 @@ class Guard:
             if self._went_back_from and step > self._went_back_from:
                 self._went_back_from = 0
                 if self._mesh.is_main:
-                    self._file.unlink(missing_ok=True)
+                    with suppress(OSError):  # a read-only disk does not stop a run
+                        self._file.unlink(missing_ok=True)
             return None
         self.in_a_row += 1
         self.skipped += 1

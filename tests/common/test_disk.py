@@ -28,12 +28,14 @@ from moetrain.launch.exits import Ended
 from moetrain.moe import calibrate
 from moetrain.moe.planning.cost import Costs, default_costs
 from moetrain.observe import picture, recorder, summary
+from moetrain.observe.collect import specialization
 from moetrain.observe.sinks.files import JsonLines
 from moetrain.observe.sinks.tracker import Tracker
 from moetrain.recovery import memory, watch
 from moetrain.recovery.guard import Guard
 from moetrain.recovery.snapshots import Snapshots
 from moetrain.report import build
+from moetrain.runs import lock
 from tests import made_run
 from tests.checkpoint.test_checkpoint import Toy
 from tests.engine.test_calibrate import obtain
@@ -64,6 +66,33 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
         out.writelines([b"half", None])  # type: ignore[list-item]
     assert path.read_text() == "before"
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_disk_that_fails_in_the_middle_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Full or read-only: it is said once, what waits is written later, and the lock is let go."""
+    sink = JsonLines(tmp_path, 0)
+    with room_for(10):
+        for step in (1, 2):
+            sink.log(step, {"train/loss": 1.0})
+    sink.log(3, {"train/loss": 1.0})
+    sink.close()
+    said = capsys.readouterr().err.replace("\n", "")
+    assert said.count("metrics.jsonl cannot be written (File too large): its lines wait until it can") == 1
+    assert [row["step"] for row in disk.rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    (tmp_path / "specialisation").touch()  # its folder cannot be made
+    specialization.write(tmp_path, 1, ["all"], [])
+    cut = os.ftruncate
+
+    def refuse(handle: int, size: int) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with lock.hold(tmp_path / "x"):
+        monkeypatch.setattr(os, "ftruncate", refuse)
+    monkeypatch.setattr(os, "ftruncate", cut)
+    with lock.hold(tmp_path / "x"):
+        pass
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def liked_tokens(selected_V: Array, text_V: Array, corpus: Corpus) -> list[dict[
 def write(folder: Path, step: int, domains: Sequence[str], layers: list[dict[str, Any]]) -> None:
     """`specialisation/step_N.json` of the run's folder, whole or not at all."""
     path = folder / "specialisation" / f"step_{step}.json"
-    path.parent.mkdir(exist_ok=True)
-    with suppress(OSError):  # a full disk does not stop a run
+    with suppress(OSError):  # a disk that is full or read-only does not stop a run
+        path.parent.mkdir(exist_ok=True)
         disk.write(path, json.dumps({"step": step, "domains": list(domains), "layers": layers}))
 
 

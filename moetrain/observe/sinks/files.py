@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moetrain.common import disk
+from moetrain.common.console import errors
 from moetrain.observe.collect.alerts import Alert
 from moetrain.observe.sinks.tracker import Metrics
 
@@ -40,11 +41,17 @@ class _Lines:
             disk.write(path, whole)
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
+        self._said_so = False
 
     def append(self, row: Metrics) -> None:
+        """Write the row; what a disk that is full or read-only does not take goes with the next one."""
         self._unwritten += (json.dumps(row) + "\n").encode()
-        with suppress(OSError):  # a full disk: what it does not take goes with the next line
+        try:
             self._write()
+        except OSError as error:
+            if not self._said_so:
+                errors.print(f"{self._file.name} cannot be written ({error.strerror}): its lines wait until it can")
+            self._said_so = True
 
     def _write(self) -> None:
         while self._unwritten:
