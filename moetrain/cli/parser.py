@@ -5,6 +5,8 @@ One module per verb: `HELP` is its text, whose first line stands in the list of 
 """
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
@@ -61,6 +63,9 @@ VERBS: dict[str, Verb] = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if found := re.search(r"VERB: invalid choice: '([^']*)'", message):
+            close = difflib.get_close_matches(found[1], VERBS, n=1)
+            message = f"{found[1]}: no such command" + (f"; did you mean {close[0]}?" if close else "")
         self.exit(worker.report_bad_input(ConfigError(f"{message}; `{self.prog} --help` shows what it takes")))
 
 

@@ -197,6 +197,13 @@ def test_generate_continues_a_prompt(trained: tuple[Path, str]) -> None:
     assert item["text"]
 
 
+def test_a_misspelled_command_is_one_line_too(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["trian"])
+    line = "error: trian: no such command; did you mean train?; `moetrain --help` shows what it takes\n"
+    assert capfd.readouterr().err == line
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

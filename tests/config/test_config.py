@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from moetrain import cli, config
-from moetrain.config import ConfigError, unused
+from moetrain.config import ConfigError, messages, unused
+from moetrain.config.fields import all_fields
 from moetrain.moe.routing import ROUTERS
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +205,8 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["train.stepz=5"], "train.stepz: no such field; did you mean train.steps?"),
         (["+parallel.tp=5"], "parallel.tp=5: no such field; parallel has nproc, ep, dp_shard, dp_replicate, uneven"),
         (["lr=1e-3"], "lr: no such field; did you mean optim.lr?"),
+        (["model.hidden_size=64"], "model.hidden_size: no such field; did you mean model.dim?"),
+        (["expert_model_parallel_size=2"], "expert_model_parallel_size: no such field; did you mean parallel.ep?"),
         (["train.lr=1e-3"], "train.lr: no such field; did you mean optim.lr?"),
         (["seed=3"], "seed: no such field; did you mean train.seed or generate.seed?"),
         (["batch_size=3"], "batch_size: no such field"),
@@ -327,6 +330,14 @@ def test_a_mistake_is_one_line_with_field_value_and_rule(overrides: list[str], l
     with pytest.raises(ConfigError) as caught:
         laid_out()
     assert str(caught.value) == line
+
+
+def test_the_words_of_others_lead_to_fields_that_exist() -> None:
+    assert set(messages.ELSEWHERE) <= set(all_fields())
+    words = [word for text in messages.ELSEWHERE.values() for word in text.split()]
+    assert len(words) == len(set(words))
+    said = "--learning-rate: no such option; fields are set as field=value; did you mean optim.lr=0.1?"
+    assert str(messages.unknown_option("--learning-rate", "0.1")) == said
 
 
 if __name__ == "__main__":
