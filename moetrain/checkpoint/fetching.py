@@ -13,6 +13,7 @@ from moetrain.checkpoint import manifest
 from moetrain.checkpoint.remote import RemoteCheckpoints, open_remote
 from moetrain.checkpoint.resume import continues_own
 from moetrain.common import disk
+from moetrain.common.console import console
 from moetrain.common.errors import ConfigError
 from moetrain.common.store import StoreError, is_url, open_store
 from moetrain.config import Config
@@ -124,7 +125,8 @@ def _fetch(remote: RemoteCheckpoints, step: int, place: Path, mesh: Mesh) -> str
         if mesh.is_main:
             part.mkdir(parents=True)
             remote.download_manifest(step, part)
-            manifest.read(part)
+            size = sum(bytes_ for bytes_, _ in manifest.read(part)["files"].values())
+            console.print(f"fetching step {step}, {size / 2**30:.2f} GiB, from {remote.url}", style="dim")
     except (StoreError, ConfigError, OSError) as error:
         said = str(error)
     said = broadcast_text(said, mesh.device)

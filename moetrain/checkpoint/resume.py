@@ -116,8 +116,11 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
             "data": {"source", "vocab_size", "max_bytes_per_domain", "held_out", "domain_block"},
         }
     for section, fields in sections.items():
+        known = type(getattr(config, section)).model_fields
+        # what the version that saved it did not know had no other value
+        defaults = {name: info.default for name, info in known.items() if not info.is_required()}
         for field in ours[section]:
-            value, other = ours[section][field], theirs[section].get(field)
+            value, other = ours[section][field], theirs[section].get(field, defaults.get(field))
             if field in fields and value != other and not (field == "vocab_size" and value is None):
                 advice = "; another run.name starts a new run" if same_run else ""
                 raise ConfigError(f"{section}.{field}={value}: the checkpoint {path} has {other}{advice}")

@@ -123,7 +123,7 @@ def tabulate(results: Sequence[Result]) -> Table:
     """
     table = Table()
     for name in ("task", "shots", "questions", "result", "acc", "acc_norm", "acc_bytes", "bits/byte", "load max/mean"):
-        table.add_column(name, justify="left" if name in ("task", "result") else "right")
+        table.add_column(name, justify="left" if name in ("task", "result") else "right", no_wrap=name == "result")
     for r in results:
         spread = r.metrics.get(f"{r.primary}_stderr", math.nan)
         value = f"{r.primary} {_cell(r.metrics[r.primary])}" + (f" ± {_cell(spread)}" if spread == spread else "")

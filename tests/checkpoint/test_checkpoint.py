@@ -260,6 +260,20 @@ def noted(mesh: Mesh, path: str) -> list[list[str]]:
     return out
 
 
+def test_a_checkpoint_of_a_version_without_an_option_has_its_default(pool, tmp_path: Path) -> None:
+    """What it was saved without had no other value then: it loads, unless the option is set to another one now."""
+    pool.run(saved, 1, str(tmp_path), [2])
+    path = tmp_path / "checkpoints" / "step_2"
+    body = manifest.read(path)
+    del body["config"]["router"]["freeze"]
+    (path / manifest.MANIFEST).unlink()
+    manifest.write(path, body)
+    checkpoint.check_fits(tiny_model(), path, same_run=True)
+    frozen = config.load(["model=tiny", "router.freeze=true"])
+    with pytest.raises(ConfigError, match=r"router\.freeze=True: the checkpoint .* has False"):
+        checkpoint.check_fits(frozen, path, same_run=True)
+
+
 def test_what_depends_on_the_layout_is_said(pool, tmp_path: Path) -> None:
     pool.run(saved, 1, str(tmp_path), [2])
     none, scope, groups = pool.run(noted, 2, str(tmp_path / "checkpoints" / "step_2"), ep=2)[0]
