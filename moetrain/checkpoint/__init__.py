@@ -10,36 +10,58 @@ from typing import TYPE_CHECKING, Any
 
 from moetrain.checkpoint.manifest import newest, progress
 from moetrain.checkpoint.remote import check_stores
-from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_named, find_to_resume, known_dtype
+from moetrain.checkpoint.resume import (
+    check_data,
+    check_fits,
+    continues_own,
+    find_initial,
+    find_named,
+    find_to_resume,
+    known_dtype,
+)
 
 if TYPE_CHECKING:
-    from moetrain.checkpoint.agreeing import StartingPoint, agree_on_start, check_start, first_whole
-    from moetrain.checkpoint.loading import load
+    from moetrain.checkpoint.agreeing import (
+        StartingPoint,
+        agree_on_start,
+        agree_on_weights,
+        check_start,
+        check_weights,
+        first_whole,
+    )
+    from moetrain.checkpoint.loading import load, load_weights
     from moetrain.checkpoint.saving import Saver
 
 __all__ = [
     "Saver",
     "StartingPoint",
     "agree_on_start",
+    "agree_on_weights",
     "check_data",
     "check_fits",
     "check_start",
     "check_stores",
+    "check_weights",
     "continues_own",
+    "find_initial",
     "find_named",
     "find_to_resume",
     "first_whole",
     "known_dtype",
     "load",
+    "load_weights",
     "newest",
     "progress",
 ]
 _PLACES = {
     "Saver": "saving",
     "load": "loading",
+    "load_weights": "loading",
     "StartingPoint": "agreeing",
     "agree_on_start": "agreeing",
+    "agree_on_weights": "agreeing",
     "check_start": "agreeing",
+    "check_weights": "agreeing",
     "first_whole": "agreeing",
 }
 

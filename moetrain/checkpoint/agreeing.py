@@ -9,7 +9,7 @@ from moetrain.checkpoint import manifest
 from moetrain.checkpoint.fetching import fetch_start
 from moetrain.checkpoint.loading import check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
-from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_to_resume
+from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_initial, find_to_resume
 from moetrain.common.extensions import OPTIMIZERS, state_names
 from moetrain.config import Config, ConfigError, RunSpec
 from moetrain.distributed.comm import broadcast_text, gather_texts
@@ -58,6 +58,34 @@ def check_start(
         return start
     _first_rank_checks(mesh, partial(_check_all, config, start.path, start.is_own, model, data))
     return start._replace(notes=[*start.notes, *of_the_layout(config, start.path, mesh)])
+
+
+def agree_on_weights(config: Config, start: StartingPoint, mesh: Mesh) -> Path | None:
+    """The checkpoint whose weights a new run begins with; None where there is none, or the run goes on.
+
+    All ranks call it and read their share of bytes. Raises `ConfigError` on all ranks where it is not whole.
+    """
+    if start.path is not None or config.init_from is None:
+        return None
+    _first_rank_checks(mesh, lambda: find_initial(config))
+    found = find_initial(config) if mesh.is_main else None
+    path, passed = first_whole([found] if found is not None else [], mesh)
+    if path is None:
+        raise ConfigError(f"init_from={config.init_from}: {passed[0][1]}")
+    return path
+
+
+def check_weights(path: Path, mesh: Mesh, model: LanguageModel, data: Mapping[str, str]) -> None:
+    """Raise `ConfigError` on all ranks where the weights are of another model, or tokens had another meaning.
+
+    All ranks call it. `model`: whole, on the meta device; `data`: the corpus's fingerprint.
+    """
+
+    def check() -> None:
+        check_data(path, data, same_run=False)
+        check_entries(path, model, ())
+
+    _first_rank_checks(mesh, check)
 
 
 def first_whole(candidates: Sequence[Path], mesh: Mesh) -> tuple[Path | None, list[tuple[Path, str]]]:

@@ -34,11 +34,23 @@ def load(path: Path, engine: Engine, optimizer: bool = True) -> None:
     here: see `agreeing.first_whole`.
     """
     entries = engine.entries(optimizer)
+    _fill(path, entries)
+    engine.restored(entries, manifest.progress(path)[0])
+
+
+@torch.no_grad()
+def load_weights(path: Path, engine: Engine) -> None:
+    """Fill the model of the engine with the weights of a checkpoint; no step is done. Raises as `load` does."""
+    entries = engine.entries(optimizer=False)
+    _fill(path, entries)
+    engine.restored(entries, 0)
+
+
+def _fill(path: Path, entries: Entries) -> None:
     for file, parts in _parts(path, entries).items():
         with safe_open(path / file, "pt") as tensors:
             for name, within, out in parts:
                 out.copy_(tensors.get_tensor(name).view(-1)[within])
-    engine.restored(entries, manifest.progress(path)[0])
 
 
 def mismatches(path: Path, names: Sequence[str]) -> list[str]:

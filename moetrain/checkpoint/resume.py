@@ -67,6 +67,7 @@ def _check_steps(config: Config, path: Path, fewest: int) -> None:
     steps, done = config.train.steps, progress(path)[0]
     if steps < fewest:
         rule = f"{path} has {done} steps already, and they count: train.steps={done + steps} trains {steps} more"
+        rule += f"; run.name=NEW init_from={path} begins a new run with its weights alone"
         raise ConfigError(f"train.steps={steps}: {rule}")
 
 
@@ -87,6 +88,31 @@ def find_named(config: Config) -> Path | None:
         raise ConfigError(f"checkpoint.resume={choice}: {said}")
     check_fits(config, path, same_run=False)
     return path
+
+
+def find_initial(config: Config) -> Path | None:
+    """The checkpoint whose weights `init_from` means, if it is set; the tensors' bytes are not read.
+
+    Raises `ConfigError` where it is not there, damaged or of another model.
+    """
+    choice = config.init_from
+    if choice is None:
+        return None
+    for place in (Path(choice), Path(config.run.dir, choice)):
+        if (place / manifest.MANIFEST).is_file():
+            path, said = place, manifest.problem(place)
+        elif (place / "config.yaml").is_file():
+            found = newest(place)
+            if found is None:
+                raise ConfigError(f"init_from={choice}: the run has no complete checkpoint")
+            path, said = found, None
+        else:
+            continue
+        if said:
+            raise ConfigError(f"init_from={choice}: {said}")
+        check_fits(config, path, same_run=False)
+        return path
+    raise ConfigError(f"init_from={choice}: must be a run's folder or name, or a folder step_N with a manifest.json")
 
 
 def check_data(path: Path, data: Mapping[str, str], same_run: bool) -> None:

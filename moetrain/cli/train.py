@@ -11,6 +11,7 @@ HELP = """Train a model.
 examples:
   moetrain train                                            the default job: model=small on local text
   moetrain train model=tiny planner=home train.steps=50     override any field of configs/config.yaml
+  moetrain train init_from=first run.name=second            a new run that begins with the weights of another
   moetrain train router.skew=4 run.name=skewed              make the load uneven on purpose
   torchrun --nproc-per-node 2 -m moetrain train             workers started by torchrun
   moetrain train --dry-run parallel.nproc=64 train.global_batch=64 model=olmoe_1b7b
@@ -52,5 +53,6 @@ def execute(options: argparse.Namespace) -> int:
         return dry_run.show_dry_run(settings, settings.parallel.nproc or local.auto_nproc(), options.json)
     runs.check_writable(settings)
     checkpoint.check_stores(settings)
-    checkpoint.find_to_resume(settings, runs.folder_of(settings) if settings.run.name else None)
+    if checkpoint.find_to_resume(settings, runs.folder_of(settings) if settings.run.name else None) is None:
+        checkpoint.find_initial(settings)
     return run_with_workers(options, settings, "train")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from moetrain.common import disk
 from moetrain.common.errors import ConfigError, short
 from moetrain.config import kinds, messages, rules, unused
-from moetrain.config.fields import all_fields, classes_of
+from moetrain.config.fields import all_fields, classes_of, single_fields
 from moetrain.config.overrides import fields_of, leaves
 from moetrain.config.schema import Config
 from moetrain.config.sections.base import Section
@@ -167,5 +167,7 @@ def dump(config: Config) -> str:
 def _takes_text(field: str) -> bool:
     """Whether `field` holds text, so that what a user writes is meant literally."""
     section, _, name = field.partition(".")
+    if field in single_fields():
+        return True
     found = [kind.model_fields[name].annotation for kind in classes_of(section) if name in kind.model_fields]
     return bool(found) and all(annotation in (str, str | None) for annotation in found)

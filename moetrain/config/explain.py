@@ -2,7 +2,7 @@
 
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from moetrain.common.errors import ConfigError
 from moetrain.config import messages
 from moetrain.config.compose import config_dir
-from moetrain.config.fields import classes_of
+from moetrain.config.fields import classes_of, single_fields
 from moetrain.config.kinds import SORTS
 from moetrain.config.schema import Config
 
@@ -49,23 +49,31 @@ def explain(name: str | None = None) -> list[Entry]:
 
 def sections() -> dict[str, list[type[BaseModel]]]:
     """The classes of every section: several where `name` tells kinds apart."""
-    return {name: classes_of(name) for name in Config.model_fields}
+    return {name: classes_of(name) for name in Config.model_fields if name not in single_fields()}
 
 
 def page() -> str:
     """docs/config.md."""
-    parts = [PAGE]
+    parts = [PAGE, *_tabulate(entry for name in single_fields() for entry in explain(name))]
     for section, classes in sections().items():
         about = "\n\n".join(dict.fromkeys(_first_paragraph(kind) for kind in classes))
-        parts.append(f"\n## {section}\n\n{about}\n\n| field | type | default | meaning |\n|---|---|---|---|\n")
-        for entry in explain(section):
-            cells = (f"`{entry.field}`", entry.type, f"`{entry.default}`" if entry.default else "–", entry.meaning)
-            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+        parts += [f"\n## {section}\n\n{about}\n", *_tabulate(explain(section))]
     return "".join(parts)
+
+
+def _tabulate(entries: Iterable[Entry]) -> Iterator[str]:
+    yield "\n| field | type | default | meaning |\n|---|---|---|---|\n"
+    for entry in entries:
+        cells = (f"`{entry.field}`", entry.type, f"`{entry.default}`" if entry.default else "–", entry.meaning)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def _entries() -> Iterator[Entry]:
     defaults = shipped_defaults()
+    for name in single_fields():
+        about = Config.model_fields[name]
+        default = _write_value(defaults[name])
+        yield Entry(name, _describe_type(about.annotation, about), default, str(about.description))
     for section, classes in sections().items():
         for name in dict.fromkeys(name for kind in classes for name in kind.model_fields):
             kinds = [kind for kind in classes if name in kind.model_fields]

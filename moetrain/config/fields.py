@@ -18,14 +18,19 @@ def classes_of(section: str) -> list[type[BaseModel]]:
 
 
 def all_fields() -> list[str]:
-    """Every field as `section.name`, section by section."""
+    """Every field as `section.name`, section by section, after those that are in none."""
     found = (
         f"{section}.{name}"
         for section in Config.model_fields
         for kind in classes_of(section)
         for name in kind.model_fields
     )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*single_fields(), *found]))
+
+
+def single_fields() -> list[str]:
+    """Those that are in no section, such as `init_from`."""
+    return [name for name in Config.model_fields if not classes_of(name)]
 
 
 def _classes(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -31,6 +31,8 @@ def check(c: Config) -> None:
         rule(inside, "run.name", "must be the name of a folder below run.dir, without .. and not absolute")
         rule(c.run.name.isprintable(), "run.name", "must have no control characters")
         rule(max(len(os.fsencode(part)) for part in place.parts) <= 200, "run.name", "must have at most 200 bytes")
+    named = c.checkpoint.resume not in ("auto", "none")
+    rule(c.init_from is None or not named, "init_from", "must be null where checkpoint.resume names a checkpoint")
     m, k = c.model, c.router.top_k
     planner_options(c.planner)
     corpus_options(c.data)

@@ -4,7 +4,7 @@
 Nothing changes a configuration after that.
 """
 
-from pydantic import SerializeAsAny
+from pydantic import Field, SerializeAsAny
 
 from moetrain.config.schedules import spread
 from moetrain.config.sections.base import Dtype, Section
@@ -39,6 +39,13 @@ __all__ = [
 
 class Config(Section):
     """Everything that a run can be told."""
+
+    init_from: str | None = Field(
+        default=None,
+        description="Where a new run takes its weights from, and nothing else: steps, schedule and optimizer begin "
+        "anew. A run's folder or name, or a folder step_N of one. The run itself goes on from its own checkpoints. "
+        "null: initial weights.",
+    )
 
     run: Run
     train: Train

@@ -83,11 +83,15 @@ def name_run(config: Config, name: str) -> Config:
 
 
 def fix_places(config: Config) -> Config:
-    """Returns `config` with absolute paths of the data, so that a run is found complete from any folder."""
+    """Returns `config` with absolute paths of the data and of what it begins from, so that a run is found complete from
+    any folder."""
     places = {f"data.{field}": getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
     changes: dict[str, Any] = {field: os.path.abspath(place) for field, place in places.items() if place}
     if sources := getattr(config.data, "sources", None):
         changes["data.sources"] = make_paths_absolute(sources)
+    begin = config.init_from
+    if begin is not None and os.path.exists(begin):
+        config = config.model_copy(update={"init_from": os.path.abspath(begin)})
     return vary(config, changes)
 
 

@@ -12,10 +12,11 @@ from moetrain.config.overrides import fields_of
 from moetrain.config.schema import Config, Native, Optim
 
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
-OF_A_RUN: tuple[str, ...] = ("run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
+OF_A_RUN: tuple[str, ...] = ("init_from", "run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
 OF_A_RUN = (*OF_A_RUN, "train.steps", "train.log_every", "train.recompute")
 SAVES = ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.remote")
 OF_A_SIMULATION: tuple[str, ...] = (
+    "init_from",
     "run",
     "train.steps",
     "train.seed",
@@ -30,7 +31,7 @@ NOT_USED: dict[str, tuple[str, ...]] = {  # by verbs: sections and fields; what 
     "data": tuple(name for name in Config.model_fields if name != "data"),
     "profile": (*OF_A_RUN, "eval", "generate", "data"),
     "simulate": (*OF_A_SIMULATION, "eval", "generate", "data", "checkpoint", "recovery", "track", "balance"),
-    "bench": ("run", "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
+    "bench": ("init_from", "run", "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
 }
 
 

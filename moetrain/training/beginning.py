@@ -30,6 +30,7 @@ class Beginning(NamedTuple):
     loader: Samples
     model: LanguageModel  # without memory
     saved: Path | None  # the checkpoint to go on from, on the disk or in memory
+    initial: Path | None  # the checkpoint whose weights a new run begins with
     first: int  # steps done
     position: int  # global samples seen
     size: Estimate
@@ -48,10 +49,13 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     check_same_corpus(corpus, mesh)
     folder, notes = runs.folder_of(config), versions.newer_than_tested()
     start = checkpoint.agree_on_start(config, folder, mesh)
+    initial = checkpoint.agree_on_weights(config, start, mesh)
     dtype = precision.find_dtype(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
     spec = resolve(config, mesh.world, corpus.vocab_size, dtype)
     model = build(spec)
     start = checkpoint.check_start(start, spec, mesh, model, corpus.fingerprint)
+    if initial is not None:
+        checkpoint.check_weights(initial, mesh, model, corpus.fingerprint)
     start = recovery.find_newer(start, spec, folder, mesh)
     saved, more = start.path, start.notes
     first, position = checkpoint.progress(saved)
@@ -69,7 +73,9 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     logger.print_lines([*notes, *more])
     size = estimate(spec)
     describe(spec, mesh, corpus, size, logger)
-    return Beginning(spec, folder, corpus, loader, model, saved, first, position, size, logger, record, is_complete)
+    return Beginning(
+        spec, folder, corpus, loader, model, saved, initial, first, position, size, logger, record, is_complete
+    )
 
 
 def _has_summary(folder: Path, mesh: Mesh) -> bool:

@@ -38,6 +38,9 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
     if run.saved is not None:
         checkpoint.load(run.saved, engine)
         run.logger.print(f"resumed from {run.saved}, {run.first} steps done")
+    elif run.initial is not None:
+        checkpoint.load_weights(run.initial, engine)
+        run.logger.print(f"weights are those of {run.initial}; steps and optimizer begin anew")
     costs = saved_costs.obtain(mesh, saved_costs.layer_of(spec), run.folder, run.saved)
     engine.plan_with(costs)
     if mesh.is_main and (expected := predict(spec, mesh, costs)) is not None:
