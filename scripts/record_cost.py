@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from moetrain import config, runs
 from moetrain.config import Config
-from moetrain.data.loader import open_data
+from moetrain.data.opening import open_data
 from moetrain.distributed.comm import barrier
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, precision, saved_costs

@@ -23,7 +23,8 @@ from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.bench.timing import find_quartiles, read_clock
 from moetrain.config import Config, RunSpec, resolve, vary
 from moetrain.config.core_options import balance_options
-from moetrain.data.loader import Corpus, Loader, Samples, Sequences, open_data
+from moetrain.data.loader import Corpus, Loader, Samples, Sequences
+from moetrain.data.opening import open_data
 from moetrain.distributed.comm import all_reduce_sum, barrier
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine, build_engine, precision, saved_costs

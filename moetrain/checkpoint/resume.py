@@ -10,7 +10,7 @@ from moetrain.checkpoint.manifest import newest, progress
 from moetrain.common.store import is_url
 from moetrain.config import Balance, Config, ConfigError
 
-FREE = {"skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change in a run
+FREE = {"freeze", "skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change
 
 
 def continues_own(config: Config, folder: Path) -> bool:

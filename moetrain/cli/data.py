@@ -11,6 +11,7 @@ HELP = """Prepare a corpus: tokenizer, token files, held-out split. `train` does
 examples:
   moetrain data                                             the text files of this Python installation
   moetrain data data=folder data.path=books                 your own text files (folders are domains) or JSONL
+  moetrain data data=chat data.path=chat.jsonl --show 3     conversations; what is not learned of them is dimmed
 """
 
 
@@ -18,18 +19,23 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_overrides(verb)
     arguments.add_json(verb)
     arguments.add_config_dir(verb)
+    verb.add_argument(
+        "--show", type=int, default=0, metavar="N", help="print the first N documents of the training split"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
     from moetrain import config
-    from moetrain.data import prepare
+    from moetrain.data import prepare, preview
 
     settings = config.load(options.overrides, options.config_dir)
     known = prepare.current(settings.data)
     folder = known or prepare.ensure(settings.data)
     manifest = json.loads((folder / "manifest.json").read_text())
+    shown = preview.read_documents(folder, options.show) if options.show > 0 else []
     if options.json:
-        print(json.dumps({"folder": str(folder), "up_to_date": known is not None, **manifest}))
+        rows = {"shown": [document._asdict() for document in shown]} if options.show > 0 else {}
+        print(json.dumps({"folder": str(folder), "up_to_date": known is not None, **manifest, **rows}))
         return 0
     if known:
         console.print(prepare.up_to_date(known, settings.data))
@@ -39,4 +45,6 @@ def execute(options: argparse.Namespace) -> int:
         console.print(f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens ({shares})")
     if known:
         console.print("\n".join(prepare.news(manifest, settings.data)))
+    for document in shown:
+        preview.show(document)
     return 0

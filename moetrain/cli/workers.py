@@ -19,7 +19,7 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     """
     from moetrain import runs
     from moetrain.config import find_ep, name_run, resize
-    from moetrain.data.loader import open_data
+    from moetrain.data.opening import open_data
     from moetrain.launch import local
     from moetrain.runs import lock
     from moetrain.training.ranks import run_on_rank

@@ -6,7 +6,7 @@ Routers and planners, which the layer alone needs too, are in `moetrain.moe.opti
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from moetrain.common.errors import ConfigError
 from moetrain.common.registry import Options, Registry, make_options, option
@@ -29,47 +29,84 @@ class PreparedInParallel(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenSource(Options):
-    """One entry of `data.sources`: text that is tokens already."""
+class ChatSource(Options):
+    """One entry of `data.sources` of `data=chat`: conversations."""
 
-    path: str = option("", "A folder prepared by `moetrain data`, a Megatron file or prefix, or a folder of these.")
+    path: str = option("", "Files of conversations; under `data=tokens` what `moetrain data` prepared, or Megatron's.")
     weight: float | None = option(None, "Its share of the samples, relative to the other weights.", above=0)
     epochs: float | None = option(None, "Passes over it beside one of the others; with a weight the most.", above=0)
-    domain: str | None = option(None, "The label of its tokens. null: as prepared; of Megatron files its name.")
-    held_out: str | None = option(None, "Megatron files to evaluate on. null: the last `data.held_out` of its own.")
+    domain: str | None = option(None, "The label of its tokens. null: as they are labeled, or the source's name.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
-            raise ConfigError("path=: must be given: a folder prepared by `moetrain data` or Megatron files")
+            raise ConfigError("path=: must be given")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokensOptions(PreparedInParallel):
-    """The options of `data=tokens`."""
+class TokenSource(ChatSource):
+    """One entry of `data.sources` of `data=tokens`: text that is tokens already."""
+
+    held_out: str | None = option(None, "Megatron files to evaluate on. null: the last `data.held_out` of its own.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcesOptions(Options):
+    """The base of the options of corpora that mix several sources."""
 
     sources: dict[str, Any] | None = option(  # noqa: RUF009 - a field, as those of other types
         None,
-        "Tokens to train on: a mapping of names to {path, weight, epochs, domain, held_out} "
-        "(docs/data-at-scale.md). `data.sources.NAME.FIELD=VALUE` sets one field.",
+        "What to train on: a mapping of names to {path, weight, epochs, domain}, under `data=tokens` also held_out "
+        "(docs/data-at-scale.md); under `data=chat` in place of `data.path`. `data.sources.NAME.FIELD=VALUE` sets one "
+        "field.",
     )
+
+    Source: ClassVar[type[ChatSource]] = ChatSource  # of an entry
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        found = read_token_sources(self.sources or {})
+        found = read_sources(self.sources or {}, self.Source)
         weighted = [name for name, source in found.items() if source.weight is not None]
         if missing := [name for name in found if name not in weighted] if weighted else []:
             rule = f"must be given, as that of {weighted[0]} is, or for none of the sources"
             raise ConfigError(f"sources.{missing[0]}.weight=null: {rule}")
 
 
-def read_token_sources(sources: Mapping[str, Any]) -> dict[str, TokenSource]:
+@dataclass(frozen=True, kw_only=True)
+class TokensOptions(SourcesOptions, PreparedInParallel):
+    """The options of `data=tokens`."""
+
+    Source = TokenSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SourcesOptions):
+    """The options of `data=chat`."""
+
+    chat_template: str | None = option(
+        None, "PATH of a Jinja file with the chat template. null: that of the tokenizer, or a plain one."
+    )
+    pack: bool = option(
+        True, "Whether a sequence holds several conversations, each seeing itself alone. false: one, and padding."
+    )
+    too_long: Literal["error", "cut", "skip"] = option(
+        "error",
+        "What to do with conversations that are longer than `train.seq_len`. error: stop. cut: keep their beginning. "
+        "skip: leave them out.",
+    )
+
+
+S = TypeVar("S", bound=ChatSource)
+
+
+def read_sources(sources: Mapping[str, Any], kind: type[S]) -> dict[str, S]:
     """`data.sources` with types and bounds checked. Raises `ConfigError`, whose line begins with `sources.NAME`."""
     found = {}
     for name, values in sources.items():
         if not isinstance(values, Mapping):
             raise ConfigError(f"sources.{name}={values}: must be a mapping such as {{path: PATH}}")
-        found[name] = make_options(TokenSource, values, f"sources.{name}.", "a source")
+        made: S = make_options(kind, values, f"sources.{name}.", "a source")
+        found[name] = made
     return found
 
 
@@ -88,6 +125,7 @@ CORPORA: Registry[Any] = Registry(
         "local": ("moetrain.data.corpus:read_local", Options),
         "debian": ("moetrain.data.corpus:read_debian", Options),
         "folder": ("moetrain.data.corpus:read_folder", Options),
+        "chat": ("moetrain.data.chat:prepare_chat", ChatOptions),
         "tokens": ("moetrain.data.token_sources:prepare_sources", TokensOptions),
     },
     field="data.source",

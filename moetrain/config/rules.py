@@ -57,6 +57,8 @@ def check(c: Config) -> None:
         rule(top_k <= experts, "router.k_schedule" if k <= experts else "model.min_experts", most)
     for field, text in _find_broken_router_rules(c):
         rule(False, field, text)
+    if c.train.objective == "sft":
+        rule(c.data.source == "chat", "train.objective", "needs data=chat, whose conversations say what to learn")
     rule(not c.router.freeze or c.balance.bias == "none", "balance.bias", "must be none with router.freeze=true")
     rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
     rule(m.head_dim % 2 == 0, "model.head_dim", "must be even: rotary position embedding rotates pairs")
@@ -85,6 +87,14 @@ def check(c: Config) -> None:
     if c.data.source == "tokens":
         named = bool(getattr(c.data, "sources", None))
         rule(named, "data.sources", "must name a source, such as data.sources.web.path=PATH")
+    if c.data.source == "chat":
+        sources = getattr(c.data, "sources", None)
+        one = "must be given for data=chat, or else data.sources"
+        rule((c.data.path is None) != (not sources), "data.path", one)
+        template = getattr(c.data, "chat_template", None)
+        if template is not None and not Path(template).is_file():
+            raise ConfigError(f"data.chat_template={template}: must be an existing file")
+        rule(find_spec("transformers") is not None, "data.source", "needs transformers: pip install 'moetrain[hf]'")
     if c.data.tokenizer is not None:
         rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "must be an existing file")
 

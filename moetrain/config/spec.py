@@ -86,6 +86,7 @@ def fix_places(config: Config) -> Config:
     """Returns `config` with absolute paths of the data and of what it begins from, so that a run is found complete from
     any folder."""
     places = {f"data.{field}": getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
+    places["data.chat_template"] = getattr(config.data, "chat_template", None)
     changes: dict[str, Any] = {field: os.path.abspath(place) for field, place in places.items() if place}
     if sources := getattr(config.data, "sources", None):
         changes["data.sources"] = make_paths_absolute(sources)

@@ -45,6 +45,10 @@ def check_verb(verb: str, overrides: Sequence[str]) -> None:
 def check(c: Config, fields: Iterable[str]) -> None:
     """Raises `ConfigError` for the first of `fields` that cannot have an effect beside the rest of `c`."""
     known = set(fields)
+    is_chosen = "train.objective" in known and "balance.coefficient" not in known
+    if is_chosen and c.train.objective == "sft" and c.balance.coefficient:
+        said = f"would balance the router with balance.coefficient={c.balance.coefficient:g}"
+        raise ConfigError(f"train.objective=sft: {said}; experiment=sft leaves it alone, or set the coefficient")
     for field, reason in _without_effect(c):
         if field in known:
             section, _, name = field.partition(".")
@@ -75,7 +79,7 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
         )
     if c.data.source in ("local", "debian", "tokens"):
         yield "data.on_bad", f"has an effect only with data=folder, not data={c.data.source}"
-    watched = c.data.source == "tokens" or (c.data.path is not None and c.data.source in ("folder", "debian"))
+    watched = c.data.source in ("tokens", "chat") or (c.data.path is not None and c.data.source in ("folder", "debian"))
     if not watched:
         yield "data.on_change", f"has an effect only with data.path; data={c.data.source} is not checked for changes"
     if c.data.source == "tokens":

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from moetrain.config import Config
+from moetrain.data.conversations import held_out_rows
 from moetrain.data.loader import Corpus, Packed, Sequences, stack_windows
 from moetrain.data.token_files import Stream
 
@@ -16,6 +17,11 @@ def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
     [B, L + 1]; text that does not fill a sequence is one by itself, shorter than the others.
     """
     seq_len = config.train.seq_len
+    if corpus.is_chat:
+        rows = held_out_rows(corpus, config, domain)
+        wanted = max(1, config.eval.tokens_per_domain // seq_len)
+        spread = np.linspace(0, rows.num_windows, min(wanted, rows.num_windows), endpoint=False).astype(int)
+        return rows.windows(spread.tolist())
     parts = _open_parts(corpus, seq_len, domain)
     if not any(part.num_windows for part in parts) and (longest := max(part.num_tokens for part in parts)) > 1:
         seq_len = longest - 1

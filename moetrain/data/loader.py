@@ -14,11 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from moetrain import runs
-from moetrain.checkpoint.resume import continues_own
 from moetrain.config import Config, ConfigError
 from moetrain.data import manifest as prepared
-from moetrain.data import prepare
 from moetrain.data.mixture import Mixture, Source
 from moetrain.data.token_files import Stream, TokenFile, open_megatron, open_split
 
@@ -110,6 +107,29 @@ class Corpus:
         }
 
     @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations, which have `targets` and `origins`."""
+        return "chat" in self.manifest
+
+    def targets(self, split: str) -> NDArray[np.bool_]:
+        """[tokens] whether each is to be predicted."""
+        return self._chat[split][0]
+
+    def origins(self, split: str) -> NDArray[np.int64]:
+        """[documents, 3]: source, file, line or row."""
+        return self._chat[split][1]
+
+    @cached_property
+    def _chat(self) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.int64]]]:
+        return {
+            split: (
+                np.memmap(self.folder / f"{split}.target.bin", bool, "r"),
+                np.load(self.folder / f"{split}.rows.npy"),
+            )
+            for split in self.manifest["splits"]
+        }
+
+    @property
     def is_mixture(self) -> bool:
         """Whether it is a description of `data.sources`, which has `streams` in place of `tokens` and `documents`."""
         return "sources" in self.manifest
@@ -134,6 +154,7 @@ class Corpus:
     def hold(self) -> None:
         """Read or open all that a run will need."""
         _ = self._files if self.is_mixture else self._splits, self.token_bytes, self.fingerprint
+        _ = self._chat if self.is_chat else None
 
 
 def _open_tokens(place: dict) -> TokenFile:
@@ -194,28 +215,6 @@ class Samples(Protocol):
     def count_tokens(self, end: int) -> int:
         """Returns the tokens that go in, without padding, of the global samples before `end`."""
         ...
-
-
-def samples_of(corpus: Corpus, config: Config) -> Samples:
-    """What a run trains on. Raises `ConfigError` where the corpus is too small for it."""
-    seq_len, seed, block = config.train.seq_len, config.train.seed, config.data.domain_block
-    if corpus.is_mixture:
-        return MixtureLoader(corpus, config)
-    return Loader(corpus, seq_len, seed) if block is None else DomainBlocks(corpus, seq_len, seed, block)
-
-
-def open_data(config: Config) -> tuple[Corpus, Samples]:
-    """The corpus and what to train on: that of the run where it goes on, else prepared now if it is not yet.
-
-    Raises `ConfigError`; needs no process group.
-    """
-    folder = runs.folder_of(config) if config.run.name else None
-    trained_on = runs.corpus_of(folder) if folder is not None and continues_own(config, folder) else None
-    corpus = Corpus(prepare.ensure(config.data, trained_on))
-    corpus.hold()
-    if (size := config.model.vocab_size or corpus.vocab_size) < corpus.vocab_size:
-        raise ConfigError(f"model.vocab_size={size}: must be at least the tokenizer's {corpus.vocab_size}")
-    return corpus, samples_of(corpus, config)
 
 
 class Loader(Packed):

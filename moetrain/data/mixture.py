@@ -13,15 +13,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrain.data.token_files import Stream
-
 ROUND = 1024  # turns: at least the square of the number of sources
 ROUNDS_OF_FEISTEL = 6
 WORD = (1 << 64) - 1
+
+
+class Windows(Protocol):
+    """Sequences of a source: a stream of tokens, or rows of conversations."""
+
+    labels: NDArray[np.int64]  # the numbers of the domains that there are in it
+
+    @property
+    def num_windows(self) -> int: ...
+
+    def window(self, number: int) -> tuple[NDArray[Any], ...]:
+        """Tokens, domains, document numbers [L + 1], and what else belongs to each token."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +43,7 @@ class Source:
     name: str
     weight: float | None
     epochs: float | None
-    streams: tuple[Stream, ...]
+    streams: tuple[Windows, ...]
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -49,8 +61,8 @@ class Source:
             return Fraction(self.weight)
         return Fraction(1.0 if self.epochs is None else self.epochs) * self.num_windows
 
-    def window(self, number: int) -> tuple[NDArray[np.int64], ...]:
-        """Tokens, domains and document numbers [L + 1]."""
+    def window(self, number: int) -> tuple[NDArray[Any], ...]:
+        """Tokens, domains and document numbers [L + 1], and what else there is."""
         stream = bisect_right(self._ends, number)
         return self.streams[stream].window(number - (self._ends[stream - 1] if stream else 0))
 
@@ -66,8 +78,8 @@ class Mixture:
         self.turns = max(ROUND, len(sources) ** 2)
         self._round = lru_cache(maxsize=4)(self._draw)
 
-    def window(self, sample: int) -> tuple[NDArray[np.int64], ...]:
-        """Tokens, domains and document numbers [L + 1] of a sample."""
+    def window(self, sample: int) -> tuple[NDArray[Any], ...]:
+        """Tokens, domains and document numbers [L + 1] of a sample, and what else there is."""
         number, window = self.place(sample)
         return self.sources[number].window(window)
 

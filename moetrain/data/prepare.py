@@ -28,6 +28,7 @@ from moetrain.common.console import console
 from moetrain.common.extensions import make_paths_absolute
 from moetrain.config import ConfigError, Data
 from moetrain.data import debian, sources, token_sources, tokenizer
+from moetrain.data.chat import ARRANGED, identify, prepare_chat
 from moetrain.data.corpus import MIN_CHARACTERS, Document, cut, documents, held_out
 from moetrain.data.files import LeftOut
 from moetrain.data.manifest import SPLITS, VERSION, fingerprint, problem
@@ -39,6 +40,8 @@ def folder_of(options: Data) -> Path:
         **options.model_dump(exclude={"dir", "attend_within_documents", "domain_block", "on_change"}),
         "version": VERSION,
     }
+    if options.source == "chat":
+        settings = {**{name: value for name, value in settings.items() if name not in ARRANGED}, **identify(options)}
     if options.source == "tokens":
         settings["sources"] = make_paths_absolute(settings["sources"])
         settings.pop("workers")
@@ -132,6 +135,8 @@ def _make(options: Data, base: Path) -> Path:
         with _appearing(folder, base.name) as unfinished:
             if options.source == "tokens":
                 token_sources.prepare_sources(options, unfinished)
+            elif options.source == "chat":
+                prepare_chat(options, unfinished)
             else:
                 _prepare(options, unfinished)
     except OSError as error:

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from moetrain.common import disk
-from moetrain.common.extensions import read_token_sources
+from moetrain.common.extensions import TokenSource, read_sources
 from moetrain.config import Data
-from moetrain.data import debian, files
+from moetrain.data import chat_files, debian, files
 from moetrain.data.files import LeftOut
 from moetrain.data.manifest import digest_file
 from moetrain.data.token_files import find_files
@@ -20,7 +20,7 @@ Listing = dict[str, tuple[int, int]]  # a file's name below `data.path`: its siz
 
 def place(options: Data) -> str:
     """The field that says where the text is, for messages."""
-    return "data.sources" if options.source == "tokens" else f"data.path={options.path}"
+    return "data.sources" if options.path is None else f"data.path={options.path}"
 
 
 def listing(options: Data) -> Listing | None:
@@ -39,9 +39,14 @@ def listing(options: Data) -> Listing | None:
 
 def _watched_files(options: Data) -> Iterable[Path]:
     if options.source == "tokens":
-        found = read_token_sources(getattr(options, "sources", None) or {}).values()
+        found = read_sources(getattr(options, "sources", None) or {}, TokenSource).values()
         places = [place for source in found for place in (source.path, source.held_out) if place]
         return [file for place in places for file in find_files(Path(place).absolute())]
+    if options.source == "chat":
+        places = (
+            [options.path] if options.path else [source.path for source in chat_files.list_sources(options).values()]
+        )
+        return [file for place in places for file in chat_files.list_files(Path(place).absolute())]
     if options.path is None:
         return []
     if options.source == "debian":
@@ -51,7 +56,7 @@ def _watched_files(options: Data) -> Iterable[Path]:
 
 def _root(options: Data) -> Path:
     """What the names of the files are relative to."""
-    return Path("/") if options.source == "tokens" else Path(str(options.path))
+    return Path("/") if options.source in ("tokens", "chat") else Path(str(options.path))
 
 
 def record(folder: Path, options: Data, seen: Listing | None, digests: Mapping[str, str] | None = None) -> None:
@@ -70,7 +75,7 @@ def change(folder: Path, options: Data) -> str | None:
         return None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"{folder / NAME} cannot be read"
-    if options.source != "tokens" and (options.path is None or not Path(options.path).exists()):
+    if options.source not in ("tokens", "chat") and (options.path is None or not Path(options.path).exists()):
         return f"{options.path} is gone"
     now = listing(options) or {}
     new, gone = sorted(now.keys() - known.keys()), sorted(known.keys() - now.keys())

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from moetrain.common import disk
 from moetrain.common.console import console
-from moetrain.common.extensions import TokenSource, read_token_sources
+from moetrain.common.extensions import TokenSource, read_sources
 from moetrain.config import ConfigError, Data
 from moetrain.data import sources, tokenizer
 from moetrain.data.corpus import domain_name
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 def prepare_sources(options: Data, folder: Path) -> None:
     """Write the description of `data.sources` into `folder`. Raises `ConfigError` for what a source is not."""
-    found = read_token_sources(getattr(options, "sources", None) or {})
+    found = read_sources(getattr(options, "sources", None) or {}, TokenSource)
     seen = sources.listing(options)
     indexes = {name: _find(name, "path", source.path) for name, source in found.items()}
     chosen = _choose_tokenizer(options, indexes)

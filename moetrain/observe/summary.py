@@ -42,9 +42,9 @@ BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
 def bigram_scores(config: Config, corpus: Corpus, loader: Samples, samples: int) -> dict[str, float | None] | None:
     """Bits per byte of the baseline after the first `samples`, per domain and over `all`; None without held-out text.
 
-    None where that is too much text to count pairs in.
+    None where that is too much text to count pairs in, or conversations, of which only answers are judged.
     """
-    if samples * config.train.seq_len > BIGRAM_MOST_TOKENS:
+    if corpus.is_chat or samples * config.train.seq_len > BIGRAM_MOST_TOKENS:
         return None
     bigram = Bigram(corpus.vocab_size)
     for begin in range(0, samples, 256):

@@ -8,7 +8,9 @@ from moetrain.common import versions
 from moetrain.common.console import RunLogger
 from moetrain.config import Config, RunSpec, resolve
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, Samples, open_data
+from moetrain.data.conversations import ChatLoader
+from moetrain.data.loader import Corpus, Samples
+from moetrain.data.opening import open_data
 from moetrain.distributed.comm import barrier, broadcast_text
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
@@ -70,12 +72,25 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
         more = [*prepare.outdated(corpus.folder, spec.data), *more]
     barrier()
     logger = RunLogger(folder / "log.txt", silent=not mesh.is_main)
-    logger.print_lines([*notes, *more])
+    logger.print_lines([*notes, *more, *_describe_objective(spec, loader)])
     size = estimate(spec)
     describe(spec, mesh, corpus, size, logger)
     return Beginning(
         spec, folder, corpus, loader, model, saved, initial, first, position, size, logger, record, is_complete
     )
+
+
+def _describe_objective(config: Config, loader: Samples) -> list[str]:
+    """Lines on what post-training learns, and what may move its router."""
+    lines = loader.describe() if isinstance(loader, ChatLoader) else []
+    if config.train.objective == "sft":
+        b, named = config.balance, ("coefficient", "sequence_coefficient", "device_coefficient", "z_coefficient")
+        moved = [f"balance.{name}={getattr(b, name):g}" for name in named if getattr(b, name)]
+        moved += [f"balance.bias={b.bias}"] if b.bias != "none" else []
+        routers = "routers are frozen" if config.router.freeze else "routers learn"
+        said = f"{' and '.join(moved)} act on them" if moved else "no balance loss, z-loss or bias acts on them"
+        lines.append(f"objective sft: the loss is the mean over the assistant's tokens; {routers}, {said}")
+    return lines
 
 
 def _has_summary(folder: Path, mesh: Mesh) -> bool:

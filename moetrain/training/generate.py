@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from moetrain.config import Config, Generate
+from moetrain.data.chat_template import write_prompt
 from moetrain.data.held_out import held_out_windows
 from moetrain.data.loader import Corpus
 from moetrain.distributed.comm import broadcast
@@ -37,7 +38,10 @@ def generate(
 
 
 def prompts_of(corpus: Corpus, config: Config) -> list[tuple[str, list[int]]]:
-    """(title, tokens): the user's prompt, or the first held-out tokens of every domain."""
+    """(title, tokens): the user's prompt, or the first held-out tokens of every domain; of conversations as long as all
+    of them are asked, up to the answer."""
+    if corpus.is_chat:
+        return _prompts_of_chat(corpus, config)
     if config.generate.prompt is not None:
         return [("prompt", corpus.tokenizer.encode(config.generate.prompt, add_special_tokens=False).ids)]
     out = []
@@ -46,3 +50,17 @@ def prompts_of(corpus: Corpus, config: Config) -> list[tuple[str, list[int]]]:
         if len(windows):
             out.append((name, windows[0, :PROMPT_TOKENS].tolist()))
     return out
+
+
+def _prompts_of_chat(corpus: Corpus, config: Config) -> list[tuple[str, list[int]]]:
+    """(title, tokens): the user's message in the chat template, or a held-out conversation of every domain up to the
+    first answer; where these differ in length, their ends."""
+    if config.generate.prompt is not None:
+        return [("prompt", write_prompt(corpus.folder, corpus.tokenizer, config.generate.prompt))]
+    out = []
+    for number, name in enumerate(corpus.domains):
+        found = held_out_windows(corpus, config, number)
+        if len(found.tokens) and found.target is not None:
+            out.append((name, found.tokens[0, : max(1, int(found.target[0].argmax()))].tolist()))
+    shortest = min((len(prompt) for _, prompt in out), default=0)
+    return [(name, prompt[-shortest:]) for name, prompt in out]

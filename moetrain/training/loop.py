@@ -55,6 +55,8 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
         Recorder(spec, mesh, run.folder, run.first, run.corpus.domains, engine.model) as recorder,
         recovery.Watch(spec, run.folder, mesh, engine, run.first, run.logger) as watch,
     ):
+        if config.train.objective == "sft" and not run.first:
+            recorder.held_out(0, evaluate(engine.model, run.corpus, spec, mesh))  # what tuning is to improve
         for step in range(run.first + 1, steps + 1):
             recorder.begin(step)
             watch.begin(step)

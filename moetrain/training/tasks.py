@@ -13,7 +13,8 @@ from moetrain.common import disk
 from moetrain.common.console import console, errors, styled
 from moetrain.config import Config, ConfigError, RunSpec, name_run, resolve
 from moetrain.data import prepare
-from moetrain.data.loader import Corpus, open_data
+from moetrain.data.loader import Corpus
+from moetrain.data.opening import open_data
 from moetrain.distributed.comm import broadcast_text
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, precision, saved_costs

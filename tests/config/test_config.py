@@ -24,8 +24,10 @@ CASES = {
     "debian": ["data=debian"],
     "folder": ["data=folder", "data.path=tests"],
     "tokens": ["data=tokens", "data.sources.web.path=corpora/web", "data.sources.code.path=code.idx"],
+    "chat": ["data=chat", "data.path=tests"],
     "deepspeed": ["engine=deepspeed"],
     **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
+    "sft": ["experiment=sft", "data.path=tests"],
 }
 
 

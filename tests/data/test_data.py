@@ -26,7 +26,8 @@ from moetrain.data import corpus, prepare, sources, tokenizer
 from moetrain.data.bigram import Bigram
 from moetrain.data.files import LeftOut
 from moetrain.data.held_out import held_out_windows
-from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed, open_data, samples_of
+from moetrain.data.loader import Corpus, DomainBlocks, Loader, Packed
+from moetrain.data.opening import open_data, samples_of
 from moetrain.distributed.mesh import Mesh
 from moetrain.observe.scores import Score
 from moetrain.observe.summary import bigram_scores

@@ -15,7 +15,8 @@ from moetrain.cli import main
 from moetrain.config import ConfigError
 from moetrain.data import mixture, prepare
 from moetrain.data.held_out import held_out_windows
-from moetrain.data.loader import Corpus, Packed, open_data
+from moetrain.data.loader import Corpus, Packed
+from moetrain.data.opening import open_data
 from moetrain.data.token_files import DTYPES, open_megatron
 
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moetrain import config
-from moetrain.data.loader import open_data
+from moetrain.data.opening import open_data
 from moetrain.distributed.mesh import Mesh
 from moetrain.training.loop import train
 from tests.grid import sample

@@ -122,12 +122,13 @@ class Data(Section):
     source: str = Field(
         description="Where text comes from. local: files of this Python installation. debian: Debian packages, fetched "
         "with apt-get. folder: your own files. tokens: files of tokens that are prepared already, from several "
-        "sources. Choose these by the group, `data=folder`, and a corpus of another "
-        "package that is installed by `data.source=NAME` (docs/library.md)."
+        "sources. chat: conversations to fine-tune on (docs/post-train.md). Choose these by the group, `data=folder`, "
+        "and a corpus of another package that is installed by `data.source=NAME` (docs/library.md)."
     )
     path: str | None = Field(
         description='Your text: a folder of text files (a subfolder is a domain) or JSONL with {"text", "domain"}, '
-        "for `data=folder`; a folder with .deb files, for `data=debian`."
+        "for `data=folder`; a folder with .deb files, for `data=debian`; a file or folder of conversations, for "
+        "`data=chat`."
     )
     dir: str = Field(description="Folder in which prepared corpora are kept, one subfolder per setting.")
     vocab_size: Annotated[int, Field(ge=257, le=1 << 20)] = Field(
@@ -144,8 +145,8 @@ class Data(Section):
         "aside. near: also texts whose middle thousand characters are equal, case and white space aside."
     )
     on_bad: Literal["error", "skip"] = Field(
-        description="What to do with a malformed file or line of `data=folder`. error: stop. skip: leave it out and "
-        "count it."
+        description="What to do with a malformed file or line of `data=folder` or `data=chat`. error: stop. skip: "
+        "leave it out and count it."
     )
     on_change: Literal["error", "keep"] = Field(
         default="error",

@@ -20,6 +20,12 @@ from moetrain.moe.options import BalanceOptions
 class Train(Section):
     """How long and on what batches a model is trained, and in what number format."""
 
+    objective: Literal["lm", "sft"] = Field(
+        default="lm",
+        description="What is learned. lm: to predict all tokens. sft: to predict the tokens that `data=chat` marks as "
+        "targets, those of the assistant; held-out conversations are evaluated before the first step too "
+        "(docs/post-train.md).",
+    )
     steps: Positive = Field(description="Number of optimizer steps of the run, those of earlier starts included.")
     seed: NonNegative = Field(
         description="Seed of the weights, the order of the data and the routers' noise. Equal seeds give equal runs on "

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moetrain import checkpoint, config
 from moetrain.checkpoint import manifest
 from moetrain.config.core_options import router_options
-from moetrain.data.loader import open_data
+from moetrain.data.opening import open_data
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
 from moetrain.moe.layer import LayerStats
