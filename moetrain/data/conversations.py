@@ -104,6 +104,7 @@ class ChatLoader:
             Rows(corpus, "train", self.seq_len, options, number, learns_all=config.train.objective == "lm")
             for number in range(len(sources))
         ]
+        Rows(corpus, "held_out", self.seq_len, options)  # it may be too long as well, and is read at the end
         for (name, source), rows in zip(sources.items(), self._rows, strict=True):
             if not rows.num_windows:
                 rule = f"must leave a conversation of {name} ({source.path}) that has something to learn"

@@ -34,6 +34,10 @@ def problem(folder: Path) -> str | None:
             table = np.load(folder / f"{split}.docs.npy", mmap_mode="r")
             if table.shape != (facts["documents"], 3):
                 return f"{split}.docs.npy has not {facts['documents']} documents"
+            if "chat" in manifest and (folder / f"{split}.target.bin").stat().st_size != facts["tokens"]:
+                return f"{split}.target.bin has not {facts['tokens']:,} tokens"
+            if "chat" in manifest and np.load(folder / f"{split}.rows.npy", mmap_mode="r").shape != table.shape:
+                return f"{split}.rows.npy has not {facts['documents']} documents"
         return None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
         return f"it cannot be read ({error})"

@@ -18,6 +18,7 @@ from moetrain.data.conversations import ChatLoader, pack
 from moetrain.data.files import LeftOut
 from moetrain.data.held_out import held_out_windows
 from moetrain.data.loader import Corpus
+from moetrain.data.manifest import problem
 from moetrain.data.opening import open_data
 from moetrain.data.preview import read_documents
 from tests.training.test_train import rows_of, run
@@ -234,11 +235,23 @@ def test_too_long_is_said(chat) -> None:
     )
     with pytest.raises(ConfigError, match=said):
         open_data(config.load(base))
+    corpus = Corpus(prepare.ensure(config.load(base).data))
+    longest = int(corpus.documents("held_out")[:, 1].max())
+    assert longest > documents[:, 1].max()  # it would stop the run where it is evaluated
+    with pytest.raises(ConfigError, match=rf"the longest .*chat.jsonl:26 with {longest};"):
+        open_data(config.load([*base, f"train.seq_len={documents[:, 1].max()}"]))
     for what, said in (("cut", "longer than a row and cut"), ("skip", "longer than a row and left out")):
         _, loader = open_data(config.load([*base, f"data.too_long={what}"]))
         assert isinstance(loader, ChatLoader)
         assert any(said in line for line in loader.describe())
         assert loader._rows[0].num_conversations == len(documents) - num_long * (what == "skip")
+
+
+def test_a_damaged_mask_is_noticed(chat) -> None:
+    folder = prepare.ensure(config.load(chat([turn(n) for n in range(8)])).data)
+    assert problem(folder) is None
+    (folder / "train.target.bin").write_bytes(b"\1")
+    assert problem(folder) == "train.target.bin has not " + f"{len(Corpus(folder).tokens('train')):,} tokens"
 
 
 def test_sources_come_by_weight(chat, tmp_path: Path) -> None:
