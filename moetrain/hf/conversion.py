@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.hf.folder import Lazy, Rows, find_runs
 
-PIECE_BYTES = 1 << 26  # of the rows that are converted at a time
+PIECE_BYTES = 1 << 24  # of the rows that are converted at a time
 Kind = Literal["list", "rows", "whole"]
 Parts = dict[str, list[Tensor]]  # by pattern
 Read = Callable[[str, Rows], Tensor]  # rows of a tensor of the model, by its name

@@ -19,6 +19,7 @@ from moetrain.common import disk
 from moetrain.common.errors import ConfigError, short
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+TABLE = "weights.json"  # of what a run keeps of a folder: which tensors it holds
 MOST_INDEX_BYTES = 1 << 28
 OPEN_FILES = 8  # at a time
 DTYPES = {  # by safetensors' names
@@ -79,6 +80,18 @@ class Stored:
         return out
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is to be written, and lies nowhere yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, rows: Rows = None) -> Tensor:
+        """Raise `ValueError`."""
+        raise ValueError("a tensor that is to be written has no values")
+
+
 class Folder:
     """A folder that has been opened by `open_folder`."""
 
@@ -126,6 +139,29 @@ def open_folder(path: str | Path) -> Folder:
         others = sorted(p.name for p in folder.path.glob("*.bin"))
         advice = f"; {others[0]} is a pickle, which may run code and is not read" if others else ""
         raise folder.bad(f"has neither {SINGLE} nor {INDEX}{advice}")
+    return folder
+
+
+def has_weights(path: str | Path) -> bool:
+    """Whether a folder has safetensors that `open_folder` would open."""
+    return any((Path(path) / name).is_file() for name in (INDEX, SINGLE))
+
+
+def keep_table(path: str | Path, kept: Path) -> None:
+    """Write which tensors the folder at `path` holds, without their values, into the folder `kept`."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    tensors = {key: [names[stored.dtype], stored.shape] for key, stored in open_folder(path).tensors.items()}
+    disk.write(kept / TABLE, json.dumps(tensors))
+
+
+def open_kept(kept: Path) -> Folder | None:
+    """Return what `keep_table` wrote, as a folder whose tensors cannot be read; None where there is nothing of it."""
+    found = disk.read_json(kept / TABLE)
+    if not isinstance(found, dict):
+        return None
+    folder = Folder(kept, read_config(kept))
+    for key, (dtype, shape) in found.items():
+        folder.tensors[key] = Stored(folder, key, TABLE, tuple(shape), DTYPES[dtype])
     return folder
 
 

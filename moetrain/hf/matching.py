@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 
 from moetrain.common.errors import ConfigError
 from moetrain.hf.conversion import Group, Kind, Mapped, Operations, Source
-from moetrain.hf.folder import Lazy, open_folder, read_config
+from moetrain.hf.folder import Lazy, Planned, open_folder, read_config
 from moetrain.hf.quantized import dequantise
 
 PIECE_ROWS = 4096  # of tied tensors, compared at a time
@@ -71,24 +71,34 @@ def build_on_meta(path: str | Path, trust_remote_code: bool = False) -> Any:
     return model
 
 
-def map_tensors(tensors: Mapping[str, Lazy], model: Any, path: object) -> Mapped:
+def list_default(model: Any) -> dict[str, Lazy]:
+    """Return the tensors that transformers would save of a model on the meta device, by key; none can be read."""
+    tied = set(model.all_tied_weights_keys)
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    saved = core_model_loading.revert_weight_conversion(model, state)
+    return {key: Planned(tuple(value.shape), value.dtype) for key, value in saved.items()}
+
+
+def map_tensors(tensors: Mapping[str, Lazy], model: Any, path: object, compare_tied: bool = True) -> Mapped:
     """Match the tensors of a folder with those of a model.
 
     Arguments:
         tensors: what the folder has, by key.
         model: a `PreTrainedModel` on the meta device, with all its experts.
         path: the folder, for messages.
+        compare_tied: whether tied tensors that the folder has twice are read, to see that they are equal.
 
     Raises `ConfigError` that names a key which is missing, unused, of another shape or of a dtype that does not fit.
     """
-    return _Matching(tensors, model, path).result()
+    return _Matching(tensors, model, path, compare_tied).result()
 
 
 class _Matching:
     """One folder's keys on their way to a model's names."""
 
-    def __init__(self, tensors: Mapping[str, Lazy], model: Any, path: object) -> None:
+    def __init__(self, tensors: Mapping[str, Lazy], model: Any, path: object, compare_tied: bool) -> None:
         self._tensors, self._model, self._path = tensors, model, path
+        self._compare_tied = compare_tied
         self._state: dict[str, Tensor] = model.state_dict()
         self._sources: dict[str, Source] = {}
         self._groups: list[Group] = []
@@ -204,7 +214,7 @@ class _Matching:
         """Give tied tensors the source of what they are tied to, whichever of them the files have."""
         for name, other in self._model.all_tied_weights_keys.items():
             both = [self._sources[each] for each in (other, name) if each in self._sources]
-            if len(both) == 2 and not _are_equal(*both):
+            if len(both) == 2 and self._compare_tied and not _are_equal(*both):
                 raise self._bad(f"{name} and {other} are tied by the configuration, but the files have two values")
             if both:
                 self._sources.setdefault(name, both[0])

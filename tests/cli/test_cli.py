@@ -353,6 +353,7 @@ def test_fewer_steps_than_a_checkpoint_has_are_refused_with_what_to_do(
     """Whether the run goes on by itself or another one begins with its checkpoint."""
     saved = checkpoint.newest(trained[0])
     rule = f"train.steps=2: {saved} has 3 steps already, and they count: train.steps=5 trains 2 more"
+    rule += f"; run.name=NEW init_from={saved} begins a new run with its weights alone"
     for more in ([], [f"checkpoint.resume={saved}", "run.name=second"]):
         assert cli.main(["train", *overrides, "train.steps=2", *more]) == 2
         assert capfd.readouterr().err == f"error: {rule}\n"

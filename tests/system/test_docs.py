@@ -25,7 +25,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FOLDERS = ("moetrain", "tests", "scripts", "configs", "docs", "launch", "examples")
 GROUPS = ("model", "data", "planner", "engine", "experiment", "cluster")
 # what readers are told to make themselves: docs/add-a-router.md, docs/launch.md
-THEIRS = {"router.name=cosine", "model=mine", "experiment=warm", "cluster=NAMExDEVICES"}
+THEIRS = {"router.name=cosine", "router.temperature=0.2", "model=mine", "experiment=warm", "cluster=NAMExDEVICES"}
 NO_COMMAND = {"VERB"}
 
 
