@@ -15,13 +15,15 @@ from torch import Tensor
 from moetrain.checkpoint import files
 from moetrain.checkpoint.files import TensorBlock
 from moetrain.checkpoint.reading import SavedModel
+from moetrain.checkpoint.remote import retry
 from moetrain.common import disk
+from moetrain.common.store import Store, StoreError
 from moetrain.config import Config, ConfigError
 from moetrain.engine.entries import DTYPES
 from moetrain.hf import presets
 
 PIECE = 1 << 24  # elements at a time
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 Progress = Callable[[int], object]  # called with the bytes that have been done
 
 
@@ -92,6 +94,32 @@ def write_folder(
         raise ConfigError(f"--out={out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_store(out: Store, write: Callable[[Path], None], near: Path, progress: Progress) -> None:
+    """Have `write` make a folder in the folder `near`, upload it to `out` and remove it.
+
+    `config.json`, without which nothing loads, is uploaded last. Raises `ConfigError` where the store has files there
+    already, or fails.
+    """
+    aside = near / f".export.{secrets.token_hex(8)}.part"
+    try:
+        check_store(out)
+        write(aside)
+        names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == CONFIG, name))
+        for name in names:
+            retry(partial(out.upload, aside / name, name))
+            progress((aside / name).stat().st_size)
+    except StoreError as error:
+        raise ConfigError(f"--out={out.url}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_store(out: Store) -> None:
+    """Raise `ConfigError` where a store has files in the folder already; `StoreError` where it fails."""
+    if retry(out.list_names):
+        raise ConfigError(f"--out={out.url}: is there already; take a name that nothing has")
 
 
 def check_target(out: Path) -> None:

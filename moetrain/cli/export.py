@@ -18,13 +18,16 @@ HELP = """Write a run's model as a folder of Hugging Face, which transformers lo
 examples:
   moetrain export runs/demo --out demo-hf                   the newest checkpoint
   moetrain export runs/demo --out demo-bf16 --dtype bf16 --step 200 --shard-size 2GB
+  moetrain export runs/demo --out s3://bucket/demo-hf       into a store (docs/checkpoints.md)
 """
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_run(verb)
-    verb.add_argument("--out", metavar="FOLDER", required=True, help="the folder to write, which must not be there")
+    verb.add_argument(
+        "--out", metavar="FOLDER", required=True, help="the folder to write, or its URL; it must not be there"
+    )
     verb.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights; default: fp32")
     verb.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="most of a file, as 500MB; default: %(default)s"
@@ -40,10 +43,13 @@ def execute(options: argparse.Namespace) -> int:
     from moetrain import runs
     from moetrain.checkpoint import exporting
     from moetrain.common.console import console
+    from moetrain.common.store import is_url, open_store
     from moetrain.training.export import prepare_export
 
     shard_bytes, out = parse_size(options.shard_size), Path(options.out)
-    exporting.check_target(out)
+    store = open_store(options.out, "--out") if is_url(options.out) else None
+    if store is None:
+        exporting.check_target(out)
     folder = runs.find(options.run)
     settings, saved = _load(folder, options.step)
     tensors, texts, notes = prepare_export(settings, saved, options.dtype)
@@ -52,13 +58,21 @@ def execute(options: argparse.Namespace) -> int:
     with Progress(*columns, console=console, transient=True, disable=options.json) as progress:
         task = progress.add_task("checking the checkpoint", total=saved.num_bytes)
         saved.check_bytes(lambda done: progress.advance(task, done))
-        task = progress.add_task(f"writing {out}", total=total)
-        exporting.write_folder(out, tensors, texts, shard_bytes, lambda done: progress.advance(task, done))
-    about = {"out": str(out), "checkpoint": str(saved.path), "tensors": len(tensors), "bytes": total, "notes": notes}
+        task = progress.add_task(f"writing {options.out}", total=total)
+
+        def write(place: Path) -> None:
+            exporting.write_folder(place, tensors, texts, shard_bytes, lambda done: progress.advance(task, done))
+
+        if store is None:
+            write(out)
+        else:
+            sent = progress.add_task("uploading", total=total)
+            exporting.write_store(store, write, folder, lambda done: progress.advance(sent, done))
+    about = {"out": options.out, "checkpoint": str(saved.path), "tensors": len(tensors), "bytes": total, "notes": notes}
     if options.json:
         print(json.dumps(about))
         return 0
-    console.print(f"{out}: {len(tensors):,} tensors, {total:,} bytes, from {saved.path}")
+    console.print(f"{options.out}: {len(tensors):,} tensors, {total:,} bytes, from {saved.path}")
     for note in notes:
         console.print(note, style="dim")
     return 0

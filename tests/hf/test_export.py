@@ -76,6 +76,20 @@ def test_an_earlier_step_in_bf16(trained: Path, tmp_path: Path, capsys: pytest.C
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
 
 
+def test_into_a_store(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"file://{tmp_path}/store/out"
+    before = sorted(trained.iterdir())
+    assert cli.main(["export", str(trained), "--out", url, "--shard-size", "200KB"]) == 0
+    assert sorted(trained.iterdir()) == before
+    assert len(list((tmp_path / "store" / "out").glob("model-*.safetensors"))) > 1
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "store" / "out")
+    capsys.readouterr()
+    assert cli.main(["export", str(trained), "--out", url]) == 2
+    _check_refused(capsys, "is there already")
+    assert cli.main(["export", str(trained), "--out", "nosuch://x"]) == 2
+    _check_refused(capsys, "--out=nosuch://x: Protocol not known: nosuch")
+
+
 def edit_config(folder: Path, line: str, other: str) -> None:
     file = folder / "config.yaml"
     text = file.read_text()
