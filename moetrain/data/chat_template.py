@@ -86,19 +86,20 @@ class ChatTemplate:
             return self._encode_marked(conversation)
         text = self._render(conversation, len(conversation.messages))
         encoding = self._chosen.encode(text, add_special_tokens=False)
-        begins = np.array([begin for begin, _ in encoding.offsets], np.int64)
+        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         target = np.zeros(len(begins), bool)
         for number in range(conversation.first, len(conversation.messages)):
             if conversation.messages[number]["role"] == "assistant":
                 before = self._prefix(conversation, number, text, True)
-                target |= (begins >= before) & (begins < self._prefix(conversation, number + 1, text, False))
+                target |= (ends > before) & (begins < self._prefix(conversation, number + 1, text, False))
         return _encoded(text, encoding.ids, target)
 
     def _encode_text(self, conversation: Conversation) -> Encoded:
-        """Text as it is, and the end of text behind it."""
-        encoding = self._chosen.encode(conversation.text, add_special_tokens=False)
-        target = [begin >= conversation.prompt for begin, _ in encoding.offsets]
-        return _encoded(conversation.text, [*encoding.ids, self.end_token], [*target, True])
+        """Text as it is, and the end of text behind it; no token spans the border of prompt and completion."""
+        parts = conversation.text[: conversation.prompt], conversation.text[conversation.prompt :]
+        asked, said = (self._chosen.encode(part, add_special_tokens=False).ids for part in parts)
+        target = [*(False for _ in asked), *(True for _ in said), True]
+        return _encoded(conversation.text, [*asked, *said, self.end_token], target)
 
     def _encode_marked(self, conversation: Conversation) -> Encoded:
         """By the template's own marks of what the assistant says."""

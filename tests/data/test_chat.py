@@ -70,13 +70,13 @@ def template_of(tmp_path: Path, text: str) -> str:
 def test_only_the_assistant_is_learned(chat, tmp_path: Path) -> None:
     """By the marks of the plain template; by prefixes where a template has no marks; prompts never."""
     half = {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]}
-    plain = {"prompt": "7 + 1 = ", "completion": "8"}
+    plain = {"prompt": "one t", "completion": "wo"}  # a token by itself, "two", would span both
     rows = [{"messages": MESSAGES}, half, plain, {"text": "as it is"}, turn(5)]
     share = "data.held_out=0.0001"
     marked = masked(chat(rows, share))
     asked = "<|user|>\nIs 7 odd?\n<|assistant|>\n"
     assert f"{asked}[Yes, é.<|endoftext|>]\n<|user|>\nAnd 8?\n<|assistant|>\n[No.<|endoftext|>]" in marked
-    assert "7 + 1 = [8<|endoftext|>]" in marked
+    assert "one t[wo<|endoftext|>]" in marked
     assert any(text.startswith("a") and text.endswith("is<|endoftext|>]") for text in marked)
     asked = "<|im_start|>user\nIs 7 odd?<|im_end|>\n<|im_start|>assistant\n"
     and_8 = "<|im_start|>user\nAnd 8?<|im_end|>\n<|im_start|>assistant\n[No.<|im_end|>\n]"
