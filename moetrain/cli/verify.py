@@ -21,6 +21,7 @@ examples:
   moetrain verify model=tiny parallel.nproc=4 parallel.ep=2
   moetrain verify model=hf model.path=DIR parallel.nproc=2  a folder with the config.json of a transformers model
   moetrain verify model=hf model.path=DIR parallel.nproc=4 parallel.ep=4 planner=makespan --layers 3 --json
+  moetrain verify model=hf model.path=DIR --dtype bf16      as far from fp32 as bf16 in one process, no farther
   moetrain verify model=hf model.path=DIR --fault wrong-divisor
                                                             plant a fault, to see that it is found
 """
@@ -32,6 +33,9 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     arguments.add_json(verb)
     verb.add_argument("--layers", type=arguments.positive, default=2, metavar="N", help="layers to keep; default: 2")
     verb.add_argument("--fault", choices=FAULTS, help="plant a fault, for model=hf")
+    verb.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the ranks, for model=hf; default: fp32"
+    )
     verb.add_argument("--trust-remote-code", action="store_true", help="run code that the model's folder brings along")
     verb.add_argument("--found", metavar="FOLDER", help=argparse.SUPPRESS)  # for the workers that this starts
 
@@ -47,6 +51,8 @@ def execute(options: argparse.Namespace) -> int:
     is_hf = words.get("model") == "hf"
     if options.fault and not is_hf:
         raise ConfigError(f"--fault {options.fault}: is for model=hf")
+    if options.dtype != "fp32" and not is_hf:
+        raise ConfigError(f"--dtype {options.dtype}: is for model=hf; models of ours are compared in fp32")
     place = local.from_env()
     if place is not None and options.found is None:
         raise ConfigError("RANK: verify starts its own workers; run it without torchrun")
@@ -55,7 +61,8 @@ def execute(options: argparse.Namespace) -> int:
 
     step = None
     if is_hf:
-        step = verify.hf_step(options.overrides, options.layers, workers, options.trust_remote_code, options.fault)
+        trust, fault = options.trust_remote_code, options.fault
+        step = verify.hf_step(options.overrides, options.layers, workers, trust, fault, options.dtype)
     if place is not None:
         from moetrain.training.ranks import run_on_rank
 

@@ -1,7 +1,7 @@
 """Experts of any family on the rows of their slots: grouped products, and autograd through the family's own gate.
 
-`GroupedExperts` stands where `moe.passes` has its SwiGLU. What is between the two products is the family's code, called
-once for all rows of the home slots and once for all those of the guests; its gradient is taken by autograd. Guests
+`GroupedExperts` stands where `moe.passes` has its SwiGLU. What is between the two products is the family's gate
+(`hf.gate`), called once for all rows of the home slots and once for all those of the guests. Guests
 carry every tensor of an expert, biases included.
 
 Matrices are [S, out, in], or [S, in, out] where they are transposed; biases are [S, 1, out]. T tokens here, D width, H
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain.hf.gate import run_gate, run_gate_for_backward
 from moetrain.hf.layout import ExpertsLayout
 from moetrain.moe.context import LayerContext
 from moetrain.moe.exchange.residents import Weights
@@ -55,7 +56,7 @@ class GroupedExperts(torch.autograd.Function):
             with clock.phase("experts"):
                 for rows, sizes in context.cut_pieces(of_guests):
                     _project(kernels, rows_MD[rows], weights, 0, sizes, first_MW[rows], layout)
-                    hidden_MH = layout.activate(first_MW[rows]).contiguous()
+                    hidden_MH = run_gate(layout.gate, layout.activate, first_MW[rows])
                     _project(kernels, hidden_MH, weights, 1, sizes, out_MD[rows], layout)
                     if layout.norm is not None:
                         out_MD[rows] = layout.norm(out_MD[rows])
@@ -166,10 +167,7 @@ def _run_backward(
 
     Returns what the weights' gradients are made of, and the [M] fp32 gradients of the routing weights.
     """
-    with torch.enable_grad():
-        first_MW = rows.first_MW.detach().requires_grad_()
-        hidden_MH = layout.activate(first_MW)
-    plain_MH = hidden_MH.detach().contiguous()
+    plain_MH, run_gate_backward = run_gate_for_backward(layout.gate, layout.activate, rows.first_MW)
     weight_M1 = rows.weight_M[:, None].to(rows.grad_MD.dtype)
     grad_out_MD, weighted_MD = rows.grad_MD, rows.grad_MD * weight_M1
     grad_MH = torch.empty_like(plain_MH)
@@ -191,8 +189,7 @@ def _run_backward(
             ):
                 total_M += part.float() @ bias.view(-1).float()
         grad_MH *= weight_M1
-    (grad_first_MW,) = torch.autograd.grad(hidden_MH, first_MW, grad_MH)
-    grad_first_MW = grad_first_MW.contiguous()
+    grad_first_MW = run_gate_backward(grad_MH).contiguous()
     kernels.segment_mm(grad_first_MW, weights[0], sizes, back_MD, transpose=layout.transposed)
     pairs = [(grad_first_MW, rows.rows_MD), (weighted_MD, plain_MH)]
     if layout.transposed:

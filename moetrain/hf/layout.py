@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain.common.errors import ConfigError
+from moetrain.hf.gate import ClampedGate, find_clamped_gate
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class ExpertsLayout:
     transposed: bool  # matrices are [in, out]; else [out, in], as in `nn.Linear`
     has_bias: bool
     activate: Callable[[Tensor], Tensor]  # the family's own, rows of the first product [M, 2H or H] -> [M, H]
+    gate: ClampedGate | None  # the same as numbers, where we have a kernel for it
     norm: nn.Module | None  # after the second product, one for all experts
     is_swiglu: bool  # whether the kernels for silu(gate) * up over [out, in] compute it all
 
@@ -43,6 +45,7 @@ class ExpertsLayout:
             transposed=module.is_transposed,
             has_bias=module.has_bias,
             activate=activate,
+            gate=find_clamped_gate(module),
             norm=norm,
             is_swiglu=bool(plain and module.has_gate and has_default_gate(module) and _is_silu(module.act_fn)),
         )

@@ -21,11 +21,12 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.hf.layout import is_experts
 from moetrain.hf.pinning import PinnedChoices
 from moetrain.moe.planning.plan import Ints, Plan
-from moetrain.verify.compare import Case, Result, compare
+from moetrain.verify.compare import Case, Result, compare, compare_rounded
 
 LENGTH = 16
 LR = 0.1  # of plain SGD: the first step of Adam is a sign
 FAULTS = ("dropped-reduction", "wrong-divisor", "transposed-expert", "expert-missing-in-norm")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORCED = "forced"  # the plan that moves rows anywhere
 
 
@@ -41,6 +42,7 @@ class Step:
     trust_remote_code: bool = False
     fault: str | None = None
     limit: float = 1e-5
+    dtype: str = "fp32"  # or bf16
 
 
 class WithHead(nn.Module):
@@ -57,8 +59,10 @@ class WithHead(nn.Module):
         return found
 
 
-def build_model(step: Step) -> Any:
-    """Build the architecture at the folder with random weights in fp32, the same in every process.
+def build_model(step: Step, dtype: str | None = None) -> Any:
+    """Build the architecture at the folder with random weights, the same in every process.
+
+    `dtype`: of its parameters; None: the step's.
 
     Raises `ConfigError` for remote code, unless it is trusted, and for a model that transformers does not build.
     """
@@ -75,7 +79,7 @@ def build_model(step: Step) -> Any:
         config = reduce_depth(config.get_text_config(), step.layers)
         config.use_cache = False
         torch.manual_seed(0)
-        model = _build(config, trust)
+        model = _build(config, trust, DTYPES[dtype or step.dtype])
     except Exception as error:  # whatever transformers' own code says of a config that it does not take
         reason = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"model.path={step.folder}: {reason[-1] if reason else type(error).__name__}") from error
@@ -87,13 +91,13 @@ def build_model(step: Step) -> Any:
     return model.train()
 
 
-def _build(config: Any, trust: dict[str, bool]) -> Any:
+def _build(config: Any, trust: dict[str, bool], dtype: torch.dtype) -> Any:
     import transformers
 
     causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in causal or trust["trust_remote_code"]:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
-    return WithHead(transformers.AutoModel.from_config(config, dtype=torch.float32, **trust))
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
+    return WithHead(transformers.AutoModel.from_config(config, dtype=dtype, **trust))
 
 
 def reduce_depth(config: Any, layers: int) -> Any:
@@ -117,24 +121,37 @@ def make_batch(step: Step, vocabulary: int) -> Tensor:
 
 
 def run_alone(step: Step) -> dict[str, Any]:
-    """Run the step in this process, by transformers' own eager code. Returns the result and the choices."""
-    model = build_model(step)
+    """Run the step in this process, by transformers' own eager code, in fp32. Returns the result and the choices.
+
+    For a step in bf16 the weights are those of bf16, and `rounded` is the result in bf16 with the same choices.
+    """
+    model, pins = build_model(step, "fp32"), PinnedChoices()
+    rounded = build_model(step) if step.dtype != "fp32" else None
+    if rounded is not None:
+        model.load_state_dict(rounded.state_dict())
+    with watch_choices(model) as chosen, pins.record(model):
+        result = _run_here(step, model)
+    result |= {f"counts of {name}": count(index, experts) for name, (index, experts) in chosen.items()}
+    found = {"result": result, "pins": pins, "chosen": {name: index for name, (index, _) in chosen.items()}}
+    if rounded is not None:
+        with pins.part(0, 1, 1).replay():
+            found["rounded"] = _run_here(step, rounded)
+    return found
+
+
+def _run_here(step: Step, model: Any) -> Result:
     for module in model.modules():
         if is_experts(module):
             module.config._experts_implementation = "eager"
-    ids, pins = make_batch(step, model_vocabulary(model)), PinnedChoices()
-    with watch_choices(model) as chosen, pins.record(model):
-        logits = model(input_ids=ids).logits
-    loss = loss_of(logits, ids, step)
+    ids = make_batch(step, model_vocabulary(model))
+    loss = loss_of(model(input_ids=ids).logits, ids, step)
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     result: Result = {"loss": loss.detach()}
-    result |= {f"counts of {name}": count(index, experts) for name, (index, experts) in chosen.items()}
     result |= {f"gradient of {name}": grad.clone() for name, grad in grads.items()}
     result["norm"] = torch.stack([grad.double().square().sum() for grad in grads.values()]).sum().sqrt()
     torch.optim.SGD(model.parameters(), LR).step()
-    result |= {f"next {name}": value.detach() for name, value in model.state_dict().items() if name in grads}
-    return {"result": result, "pins": pins, "chosen": {name: index for name, (index, _) in chosen.items()}}
+    return result | {f"next {name}": value.detach() for name, value in model.state_dict().items() if name in grads}
 
 
 def run_spread(step: Step, mesh: Mesh, alone: dict[str, Any]) -> list[Case]:
@@ -142,8 +159,12 @@ def run_spread(step: Step, mesh: Mesh, alone: dict[str, Any]) -> list[Case]:
     cases = []
     for recompute, micro_steps in step.cases:
         result, guests, flips, tokens = _run_case(step, mesh, alone, recompute, micro_steps)
-        about = {"recompute": recompute, "micro_steps": micro_steps, "planner": step.planner}
-        cases.append(Case(about, guests, flips, tokens, compare(result, alone["result"], step.limit)))
+        about = {"recompute": recompute, "micro_steps": micro_steps, "planner": step.planner, "dtype": step.dtype}
+        if step.dtype == "fp32":
+            found = compare(result, alone["result"], step.limit)
+        else:
+            found = compare_rounded(result, alone["rounded"], alone["result"])
+        cases.append(Case(about, guests, flips, tokens, found))
     return cases
 
 

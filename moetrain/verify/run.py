@@ -20,7 +20,9 @@ HF_CASES = ((False, 1), (True, 1), (True, 2))
 SEQUENCES_PER_RANK = 2
 
 
-def hf_step(overrides: Sequence[str], layers: int, workers: int, trust: bool, fault: str | None) -> "Step":
+def hf_step(
+    overrides: Sequence[str], layers: int, workers: int, trust: bool, fault: str | None, dtype: str = "fp32"
+) -> "Step":
     """The step that `model=hf model.path=DIR [planner=NAME]` describes. Raises `ConfigError` for other overrides."""
     try:
         from moetrain.verify import huggingface
@@ -41,6 +43,7 @@ def hf_step(overrides: Sequence[str], layers: int, workers: int, trust: bool, fa
         cases=HF_CASES,
         trust_remote_code=trust,
         fault=fault,
+        dtype=dtype,
     )
 
 

@@ -64,6 +64,17 @@ def test_a_planted_fault_is_found(pool: Pool, step: Step, alone: dict[str, Any],
     assert "DIFFERS" in render_table([case], 1e-5)
 
 
+@pytest.mark.parametrize("fault", [None, "dropped-reduction", "wrong-divisor", "transposed-expert"])
+def test_bf16_is_as_far_from_fp32_as_in_one_process(pool: Pool, step: Step, fault: str | None) -> None:
+    rounded = replace(step, dtype="bf16", fault=fault, cases=((True, 2),))
+    alone = huggingface.run_alone(rounded)
+    (case,) = pool.run(find_cases, 4, rounded, alone, ep=2)[0]
+    found = {each.name.split()[0] for each in case.bad}
+    assert ("gradient" in found) if fault else (case.bad == [])
+    assert case.worst("gradient") > 1e-3  # type: ignore[operator]
+    assert "of one process in bf16" in render_table([case], 1e-5)
+
+
 def run_preset(mesh: Mesh, overrides: list[str], sequences: int) -> Any:
     return preset.run_step(preset.settle(overrides, 2, sequences, (f"train.micro_batch={sequences}",)), mesh)[0]
 
