@@ -55,8 +55,10 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
         Recorder(spec, mesh, run.folder, run.first, run.corpus.domains, engine.model) as recorder,
         recovery.Watch(spec, run.folder, mesh, engine, run.first, run.logger) as watch,
     ):
-        if config.train.objective == "sft" and not run.first:
-            recorder.held_out(0, evaluate(engine.model, run.corpus, spec, mesh))  # what tuning is to improve
+        before = None
+        if spec.train.objective == "sft" and not run.first:  # what tuning is to improve
+            before = evaluate(engine.model, run.corpus, spec, mesh)
+            recorder.held_out(0, before)
         for step in range(run.first + 1, steps + 1):
             recorder.begin(step)
             watch.begin(step)
@@ -93,6 +95,9 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
                 run.logger.print(f"ended on request: saved after step {step}; the same command continues from there")
                 raise Preempted
         verdict = judge(run, engine.model, mesh, recorder)
+    if before is not None:
+        losses = [found.scores["all"].loss for found in (before, verdict.held_out)]
+        run.logger.print(f"held-out loss {losses[0]:.3f} → {losses[1]:.3f} nats per target token, before and after")
 
     if saver.saved == steps:
         watch.complete()

@@ -296,6 +296,8 @@ def test_the_loss_falls_on_every_layout(chat, pool, tmp_path: Path) -> None:
     )
     evaluated = [row for row in one if "eval/loss" in row]
     assert [row["step"] for row in evaluated] == [0, 6]
+    said = f"held-out loss {evaluated[0]['eval/loss']:.3f} → {evaluated[1]['eval/loss']:.3f} nats"
+    assert said in (tmp_path / "runs" / "one" / "log.txt").read_text()
     assert evaluated[1]["eval/loss"] < 0.7 * evaluated[0]["eval/loss"]
     losses = [[row["train/lm_loss"] for row in found if "train/lm_loss" in row] for found in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
