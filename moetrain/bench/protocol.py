@@ -107,6 +107,8 @@ def check_peer(settings: "Config") -> None:
     """Raise `ConfigError` where transformers is missing or has no model like ours."""
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("--peers: needs transformers, which is not installed (pip install 'moetrain[dev]')")
+    if settings.model.source != "preset":
+        raise ConfigError(f"model={settings.model.source}: must be a preset with --peers")
     for field, value in PEER_HAS.items():
         section, name = field.split(".")
         if (given := getattr(getattr(settings, section), name)) != value:

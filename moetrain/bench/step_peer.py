@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moetrain.bench.timing import read_clock
-from moetrain.config import Config
+from moetrain.config import Config, Model
 from moetrain.data.loader import Sequences
 from moetrain.distributed.comm import all_gather, barrier
 from moetrain.distributed.mesh import Mesh
@@ -89,6 +89,7 @@ class Peer:
 def _describe_model(settings: Config, transformers: Any) -> Any:
     """Return the transformers config of our model; `protocol.check_peer` has let it through."""
     m, r = settings.model, settings.router
+    assert isinstance(m, Model)
     return transformers.Qwen3MoeConfig(
         vocab_size=m.vocab_size,
         hidden_size=m.dim,

@@ -10,6 +10,7 @@ from moetrain.checkpoint.manifest import newest, progress
 from moetrain.common.store import is_url
 from moetrain.config import Balance, Config, ConfigError
 
+FREE_OF_MODEL = {"init_std", "path", "trust_remote_code", "weights"}  # options that may change in a run
 FREE = {"freeze", "skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change
 
 
@@ -135,7 +136,7 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
     """
     theirs = manifest.read(path)["config"]
     ours = config.model_dump(mode="json")
-    sections = {"model": set(ours["model"]) - {"init_std"}, "router": set(ours["router"]) - FREE}
+    sections = {"model": set(ours["model"]) - FREE_OF_MODEL, "router": set(ours["router"]) - FREE}
     if same_run:
         sections |= {
             "train": {"seed", "seq_len"},

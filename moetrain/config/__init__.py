@@ -6,6 +6,7 @@ from moetrain.config.layout import find_ep
 from moetrain.config.overrides import fields_of
 from moetrain.config.schema import (
     AnyEngine,
+    AnyModel,
     Balance,
     Checkpoint,
     Config,
@@ -13,6 +14,7 @@ from moetrain.config.schema import (
     DeepSpeed,
     Eval,
     Generate,
+    HuggingFace,
     Model,
     Native,
     Optim,
@@ -28,6 +30,7 @@ from moetrain.config.spec import RunSpec, fix_places, name_run, resolve, resolve
 
 __all__ = [
     "AnyEngine",
+    "AnyModel",
     "Balance",
     "Checkpoint",
     "Config",
@@ -36,6 +39,7 @@ __all__ = [
     "DeepSpeed",
     "Eval",
     "Generate",
+    "HuggingFace",
     "Model",
     "Native",
     "Optim",

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from moetrain.common import disk
 from moetrain.common.errors import ConfigError, short
-from moetrain.config import kinds, messages, rules, unused
+from moetrain.config import hugging_face, kinds, messages, rules, unused
 from moetrain.config.fields import all_fields, classes_of, single_fields
 from moetrain.config.overrides import fields_of, leaves
 from moetrain.config.schema import Config
@@ -122,6 +122,7 @@ def load_resolved(path: Path, overrides: Sequence[str] = (), facts: Mapping[str,
 
 def from_tree(tree: Any, given: Sequence[str] = ()) -> Config:
     """Validate a plain tree of dicts: fields, what holds between them, and that all those `given` have an effect."""
+    tree = hugging_face.complete(tree, given)
     try:
         config = Config.model_validate(tree | _read_kinds(tree))
     except ValidationError as error:
@@ -148,8 +149,8 @@ def _describe(error: ValidationError, *section: str) -> ConfigError:
     """The first mistake in one line; `section` is what was validated."""
     first = error.errors()[0]
     place = [*section, *map(str, first["loc"])]
-    if place[0] == "engine":
-        del place[1:2]  # which of the engines
+    if place[0] in ("engine", "model"):
+        del place[1:2]  # which of its kinds
     field, value = ".".join(place), short(first["input"])
     if first["type"] == "union_tag_invalid":
         return ConfigError(f"{field}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}")

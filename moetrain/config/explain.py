@@ -14,11 +14,15 @@ from moetrain.common.errors import ConfigError
 from moetrain.config import messages
 from moetrain.config.compose import config_dir
 from moetrain.config.fields import classes_of, single_fields
-from moetrain.config.kinds import SORTS
 from moetrain.config.schema import Config
 
 WORDS: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text", type(None): "null"}
-CHOSEN_BY = {"router": "router.name", "optim": "optim.name", "data": "data.source"}  # other sections: by their group
+CHOSEN_BY = {
+    "router": "router.name",
+    "optim": "optim.name",
+    "data": "data.source",
+    "model": "model.source",
+}  # other sections: by their group
 BOUNDS = {"gt": "> {}", "ge": "≥ {}", "lt": "< {}", "le": "≤ {}"}
 PAGE = """# Configuration
 
@@ -107,15 +111,15 @@ def shipped_defaults() -> Mapping[str, Mapping[str, Any]]:
         files = sorted((folder / group).glob("*.yaml"), key=lambda path: path.stem != names[group])
         for path in files:
             text = path.read_text()
-            if "@package _global_" not in text:
-                for field, value in yaml.safe_load(text).items():
-                    out.setdefault(group, {}).setdefault(field, value)
+            tree = yaml.safe_load(text)
+            for field, value in (tree.get(group, {}) if "@package _global_" in text else tree).items():
+                out.setdefault(group, {}).setdefault(field, value)
     return out
 
 
 def _choice(section: str) -> str:
     """The field that chooses the kind of the section."""
-    return SORTS[section].choice if section in SORTS else "name"
+    return CHOSEN_BY.get(section, f"{section}.name").rpartition(".")[2]
 
 
 def _kind_name(section: str, kind: type[BaseModel]) -> str:

@@ -24,7 +24,7 @@ def find_ep(c: Config, world: int) -> int:
         raise ConfigError(f"parallel.ep={ep}: must divide the ranks of one replica, {shard}")
     fewest = min(c.model.experts_of_layers)
     if fewest < ep:
-        which = "model.num_experts" if c.model.expert_schedule == "uniform" else "of one layer"
+        which = "model.num_experts" if len(set(c.model.experts_of_layers)) == 1 else "of one layer"
         raise ConfigError(f"parallel.ep={ep}: needs at least as many experts, {which}={fewest}")
     if isinstance(c.engine, DeepSpeed):
         deepspeed.check(c, c.engine, world, ep)

@@ -4,7 +4,7 @@ Mistakes are found at once: neither torch nor compiled code is loaded.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 
 from moetrain.common.errors import ConfigError, short
 from moetrain.config.core_options import corpus_options, optimizer_options, planner_options, router_options
-from moetrain.config.schema import Config
+from moetrain.config.schema import Config, Model
+
+Rule = Callable[[bool, str, str], None]  # raises for (whether it holds, the field, the rule) unless it does
 
 
 def check(c: Config) -> None:
@@ -44,14 +46,8 @@ def check(c: Config) -> None:
     rule(k <= m.num_experts, "router.top_k", f"must be at most model.num_experts={m.num_experts}")
     groups = c.balance.device_groups
     rule((groups or 1) <= m.num_experts, "balance.device_groups", f"must be at most model.num_experts={m.num_experts}")
-    if m.expert_schedule != "uniform":
-        rule(
-            m.min_experts is not None,
-            "model.min_experts",
-            f"must be given for model.expert_schedule={m.expert_schedule}",
-        )
-    if m.min_experts is not None:
-        rule(m.num_experts % m.min_experts == 0, "model.min_experts", f"must divide model.num_experts={m.num_experts}")
+    if isinstance(m, Model):
+        _check_schedule(m, rule)
     for experts, top_k in zip(m.experts_of_layers, c.top_k_of_layers, strict=True):
         most = f"must leave every layer enough experts; one has {experts} for {top_k} per token"
         rule(top_k <= experts, "router.k_schedule" if k <= experts else "model.min_experts", most)
@@ -60,19 +56,10 @@ def check(c: Config) -> None:
     if c.train.objective == "sft":
         rule(c.data.source == "chat", "train.objective", "needs data=chat, whose conversations say what to learn")
     rule(not c.router.freeze or c.balance.bias == "none", "balance.bias", "must be none with router.freeze=true")
-    rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
-    rule(m.head_dim % 2 == 0, "model.head_dim", "must be even: rotary position embedding rotates pairs")
-    rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8: grouped GEMMs need rows of 16 bytes")
-    rule(
-        m.expert_hidden % 8 == 0,
-        "model.expert_hidden",
-        "must be a multiple of 8: grouped GEMMs need rows of 16 bytes",
-    )
-    rule(
-        m.num_dense_layers < m.num_layers,
-        "model.num_dense_layers",
-        f"must be below model.num_layers={m.num_layers}, so that one layer has experts",
-    )
+    if isinstance(m, Model):
+        _check_shape(m, rule)
+    else:
+        _check_hugging_face(c, rule)
     rule(c.optim.min_lr <= c.optim.lr, "optim.min_lr", f"must be at most optim.lr={c.optim.lr}")
     if c.track.tensorboard:
         rule(
@@ -99,12 +86,50 @@ def check(c: Config) -> None:
         rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "must be an existing file")
 
 
+def _check_schedule(m: Model, rule: Rule) -> None:
+    if m.expert_schedule != "uniform":
+        rule(
+            m.min_experts is not None,
+            "model.min_experts",
+            f"must be given for model.expert_schedule={m.expert_schedule}",
+        )
+    if m.min_experts is not None:
+        rule(m.num_experts % m.min_experts == 0, "model.min_experts", f"must divide model.num_experts={m.num_experts}")
+
+
+def _check_shape(m: Model, rule: Rule) -> None:
+    rule(m.num_heads % m.num_kv_heads == 0, "model.num_kv_heads", f"must divide model.num_heads={m.num_heads}")
+    rule(m.head_dim % 2 == 0, "model.head_dim", "must be even: rotary position embedding rotates pairs")
+    rule(m.dim % 8 == 0, "model.dim", "must be a multiple of 8: grouped GEMMs need rows of 16 bytes")
+    rule(
+        m.expert_hidden % 8 == 0,
+        "model.expert_hidden",
+        "must be a multiple of 8: grouped GEMMs need rows of 16 bytes",
+    )
+    rule(
+        m.num_dense_layers < m.num_layers,
+        "model.num_dense_layers",
+        f"must be below model.num_layers={m.num_layers}, so that one layer has experts",
+    )
+
+
+def _check_hugging_face(c: Config, rule: Rule) -> None:
+    """What the model of a folder, whose code is transformers', cannot do."""
+    packages = find_spec("transformers") is not None
+    rule(packages, "model.source", "needs the package transformers: pip install 'moetrain[hf]'")
+    rule(c.train.recompute != "selective", "train.recompute", "must be none or full for model=hf")
+    rule(not c.train.compile, "train.compile", "must be false for model=hf")
+    rule(c.engine.name == "native", "engine.name", "must be native for model=hf")
+    rule(c.engine.max_rows is None, "engine.max_rows", "must be null for model=hf")
+    rule(c.balance.accumulate != "hold", "balance.accumulate", "must be buffer or exact for model=hf")
+
+
 def _find_broken_router_rules(c: Config) -> Iterator[tuple[str, str]]:
     """Yields (field, rule) for all that the options of the router break."""
     options = router_options(c.router)
     if not options.biased and c.balance.bias != "none":
         yield "balance.bias", f"must be none for the router {c.router.name}, which has no use for a bias"
-    if options.equal_layers and c.model.expert_schedule != "uniform":
+    if options.equal_layers and isinstance(c.model, Model) and c.model.expert_schedule != "uniform":
         rule = f"must be uniform for the router {c.router.name}, which adds the logits of the layer before"
         yield "model.expert_schedule", rule
     for experts, top_k in zip(c.model.experts_of_layers, c.top_k_of_layers, strict=True):

@@ -9,13 +9,14 @@ from pydantic import Field, SerializeAsAny
 from moetrain.config.schedules import spread
 from moetrain.config.sections.base import Dtype, Section
 from moetrain.config.sections.engine import AnyEngine, DeepSpeed, Native
-from moetrain.config.sections.model import Model
+from moetrain.config.sections.model import AnyModel, HuggingFace, Model
 from moetrain.config.sections.router import Planner, Router
 from moetrain.config.sections.running import Checkpoint, Data, Recovery, Run, Track
 from moetrain.config.sections.training import Balance, Eval, Generate, Optim, Parallel, Train
 
 __all__ = [
     "AnyEngine",
+    "AnyModel",
     "Balance",
     "Checkpoint",
     "Config",
@@ -24,6 +25,7 @@ __all__ = [
     "Dtype",
     "Eval",
     "Generate",
+    "HuggingFace",
     "Model",
     "Native",
     "Optim",
@@ -58,7 +60,7 @@ class Config(Section):
     checkpoint: Checkpoint
     recovery: Recovery
     track: Track
-    model: Model
+    model: AnyModel
     data: SerializeAsAny[Data]  # likewise
     planner: SerializeAsAny[Planner]
     engine: AnyEngine

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from moetrain.common.extensions import make_paths_absolute
 from moetrain.config.layout import find_ep
-from moetrain.config.schema import Config
+from moetrain.config.schema import Config, HuggingFace
 from moetrain.config.sections.base import Positive
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -83,10 +83,12 @@ def name_run(config: Config, name: str) -> Config:
 
 
 def fix_places(config: Config) -> Config:
-    """Returns `config` with absolute paths of the data and of what it begins from, so that a run is found complete from
-    any folder."""
+    """Returns `config` with absolute paths of the data, the model and what it begins from, so that a run is found
+    complete from any folder."""
     places = {f"data.{field}": getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
     places["data.chat_template"] = getattr(config.data, "chat_template", None)
+    if isinstance(config.model, HuggingFace):
+        places["model.path"] = config.model.path
     changes: dict[str, Any] = {field: os.path.abspath(place) for field, place in places.items() if place}
     if sources := getattr(config.data, "sources", None):
         changes["data.sources"] = make_paths_absolute(sources)

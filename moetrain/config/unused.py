@@ -9,7 +9,7 @@ from moetrain.common.errors import ConfigError, short
 from moetrain.common.extensions import OPTIMIZERS
 from moetrain.config.kinds import SORTS, own_options
 from moetrain.config.overrides import fields_of
-from moetrain.config.schema import Config, Native, Optim
+from moetrain.config.schema import Config, HuggingFace, Model, Native, Optim
 
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
 OF_A_RUN: tuple[str, ...] = ("init_from", "run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
@@ -65,6 +65,10 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
         own = own_options(section, name)
         for option in (option for option in sort.known if option not in own):
             yield f"{section}.{option}", f"the {section} {name} has no such option"
+    if isinstance(m, HuggingFace):
+        for option in type(c.router).model_fields:
+            if option != "freeze":
+                yield f"router.{option}", "has no effect with model=hf, whose router is the family's own"
     if c.router.name == "top_p":
         yield "router.k_schedule", "has no effect with router.name=top_p, which takes as many experts as a token needs"
     if not m.num_zero_compute:
@@ -112,9 +116,9 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
             yield f"track.{option}", "has an effect only with track.wandb=true"
     if c.track.profile_from is None:
         yield "track.profile_steps", "has an effect only with track.profile_from=STEP"
-    if not m.num_dense_layers:
+    if isinstance(m, Model) and not m.num_dense_layers:
         yield "model.dense_hidden", "has an effect only with model.num_dense_layers above 0"
-    if m.expert_schedule == "uniform":
+    if isinstance(m, Model) and m.expert_schedule == "uniform":
         yield "model.min_experts", "has an effect only with a model.expert_schedule other than uniform"
     if isinstance(c.engine, Native) and c.engine.offload != "disk":
         yield "engine.offload_dir", f"has an effect only with engine.offload=disk, not {c.engine.offload}"

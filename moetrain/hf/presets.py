@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from moetrain.common.errors import ConfigError
-from moetrain.config import Config
+from moetrain.config import Config, Model
 from moetrain.moe.options import ROUTERS
 
 FEATURES: dict[str, Any] = {  # what neither architecture has, and the values that ask for none of it
@@ -41,8 +41,7 @@ def describe_preset(config: Config, vocab_size: int) -> dict[str, Any]:
 
     Raises `ConfigError` that names the first option which the architectures of transformers do not have.
     """
-    _check_features(config)
-    model, router = config.model, config.router
+    model, router = _check_features(config), config.router
     normalise = router.normalise
     if normalise is None:
         normalise = ROUTERS[router.name].normalises and router.top_k > 1
@@ -79,7 +78,7 @@ def describe_preset(config: Config, vocab_size: int) -> dict[str, Any]:
 
 def list_keys(config: Config) -> Iterator[Key]:
     """Yield the keys of the folder in the order of the layers; experts one by one, as both families publish them."""
-    model = config.model
+    model = _check_features(config)
     yield Key("model.embed_tokens.weight", "embed.weight")
     for number in range(model.num_layers):
         theirs, ours = f"model.layers.{number}", f"layers.{number}"
@@ -102,13 +101,16 @@ def list_keys(config: Config) -> Iterator[Key]:
         yield Key("lm_head.weight", "head.weight")
 
 
-def _check_features(config: Config) -> None:
+def _check_features(config: Config) -> Model:
+    """The shape of the model. Raises `ConfigError` for what the architectures of transformers do not have."""
+    model = config.model
+    if not isinstance(model, Model):
+        raise ConfigError(f"model.source={model.source}: must be preset for an export so far")
     values = config.model_dump(mode="json")
     for field, none in FEATURES.items():
         section, _, name = field.partition(".")
         if values[section].get(name, none) != none:
             raise _refuse(field, values[section][name], f"only with {none if none is not None else 'null'}")
-    model = config.model
     if model.qk_norm == "none":
         raise _refuse("model.qk_norm", "none", "with head as Qwen3-MoE, with full as OLMoE")
     if model.qk_norm == "full":
@@ -116,6 +118,7 @@ def _check_features(config: Config) -> None:
             raise _refuse("model.num_dense_layers", model.num_dense_layers, "OLMoE has no dense layers")
         if model.head_dim * model.num_heads != model.dim:
             raise _refuse("model.head_dim", model.head_dim, f"OLMoE has heads of {model.dim // model.num_heads}")
+    return model
 
 
 def _refuse(field: str, value: Any, rule: str) -> ConfigError:

@@ -87,7 +87,7 @@ class SpreadExperts(KernelUser):
         self.num_experts: int = module.num_experts
         self.is_fused = self.layout.is_swiglu  # else: the path of any family
         self.step = StepContext()
-        self.has_no_tokens = False  # whether the tokens of this pass are there for the other ranks' sake alone
+        self.real_T: Tensor | None = None  # bool: tokens of this pass that are not padding; None: all
         self._past_E: Floats | None = None  # [E] rows of the group in training so far, the later the heavier
         self.shard(group)
 
@@ -231,8 +231,8 @@ class SpreadExperts(KernelUser):
         """Count the selections of all ranks, and plan. The layer's one wait of the host for the device."""
         num_experts, clock = self.num_experts, Clock(index_TK.device, self.step.observer)
         with clock.phase("route"):
-            if self.has_no_tokens:
-                index_TK = torch.full_like(index_TK, num_experts)
+            if self.real_T is not None:
+                index_TK = index_TK.masked_fill(~self.real_T[:, None], num_experts)
             is_row_TK = index_TK < num_experts  # some families name an expert beyond the last where a token has none
             expert_N, counts_E = index_TK.flatten(), count_selections(index_TK, num_experts)
             most = is_row_TK.sum(1).max() if len(index_TK) else expert_N.new_zeros(())

@@ -63,6 +63,8 @@ class LanguageModel(nn.Module):
     every rank and kept in fp32; and dense ones.
     """
 
+    awaits_checkpoint = False  # whether all its parameters are to be loaded, so that they need no initial values
+
     def forward(
         self,
         tokens: Tensor,

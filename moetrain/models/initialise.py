@@ -17,8 +17,13 @@ from moetrain.models.base import LanguageModel, ReadRows
 
 @torch.no_grad()
 def initialise(model: LanguageModel, seed: int) -> None:
-    """Fill all buffers, and all parameters with the rows of `model.initial_values(seed)` that are here."""
+    """Fill all buffers, and all parameters with the rows of `model.initial_values(seed)` that are here.
+
+    Parameters are left as they are where a checkpoint is to fill them.
+    """
     model.initialise_buffers()
+    if model.awaits_checkpoint:
+        return
     for parameter, read in model.initial_values(seed):
         if isinstance(parameter, DTensor):
             local, rows = parameter.to_local(), find_rows(parameter)

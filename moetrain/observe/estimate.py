@@ -3,16 +3,19 @@
 import math
 import time
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from moetrain.config import Native, RunSpec
+from moetrain import runs
+from moetrain.config import HuggingFace, Model, Native, RunSpec
 from moetrain.distributed.mesh import device_of, memory_of
 from moetrain.engine import precision
 from moetrain.models.cross_entropy import peak_bytes
 from moetrain.models.transformer import Transformer
 from moetrain.moe.kernels.api import DEFAULT_KERNELS
-from moetrain.moe.routing import Replicated
 
 GIB = 2**30
 
@@ -40,22 +43,33 @@ class Estimate:
         return self.states + self.gathered + self.activations
 
 
+class Counts(NamedTuple):
+    """Parameters of a model by their kind."""
+
+    dense: int  # embeddings included
+    embeddings: int
+    expert: int  # one of them
+    replicated: int  # routers and what else is whole on every rank
+    shared: int  # of the shared experts of a layer
+    is_tied: bool  # whether the head is the embedding
+    attention_width: int  # heads × the width of one
+    passes: int  # through each layer of experts
+
+
 def estimate(config: RunSpec) -> Estimate:
     """Of the config's model, on each of its ranks."""
     m, t = config.model, config.train
     assert m.vocab_size is not None
     shard, ep = config.dp_shard, config.ep
-    norms = {"none": 0, "head": 2 * m.head_dim, "full": (m.num_heads + m.num_kv_heads) * m.head_dim}[m.qk_norm]
-    attention = 2 * m.dim * (m.num_heads + m.num_kv_heads) * m.head_dim + norms + 2 * m.dim
-    expert = 3 * m.dim * m.expert_hidden
-    shared = m.num_shared_experts * expert
-    embeddings = m.vocab_size * m.dim * (1 if m.tied_embeddings else 2) + m.dim
-    dense = embeddings + m.num_layers * attention + m.num_dense_layers * 3 * m.dim * m.dense_hidden
-    dense += m.num_moe_layers * shared
-    experts, routers = sum(m.experts_of_layers) * expert, _replicated(config)
+    if isinstance(config.model, HuggingFace):
+        counts = _count_folder(config.model, runs.model_folder(config))
+    else:
+        counts = _count_preset(config, config.model)
+    dense, embeddings, expert, routers, shared, is_tied, attention_width, passes = counts
+    experts = sum(m.experts_of_layers) * expert
     tau = config.router.zero_compute_tau  # a balanced layer gives experts that compute nothing 1 / tau times the rows
     computed = tau * m.num_experts / (tau * m.num_experts + m.num_zero_compute)
-    active = dense + routers + round(computed * m.chain * sum(config.top_k_of_layers) * expert)
+    active = dense + routers + round(computed * passes * sum(config.top_k_of_layers) * expert)
     whole = [math.ceil(math.ceil(e / ep) / (shard // ep)) for e in m.experts_of_layers]  # experts that a rank holds
     per_rank = dense // shard + sum(whole) * expert + routers
 
@@ -67,15 +81,15 @@ def estimate(config: RunSpec) -> Estimate:
     held = width * block  # gradients before they are reduced: of one layer, or adding up until the last micro-step
     if config.micro_steps > 1:
         held = 4 * (embeddings + m.num_layers * block)
-    rows = round(computed * m.chain * config.router.top_k * tokens)
-    layer = width * (tokens * (8 * m.dim + 3 * m.num_heads * m.head_dim) + rows * (3 * m.dim + 4 * m.expert_hidden))
+    rows = round(computed * passes * config.router.top_k * tokens)
+    layer = width * (tokens * (8 * m.dim + 3 * attention_width) + rows * (3 * m.dim + 4 * m.expert_hidden))
     sent = ep * (1 - (1 - 1 / ep) ** config.router.top_k)  # ranks that a token goes to
     inputs = {"none": 0.0, "selective": 2 + sent * (ep - 1) / ep, "full": 2.0}[t.recompute]  # tokens that a layer keeps
     kept = layer + m.num_layers * (layer if t.recompute == "none" else round(width * inputs * tokens * m.dim))
     activations = kept + _head_bytes(config, tokens)
-    matrices = active - (0 if m.tied_embeddings else m.vocab_size * m.dim)
-    matrices += (m.chain - 1) * m.num_moe_layers * shared
-    flops = 6 * matrices + 6 * m.num_layers * m.num_heads * m.head_dim * t.seq_len
+    matrices = active - (0 if is_tied else m.vocab_size * m.dim)
+    matrices += (passes - 1) * m.num_moe_layers * shared
+    flops = 6 * matrices + 6 * m.num_layers * attention_width * t.seq_len
     return Estimate(
         dense + experts + routers,
         active,
@@ -98,12 +112,36 @@ def _head_bytes(config: RunSpec, tokens: int) -> int:
     return peak_bytes(*sizes, is_fused, memory_of(device))
 
 
-def _replicated(config: RunSpec) -> int:
-    """Parameters of routers and what else is whole on every rank."""
+def _count_preset(config: RunSpec, m: Model) -> Counts:
+    assert m.vocab_size is not None
+    norms = {"none": 0, "head": 2 * m.head_dim, "full": (m.num_heads + m.num_kv_heads) * m.head_dim}[m.qk_norm]
+    attention = 2 * m.dim * (m.num_heads + m.num_kv_heads) * m.head_dim + norms + 2 * m.dim
+    expert = 3 * m.dim * m.expert_hidden
+    shared = m.num_shared_experts * expert
+    embeddings = m.vocab_size * m.dim * (1 if m.tied_embeddings else 2) + m.dim
+    dense = embeddings + m.num_layers * attention + m.num_dense_layers * 3 * m.dim * m.dense_hidden
+    dense += m.num_moe_layers * shared
     with torch.device("meta"):
-        model = Transformer(config.model, config.router, config.planner)
-    parts = (p for m in model.modules() if isinstance(m, Replicated) for p in m.parameters())
-    return sum(p.numel() for p in set(parts))
+        model = Transformer(m, config.router, config.planner)
+    replicated = sum(p.numel() for p in model.replicated())
+    width = m.num_heads * m.head_dim
+    return Counts(dense, embeddings, expert, replicated, shared, m.tied_embeddings, width, m.chain)
+
+
+@lru_cache(maxsize=4)
+def _count_folder(m: HuggingFace, folder: Path) -> Counts:
+    """Of the model as transformers builds it of `folder`, on the meta device."""
+    from moetrain.hf.build import build_transformer
+    from moetrain.hf.model import HFModel
+
+    model = HFModel(build_transformer(folder, m.trust_remote_code, device="meta"), ("home", None))
+    experts = sum(p.numel() for p in model.expert_parameters())
+    replicated = sum(p.numel() for p in model.replicated())
+    total = sum(p.numel() for p in model.parameters())
+    is_tied = model.is_tied
+    embeddings = m.vocab_size * m.dim * (1 if is_tied else 2)
+    expert = experts // sum(m.experts_of_layers)
+    return Counts(total - experts - replicated, embeddings, expert, replicated, 0, is_tied, model.attention_width, 1)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -10,8 +10,10 @@ from moetrain.runs.folder import (
     forget_tracking,
     heartbeats,
     keep_corpus,
+    keep_model,
     keep_submitted,
     make_name,
+    model_folder,
 )
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "forget_tracking",
     "heartbeats",
     "keep_corpus",
+    "keep_model",
     "keep_submitted",
     "make_name",
+    "model_folder",
 ]

@@ -12,9 +12,11 @@ from typing import Any
 
 from moetrain.common import disk
 from moetrain.common.redact import holds_secret
-from moetrain.config import Config, ConfigError, dump, fix_places, vary
+from moetrain.config import Config, ConfigError, HuggingFace, dump, fix_places, hugging_face, vary
 
 ROOM = 1 << 18  # bytes that must fit on the disk: what a run writes before its first step
+MODEL_FILES = (".json", ".jinja", ".txt", ".py")  # of a model's folder that a run keeps
+MOST_MODEL_BYTES = 1 << 28
 SECTIONS = ("run", "model", "router", "train", "data", "balance", "checkpoint")  # what of a run's config is looked into
 
 
@@ -84,6 +86,25 @@ def _write(config: Config, name: str) -> Path:
     secret = holds_secret(config.model_dump(mode="json"))
     disk.write(folder / name, dump(config), 0o600 if secret else 0o666)  # the run needs it complete
     return folder
+
+
+def model_folder(config: Config) -> Path:
+    """The folder that a model of `model.source=hf` is built from: its own, or what the run has kept of it."""
+    assert isinstance(config.model, HuggingFace)
+    return hugging_face.find_folder(config.model.path, config.run.model_dump())
+
+
+def keep_model(config: Config) -> None:
+    """Keep in the run's folder what a model of `model.source=hf` is built from, besides its weights: a run goes on,
+    and is exported, where the model's folder is gone."""
+    if not isinstance(config.model, HuggingFace):
+        return
+    place = folder_of(config) / hugging_face.KEPT
+    place.mkdir(exist_ok=True)
+    for path in sorted(Path(config.model.path).glob("*")):
+        small = path.suffix in MODEL_FILES and path.is_file() and path.stat().st_size <= MOST_MODEL_BYTES
+        if small and not path.name.endswith(".index.json"):
+            disk.write(place / path.name, path.read_text(encoding="utf-8"))
 
 
 def keep_corpus(folder: Path, fingerprint: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.common.errors import ConfigError
-from moetrain.config import Config
+from moetrain.config import Config, HuggingFace
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def from_config(config: Config) -> Shape:
     Raises `ConfigError` for what the simulator does not know: chains, zero-compute experts, experts that vary by depth.
     """
     m = config.model
+    if isinstance(m, HuggingFace):
+        return from_hf(m.path)
     known = {"chain": 1, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0, "expert_schedule": "uniform"}
     for field, value in known.items():
         if (given := getattr(m, field)) != value:

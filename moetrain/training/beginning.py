@@ -60,6 +60,7 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
         checkpoint.check_weights(initial, mesh, model, corpus.fingerprint)
     start = recovery.find_newer(start, spec, folder, mesh)
     saved, more = start.path, start.notes
+    model.awaits_checkpoint = saved is not None
     first, position = checkpoint.progress(saved)
     is_complete = first >= spec.train.steps and _has_summary(folder, mesh)
     record: Start | None = None
@@ -67,6 +68,7 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
         if spec.checkpoint.resume == "none" and not checkpoint.continues_own(spec, folder):
             runs.forget_tracking(folder)
         runs.create(spec)
+        runs.keep_model(spec)
         runs.keep_corpus(folder, corpus.fingerprint)
         record = Start(folder, first, mesh)
         more = [*prepare.outdated(corpus.folder, spec.data), *more]

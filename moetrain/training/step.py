@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moetrain.config import Config, ConfigError, RunSpec
+from moetrain.config import Config, ConfigError, HuggingFace, RunSpec
 from moetrain.config.core_options import balance_options
 from moetrain.data.loader import Corpus, Samples, Sequences
 from moetrain.distributed.comm import all_reduce_sum, gather_texts
@@ -96,10 +96,19 @@ def spread_not_finite(loss: Tensor) -> Tensor:
 
 
 def build(config: Config) -> LanguageModel:
-    """The model, without memory; the engine gives it some."""
-    with torch.device("meta"):
-        model = Transformer(config.model, config.router, config.planner, config.train.recompute)
-        add_buffers(model.routers, balance_options(config.balance))
+    """The model, without memory; the engine gives it some.
+
+    Raises `ConfigError` where the model of a folder is not covered.
+    """
+    model: LanguageModel
+    if isinstance(config.model, HuggingFace):
+        from moetrain.hf.model import build_hf_model  # transformers takes seconds to load
+
+        model = build_hf_model(config)
+    else:
+        with torch.device("meta"):
+            model = Transformer(config.model, config.router, config.planner, config.train.recompute)
+            add_buffers(model.routers, balance_options(config.balance))
     if config.router.freeze:
         model.freeze_routers()
     if config.train.compile:

@@ -141,7 +141,9 @@ def _restore(config: Config, mesh: Mesh) -> tuple[RunSpec, LanguageModel, Corpus
     if saved is None:
         raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
     checkpoint.check_data(saved, corpus.fingerprint, same_run=False)
-    engine = build_engine(build(spec), mesh, spec)
+    model = build(spec)
+    model.awaits_checkpoint = True
+    engine = build_engine(model, mesh, spec)
     checkpoint.load(saved, engine, optimizer=False)
     engine.plan_with(saved_costs.of_checkpoint(saved))
     engine.model.at_step(checkpoint.progress(saved)[0], config.train)

@@ -6,7 +6,6 @@ S sequences in all, of L tokens.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetrain import hf
-from moetrain.common.errors import ConfigError
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
+from moetrain.hf.build import build_transformer, unwrap
 from moetrain.hf.layout import is_experts
 from moetrain.hf.pinning import PinnedChoices
 from moetrain.moe.planning.plan import Ints, Plan
@@ -45,73 +44,14 @@ class Step:
     dtype: str = "fp32"  # or bf16
 
 
-class WithHead(nn.Module):
-    """A text model without a head of its own: hidden states become logits by the embedding's transpose."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Any) -> Any:
-        found: Any = self.model(**inputs)
-        inner: Any = self.model
-        found["logits"] = F.linear(found[0], inner.get_input_embeddings().weight)
-        return found
-
-
 def build_model(step: Step, dtype: str | None = None) -> Any:
     """Build the architecture at the folder with random weights, the same in every process.
 
-    `dtype`: of its parameters; None: the step's.
-
-    Raises `ConfigError` for remote code, unless it is trusted, and for a model that transformers does not build.
+    `dtype`: of its parameters; None: the step's. Raises `ConfigError` as `build_transformer`.
     """
-    import transformers
-
-    path = Path(step.folder) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"model.path={step.folder}: has no config.json")
-    if '"auto_map"' in path.read_text() and not step.trust_remote_code:
-        raise ConfigError(f"model.path={step.folder}: has code of its own (auto_map); --trust-remote-code runs it")
-    trust = {"trust_remote_code": step.trust_remote_code}
-    try:
-        config = transformers.AutoConfig.from_pretrained(step.folder, **trust)
-        config = reduce_depth(config.get_text_config(), step.layers)
-        config.use_cache = False
-        torch.manual_seed(0)
-        model = _build(config, trust, DTYPES[dtype or step.dtype])
-    except Exception as error:  # whatever transformers' own code says of a config that it does not take
-        reason = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"model.path={step.folder}: {reason[-1] if reason else type(error).__name__}") from error
-    if not any(is_experts(module) for module in model.modules()):
-        raise ConfigError(
-            f"model.path={step.folder}: {type(model).__name__} with {step.layers} layers is not covered: none of its "
-            "modules carries @use_experts_implementation"
-        )
-    return model.train()
-
-
-def _build(config: Any, trust: dict[str, bool], dtype: torch.dtype) -> Any:
-    import transformers
-
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) in causal or trust["trust_remote_code"]:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
-    return WithHead(transformers.AutoModel.from_config(config, dtype=dtype, **trust))
-
-
-def reduce_depth(config: Any, layers: int) -> Any:
-    """Return the config with so many layers: lists with an entry a layer are cut, first dense layers left out."""
-    values = config.to_dict()
-    before = values.get("num_hidden_layers") or len(values["layers_block_type"])
-    layers = min(layers, before)
-    changed: dict[str, Any] = {"num_hidden_layers": layers}
-    for name, value in values.items():
-        if isinstance(value, list) and len(value) == before:
-            changed[name] = value[-layers:]  # the last ones: the first are dense in many models
-    if values.get("first_k_dense_replace"):
-        changed["first_k_dense_replace"] = layers - 1
-    return type(config)(**{**values, **changed})
+    torch.manual_seed(0)
+    wanted = DTYPES[dtype or step.dtype]
+    return build_transformer(step.folder, step.trust_remote_code, step.layers, dtype=wanted, ask="--trust-remote-code")
 
 
 def make_batch(step: Step, vocabulary: int) -> Tensor:
@@ -180,7 +120,7 @@ def _run_case(
         for one in handle.experts:
             one.planner = scatter_rows
     if recompute:
-        _unwrap(model).activation_checkpointing_enable()
+        unwrap(model).activation_checkpointing_enable()
     if step.fault == "transposed-expert" and mesh.rank == 0:
         down = handle.experts[0].parameters()[1].data
         down[0] = down[0].t().reshape(down[0].shape).clone()
@@ -264,12 +204,7 @@ def count(index_TK: Tensor, num_experts: int) -> Tensor:
 
 def model_vocabulary(model: Any) -> int:
     """The number of tokens that the model knows."""
-    return len(_unwrap(model).get_input_embeddings().weight)
-
-
-def _unwrap(model: Any) -> Any:
-    inner: Any = model.model
-    return inner if isinstance(model, WithHead) else model
+    return len(unwrap(model).get_input_embeddings().weight)
 
 
 def loss_of(logits: Tensor, ids: Tensor, step: Step) -> Tensor:

@@ -26,6 +26,7 @@ CASES = {
     "tokens": ["data=tokens", "data.sources.web.path=corpora/web", "data.sources.code.path=code.idx"],
     "chat": ["data=chat", "data.path=tests"],
     "deepspeed": ["engine=deepspeed"],
+    "hf": ["model=hf", "model.path=tests/config/tiny_qwen3_moe"],
     **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
     "sft": ["experiment=sft", "data.path=tests"],
 }

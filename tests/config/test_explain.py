@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moetrain import cli
-from moetrain.config import explain
+from moetrain.config import explain, hugging_face
 from moetrain.config.overrides import leaves
 
 ROOT = Path(__file__).parents[2]
@@ -32,13 +32,13 @@ def test_every_field_stands_in_a_shipped_file() -> None:
         for section, kinds in explain.sections().items()
         for kind in kinds
         for name in kind.model_fields
-        if name not in shipped[section]
+        if name not in shipped[section] and name not in hugging_face.SIZES
     ]
     assert not missing
 
 
 def test_every_shipped_field_is_in_the_schema() -> None:
-    known = {entry.field for entry in explain.explain()}
+    known = {entry.field for entry in explain.explain()} - {"model.moe_layers"}  # of a folder alone
     assert set(leaves(explain.shipped_defaults())) == known
 
 

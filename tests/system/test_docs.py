@@ -13,7 +13,7 @@ import yaml
 
 from moetrain import config
 from moetrain.cli import main
-from moetrain.config import ConfigError
+from moetrain.config import ConfigError, hugging_face
 from moetrain.simulate import request
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,8 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FOLDERS = ("moetrain", "tests", "scripts", "configs", "docs", "launch", "examples")
 GROUPS = ("model", "data", "planner", "engine", "experiment", "cluster")
 # what readers are told to make themselves: docs/add-a-router.md, docs/launch.md
-THEIRS = {"router.name=cosine", "router.temperature=0.2", "model=mine", "experiment=warm", "cluster=NAMExDEVICES"}
+THEIRS = {"router.name=cosine", "router.temperature=0.2", "model=mine", "model.path=DIR", "experiment=warm"}
+THEIRS |= {"cluster=NAMExDEVICES"}
 NO_COMMAND = {"VERB"}
 
 
@@ -143,9 +144,10 @@ def read_fields() -> set[str]:
                 add(value, f"{name}.{key}" if name else key)
 
     for file in (ROOT / "configs").rglob("*.yaml"):
-        group = file.parent.name if file.parent.name in GROUPS and file.parent.name != "experiment" else ""
-        add(yaml.safe_load(file.read_text()), group)
-    return found - {""}
+        text, group = file.read_text(), file.parent.name
+        is_own = group in GROUPS and group != "experiment" and "@package _global_" not in text
+        add(yaml.safe_load(text), group if is_own else "")
+    return found - {""} | {f"model.{name}" for name in hugging_face.SIZES}
 
 
 def check_word(word: str) -> str | None:

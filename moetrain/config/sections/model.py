@@ -1,17 +1,24 @@
-"""The shape of the model."""
+"""The model: one of ours, of a shape that is set, or that of a Hugging Face folder; told apart by `model.source`."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from moetrain.config.schedules import spread
 from moetrain.config.sections.base import NonNegative, Positive, PositiveFloat, Section, Shape, core_field
 from moetrain.moe.options import ZeroComputeOptions
 
+SOURCE = (
+    "Where the model comes from. preset: a transformer of ours, of the shape that is set. hf: a folder of Hugging "
+    "Face; choose it by the group, `model=hf`."
+)
+READ = "Read from the folder's config.json, not to be set: "
+
 
 class Model(Section):
     """The shape of the transformer; a preset, `model=small`, sets all of it (docs/model.md)."""
 
+    source: Literal["preset"] = Field(default="preset", description=SOURCE)
     dim: Positive = Field(description="Width of the model, D; a multiple of 8.")
     num_layers: Positive = Field(description="Number of transformer layers.")
     num_heads: Positive = Field(description="Number of attention heads.")
@@ -74,3 +81,51 @@ class Model(Section):
     def experts_of_layers(self) -> list[int]:
         """Experts that compute, of every MoE layer."""
         return spread(self.expert_schedule, self.num_moe_layers, self.num_experts, self.min_experts or 1)
+
+
+class HuggingFace(Section):
+    """`model=hf`: the model in a folder of Hugging Face (docs/bring-a-hugging-face-model.md)."""
+
+    source: Literal["hf"] = Field(description=SOURCE)
+    path: str = Field(description="The folder with config.json, and with the weights and the tokenizer.")
+    trust_remote_code: bool = Field(
+        default=False, description="Whether code that the folder brings along, named by auto_map, may run."
+    )
+    weights: Literal["load", "random"] = Field(
+        default="load",
+        description="Where a new run's weights come from. load: from the folder's safetensors. random: drawn as the "
+        "model's own code initializes them, from `train.seed`.",
+    )
+    dim: Positive = Field(description=f"{READ}width of the model, D.")
+    num_layers: Positive = Field(description=f"{READ}number of layers.")
+    moe_layers: tuple[NonNegative, ...] = Field(description=f"{READ}numbers of the layers that have experts.")
+    num_experts: Positive = Field(description=f"{READ}routed experts per layer.")
+    expert_hidden: Positive = Field(description=f"{READ}hidden width of an expert, H.")
+    vocab_size: Positive = Field(description=f"{READ}tokens in the embedding and the output.")
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.moe_layers)
+
+    @property
+    def num_zero_compute(self) -> int:
+        """Experts without computation are a matter of our presets."""
+        return 0
+
+    @property
+    def pass_names(self) -> list[str]:
+        """layer_LL of every layer with experts, in order."""
+        return [f"layer_{layer:02d}" for layer in self.moe_layers]
+
+    @property
+    def experts_of_layers(self) -> list[int]:
+        """Experts of every layer with experts."""
+        return [self.num_experts] * self.num_moe_layers
+
+
+def _source_of(model: Any) -> Any:
+    found = model.get("source") if isinstance(model, dict) else getattr(model, "source", None)
+    return "preset" if found is None else found
+
+
+AnyModel = Annotated[Annotated[Model, Tag("preset")] | Annotated[HuggingFace, Tag("hf")], Discriminator(_source_of)]
