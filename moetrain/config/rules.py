@@ -76,8 +76,8 @@ def check(c: Config) -> None:
         rule(named, "data.sources", "must name a source, such as data.sources.web.path=PATH")
     if c.data.source == "chat":
         sources = getattr(c.data, "sources", None)
-        one = "must be given for data=chat, or else data.sources"
-        rule((c.data.path is None) != (not sources), "data.path", one)
+        rule(c.data.path is not None or bool(sources), "data.path", "must be given for data=chat, or else data.sources")
+        rule(c.data.path is None or not sources, "data.path", "must be null where data.sources are given")
         template = getattr(c.data, "chat_template", None)
         if template is not None and not Path(template).is_file():
             raise ConfigError(f"data.chat_template={template}: must be an existing file")

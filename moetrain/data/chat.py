@@ -155,6 +155,8 @@ def enumerate_sources(
 ) -> Iterator[tuple[int, tuple[Conversation, str]]]:
     """Yields (number of the source, (conversation, name of its domain))."""
     for number, (name, source) in enumerate(found.items()):
+        if not Path(source.path).exists():
+            raise ConfigError(f"data.sources.{name}.path={source.path}: there is no such file or folder")
         for conversation in read_conversations(Path(source.path), options.on_bad, left_out):
             fallback = DOMAIN if options.path is not None else name
             yield number, (conversation, domain_name(source.domain or conversation.domain or fallback))

@@ -270,6 +270,10 @@ def test_sources_come_by_weight(chat, tmp_path: Path) -> None:
         config.load([*base, *places, "data.sources.a.weight=3"])
     with pytest.raises(ConfigError, match=r"data.path=null: must be given for data=chat, or else data.sources"):
         config.load(base)
+    with pytest.raises(ConfigError, match=r"data.path=.*: must be null where data.sources are given"):
+        config.load([*base, *places, f"data.path={tmp_path / 'a.jsonl'}"])
+    with pytest.raises(ConfigError, match=r"data.sources.a.path=none.jsonl: there is no such file or folder"):
+        open_data(config.load([*base, "data.sources.a.path=none.jsonl"]))
 
 
 def test_the_objective_needs_conversations_and_leaves_the_router_alone(chat) -> None:
