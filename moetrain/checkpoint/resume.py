@@ -113,6 +113,8 @@ def find_initial(config: Config) -> Path | None:
             raise ConfigError(f"init_from={choice}: {said}")
         check_fits(config, path, same_run=False)
         return path
+    if Path(choice, "config.json").is_file():
+        raise ConfigError(f"init_from={choice}: model=hf model.path={choice} begins with the weights of such a folder")
     raise ConfigError(f"init_from={choice}: must be a run's folder or name, or a folder step_N with a manifest.json")
 
 

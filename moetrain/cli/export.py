@@ -28,7 +28,9 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--out", metavar="FOLDER", required=True, help="the folder to write, or its URL; it must not be there"
     )
-    verb.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights; default: fp32")
+    verb.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="of the weights; default: fp32, or as a Hugging Face folder had it"
+    )
     verb.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="most of a file, as 500MB; default: %(default)s"
     )
@@ -99,4 +101,7 @@ def _load(folder: Path, step: int | None) -> tuple["Config", "SavedModel"]:
     if not path.is_dir():
         there = ", ".join(str(manifest.step_of(each)) for each in reversed(manifest.folders(folder)))
         raise ConfigError(f"--step={step}: {folder} has checkpoints of the steps {there}")
-    return config.load_resolved(folder / "config.yaml", []), SavedModel(path)
+    settings = config.load_resolved(
+        folder / "config.yaml", [], {"run.dir": str(folder.parent), "run.name": folder.name}
+    )
+    return settings, SavedModel(path)

@@ -2,9 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moetrain.cli import arguments
 from moetrain.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moetrain.config import Config
 
 HELP = """Train a model.
 
@@ -35,6 +39,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     from moetrain import checkpoint, config, runs
     from moetrain.cli.workers import run_with_workers
+    from moetrain.launch import local
 
     if options.multirun:
         from moetrain.cli import sweep
@@ -47,12 +52,24 @@ def execute(options: argparse.Namespace) -> int:
     else:
         settings = config.load(options.overrides, options.config_dir)
     if options.dry_run:
-        from moetrain.launch import local
         from moetrain.training import dry_run
 
         return dry_run.show_dry_run(settings, settings.parallel.nproc or local.auto_nproc(), options.json)
     runs.check_writable(settings)
     checkpoint.check_stores(settings)
     if checkpoint.find_to_resume(settings, runs.folder_of(settings) if settings.run.name else None) is None:
-        checkpoint.find_initial(settings)
+        initial = checkpoint.find_initial(settings)
+        if initial is None and local.from_env() is None:
+            _check_folder(settings)
     return run_with_workers(options, settings, "train")
+
+
+def _check_folder(settings: "Config") -> None:
+    """Raise `ConfigError` before there are workers, where a new run cannot begin with the weights of its folder."""
+    from moetrain.config import HuggingFace
+
+    model = settings.model
+    if isinstance(model, HuggingFace) and model.weights == "load":
+        from moetrain.hf.initial import map_folder  # transformers takes seconds to load
+
+        map_folder(model.path, model.trust_remote_code)

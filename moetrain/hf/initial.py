@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.hf.build import build_transformer, unwrap
-from moetrain.hf.conversion import Source
+from moetrain.hf.conversion import Mapped, Source
 from moetrain.hf.folder import open_folder
 from moetrain.hf.matching import map_tensors
 from moetrain.hf.quantized import dequantise
@@ -46,6 +46,15 @@ def draw_weights(
             yield parameter, partial(_read_of_family, model, module, last, seed, name)
 
 
+def map_folder(folder: str | Path, trust_remote_code: bool) -> Mapped:
+    """Match the weights in a folder with the model that is built of it; headers alone are read.
+
+    Raises `ConfigError` for whatever cannot be right, such as a key that is missing, unused or of another shape.
+    """
+    tensors = dequantise(open_folder(folder))
+    return map_tensors(tensors, unwrap(build_transformer(folder, trust_remote_code, device="meta")), folder)
+
+
 def read_weights(
     model: Any, experts: Mapping[str, SpreadExperts], folder: Path, trust_remote_code: bool
 ) -> Iterator[tuple[nn.Parameter, ReadRows]]:
@@ -54,8 +63,7 @@ def read_weights(
     `model`, `experts`: as for `draw_weights`. Raises `ConfigError` for a key that is missing, unused or of another
     shape.
     """
-    whole = unwrap(build_transformer(folder, trust_remote_code, device="meta"))
-    sources = map_tensors(dequantise(open_folder(folder)), whole, folder).sources
+    sources = map_folder(folder, trust_remote_code).sources
     for name, buffer in model.named_buffers():
         if name in sources:
             buffer.copy_(sources[name].read())

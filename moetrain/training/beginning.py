@@ -6,7 +6,8 @@ from typing import NamedTuple
 from moetrain import checkpoint, runs
 from moetrain.common import versions
 from moetrain.common.console import RunLogger
-from moetrain.config import Config, RunSpec, resolve
+from moetrain.config import Config, HuggingFace, RunSpec, resolve
+from moetrain.config.hugging_face import KEPT
 from moetrain.data import prepare
 from moetrain.data.conversations import ChatLoader
 from moetrain.data.loader import Corpus, Samples
@@ -69,6 +70,7 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
             runs.forget_tracking(folder)
         runs.create(spec)
         runs.keep_model(spec)
+        _keep_table(spec)
         runs.keep_corpus(folder, corpus.fingerprint)
         record = Start(folder, first, mesh)
         more = [*prepare.outdated(corpus.folder, spec.data), *more]
@@ -93,6 +95,15 @@ def _describe_objective(config: Config, loader: Samples) -> list[str]:
         said = f"{' and '.join(moved)} act on them" if moved else "no balance loss, z-loss or bias acts on them"
         lines.append(f"objective sft: the loss is the mean over the assistant's tokens; {routers}, {said}")
     return lines
+
+
+def _keep_table(spec: RunSpec) -> None:
+    """Keep in the run's folder which tensors the folder of its model has, so that an export needs no more of it."""
+    if isinstance(spec.model, HuggingFace):
+        from moetrain.hf import folder  # transformers takes seconds to load
+
+        if folder.has_weights(spec.model.path):
+            folder.keep_table(spec.model.path, runs.folder_of(spec) / KEPT)
 
 
 def _has_summary(folder: Path, mesh: Mesh) -> bool:

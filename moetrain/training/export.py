@@ -9,7 +9,7 @@ import torch
 from moetrain.checkpoint import exporting, manifest
 from moetrain.checkpoint.exporting import Exported
 from moetrain.checkpoint.reading import SavedModel
-from moetrain.config import Config
+from moetrain.config import Config, HuggingFace
 from moetrain.data import prepare
 from moetrain.data.loader import Corpus
 from moetrain.hf import presets
@@ -28,9 +28,14 @@ class Export(NamedTuple):
 def prepare_export(config: Config, saved: SavedModel, dtype: str | None) -> Export:
     """Return what the folder of a run's model holds; no weight is read.
 
-    `dtype`: fp32 or bf16; None: fp32, in which the run keeps its weights. Raises `ConfigError` that names the first
-    option of the model which no architecture of transformers has.
+    `dtype`: fp32 or bf16; None: fp32, in which the run keeps its weights, and for `model=hf` that of each tensor in the
+    folder which it came from. Raises `ConfigError` that names the first option of the model which no architecture of
+    transformers has.
     """
+    if isinstance(config.model, HuggingFace):
+        from moetrain.training import export_hf  # transformers takes seconds to load
+
+        return Export(*export_hf.list_tensors(config, saved, DTYPES[dtype] if dtype else None))
     wanted = DTYPES[dtype or "fp32"]
     about = presets.describe_preset(config, saved.find("embed.weight").shape[0])
     corpus = _find_corpus(config, saved)
