@@ -2,22 +2,31 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from moetrain import cli, config
 from moetrain.cli.saved_run import load_run
 from moetrain.common.errors import ConfigError
+from moetrain.config.spec import resolve
 from moetrain.distributed.mesh import Mesh
+from moetrain.engine.native import NativeEngine
 from moetrain.evals import bundled
+from moetrain.evals.answer import Answerer
+from moetrain.evals.requests import Encoder
 from moetrain.evals.results import judge_choices, judge_texts
 from moetrain.evals.selection import Selection
 from moetrain.evals.task import ChoiceTask, Comparison, Extract, Prompt, PromptTask, Question
+from moetrain.moe.planning.cost import default_costs
 from moetrain.training import tasks
 from moetrain.training.loop import train
+from moetrain.training.step import build
+from tests.hf import families
 
 SETS = ("arc_easy", "lambada")
 CHOICES = [
@@ -123,6 +132,40 @@ def test_answers_are_those_of_one_sequence_at_a_time_at_every_layout(pool, tiny,
     cut = json.loads((Path(folder) / "eval" / "prompts.json").read_text())
     assert cut["cut"] > 0
     assert cut["answers"][0]["text"]
+
+
+def answer_transformers(mesh: Mesh, folder: str, tokenizer: str, task: ChoiceTask) -> list[list[float]]:
+    """The log-likelihoods that a model of transformers gives on these ranks."""
+    overrides = ["model=hf", f"model.path={folder}", "train.dtype=fp32", "train.seq_len=32", "train.global_batch=8"]
+    spec = resolve(config.load(overrides), mesh.world, 512, "fp32")
+    engine = NativeEngine(build(spec), mesh, spec)
+    engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))  # slow rows: experts are lent
+    encoder = Encoder(Tokenizer.from_file(tokenizer), 0, 32)
+    return Answerer(engine.model, encoder, mesh, 96).score(task, lambda number: None)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_model_of_transformers_answers_as_it_does_alone(pool, data, tmp_path: Path, family: str) -> None:
+    import transformers
+
+    families.build(family, vocab_size=512, num_hidden_layers=2).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    (corpora,) = (option.removeprefix("data.dir=") for option in data if option.startswith("data.dir="))
+    (file,) = Path(corpora).glob("*/tokenizer.json")
+    (task,) = Selection(files=(str(write_rows(tmp_path / "choices.jsonl", CHOICES)),)).read()
+    assert isinstance(task, ChoiceTask)
+    tokenizer, wanted = Tokenizer.from_file(str(file)), []
+    for question in task.questions:
+        for context, continuation in zip(question.contexts, question.continuations, strict=True):
+            before, whole = tokenizer.encode(context.rstrip()).ids, tokenizer.encode(context + continuation).ids
+            tokens = [*([] if before else [0]), *whole]
+            with torch.no_grad():
+                logs = model(torch.tensor([tokens[:-1]])).logits[0].double().log_softmax(-1)
+            begin = len(tokens) - len(whole) + len(before)
+            wanted.append(sum(float(logs[place - 1, tokens[place]]) for place in range(begin, len(tokens))))
+    for ranks in (1, 2):
+        found = pool.run(answer_transformers, ranks, str(tmp_path), str(file), task, ep=ranks)[0]
+        assert [value for values in found for value in values] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_metrics_are_what_their_names_say() -> None:
