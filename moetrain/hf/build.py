@@ -146,6 +146,16 @@ def separates_documents(model: Any) -> bool:
     transformer = unwrap(model)
     kinds = set(getattr(transformer.config, "layer_types", None) or ())
     has_convolution = any(isinstance(module, nn.Conv1d) for module in transformer.modules())
+    if has_convolution or not kinds <= {"full_attention", "sliding_attention"}:
+        return False
     module = inspect.getmodule(type(transformer))
-    source = inspect.getsource(module) if module is not None else ""
-    return kinds <= {"full_attention", "sliding_attention"} and not has_convolution and "create_causal_mask(" in source
+    tree = ast.parse(inspect.getsource(module) if module is not None else "")
+    found = [names for node in ast.walk(tree) if {"config", "attention_mask"} <= (names := _names_in(node))]
+    return bool(found) and all("position_ids" in names for names in found)
+
+
+def _names_in(node: ast.AST) -> set[Any]:
+    """The keywords of a call, or the keys of a dict: what a mask is made of, in the family's code."""
+    if isinstance(node, ast.Call):
+        return {keyword.arg for keyword in node.keywords}
+    return {key.value for key in node.keys if isinstance(key, ast.Constant)} if isinstance(node, ast.Dict) else set()

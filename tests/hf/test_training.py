@@ -20,6 +20,7 @@ from moetrain.data.loader import Sequences
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.native import NativeEngine
+from moetrain.hf.build import build_transformer, separates_documents
 from moetrain.hf.model import make_inputs
 from moetrain.moe.planning.cost import default_costs
 from moetrain.training.loop import train
@@ -169,3 +170,16 @@ def test_positions_begin_anew_with_every_document() -> None:
     document: Tensor = torch.tensor([[3, 3, 4, 4, 4, -1]])
     positions = make_inputs(torch.zeros(1, 6, dtype=torch.int64), document)["position_ids"]
     assert positions.tolist() == [[0, 1, 0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_documents_do_not_see_each_other(name: str, tmp_path: Path) -> None:
+    families.build(name, vocab_size=VOCABULARY).save_pretrained(tmp_path)
+    model = build_transformer(tmp_path)
+    assert separates_documents(model) == (name != "gpt_oss")  # whose masks do not look at positions
+    if name == "gpt_oss":
+        return
+    tokens = torch.from_numpy(RandomSamples().samples(0, 2).tokens)
+    document = (torch.arange(tokens.shape[1]) >= 5).long().expand_as(tokens)
+    together = model(**make_inputs(tokens, document)).logits
+    torch.testing.assert_close(together[:, 5:], model(**make_inputs(tokens[:, 5:], None)).logits, rtol=1e-4, atol=1e-5)
