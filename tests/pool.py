@@ -56,7 +56,7 @@ def _next(jobs: Any) -> Any:
 class Pool:
     def __init__(self) -> None:
         self._context = mp.get_context("forkserver")  # which imports once what every rank needs
-        self._context.set_forkserver_preload(["torch", "moetrain.training.loop"])
+        self._context.set_forkserver_preload(["torch", "moetrain.training.loop", "moetrain.hf"])
         self._numbers = itertools.count()
         self._ranks: list[Any] = []
         self._folder = tempfile.mkdtemp(prefix="moetrain-pool-")

@@ -1,8 +1,12 @@
 """Other people's training loops, on two ranks: norms and saved files are those of one process."""
 
+import multiprocessing
 import os
-import subprocess
+import runpy
+import socket
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +21,49 @@ from moetrain.distributed.mesh import ExpertGroup
 from moetrain.hf.trainer import ExpertParallelCallback
 from tests.grid import on_grid
 from tests.hf.families import build
+from tests.pool import Pool
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1e-5
 
 
+def run_script(script: str, arguments: list[str], rank: int, ranks: int, port: int, log: str) -> None:
+    """Run an example in this process as torchrun would, on one of its ranks."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = [script, *arguments]
+    with Path(log).open("w") as out, redirect_stdout(out), redirect_stderr(out):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
 def train(script: str, folder: Path, ranks: int, *more: str) -> list[float]:
-    """Run an example; returns the norms that it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = [str(ROOT / "examples" / script), str(folder), *more]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    words = " ".join(line for line in done.stdout.splitlines() if line.startswith("norm")).split()
+    """Run an example on so many ranks; returns the norms that it prints. The pool's server has torch and transformers
+    loaded, which takes longer than the example."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir()
+    logs = [folder / f"log-{rank}.txt" for rank in range(ranks)]
+    arguments = (str(ROOT / "examples" / script), [str(folder), *more])
+    context = multiprocessing.get_context("forkserver")
+    processes: list[Any] = [
+        context.Process(target=run_script, args=(*arguments, rank, ranks, port, str(log)))
+        for rank, log in enumerate(logs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+    words = " ".join(line for line in logs[0].read_text().splitlines() if line.startswith("norm")).split()
     return [float(word) for word in words if word not in ("norm", "norms")]
 
 
@@ -44,7 +78,7 @@ def compare_saved(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "saved"), [("hf_sft.py", "last"), on_grid(("hf_ddp.py", ".")), on_grid(("hf_accelerate.py", "."))]
 )
-def test_two_ranks_train_as_one(tmp_path: Path, script: str, saved: str) -> None:
+def test_two_ranks_train_as_one(pool: Pool, tmp_path: Path, script: str, saved: str) -> None:
     norms = [train(script, tmp_path / str(ranks), ranks) for ranks in (1, 2)]
     assert norms[0] == pytest.approx(norms[1], rel=LIMIT)
     assert len(norms[0]) == 4
@@ -53,7 +87,7 @@ def test_two_ranks_train_as_one(tmp_path: Path, script: str, saved: str) -> None
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), on_grid((2, 1)), on_grid((2, 2))])
-def test_a_trainer_goes_on_from_its_checkpoint(tmp_path: Path, before: int, after: int) -> None:
+def test_a_trainer_goes_on_from_its_checkpoint(pool: Pool, tmp_path: Path, before: int, after: int) -> None:
     """On another number of ranks, with the momentum of all experts."""
     norms = train("hf_trainer.py", tmp_path / "whole", before)
     again = train("hf_trainer.py", tmp_path / "again", after, str(tmp_path / "whole" / "checkpoint-2"))
