@@ -29,6 +29,14 @@ class PreparedInParallel(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FolderOptions(PreparedInParallel):
+    """The options of `data=folder`."""
+
+    text_field: str = option("text", "The field of JSONL or the column of Parquet that holds the text.")
+    domain_field: str = option("domain", "The field of JSONL or the column of Parquet that holds the domain, if any.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatSource(Options):
     """One entry of `data.sources` of `data=chat`: conversations."""
 
@@ -124,7 +132,7 @@ CORPORA: Registry[Any] = Registry(
     {
         "local": ("moetrain.data.corpus:read_local", Options),
         "debian": ("moetrain.data.corpus:read_debian", Options),
-        "folder": ("moetrain.data.corpus:read_folder", Options),
+        "folder": ("moetrain.data.corpus:read_folder", FolderOptions),
         "chat": ("moetrain.data.chat:prepare_chat", ChatOptions),
         "tokens": ("moetrain.data.token_sources:prepare_sources", TokensOptions),
     },

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import Field, create_model
 
 from moetrain.common.errors import ConfigError, short
-from moetrain.common.extensions import CORPORA, OPTIMIZERS, ChatOptions, TokensOptions
+from moetrain.common.extensions import CORPORA, OPTIMIZERS, ChatOptions, FolderOptions, TokensOptions
 from moetrain.common.registry import Options, Registry
 from moetrain.config.sections.base import Section, find_bounds
 from moetrain.config.sections.router import PLANNER_OPTIONS, ROUTER_OPTIONS, Planner, Router
@@ -44,7 +44,7 @@ SORTS: dict[str, Sort] = {
     "router": Sort(Router, ROUTERS, ROUTER_OPTIONS),
     "planner": Sort(Planner, PLANNERS, PLANNER_OPTIONS, optional=True),
     "optim": Sort(Optim, OPTIMIZERS, {}),
-    "data": Sort(Data, CORPORA, _list_options(TokensOptions, ChatOptions), choice="source"),
+    "data": Sort(Data, CORPORA, _list_options(FolderOptions, TokensOptions, ChatOptions), choice="source"),
 }
 
 

@@ -25,7 +25,7 @@ from moetrain.config import ConfigError, Data
 from moetrain.data import files, sources, tokenizer
 from moetrain.data.chat_files import Conversation, list_sources, read_conversations
 from moetrain.data.chat_template import TEMPLATE_FILES, ChatTemplate, Encoded
-from moetrain.data.corpus import COPIES, FINGERPRINTS, Document, domain_name, held_out
+from moetrain.data.corpus import COPIES, FINGERPRINTS, domain_name, hash_text
 from moetrain.data.files import BadText, LeftOut
 from moetrain.data.manifest import SPLITS, VERSION
 
@@ -59,7 +59,7 @@ def prepare_chat(options: Data, folder: Path) -> None:
         waiting: dict[tuple[int, str], Row] = {}  # the last of every domain and split, which may have to change sides
         task = progress.add_task("reading conversations", total=None)
         for number, row in enumerate(_read(options, found, template, left_out, domains, paths), 1):
-            split = SPLITS[held_out(Document("", row.encoded.text, ""), options.held_out)]
+            split = SPLITS[hash_text(row.encoded.text.encode()) < options.held_out * 2**32]
             if (before := waiting.get((row.domain, split))) is not None:
                 writers[split].write(before)
             waiting[row.domain, split] = row
@@ -137,7 +137,7 @@ def _read(
         except BadText as error:
             files.refuse_or_skip(error, options.on_bad, left_out)
             continue
-        if (print_ := same_text(encoded.text)) in copies:
+        if (print_ := same_text(encoded.text)) in copies and options.dedup != "none":
             left_out.add(COPIES[options.dedup], f"{conversation.where}, as {copies[print_]}")
             continue
         copies[print_] = conversation.where
@@ -168,7 +168,7 @@ def _train(options: Data, found: dict[str, ChatSource], progress: Progress) -> T
         "\n".join([conversation.text, *(message["content"] for message in conversation.messages)])
         for _, (conversation, _) in enumerate_sources(options, found, LeftOut())
     ]
-    return tokenizer.train(options, texts, progress)
+    return tokenizer.train(options, texts, len(texts), sum(map(len, texts)), progress)
 
 
 class _Writer:

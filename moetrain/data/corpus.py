@@ -10,17 +10,20 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from moetrain.common.extensions import CORPORA
-from moetrain.config import ConfigError, Data
-from moetrain.data import debian, files
-from moetrain.data.files import BadText, LeftOut
+from moetrain.config import Data
+from moetrain.data import debian
+from moetrain.data.files import Columns, LeftOut
+from moetrain.data.pieces import PIECE_BYTES, Piece, list_pieces, read_pieces
 
 MAX_FILE_BYTES = 1_000_000  # one huge file is not a document that teaches much
 MIN_CHARACTERS = 200
+MOST_PIECES = 4096  # files that are read together
 
 
 class Document(NamedTuple):
@@ -29,28 +32,26 @@ class Document(NamedTuple):
     name: str  # the file, or file:line
 
 
-def documents(options: Data, left_out: LeftOut) -> Iterator[Document]:
-    """All documents of the corpus, at most `max_bytes_per_domain` of each domain; what is not taken is counted."""
-    same_text = FINGERPRINTS[options.dedup]
-    taken: dict[str, int] = {}
-    seen: dict[bytes, str] = {}
-    labels: dict[str, str] = {}
-    for label, text, name in CORPORA[options.source](options, left_out):
-        document = Document(domain_name(label), text, name)
-        if labels.setdefault(document.domain, label) != label:
-            both = f"{labels[document.domain]!r} and {label!r} would both be named {document.domain}"
-            raise ConfigError(f"data.path={options.path}: two domains, {both}; give one another name")
-        size = len(document.text.encode())
-        limit = options.max_bytes_per_domain
-        if limit is not None and taken.get(document.domain, 0) + size > limit:
-            left_out.add("beyond data.max_bytes_per_domain", document.name)
-            continue
-        if (print_ := same_text(document.text)) in seen:
-            left_out.add(COPIES[options.dedup], f"{document.name}, as {seen[print_]}")
-            continue
-        seen[print_] = document.name
-        taken[document.domain] = taken.get(document.domain, 0) + size
-        yield document
+class Shard(NamedTuple):
+    """A part of a source that is read by itself."""
+
+    read: Callable[[LeftOut], Iterator[tuple[str, str, str]]]  # (label of the domain, text, name) of every document
+    size: int  # bytes on the disk; 0: not known
+
+
+def split_source(options: Data, left_out: LeftOut) -> list[Shard]:
+    """The parts of the source, in order: a folder by its files, the other sources whole."""
+    if options.source != "folder":
+        return [Shard(partial(CORPORA[options.source], options), 0)]
+    groups: list[list[Piece]] = [[]]
+    for piece in list_pieces(Path(str(options.path)), left_out):
+        full = sum(each.size for each in groups[-1]) + piece.size > PIECE_BYTES or len(groups[-1]) == MOST_PIECES
+        if groups[-1] and full:
+            groups.append([])
+        groups[-1].append(piece)
+    columns = Columns(getattr(options, "text_field", "text"), getattr(options, "domain_field", "domain"))
+    read = partial(read_pieces, on_bad=options.on_bad, columns=columns)
+    return [Shard(partial(read, group), sum(piece.size for piece in group)) for group in groups]
 
 
 def domain_name(label: str) -> str:
@@ -60,10 +61,9 @@ def domain_name(label: str) -> str:
     return f"{name}_" if name == "all" else name
 
 
-def held_out(document: Document, share: float) -> bool:
-    """Whether a document is kept from training: by its text alone, so that it stays so."""
-    digest = hashlib.sha256(document.text.encode()).digest()
-    return int.from_bytes(digest[:4], "little") < share * 2**32
+def hash_text(raw: bytes) -> int:
+    """Four bytes of a document's text alone, by which it is held out or not, so that it stays so."""
+    return int.from_bytes(hashlib.sha256(raw).digest()[:4], "little")
 
 
 def cut(document: Document, share: float) -> tuple[Document, Document] | None:
@@ -144,40 +144,10 @@ def _read(path: Path) -> str | None:
     return text if len(text) >= MIN_CHARACTERS and "\0" not in text else None
 
 
-def read_folder(options: Data, left_out: LeftOut) -> Iterator[Document]:
-    """Text files, the first folder below `data.path` being the domain; and JSONL with `text` and perhaps `domain`."""
-    path = Path(str(options.path))
-    count = 0
-    for file in files.text_files(path, left_out):
-        parts = file.relative_to(path).parts
-        domain = parts[0] if len(parts) > 1 else "text"
-        read = _rows if files.kind_of(file)[0] in files.ROW_SUFFIXES else _whole
-        try:
-            for document in read(file, domain, options.on_bad, left_out):
-                if document.text.strip():
-                    count += 1
-                    yield document
-                else:
-                    left_out.add("empty", document.name)
-        except BadText as error:
-            files.refuse_or_skip(error, options.on_bad, left_out)
-    if not count:
-        said = "".join(f"; {line}" for line in left_out.lines())
-        raise ConfigError(f'data.path={path}: must hold text files or JSONL with a "text" field{said}')
-
-
-def _whole(file: Path, domain: str, on_bad: str, left_out: LeftOut) -> Iterator[Document]:
-    yield Document(domain, files.read_text(file), str(file))
-
-
-def _rows(file: Path, domain: str, on_bad: str, left_out: LeftOut) -> Iterator[Document]:
-    for number, line in files.rows(file):
-        try:
-            text, label = files.row(line, str(file), number)
-        except BadText as error:
-            files.refuse_or_skip(error, on_bad, left_out)
-        else:
-            yield Document(label or domain, text, f"{file}:{number}")
+def read_folder(options: Data, left_out: LeftOut) -> Iterator[tuple[str, str, str]]:
+    """Text files, the first folder below `data.path` being the domain; JSONL and Parquet with a text in every row."""
+    for shard in split_source(options, left_out):
+        yield from shard.read(left_out)
 
 
 def read_debian(options: Data, left_out: LeftOut) -> Iterator[Document]:
@@ -199,5 +169,10 @@ def near(text: str) -> bytes:
     return hashlib.sha256(signs[max(0, middle - 500) : middle + 500].encode()).digest()
 
 
-FINGERPRINTS = {"exact": exact, "near": near}
+def none(text: str) -> bytes:
+    """Of no use to tell texts apart."""
+    return bytes(16)
+
+
+FINGERPRINTS = {"exact": exact, "near": near, "none": none}
 COPIES = {"exact": "copies of others", "near": "near-copies of others (data.dedup=near)"}

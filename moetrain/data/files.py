@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import importlib
+import io
 import json
 import lzma
 import os
@@ -12,8 +13,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from moetrain.config import ConfigError
 
@@ -27,6 +29,7 @@ TEXT_SUFFIXES = {
     *(".fasta", ".fa", ".po", ".pod"),
 }
 ROW_SUFFIXES = {".jsonl", ".ndjson"}
+PARQUET = ".parquet"
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 for _module in ("compression.zstd", "zstandard", "pyzstd"):
     try:
@@ -38,6 +41,13 @@ MOST_BYTES = 1 << 30  # of a document: beyond it a file of a few MB that unpacks
 SKIP_ADVICE = "data.on_bad=skip leaves it out"
 
 
+class Columns(NamedTuple):
+    """The names of what is read of the rows of JSONL and Parquet."""
+
+    text: str
+    domain: str
+
+
 @dataclass
 class LeftOut:
     """How many files or documents are not in the corpus, by reason, with an example of each."""
@@ -45,8 +55,16 @@ class LeftOut:
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, reason: str, example: object) -> None:
-        entry = self.found.setdefault(reason, {"count": 0, "example": str(example)})
-        entry["count"] += 1
+        """Count one more. Of a function, what it returns is the example: it is called for the first one."""
+        if reason not in self.found:
+            self.found[reason] = {"count": 0, "example": str(example() if callable(example) else example)}
+        self.found[reason]["count"] += 1
+
+    def merge(self, others: "LeftOut") -> None:
+        """Count what was counted elsewhere."""
+        for reason, entry in others.found.items():
+            own = self.found.setdefault(reason, {**entry, "count": 0})
+            own["count"] += entry["count"]
 
     def lines(self) -> Iterator[str]:
         """One for every reason."""
@@ -101,7 +119,9 @@ def _reason(file: Path) -> str | None:
     suffix, packing = kind_of(file)
     if packing == ".zst" and packing not in OPENERS:
         return "packed with zstd, which needs `pip install zstandard`"
-    known = not suffix or suffix in TEXT_SUFFIXES | ROW_SUFFIXES
+    if suffix == PARQUET and find_spec("pyarrow") is None:
+        return "Parquet, which needs `pip install 'moetrain[parquet]'`"
+    known = not suffix or suffix == PARQUET or suffix in TEXT_SUFFIXES | ROW_SUFFIXES
     return None if known else f"the suffix {suffix[:20]} is none of text"
 
 
@@ -117,8 +137,9 @@ def kind_of(file: Path) -> tuple[str, str]:
 def _opened(file: Path) -> Iterator[IO[bytes]]:
     """The unpacked bytes. Raises `BadText` for what happens while they are read."""
     try:
-        with OPENERS.get(kind_of(file)[1], open)(file, "rb") as stream:
-            yield stream
+        packing = kind_of(file)[1]
+        with OPENERS.get(packing, open)(file, "rb") as stream:
+            yield io.BufferedReader(stream) if packing == ".zst" else stream  # zstandard's has no lines
     except BadText:
         raise
     except OSError as error:
@@ -163,19 +184,26 @@ def rows(file: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def row(line: bytes, where: str, number: int) -> tuple[str, str | None]:
+def row(line: bytes, where: str, number: int, columns: Columns) -> tuple[str, str | None]:
     """(text, domain if it has one) of a line of JSONL. Raises `BadText`."""
     place = f"{where}:{number}"
     text = decode(line, where, number)
     try:
         found = json.loads(text)
-        text, label = found["text"], found.get("domain")
+        text, label = found[columns.text], found.get(columns.domain)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise BadText(place, 'must be JSON with a "text" field') from None
+        raise BadText(place, f'must be JSON with a "{columns.text}" field') from None
+    return check_row(text, label, place, columns)
+
+
+def check_row(text: Any, label: Any, place: str, columns: Columns) -> tuple[str, str | None]:
+    """The text and the domain of a row, if they are such. Raises `BadText`."""
     if not isinstance(text, str):
-        raise BadText(place, '"text" must be a string')
+        raise BadText(place, f'"{columns.text}" must be a string')
     if isinstance(label, bool) or not isinstance(label, str | int | None):
-        raise BadText(place, '"domain" must be a string')
+        raise BadText(place, f'"{columns.domain}" must be a string')
     if half := re.search("[\ud800-\udfff]", text):
-        raise BadText(place, f'"text" must be Unicode, not half a surrogate pair (here \\u{ord(half[0]):04x})')
+        raise BadText(
+            place, f'"{columns.text}" must be Unicode, not half a surrogate pair (here \\u{ord(half[0]):04x})'
+        )
     return text, None if label in (None, "") else str(label)

@@ -19,9 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import Progress, TimeElapsedColumn
-from tokenizers import Tokenizer
 
 from moetrain.common import disk
 from moetrain.common.console import console
@@ -29,9 +27,11 @@ from moetrain.common.extensions import make_paths_absolute
 from moetrain.config import ConfigError, Data
 from moetrain.data import debian, sources, token_sources, tokenizer
 from moetrain.data.chat import ARRANGED, identify, prepare_chat
-from moetrain.data.corpus import MIN_CHARACTERS, Document, cut, documents, held_out
+from moetrain.data.encode import write_tokens
 from moetrain.data.files import LeftOut
 from moetrain.data.manifest import SPLITS, VERSION, fingerprint, problem
+from moetrain.data.parallel import choose_workers
+from moetrain.data.spool import Spool, collect, fill_empty_splits
 
 
 def folder_of(options: Data) -> Path:
@@ -40,11 +40,14 @@ def folder_of(options: Data) -> Path:
         **options.model_dump(exclude={"dir", "attend_within_documents", "domain_block", "on_change"}),
         "version": VERSION,
     }
+    settings.pop("workers", None)
+    for name, default in (("text_field", "text"), ("domain_field", "domain")):  # as corpora were named before these
+        if settings.get(name) == default:
+            settings.pop(name)
     if options.source == "chat":
         settings = {**{name: value for name, value in settings.items() if name not in ARRANGED}, **identify(options)}
     if options.source == "tokens":
         settings["sources"] = make_paths_absolute(settings["sources"])
-        settings.pop("workers")
     if options.path is not None:
         settings["path"] = str(Path(options.path).resolve())
     if options.tokenizer is not None:
@@ -165,32 +168,22 @@ def _umask() -> int:
 def _prepare(options: Data, folder: Path) -> None:
     if options.source == "folder" and not Path(str(options.path)).exists():
         raise ConfigError(f"data.path={options.path}: there is no such file or folder")
-    left_out, alone, seen = LeftOut(), [], sources.listing(options)
+    left_out, seen = LeftOut(), sources.listing(options)
     own = tokenizer.read(options.tokenizer) if options.tokenizer is not None else None
+    work = folder / "work"
+    work.mkdir()
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("reading documents", total=None)
-        found: list[Document] = []
-        for document in documents(options, left_out):
-            found.append(document)
-            progress.update(task, advance=1, description=f"reading documents ({len(found)})")
-        if not found:
-            raise ConfigError(f"data.source={options.source}: must have a document that is not left out")
-        progress.remove_task(task)
-
-        domains = sorted({d.domain for d in found})
-        texts: dict[str, list[Document]] = {split: [] for split in SPLITS}
-        for document in found:
-            texts["held_out" if held_out(document, options.held_out) else "train"].append(document)
-        for domain in domains:  # a small corpus: the hash may have left a side of a domain empty
-            if _fill_if_empty(texts, domain, options.held_out):
-                alone.append(domain)
-        chosen = own or tokenizer.train(options, [d.text for d in texts["train"]], progress)
+        spool = _collect(options, work, left_out, progress)
+        alone = fill_empty_splits(spool, options.held_out)
+        characters = spool.sum("train", "length")
+        chosen = own or tokenizer.train(options, spool.texts("train"), spool.count("train"), characters, progress)
         text = chosen.to_str()  # Tokenizer.save() raises bare Exception on a full disk
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        counts = {split: _write(folder, split, texts[split], domains, chosen, progress) for split in SPLITS}
+        counts = _write(spool, folder, options, progress)
+    shutil.rmtree(work)
     manifest = {
         "version": VERSION,
-        "domains": domains,
+        "domains": sorted(spool.names),
         "vocab_size": tokenizer.vocabulary_size(chosen),
         "end_of_text": tokenizer.end_of_text(chosen),
         "splits": counts,
@@ -205,58 +198,39 @@ def _prepare(options: Data, folder: Path) -> None:
     disk.write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
+def _collect(options: Data, work: Path, left_out: LeftOut, progress: Progress) -> Spool:
+    """All documents on the disk, those that are taken known. Raises `ConfigError` where there is none."""
+    task, count = progress.add_task("reading documents", total=None), 0
+
+    def tick(documents: int) -> None:
+        nonlocal count
+        count += documents
+        progress.update(task, advance=documents, description=f"reading documents ({count:,})")
+
+    spool = collect(options, work, left_out, tick)
+    progress.remove_task(task)
+    if not spool.count("train") + spool.count("held_out"):
+        if options.source == "folder":
+            said = "".join(f"; {line}" for line in left_out.lines())
+            rule = f'must hold text files or JSONL or Parquet with a "{getattr(options, "text_field", "text")}" field'
+            raise ConfigError(f"data.path={options.path}: {rule}{said}")
+        raise ConfigError(f"data.source={options.source}: must have a document that is not left out")
+    return spool
+
+
+def _write(spool: Spool, folder: Path, options: Data, progress: Progress) -> dict[str, dict[str, Any]]:
+    """The token files; returns what the manifest says of each split."""
+    total = sum(spool.sum(split, "length") for split in SPLITS)
+    task = progress.add_task("tokenizing", total=total)
+    workers = choose_workers(getattr(options, "workers", None), sum(spool.sum(split, "size") for split in SPLITS))
+    counts = write_tokens(spool, folder, sorted(spool.names), workers, lambda size: progress.advance(task, size))
+    progress.remove_task(task)
+    return counts
+
+
 def news(manifest: dict[str, Any], options: Data) -> Iterator[str]:
     """What a person should know of how a corpus was made: what it left out, what it cut."""
     yield from LeftOut(manifest["left_out"]).lines()
     yield from manifest.get("notes", [])
     for domain in manifest["one_document"]:
         yield f"the domain {domain} is one document: its last {options.held_out:.0%} are held out"
-
-
-def _fill_if_empty(texts: dict[str, list[Document]], domain: str, share: float) -> bool:
-    """Give a domain a document in each split; true where its only one had to be cut for it."""
-    for empty, full in (SPLITS, SPLITS[::-1]):
-        if not any(d.domain == domain for d in texts[empty]):
-            candidates = [d for d in texts[full] if d.domain == domain]
-            if len(candidates) == 1:
-                if (parts := cut(candidates[0], share)) is None:
-                    rule = f"must have at least two documents, or one of {MIN_CHARACTERS} characters that can be cut"
-                    raise ConfigError(f"data: the domain {domain!r} {rule}; one is held out")
-                texts[full].remove(candidates[0])
-                for split, part in zip(SPLITS, parts, strict=True):
-                    texts[split].append(part)
-                return True
-            texts[full].remove(candidates[-1])
-            texts[empty].append(candidates[-1])
-    return False
-
-
-def _write(
-    folder: Path,
-    split: str,
-    found: list[Document],
-    domains: list[str],
-    chosen: Tokenizer,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Tokens and the table of documents of one split; returns what the manifest says of it."""
-    dtype = np.uint16 if tokenizer.vocabulary_size(chosen) <= 1 << 16 else np.uint32
-    end = tokenizer.end_of_text(chosen)
-    table, start, digest = [], 0, hashlib.sha256()
-    per_domain = dict.fromkeys(domains, 0)
-    numbers = {name: number for number, name in enumerate(domains)}
-    task = progress.add_task(f"tokenizing {split.replace('_', ' ')}", total=sum(len(d.text) for d in found))
-    with (folder / f"{split}.bin").open("wb") as out:
-        for document, ids in zip(found, tokenizer.encode(chosen, (d.text for d in found)), strict=True):
-            tokens = np.append(ids, np.uint32(end)).astype(dtype)
-            out.write(raw := tokens.tobytes())
-            digest.update(raw)
-            table.append((start, len(tokens), numbers[document.domain]))
-            per_domain[document.domain] += len(tokens)
-            start += len(tokens)
-            progress.update(task, advance=len(document.text))
-    progress.remove_task(task)
-    np.save(folder / f"{split}.docs.npy", np.array(table, dtype=np.int64).reshape(-1, 3))
-    size = sum(len(d.text.encode()) for d in found)
-    facts = {"documents": len(found), "tokens": start, "bytes": size, "tokens_per_domain": per_domain}
-    return {**facts, "sha256": digest.hexdigest()}

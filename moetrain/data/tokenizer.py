@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,20 +15,24 @@ END_OF_TEXT = "<|endoftext|>"
 PIECE = 96  # bytes: no token spans more, so that text without spaces (DNA, CJK) is not one word of millions of letters
 LONG = re.compile(rf"[^\W\d_]{{{PIECE},}}|\d{{{PIECE},}}|[^\w\s]{{{PIECE},}}")  # what the pre-tokenizer leaves in one
 MOST_LONG = 1_000_000  # characters of such text that a vocabulary is learnt from: each is a word of its own, and slow
+MOST_LEARNED = 1_000_000_000  # characters that a vocabulary is learned from
 SLICE = 1_000_000  # characters: a longer document is encoded in parts
-BATCH = 16  # such parts, or documents, at a time
+BATCH = 256  # such parts, or documents, at a time, and at most
+BATCH_CHARACTERS = 4_000_000
 MOST_TOKENS = 1 << 20
 PROBE = "Aa é ß 中文\n\tx = a + b;  42 naïve"  # composed, so that NFC leaves it alone
 
 
-def train(options: Data, texts: Sequence[str], progress: Progress) -> Tokenizer:
-    """A byte-level BPE of `options.vocab_size` tokens learnt from `texts`."""
-    size = sum(map(len, texts)) / 1e6
-    task = progress.add_task(f"reading {size:.1f} million characters for a tokenizer", total=len(texts))
+def train(options: Data, texts: Iterable[str], count: int, characters: int, progress: Progress) -> Tokenizer:
+    """A byte-level BPE of `options.vocab_size` tokens learned from `count` texts of so many characters together: from
+    all of them, or from every n-th so that they are about MOST_LEARNED."""
+    step = max(1, -(-characters // MOST_LEARNED))
+    size = characters / step / 1e6
+    task = progress.add_task(f"reading {size:.1f} million characters for a tokenizer", total=count // step)
 
     def fed() -> Iterator[str]:
         room = MOST_LONG
-        for text in texts:
+        for text in itertools.islice(texts, 0, None, step):
             for piece in slices(text):
                 long = sum(len(run[0]) for run in LONG.finditer(piece))
                 yield piece if long <= room else LONG.sub(" ", piece)
@@ -96,13 +100,24 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[NDArray[np.ui
     """Tokens of each text, without special ones of the tokenizer's own; worked on in bounded parts."""
     done: list[NDArray[np.uint32]] = []
     ends = ((part, last) for text in texts for part, last in _with_last(slices(text)))
-    while batch := list(itertools.islice(ends, BATCH)):
-        found = tokenizer.encode_batch([part for part, _ in batch], add_special_tokens=False)
+    while batch := _take_batch(ends):
+        found = tokenizer.encode_batch_fast([part for part, _ in batch], add_special_tokens=False)
         for encoding, (_, last) in zip(found, batch, strict=True):
             done.append(np.array(encoding.ids, np.uint32))
             if last:
                 yield np.concatenate(done)
                 done = []
+
+
+def _take_batch(parts: Iterator[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[0])
+        if len(batch) == BATCH or size >= BATCH_CHARACTERS:
+            break
+    return batch
 
 
 def _with_last(parts: Iterator[str]) -> Iterator[tuple[str, bool]]:

@@ -119,11 +119,15 @@ try:
 except ConfigError as error:
     print(error)
 
-from moetrain.data import corpus, files
+import tempfile
+from pathlib import Path
+
+from moetrain.data import files, spool
 
 made = config.load(["data.source=counting", "data.documents=3"])
 left_out = files.LeftOut()
-print([document.name for document in corpus.documents(made.data, left_out)], left_out.found)
+(texts,) = spool.collect(made.data, Path(tempfile.mkdtemp()), left_out, lambda number: None).shards
+print([texts.read(number).name for number in range(len(texts.rows))], left_out.found)
 assert config.load(["optim.name=momentum", "optim.momentum=0.5"]).optim.momentum == 0.5
 for overrides in (["optim.name=momentum", "optim.momentum=1"], ["optim.name=momentum", "optim.betas=[0.8,0.9]"]):
     try:

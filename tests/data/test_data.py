@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from moetrain import config, runs
 from moetrain.config import ConfigError, Data
-from moetrain.data import corpus, prepare, sources, tokenizer
+from moetrain.data import corpus, prepare, sources, spool, tokenizer
 from moetrain.data.bigram import Bigram
 from moetrain.data.files import LeftOut
 from moetrain.data.held_out import held_out_windows
@@ -135,7 +135,9 @@ def test_jsonl_with_and_without_domains(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     options = config.load(["data=folder", f"data.path={tmp_path}/a.jsonl", f"data.dir={tmp_path}/out"]).data
-    assert {d.domain for d in corpus.documents(options, LeftOut())} == {"even", "text"}
+    made = Corpus(prepare.ensure(options))
+    assert made.domains == ["even", "text"]
+    assert sum(made.manifest["splits"][split]["documents"] for split in prepare.SPLITS) == 20
 
 
 @pytest.mark.parametrize(
@@ -167,19 +169,30 @@ def test_bad_corpora_are_named(tmp_path: Path, name: str, content: str | bytes, 
     assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
 
 
-def _documents(folder: Path, *more: str) -> tuple[list[corpus.Document], LeftOut]:
+def _documents(folder: Path, work: Path, *more: str) -> tuple[list[corpus.Document], LeftOut]:
+    """The documents of a folder that are taken, in order."""
     left_out = LeftOut()
     options = config.load(["data=folder", f"data.path={folder}", *more]).data
-    return list(corpus.documents(options, left_out)), left_out
+    found = spool.collect(options, work, left_out, lambda number: None)
+    documents = []
+    for texts, splits, domains in zip(found.shards, found.splits, found.domains, strict=True):
+        for row in np.flatnonzero(splits):
+            documents.append(texts.read(int(row))._replace(domain=found.names[domains[row]]))
+    return documents, left_out
 
 
-def test_what_is_bad_is_skipped_and_counted_where_asked(tmp_path: Path) -> None:
+@pytest.fixture
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+def test_what_is_bad_is_skipped_and_counted_where_asked(tmp_path: Path, work: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.jsonl").write_bytes(
         b'{"text": "one"}\n{"text": "\\ud83d"}\n{"text": "caf\xe9"}\n{"text": "two"}\n5\n'
     )
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"three")[:-4])
-    found, left_out = _documents(tmp_path, "data.on_bad=skip")
+    found, left_out = _documents(tmp_path, work, "data.on_bad=skip")
     assert [d.text for d in found] == ["one", "two"]
     assert {reason: n["count"] for reason, n in left_out.found.items()} == {
         "must be UTF-8 text": 2,
@@ -189,19 +202,21 @@ def test_what_is_bad_is_skipped_and_counted_where_asked(tmp_path: Path) -> None:
     }
 
 
-def test_documents_that_differ_are_kept_and_copies_counted(tmp_path: Path) -> None:
+def test_documents_that_differ_are_kept_and_copies_counted(tmp_path: Path, work: Path) -> None:
     texts = ["x = a + b\n", "x = a - b\n", "x = a * b\n", "x = a + b\r\n", "  x = a + b  ", "X = a + b"]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.py").write_bytes(text.encode())
-    found, left_out = _documents(tmp_path)
+    found, left_out = _documents(tmp_path, work)
     assert [d.text for d in found] == [texts[n] for n in (0, 1, 2, 5)]
     assert left_out.found == {"copies of others": {"count": 2, "example": f"{tmp_path}/3.py, as {tmp_path}/0.py"}}
-    near, left_out = _documents(tmp_path, "data.dedup=near")
+    near, left_out = _documents(tmp_path, work, "data.dedup=near")
     assert [d.text for d in near] == texts[:3]
     assert left_out.found["near-copies of others (data.dedup=near)"]["count"] == 3
 
 
-def test_files_are_read_by_kind_whatever_their_case_and_packing_and_the_others_counted(tmp_path: Path) -> None:
+def test_files_are_read_by_kind_whatever_their_case_and_packing_and_the_others_counted(
+    tmp_path: Path, work: Path
+) -> None:
     row = lambda text: json.dumps({"text": text}).encode()  # noqa: E731
     contents = {
         "1.jsonl": row("one"),
@@ -224,7 +239,7 @@ def test_files_are_read_by_kind_whatever_their_case_and_packing_and_the_others_c
     (tmp_path / ".git" / "config").write_text("not this")
     (tmp_path / "link.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.txt")
-    found, left_out = _documents(tmp_path)
+    found, left_out = _documents(tmp_path, work)
     assert [d.text for d in found] == ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     assert {d.domain for d in found} == {"text"}
     assert {reason: n["count"] for reason, n in left_out.found.items()} == {
@@ -236,16 +251,16 @@ def test_files_are_read_by_kind_whatever_their_case_and_packing_and_the_others_c
     }
 
 
-def test_domains_get_names_that_are_words(tmp_path: Path) -> None:
+def test_domains_get_names_that_are_words(tmp_path: Path, work: Path) -> None:
     for label in ("My Books", "all", "книги"):
         (tmp_path / "in" / label).mkdir(parents=True)
         (tmp_path / "in" / label / "a.txt").write_text(label)
-    found, _ = _documents(tmp_path / "in")
+    found, _ = _documents(tmp_path / "in", work)
     assert sorted(d.domain for d in found) == ["My_Books", "all_", "книги"]
     (tmp_path / "in" / "My_Books").mkdir()
     (tmp_path / "in" / "My_Books" / "b.txt").write_text("another")
     with pytest.raises(ConfigError, match="'My Books' and 'My_Books' would both be named My_Books"):
-        _documents(tmp_path / "in")
+        _documents(tmp_path / "in", work)
 
 
 def test_a_single_file_is_cut_and_its_end_held_out(tmp_path: Path) -> None:

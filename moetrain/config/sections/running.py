@@ -140,9 +140,10 @@ class Data(Section):
     max_bytes_per_domain: Positive | None = Field(
         description="Bytes of text that are taken from each domain, as a fair sample of its documents. null: all."
     )
-    dedup: Literal["exact", "near"] = Field(  # the keys of data.corpus.FINGERPRINTS
+    dedup: Literal["exact", "near", "none"] = Field(  # the keys of data.corpus.FINGERPRINTS
         description="Which documents are left out as duplicates. exact: equal texts, line ends and outer white space "
-        "aside. near: also texts whose middle thousand characters are equal, case and white space aside."
+        "aside. near: also texts whose middle thousand characters are equal, case and white space aside. "
+        "none: none; the preparation then needs no memory for every document."
     )
     on_bad: Literal["error", "skip"] = Field(
         description="What to do with a malformed file or line of `data=folder` or `data=chat`. error: stop. skip: "
