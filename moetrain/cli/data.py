@@ -11,7 +11,7 @@ HELP = """Prepare a corpus: tokenizer, token files, held-out split. `train` does
 examples:
   moetrain data                                             the text files of this Python installation
   moetrain data data=folder data.path=books                 your own text files (folders are domains), JSONL or Parquet
-  moetrain data data=tokens data.sources.web.path=PREFIX    check files of tokens: Megatron's, or what this verb prepared
+  moetrain data data=tokens data.sources.web.path=PREFIX    check files of tokens: Megatron's, or prepared ones
   moetrain data data=chat data.path=chat.jsonl --show 3     conversations; what is not learned of them is dimmed
 """
 

@@ -185,7 +185,7 @@ def test_kinds_of_an_installed_package_are_known_and_checked(installed: Path) ->
         "optim.name=momentum: must be adamw under engine=deepspeed",
         "optim.name=adam: known optimizers are adamw, momentum",
         "data.documents=1: must be greater than or equal to 2",
-        "data.source=count: known corpora are local, debian, folder, tokens, counting",
+        "data.source=count: known corpora are local, debian, folder, chat, tokens, counting",
         "data.documents=3: no such field in this data preset",
     ]
 
