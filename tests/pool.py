@@ -10,10 +10,12 @@ import queue
 import tempfile
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch.multiprocessing as mp
+
+from tests.shapes import are_checked, check_shapes
 
 MOST = 4
 JOIN_SECONDS = 90  # for a collective; a rank may compile a kernel meanwhile
@@ -33,12 +35,13 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
     picture.draw = lambda folder: None  # a third of a small run; test_cli.py looks at it
     torch.set_num_threads(1)
     while (job := _next(jobs)) is not None:
-        number, function, world, path, axes, args = job
+        number, function, world, path, axes, checked, args = job
         try:
             with mesh.start(
                 rank=rank, world=world, **axes, init_method=f"file://{path}", timeout=JOIN_SECONDS
             ) as joined:
-                result = function(joined, *args)
+                with check_shapes() if checked else nullcontext():
+                    result = function(joined, *args)
             results.put((number, rank, True, result))
         except BaseException:
             results.put((number, rank, False, traceback.format_exc()))
@@ -85,7 +88,7 @@ class Pool:
         number = next(self._numbers)
         path = os.path.join(self._folder, f"rendezvous-{number}")
         for _, jobs in self._ranks[:ranks]:
-            jobs.put((number, function, ranks, path, axes, args))
+            jobs.put((number, function, ranks, path, axes, are_checked(), args))
         found: dict[int, Any] = {}
         failures: list[str] = []
         while len(found) + len(failures) < ranks:

@@ -3,8 +3,8 @@
 The three steps are apart so that activation recompute runs `route` and `compute` a second time while what `decide`
 found (the choice and the plan) is replayed, never redone: statistics are taken once.
 
-T tokens here, D width, E experts (where a router is concerned, those that compute nothing included), N selections, R
-ranks.
+T tokens here, D width, E experts (where a router is concerned, those that compute nothing included; A where both are),
+N selections, L of them that are rows for the experts, R ranks.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,7 +42,7 @@ class Decision:
 
     choice: Choice
     kept_N: Tensor | None  # bool: selections that are made and not dropped; None: all
-    rows_N: Tensor | None  # which of them are rows for the experts; None: all
+    rows_L: Tensor | None  # which of them are rows for the experts; None: all
     plan: Plan
     most_per_token: int  # rows of any token on any rank of the expert group
     counts_E: Tensor  # int64: selections made here, before any is dropped
@@ -255,21 +255,21 @@ class MoE(nn.Module):
                 if place is not None and place.real_T is not None:
                     choice = choice.within(place.real_T)
             token_N, expert_N, kept_N = choice
-            kept_E = counts_E = _count(expert_N, num_all, kept_N)
+            kept_A = counts_A = _count(expert_N, num_all, kept_N)
             if self.capacity_factor is not None:
-                kept_N = capacity.within(choice, capacity.room(counts_E, self.capacity_factor, self.room_weights))
-                kept_E = _count(expert_N, num_all, kept_N)
+                kept_N = capacity.within(choice, capacity.room(counts_A, self.capacity_factor, self.room_weights))
+                kept_A = _count(expert_N, num_all, kept_N)
             is_row_N = kept_N
             if num_all > num_experts:
                 is_row_N = expert_N < num_experts if kept_N is None else kept_N & (expert_N < num_experts)
             per_token = _count(token_N, max(num_tokens, 1), is_row_N).max()
             ep = self.experts.ep
-            facts = torch.cat([kept_E[:num_experts], per_token[None]])
+            facts = torch.cat([kept_A[:num_experts], per_token[None]])
             with clock.phase("wait_counts"):
                 gathered = all_gather(facts, ep.rows).cpu().numpy()
         with clock.phase("plan"):
             counts_RE: Ints = gathered[:, :-1]
-            rows_N = None if is_row_N is None else find_true(is_row_N, int(counts_RE[ep.rank].sum()))
+            rows_L = None if is_row_N is None else find_true(is_row_N, int(counts_RE[ep.rank].sum()))
             residents, home = self.experts.residents, self.experts.home
             state = State(resident=residents.keeps_RE, past=self.past_E)
             plan = self.planner(counts_RE, home, self.costs, self.experts.limits, state)
@@ -277,7 +277,7 @@ class MoE(nn.Module):
             if torch.is_grad_enabled():
                 residents.admit(plan)
                 self.past_E = remember(self.past_E, counts_RE)
-        return Decision(choice, kept_N, rows_N, plan, int(gathered[:, -1].max()), counts_E, kept_E, num_lent, clock)
+        return Decision(choice, kept_N, rows_L, plan, int(gathered[:, -1].max()), counts_A, kept_A, num_lent, clock)
 
     def compute(
         self,
@@ -290,7 +290,7 @@ class MoE(nn.Module):
         """[T, D] -> [T, D]. `run_shared(shared, x_TD)` calls the shared experts, perhaps recomputing them later."""
         shared = partial(run_shared, self.shared) if run_shared and self.shared else self.shared
         routing = self.routers[turn].weigh(scores, decision.choice)
-        rows = routing if decision.rows_N is None else routing.take(decision.rows_N)
+        rows = routing if decision.rows_L is None else routing.take(decision.rows_L)
         y_TD: Tensor = self.experts(x_TD, rows, decision.plan, decision.most_per_token, decision.clock, shared)
         if self.zero_compute is None:
             return y_TD

@@ -4,8 +4,8 @@ What is computed between the two (shared experts) runs while rows are under way.
 rows' gradients on their way home before it computes the weights' gradients (unless rows come in pieces), and
 `DispatchTokens` waits for them at the end.
 
-T tokens here, D width, H expert hidden width, N selections here, M rows computed here, S slots here, G guests here, W
-parameters of an expert.
+T tokens here, D width, H expert hidden width, N selections here, M rows computed here, Q of them at a time, S slots
+here, G guests here, W parameters of an expert.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -110,8 +110,8 @@ class ExpertsCombine(torch.autograd.Function):
                 for rows, sizes in context.cut_pieces(of_guests):
                     part = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), width)
                     kernels.segment_mm(rows_MD[rows], weights[0], sizes, part, transpose=True)
-                    hidden_MH = kernels.swiglu(part)
-                    kernels.segment_mm(hidden_MH, weights[1], sizes, out_MD[rows], transpose=True)
+                    hidden_QH = kernels.swiglu(part)
+                    kernels.segment_mm(hidden_QH, weights[1], sizes, out_MD[rows], transpose=True)
         ctx.context = context
         ctx.save_for_backward(kept, gate_up_MH2, gate_up, down)
         return combine_rows(context, out_MD)
@@ -201,14 +201,14 @@ def _compute_rows(
             weights: Weights = loan.finish(own) if of_guests else own
         with clock.backward("experts"):
             for rows, sizes in context.cut_pieces(of_guests):
-                part_MH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), gate_up.shape[1])
+                part_QH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), gate_up.shape[1])
                 if not keep:
-                    kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_MH2, transpose=True)
-                hidden_MH = rows_MD.new_empty(sum(sizes), down.shape[2])  # its gradient first
-                kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_MH, transpose=False)
-                grad_weight_M[rows] = kernels.swiglu_backward(part_MH2, hidden_MH, weight_M[rows])
-                kernels.segment_mm(part_MH2, weights[0], sizes, back_MD[rows], transpose=False)
-                pairs = [(part_MH2, rows_MD[rows]), (grad_MD[rows], hidden_MH)]
+                    kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_QH2, transpose=True)
+                hidden_QH = rows_MD.new_empty(sum(sizes), down.shape[2])  # its gradient first
+                kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_QH, transpose=False)
+                grad_weight_M[rows] = kernels.swiglu_backward(part_QH2, hidden_QH, weight_M[rows])
+                kernels.segment_mm(part_QH2, weights[0], sizes, back_MD[rows], transpose=False)
+                pairs = [(part_QH2, rows_MD[rows]), (grad_MD[rows], hidden_QH)]
                 products = WeightProducts(pairs, sizes, kernels)
                 if guest_grads is None:
                     waiting[of_guests] = products

@@ -115,11 +115,11 @@ class GroupedProducts:
         filled = [s for s, size in enumerate(sizes) if size]  # what a product over no rows is differs between GPUs
         if filled:
             ends = _ends([sizes[s] for s in filled], left_MA.device)
-            found_SAB = F.grouped_mm(left_MA.t(), right_MB, offs=ends)
+            found_FAB = F.grouped_mm(left_MA.t(), right_MB, offs=ends)
             if len(filled) == len(sizes) and isinstance(out_SAB, Tensor) and not add:
-                return found_SAB
+                return found_FAB
             put = torch._foreach_add_ if add else torch._foreach_copy_
-            put([out_SAB[s] for s in filled], list(found_SAB))
+            put([out_SAB[s] for s in filled], list(found_FAB))
         return out_SAB if add else _fill_zero(out_SAB, set(range(len(sizes))) - set(filled))
 
 

@@ -1,6 +1,6 @@
 """Routers in which tokens choose their experts by a score: the K best, as many as needed, in turn, within groups.
 
-T tokens, D model width, E experts, K top-k, G groups of experts, N selections.
+T tokens, D model width, E experts, K top-k, G groups of M experts each, N selections.
 """
 
 from typing import Any, ClassVar
@@ -63,12 +63,12 @@ class TopK(Router):
         best_TE = best_TE.masked_fill(scores.logits_TE == -torch.inf, -torch.inf)  # no bias opens what is shut
         if self.groups is None or self.top_groups is None:
             return best_TE
-        best_TGE = best_TE.unflatten(1, (self.groups, -1))
-        group_TG = best_TGE.topk(min(2, best_TGE.shape[2]), dim=-1).values.sum(-1)
+        best_TGM = best_TE.unflatten(1, (self.groups, -1))
+        group_TG = best_TGM.topk(min(2, best_TGM.shape[2]), dim=-1).values.sum(-1)
         open_TG = torch.zeros_like(group_TG, dtype=torch.bool)
         open_TG.scatter_(1, group_TG.topk(self.top_groups, dim=-1).indices, True)
-        left_TGE: Tensor = best_TGE.masked_fill(~open_TG[..., None], -torch.inf)
-        return left_TGE.flatten(1)
+        left_TGM: Tensor = best_TGM.masked_fill(~open_TG[..., None], -torch.inf)
+        return left_TGM.flatten(1)
 
 
 class TopP(TopK):
