@@ -52,7 +52,7 @@ def show_dry_run(config: Config, world: int, as_json: bool) -> int:
         return 0
     console.print(
         f"{world} ranks = dp_replicate {spec.parallel.dp_replicate} × dp_shard {spec.dp_shard}; ep {spec.ep}. "
-        f"{short(sum(total.values()))} parameters, {short(size.active)} active a token"
+        f"{short(sum(total.values()))} parameters, {short(size.active)} active per token"
     )
     console.print(_parameters(total, own))
     console.print(_memory(size, spec))

@@ -86,7 +86,7 @@ def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         return
     console.print(str(saved), style="bold")
     for name, score in scores.items():
-        found = f"{score.bits_per_byte:.3f} bits a byte, {score.loss:.3f} nats a token"
+        found = f"{score.bits_per_byte:.3f} bits/byte, {score.loss:.3f} nats/token"
         console.print(f"{name:>12}  {found if score.num_bytes else NOT_EVALUATED}")
 
 
