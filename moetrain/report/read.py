@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from moetrain.common import disk
+from moetrain.common.arrays import BROKEN, read_arrays
 from moetrain.config import ConfigError
-from moetrain.observe.collect.arrays import BROKEN, read_arrays
 from moetrain.observe.metrics import LM_LOSS, LOSS
 
 Row = dict[str, Any]

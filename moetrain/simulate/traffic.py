@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moetrain.common.arrays import BROKEN, read_arrays
 from moetrain.common.errors import ConfigError
 from moetrain.moe.planning.plan import Floats, Ints
-from moetrain.observe.collect.arrays import BROKEN, read_arrays
 
 CONCENTRATION = (
     1.25  # of an expert; 256 of them on 64 ranks have max/mean 2.3 then: the middle of UltraEP's 1.30 to 4.01

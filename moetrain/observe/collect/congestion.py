@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from moetrain.observe.collect.arrays import Array
+from moetrain.common.arrays import Array
 
 SURGE, STABILISATION, RELAXATION = 1, 2, 3
 NAMES = {SURGE: "surge", STABILISATION: "stabilization", RELAXATION: "relaxation"}

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain.common.arrays import Array
 from moetrain.moe.layer import LayerStats
-from moetrain.observe.collect.arrays import Array
 from moetrain.observe.collect.congestion import gamma_eff
 from moetrain.observe.metrics import (
     LAYER_DEAD_EXPERTS,

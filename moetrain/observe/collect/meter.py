@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain.common.arrays import Array, stack
 from moetrain.config import RunSpec
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
@@ -24,7 +25,6 @@ from moetrain.moe.planning.cost import Costs, compute_seconds
 from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing.balance import BalancedRouter, Losses
 from moetrain.observe.collect import health
-from moetrain.observe.collect.arrays import Array, stack
 from moetrain.observe.metrics import (
     CROSSING_BYTES,
     DEAD_EXPERTS,

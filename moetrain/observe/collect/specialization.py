@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from moetrain.common import disk
+from moetrain.common.arrays import Array
 from moetrain.data.loader import Corpus
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
 from moetrain.moe.layer import LayerStats
-from moetrain.observe.collect.arrays import Array
 
 EXPERTS = 4  # of a layer, the most specialised
 TOKENS = 12  # of an expert

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from moetrain.common import disk
+from moetrain.common.arrays import BROKEN, Array, read_arrays, stack
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.planning.cost import Limits
-from moetrain.observe.collect.arrays import BROKEN, Array, read_arrays, stack
 from moetrain.observe.collect.meter import ALL_PHASES, Reading, waited
 from moetrain.observe.metrics import WAITED, WAITED_FOR
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from moetrain.common import disk
+from moetrain.common.arrays import Array
 from moetrain.common.console import console
 from moetrain.common.redact import redacted, redacted_text
 from moetrain.config import Config
 from moetrain.observe.collect.alerts import Alert
-from moetrain.observe.collect.arrays import Array
 from moetrain.observe.metrics import LAYER_LOAD, LOAD_IMAGE, WAITED, for_layer, layer_prefixes
 from moetrain.observe.sinks.tracker import Metrics, one_line
 

@@ -1,4 +1,4 @@
-"""Arrays of what is recorded."""
+"""Arrays of what is recorded: read from files that may be damaged, and stacked."""
 
 import io
 import zipfile
