@@ -68,6 +68,7 @@ def test_what_the_dockerfile_installs_works_in_an_empty_folder(image: Path, tmp_
     ask = [str(program.with_name("python")), "-c", "import moetrain; print(moetrain.__file__)"]
     where = subprocess.run(ask, capture_output=True, text=True, cwd=tmp_path, env=clean(image))
     assert where.stdout.startswith(str(image)), where.stderr
+    assert Path(where.stdout.strip()).with_name("py.typed").is_file()
     command = [str(program), "config", "model=tiny", "planner=llep", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean(image))
     assert done.returncode == 0, done.stderr
@@ -82,6 +83,9 @@ def test_what_the_dockerfile_installs_trains_in_an_empty_folder(image: Path, dat
     done = run([str(program), "train", *overrides], tmp_path, PYTHONPATH=clean(image)["PYTHONPATH"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "runs" / "image" / "summary.json").is_file()
+    layer = "import moetrain, torch; print(moetrain.MoE(dim=16, hidden=24, experts=4)(torch.ones(3, 16)).shape)"
+    library = run([str(program.with_name("python")), "-c", layer], tmp_path, PYTHONPATH=clean(image)["PYTHONPATH"])
+    assert "[3, 16]" in library.stdout, library.stderr
 
 
 def pins() -> dict[str, str]:
