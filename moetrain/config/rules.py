@@ -119,7 +119,6 @@ def _check_hugging_face(c: Config, rule: Rule) -> None:
     rule(packages, "model.source", "needs the package transformers: pip install 'moetrain[hf]'")
     rule(c.train.recompute != "selective", "train.recompute", "must be none or full for model=hf")
     rule(not c.train.compile, "train.compile", "must be false for model=hf")
-    rule(c.engine.name == "native", "engine.name", "must be native for model=hf")
     rule(c.engine.max_rows is None, "engine.max_rows", "must be null for model=hf")
     rule(c.balance.accumulate != "hold", "balance.accumulate", "must be buffer or exact for model=hf")
 

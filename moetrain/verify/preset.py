@@ -1,7 +1,11 @@
-"""The step of a model of ours: in one process, and on the layout of the configuration, through the engine."""
+"""The step of a model of ours: in one process, and on the layout of the configuration, through the engine.
 
+Weights and gradients are read as a checkpoint would have them, so that any engine can be asked: AdamW's first moment
+of the first step is a share of the gradient.
+"""
+
+import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +13,10 @@ from torch import Tensor
 
 from moetrain.config import Config, ConfigError, load, resolve, vary
 from moetrain.data.loader import Sequences
-from moetrain.distributed import sharded
-from moetrain.distributed.comm import all_gather, all_reduce_sum
+from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine.native import NativeEngine
+from moetrain.engine import build_engine
+from moetrain.engine.entries import MODEL, Held, expected
 from moetrain.moe.planning.cost import default_costs
 from moetrain.training.step import build, micro_batches, optimizer_step
 from moetrain.verify.compare import Case, Result, compare
@@ -45,34 +49,39 @@ class RandomSamples:
 def settle(overrides: list[str], layers: int, sequences: int, more: tuple[str, ...] = ()) -> Config:
     """The configuration of the step: the user's, in fp32 and with fewer layers. Raises `ConfigError`."""
     config = load([*overrides, *EXACT, f"train.global_batch={sequences}", *more])
-    if config.engine.name != "native":
-        raise ConfigError(f"engine={config.engine.name}: verify compares the native engine so far")
+    if config.optim.name != "adamw":
+        raise ConfigError(f"optim.name={config.optim.name}: must be adamw, whose moments hold the gradients")
     few = min(layers, config.model.num_layers)
     return vary(config, {"model.vocab_size": VOCABULARY, "model.num_layers": few})
+
+
+def settle_alone(overrides: list[str], layers: int, sequences: int) -> Config:
+    """The same for one process: the native engine, all sequences at once. Raises `ConfigError`."""
+    single = [word for word in overrides if not word.startswith(("engine=", "engine.", "parallel."))]
+    return settle(single, layers, sequences, (f"train.micro_batch={sequences}",))
 
 
 def run_step(config: Config, mesh: Mesh) -> tuple[Result, int]:
     """Run one optimizer step. Returns the whole result, and the copies of experts on other ranks."""
     spec = resolve(config, mesh.world, VOCABULARY, "fp32")
-    engine = NativeEngine(build(spec), mesh, spec)
+    model = build(spec)
+    shapes = expected(model)
+    engine = build_engine(model, mesh, spec)
     engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))  # lending is nothing against rows
-    found: Result = {}
-
-    def keep(*_: Any) -> None:
-        for name, parameter in engine.model.named_parameters():
-            if parameter.grad is not None:
-                found[f"gradient of {name}"] = _gather(mesh, name, parameter.grad)
-
-    engine.optimizer.register_step_pre_hook(keep)
+    engine.entries()  # as at the beginning of a run: DeepSpeed makes AdamW's moments only now
     shares = list(micro_batches(spec, mesh, RandomSamples(config.train.seq_len), 0))
     step = optimizer_step(engine, spec, shares, LR)
     tokens = spec.tokens_per_step
     loss = torch.stack([part.nats.sum() / tokens + part.losses.weighted for part in step.parts]).sum()
-    found["loss"] = all_reduce_sum(loss)
-    found["norm"] = torch.tensor(step.norm, dtype=torch.float64)
+    found: Result = {"loss": all_reduce_sum(loss), "norm": torch.tensor(step.norm, dtype=torch.float64)}
     found |= {f"counts of router {n}": torch.as_tensor(counts) for n, counts in enumerate(step.counts)}
-    for name, parameter in engine.model.named_parameters():
-        found[f"next {name}"] = _gather(mesh, name, parameter.detach())
+    entries = engine.entries()
+    for entry, shape in shapes.items():
+        kind, _, name = entry.partition("/")
+        if kind == "exp_avg":  # the mean of one gradient
+            found[f"gradient of {name}"] = _gather(entries.get(entry), shape) / (1 - spec.optim.betas[0])
+        elif kind == MODEL:
+            found[f"next {name}"] = _gather(entries.get(entry), shape)
     return found, sum(len(stats.plan.guests()) for part in step.parts for stats in part.stats)
 
 
@@ -89,7 +98,10 @@ def run_cases(overrides: list[str], layers: int, sequences: int, mesh: Mesh, alo
     return cases
 
 
-def _gather(mesh: Mesh, name: str, tensor: Tensor) -> Tensor:
-    """The whole of a parameter or gradient."""
-    tensor = sharded.gather_whole(tensor)
-    return all_gather(tensor, mesh.ep.rows).flatten(0, 1) if ".experts." in name else tensor.clone()
+def _gather(part: Held | None, shape: tuple[int, ...]) -> Tensor:
+    """The whole of an entry of a checkpoint, of which this rank has a part or none; several may have the same one."""
+    values, holders = torch.zeros(math.prod(shape)), torch.zeros(math.prod(shape))
+    if part is not None:
+        place = slice(part.begin, part.begin + len(part.values))
+        values[place], holders[place] = part.values.float().cpu(), 1.0
+    return (all_reduce_sum(values) / all_reduce_sum(holders)).view(shape)

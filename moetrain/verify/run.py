@@ -54,8 +54,7 @@ def run_alone(step: "Step | None", overrides: list[str], layers: int, workers: i
 
         alone: Any = huggingface.run_alone(step)
     else:
-        sequences = SEQUENCES_PER_RANK * workers
-        config = preset.settle(overrides, layers, sequences, (f"train.micro_batch={sequences}",))
+        config = preset.settle_alone(overrides, layers, SEQUENCES_PER_RANK * workers)
         with start(rank=0, world=1, init_method=f"file://{folder}/rendezvous") as mesh:
             alone, _ = preset.run_step(config, mesh)
     torch.save(alone, folder / ALONE)

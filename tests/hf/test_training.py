@@ -19,7 +19,7 @@ from moetrain.config.spec import resolve
 from moetrain.data.loader import Sequences
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine.native import NativeEngine
+from moetrain.engine import build_engine
 from moetrain.hf.build import build_transformer, separates_documents
 from moetrain.hf.model import HFModel, make_inputs
 from moetrain.moe.planning.cost import default_costs
@@ -32,10 +32,11 @@ from tests.hf import families, folders
 FAMILIES = ["qwen3_moe", "gpt_oss", "deepseek_v3"]
 VOCABULARY, LENGTH, SEQUENCES, STEPS, LR = 512, 16, 8, 3, 1e-2
 NEAR = 1e-5
-LAYOUTS = [  # ranks, ranks of an expert group, recompute, sequences of a micro-batch
-    (1, 1, "none", 8),
-    (2, 2, "full", 2),
-    (4, 2, "full", 1),
+LAYOUTS = [  # ranks, ranks of an expert group, recompute, sequences of a micro-batch, engine
+    (1, 1, "none", 8, "native"),
+    (2, 2, "full", 2, "native"),
+    (4, 2, "full", 1, "native"),
+    (4, 2, "full", 1, "deepspeed"),
 ]
 PLAIN = ["optim.clip=0.5", "optim.weight_decay=0.1", "optim.eps=0.01", "train.dtype=fp32", "track.wandb=false"]
 
@@ -60,7 +61,7 @@ def options(folder: Path, *more: str) -> list[str]:
 def run_steps(mesh: Mesh, overrides: list[str], forced: bool) -> tuple[list[tuple[float, float]], int]:
     """(loss, gradient norm) of each step, and how many experts were lent."""
     spec = resolve(config.load(overrides), mesh.world, VOCABULARY, "fp32")
-    engine = NativeEngine(build(spec), mesh, spec)
+    engine = build_engine(build(spec), mesh, spec)
     engine.plan_with(replace(default_costs(), row_forward=1.0, row_backward=2.0))
     for layer in engine.model.layers_of_experts if forced else ():
         layer.planner = scatter_rows
@@ -103,10 +104,10 @@ def test_steps_equal_those_of_transformers_and_torch(pool, name: str, tmp_path: 
     model = families.build(name, vocab_size=VOCABULARY, num_hidden_layers=2)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     expected = run_plain(tmp_path)
-    for ranks, ep, recompute, micro_batch in LAYOUTS:
-        own = options(tmp_path, f"train.recompute={recompute}", f"train.micro_batch={micro_batch}")
-        found, guests = pool.run(run_steps, ranks, own, ranks > 1, ep=ep)[0]
-        assert np.array(found) == pytest.approx(np.array(expected), rel=NEAR), (ranks, ep)
+    for ranks, ep, recompute, micro_batch, engine in LAYOUTS:
+        own = [f"train.recompute={recompute}", f"train.micro_batch={micro_batch}", f"engine={engine}"]
+        found, guests = pool.run(run_steps, ranks, options(tmp_path, *own), ranks > 1, ep=ep)[0]
+        assert np.array(found) == pytest.approx(np.array(expected), rel=NEAR), (ranks, ep, engine)
         assert (guests > 0) == (ep > 1)
 
 
@@ -136,7 +137,7 @@ def test_the_balance_loss_is_that_of_the_global_batch(pool, tmp_path: Path) -> N
     folders.make("qwen3_moe", tmp_path, vocab_size=VOCABULARY)
     balance = ["balance.coefficient=0.1", "balance.accumulate=exact", "model.weights=random"]
     found = []
-    for ranks, ep, recompute, micro_batch in LAYOUTS[:2]:
+    for ranks, ep, recompute, micro_batch, _ in LAYOUTS[:2]:
         own = options(tmp_path, *balance, f"train.recompute={recompute}", f"train.micro_batch={micro_batch}")
         found.append(pool.run(run_steps, ranks, own, False, ep=ep)[0][0])
     assert np.array(found[1]) == pytest.approx(np.array(found[0]), rel=NEAR)

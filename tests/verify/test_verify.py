@@ -76,16 +76,18 @@ def test_bf16_is_as_far_from_fp32_as_in_one_process(pool: Pool, step: Step, faul
 
 
 def run_preset(mesh: Mesh, overrides: list[str], sequences: int) -> Any:
-    return preset.run_step(preset.settle(overrides, 2, sequences, (f"train.micro_batch={sequences}",)), mesh)[0]
+    return preset.run_step(preset.settle_alone(overrides, 2, sequences), mesh)[0]
 
 
 def find_preset_cases(mesh: Mesh, overrides: list[str], alone: Any) -> list[Case]:
     return preset.run_cases(overrides, 2, 8, mesh, alone)
 
 
-def test_a_preset_is_equal(pool: Pool) -> None:
-    alone = pool.run(run_preset, 1, ["model=tiny"], 8)[0]
-    for case in pool.run(find_preset_cases, 4, ["model=tiny"], alone, ep=2)[0]:
+@pytest.mark.parametrize("engine", ["native", "deepspeed"])
+def test_a_preset_is_equal(pool: Pool, engine: str) -> None:
+    overrides = ["model=tiny", "parallel.ep=2", f"engine={engine}"]
+    alone = pool.run(run_preset, 1, overrides, 8)[0]
+    for case in pool.run(find_preset_cases, 4, overrides, alone, ep=2)[0]:
         assert case.bad == []
     assert any(name.startswith("gradient of") for name in alone)
 
