@@ -68,8 +68,8 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     return Request(job, own.get("routing", "natural"), natural, planner, choice == "auto")
 
 
-def job_of_run(config: RunSpec, cluster: Cluster, costs: Costs) -> Request:
-    """What a run that is about to start asks for, with the costs that were measured.
+def job_of_run(config: RunSpec, cluster: Cluster, costs: Costs | None) -> Request:
+    """What a run that is about to start asks for, with the costs that were measured; None: with the cluster's figures.
 
     Raises `ConfigError` for a model or a batch that the simulator does not know.
     """

@@ -19,6 +19,7 @@ from moetrain.engine.base import guest_bytes
 from moetrain.engine.optim import local
 from moetrain.models.base import LanguageModel
 from moetrain.observe.estimate import GIB, Estimate, estimate, short
+from moetrain.training.prediction import predict_on_gpus
 from moetrain.training.step import build
 
 ASSUMED_BYTES = 80 << 30
@@ -43,12 +44,16 @@ def show_dry_run(config: Config, world: int, as_json: bool) -> int:
         native.shard(whole, pretended, spec)
         own = dict(_count(whole))
     size = estimate(spec)
+    device_name, expected = predict_on_gpus(spec)
     if as_json:
         device = _device_bytes()
         needed = needed_bytes(spec, device)
         layout = {**spec.parallel.model_dump(), "dp_shard": spec.dp_shard, "ep": spec.ep}
         found = {"world": world, **layout, "parameters": total, "per_rank": own, **_bytes(size)}
-        print(json.dumps({**found, "device_bytes": device, "needed_bytes": needed, "fits": needed <= device}))
+        found |= {"device_bytes": device, "needed_bytes": needed, "fits": needed <= device}
+        print(
+            json.dumps({**found, "predicted_on": device_name, "predicted": expected and dataclasses.asdict(expected)})
+        )
         return 0
     console.print(
         f"{world} ranks = dp_replicate {spec.parallel.dp_replicate} × dp_shard {spec.dp_shard}; ep {spec.ep}. "
@@ -57,6 +62,9 @@ def show_dry_run(config: Config, world: int, as_json: bool) -> int:
     console.print(_parameters(total, own))
     console.print(_memory(size, spec))
     console.print(describe_fit(spec, _device_bytes()))
+    if expected is not None:
+        each = f"{expected.tokens_per_second / world:,.0f} tokens/s a device"
+        console.print(f"predicted on {world} × {device_name}: {1e3 * expected.step_seconds:,.0f} ms a step, {each}")
     return 0
 
 
@@ -79,7 +87,9 @@ def describe_fit(config: RunSpec, device_bytes: int) -> str:
     about = f"in {device_bytes / GIB:.0f} GiB: about {needed / GIB:.1f} GiB on a device"
     if needed <= device_bytes:
         return f"fits {about}"
-    enough = [name for name, change in REMEDIES.items() if _would_fit(config, device_bytes, [change])]
+    is_hf = config.model.source == "hf"  # which recomputes all or nothing
+    remedies = {name: change for name, change in REMEDIES.items() if not (is_hf and name.endswith("=selective"))}
+    enough = [name for name, change in remedies.items() if _would_fit(config, device_bytes, [change])]
     if enough:
         return f"does not fit {about}; would with {', or with '.join(enough)}"
     steps = [name for name in REMEDIES if name != "train.recompute=selective"]

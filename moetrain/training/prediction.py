@@ -19,6 +19,7 @@ from moetrain.simulate.step import predict_step
 
 NAME = "prediction.json"
 DEVICES = {"GB300": "gb300_nvl72", "GB200": "gb200_nvl72", "B200": "b200", "H200": "h200", "H100": "h100"}
+ASSUMED = "h100"  # where there is no GPU, or one that is not described
 DEVICES |= {"A100": "a100", "MI300X": "mi300x"}  # in the name of a GPU -> in configs/cluster; the first that fits
 
 
@@ -51,8 +52,17 @@ def predict(config: RunSpec, mesh: Mesh, costs: Costs) -> Prediction | None:
     """Predict the run from the costs that were measured here; None for a device or a model that the simulator does not
     know."""
     cluster = _find_cluster(mesh, costs)
-    if cluster is None:
-        return None
+    return None if cluster is None else _predict(config, cluster, costs)
+
+
+def predict_on_gpus(config: RunSpec) -> tuple[str, Prediction | None]:
+    """The kind of GPU, this host's or else an H100, and what the run would be on as many of them as it has ranks."""
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    name = next((name for part, name in DEVICES.items() if part in here), ASSUMED)
+    return name, _predict(config, load_cluster(name), None)
+
+
+def _predict(config: RunSpec, cluster: Cluster, costs: Costs | None) -> Prediction | None:
     try:
         request = job_of_run(config, cluster, costs)
         step = predict_step(request.job, request.routing, request.planner)

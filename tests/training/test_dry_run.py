@@ -39,6 +39,10 @@ def test_presets_build_at_full_size(model, world, replicate, ep, total, active, 
     assert size.active == pytest.approx(active, rel=0.02)
     assert sum(found["per_rank"].values()) == pytest.approx(size.per_rank, rel=1e-3)
     assert found["per_rank"]["experts"] == found["parameters"]["experts"] // (world // replicate)
+    expected = found["predicted"]
+    tokens = expected["step_seconds"] * expected["tokens_per_second"]
+    assert tokens == pytest.approx(world * settings.train.seq_len)
+    assert expected["tokens_per_second"] / world < 989e12 / (6 * active)  # the peak of an H100
 
 
 def test_a_dry_run_shows_memory_and_where_it_lies(capsys, monkeypatch) -> None:
@@ -46,7 +50,7 @@ def test_a_dry_run_shows_memory_and_where_it_lies(capsys, monkeypatch) -> None:
     overrides = ["model=tiny", "parallel.nproc=4", "parallel.ep=4", "model.num_experts=6", "engine.offload=disk"]
     dry_run.show_dry_run(config.load(overrides), 4, as_json=False)
     shown = capsys.readouterr().out
-    for word in ("4 ranks", "experts", "AdamW's moments, fp32", "disk", "activations"):
+    for word in ("4 ranks", "experts", "AdamW's moments, fp32", "disk", "activations", "tokens/s a device"):
         assert word in shown
     assert re.search(r"guest experts kept for a step, at most, of a GPU's 80 GiB +10\.00 +device", shown)
     dry_run.show_dry_run(config.load([*overrides, "engine.guest_memory_mib=512"]), 4, as_json=False)
