@@ -216,6 +216,12 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     assert all((ROOT / "docs" / name).is_file() for name in named)
 
 
+def test_the_front_page_leads_to_every_page() -> None:
+    text = (ROOT / "docs" / "index.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert not {page for page in pages if f"({page})" not in text}
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
