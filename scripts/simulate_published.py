@@ -25,7 +25,7 @@ from moetrain.simulate.paths import congestion, least_splits
 from moetrain.simulate.shape import Shape, from_config, from_hf
 from moetrain.simulate.stack import STACKS
 from moetrain.simulate.step import Job, predict_step
-from moetrain.simulate.traffic import Group, Natural, balanced, draw, inclusion
+from moetrain.simulate.traffic import Natural, RoutedGroup, balanced, draw, inclusion
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "results" / "published.csv"
@@ -106,7 +106,7 @@ def predict_own_memory(row: Row) -> float:
 
 def machine_of(row: Row) -> Machine:
     shape = from_hf(row["model"])
-    group = Group(int(row["devices"]), shape.experts, int(row["seq_len"]), shape.top_k)
+    group = RoutedGroup(int(row["devices"]), shape.experts, int(row["seq_len"]), shape.top_k)
     return Machine(load_cluster(row["cluster"]), shape, group, STACKS[row["stack"]], row["dtype"])
 
 
@@ -231,7 +231,7 @@ def splits_page() -> list[str]:
     """The fullest link over ideal spraying for the dispatch of 256 devices over 16 spines, by splits and paths."""
     cluster = load_cluster("h100", {"network.rails": "false", "network.leaf_devices": "16", "network.spines": "16"})
     rng = np.random.default_rng(0)
-    group, lopsided = Group(256, 256, 4096, 8), Natural()
+    group, lopsided = RoutedGroup(256, 256, 4096, 8), Natural()
     leaf = np.arange(256) // cluster.network.leaf_devices
     rows = []
     for name, counts in (
@@ -248,7 +248,7 @@ def splits_page() -> list[str]:
     return table(["counts", "parts of a flow", "chosen paths", "hashed paths", "exchange under spraying"], rows)
 
 
-def _hot(group: Group) -> np.ndarray:
+def _hot(group: RoutedGroup) -> np.ndarray:
     shares = np.full(group.experts, 0.5 / (group.experts - 1))
     shares[0] = 0.5
     return shares

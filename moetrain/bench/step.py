@@ -36,7 +36,7 @@ from moetrain.moe.planning import PLANNERS
 from moetrain.moe.planning.plan import imbalance
 from moetrain.moe.routing import ROUTERS
 from moetrain.moe.routing.balance import BalancedRouter, BalanceLoss
-from moetrain.observe.collect.meter import Part
+from moetrain.observe.collect.meter import MicroStep
 from moetrain.training.step import build, micro_batches, optimizer_step
 
 IDEAL = "round_robin"
@@ -137,7 +137,7 @@ class Bench:
 FACTS = ("imbalance_home", "imbalance_planned", "guests", "rows_crossing_fraction", *(f"{name}_ms" for name in PHASES))
 
 
-def describe_plans(parts: Sequence[Part]) -> list[float]:
+def describe_plans(parts: Sequence[MicroStep]) -> list[float]:
     """Return FACTS of one step on one rank: loads and rows as means over layers and micro-steps, guests and phases in
     all."""
     stats = [s for part in parts for s in part.stats]
@@ -149,7 +149,7 @@ def describe_plans(parts: Sequence[Part]) -> list[float]:
 
 
 def time_synchronization(
-    mesh: Mesh, options: BalanceOptions, routers: Sequence[BalancedRouter], parts: Sequence[Part]
+    mesh: Mesh, options: BalanceOptions, routers: Sequence[BalancedRouter], parts: Sequence[MicroStep]
 ) -> float:
     """Return the median milliseconds that the slowest rank takes to have the balance frequencies of the global batch,
     all-reduces and arithmetic, for all micro-steps of a step whose `parts` are given.

@@ -12,13 +12,13 @@ from torch import Tensor
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.manifest import ManifestEntry
 from moetrain.config import ConfigError
-from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Engine, Entries, expected
+from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Checkpointable, Entries, expected
 from moetrain.models.base import LanguageModel
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 
-class _Part(NamedTuple):
+class _EntryPart(NamedTuple):
     """Elements that one file has for one entry here."""
 
     name: str
@@ -27,7 +27,7 @@ class _Part(NamedTuple):
 
 
 @torch.no_grad()
-def load(path: Path, engine: Engine, optimizer: bool = True) -> None:
+def load(path: Path, engine: Checkpointable, optimizer: bool = True) -> None:
     """Fill the engine with a checkpoint; without `optimizer`, its model alone.
 
     Raises `ConfigError` where an entry is missing, of another shape, or would be rounded. The files are not checked
@@ -39,7 +39,7 @@ def load(path: Path, engine: Engine, optimizer: bool = True) -> None:
 
 
 @torch.no_grad()
-def load_weights(path: Path, engine: Engine) -> None:
+def load_weights(path: Path, engine: Checkpointable) -> None:
     """Fill the model of the engine with the weights of a checkpoint; no step is done. Raises as `load` does."""
     entries = engine.entries(optimizer=False)
     _fill(path, entries)
@@ -106,7 +106,7 @@ def _check(path: Path, saved: dict[str, ManifestEntry], name: str, shape: tuple[
     return saved[name]
 
 
-def _parts(path: Path, entries: Entries) -> dict[str, list[_Part]]:
+def _parts(path: Path, entries: Entries) -> dict[str, list[_EntryPart]]:
     """By file."""
     saved = manifest.read_entries(path)
     out = defaultdict(list)
@@ -119,7 +119,7 @@ def _parts(path: Path, entries: Entries) -> dict[str, list[_Part]]:
         for file, first, last in entry.pieces:
             low, high = max(first, begin), min(last, end)
             if low < high:
-                out[file].append(_Part(name, slice(low - first, high - first), values[low - begin : high - begin]))
+                out[file].append(_EntryPart(name, slice(low - first, high - first), values[low - begin : high - begin]))
                 found += high - low
         if found != len(values):
             raise ConfigError(f"checkpoint={path}: {manifest.ENTRIES} has {found} of {len(values)} elements of {name}")

@@ -30,7 +30,7 @@ from moetrain.common import disk
 from moetrain.config import Config
 from moetrain.distributed.comm import gather_texts
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine.entries import DTYPES, Engine, Entries
+from moetrain.engine.entries import DTYPES, Checkpointable, Entries
 from moetrain.engine.saved_costs import COSTS
 
 PATIENCE_SECONDS = 10.0  # for a save under way, when the run ends with an error
@@ -124,7 +124,7 @@ class Saver(Behind):
     """
 
     def __init__(
-        self, folder: Path, config: Config, mesh: Mesh, engine: Engine, data: Mapping[str, str], first: int = 0
+        self, folder: Path, config: Config, mesh: Mesh, engine: Checkpointable, data: Mapping[str, str], first: int = 0
     ) -> None:
         self._folder, self._config, self._mesh, self._engine = folder, config, mesh, engine
         self._data, self._source = dict(data), _source()

@@ -3,13 +3,13 @@
 from moetrain.common.extensions import CORPORA, OPTIMIZERS
 from moetrain.common.registry import Options
 from moetrain.config.sections.model import Model
-from moetrain.config.sections.router import Planner, Router
+from moetrain.config.sections.router import Planner, RouterSection
 from moetrain.config.sections.running import Data
 from moetrain.config.sections.training import Balance, Optim
 from moetrain.moe.options import PLANNERS, ROUTERS, BalanceOptions, RouterOptions, ZeroComputeOptions
 
 
-def router_options(router: Router) -> RouterOptions:
+def router_options(router: RouterSection) -> RouterOptions:
     """Returns the options of the router's kind. Raises `ConfigError` for a kind or a value that there is not."""
     names = ROUTERS.options(router.name).names()
     values = {name: value for name, value in router if name in names}
@@ -39,7 +39,7 @@ def optimizer_options(optim: Optim) -> Options:
     return made
 
 
-def zero_compute_options(model: Model, router: Router) -> ZeroComputeOptions:
+def zero_compute_options(model: Model, router: RouterSection) -> ZeroComputeOptions:
     """Returns how many experts compute next to nothing, and their share of the load."""
     counts = {"zero": model.zero_experts, "copy": model.copy_experts, "constant": model.constant_experts}
     return ZeroComputeOptions(**counts, tau=router.zero_compute_tau)

@@ -19,7 +19,7 @@ from moetrain.common.errors import ConfigError, short
 from moetrain.common.extensions import CORPORA, OPTIMIZERS, ChatOptions, FolderOptions, TokensOptions
 from moetrain.common.registry import Options, Registry
 from moetrain.config.sections.base import Section, find_bounds
-from moetrain.config.sections.router import PLANNER_OPTIONS, ROUTER_OPTIONS, Planner, Router
+from moetrain.config.sections.router import PLANNER_OPTIONS, ROUTER_OPTIONS, Planner, RouterSection
 from moetrain.config.sections.running import Data
 from moetrain.config.sections.training import Optim
 from moetrain.moe.options import PLANNERS, ROUTERS
@@ -41,7 +41,7 @@ def _list_options(*options: type[Options]) -> dict[str, tuple[Any, str]]:
 
 
 SORTS: dict[str, Sort] = {
-    "router": Sort(Router, ROUTERS, ROUTER_OPTIONS),
+    "router": Sort(RouterSection, ROUTERS, ROUTER_OPTIONS),
     "planner": Sort(Planner, PLANNERS, PLANNER_OPTIONS, optional=True),
     "optim": Sort(Optim, OPTIMIZERS, {}),
     "data": Sort(Data, CORPORA, _list_options(FolderOptions, TokensOptions, ChatOptions), choice="source"),
@@ -94,7 +94,7 @@ def _make_section(section: str, name: str, options: Any) -> type[Section]:
         meaning = str(field.metadata.get("description", ""))
         fields[field.name] = (type_, Field(default=None if sort.optional else field.default, description=meaning))
     made = create_model(
-        f"{name.title().replace('_', '')}{sort.base.__name__}Section",
+        f"{name.title().replace('_', '')}{sort.base.__name__.removesuffix('Section')}Section",
         __base__=sort.base,
         __module__=__name__,
         **fields,

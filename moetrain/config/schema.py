@@ -10,7 +10,7 @@ from moetrain.config.schedules import spread
 from moetrain.config.sections.base import Dtype, Section
 from moetrain.config.sections.engine import AnyEngine, DeepSpeed, Native
 from moetrain.config.sections.model import AnyModel, HuggingFace, Model
-from moetrain.config.sections.router import Planner, Router
+from moetrain.config.sections.router import Planner, RouterSection
 from moetrain.config.sections.running import Checkpoint, Data, Recovery, Run, Track
 from moetrain.config.sections.training import Balance, Eval, Generate, Optim, Parallel, Train
 
@@ -32,7 +32,7 @@ __all__ = [
     "Parallel",
     "Planner",
     "Recovery",
-    "Router",
+    "RouterSection",
     "Run",
     "Track",
     "Train",
@@ -53,7 +53,7 @@ class Config(Section):
     train: Train
     optim: SerializeAsAny[Optim]  # likewise
     parallel: Parallel
-    router: SerializeAsAny[Router]  # of a kind's own class, as `config.kinds` makes it
+    router: SerializeAsAny[RouterSection]  # of a kind's own class, as `config.kinds` makes it
     balance: Balance
     eval: Eval
     generate: Generate

@@ -24,7 +24,7 @@ from moetrain.common.extensions import ChatSource
 from moetrain.config import ConfigError, Data
 from moetrain.data import files, sources, tokenizer
 from moetrain.data.chat_files import Conversation, list_sources, read_conversations
-from moetrain.data.chat_template import TEMPLATE_FILES, ChatTemplate, Encoded
+from moetrain.data.chat_template import TEMPLATE_FILES, ChatTemplate, EncodedConversation
 from moetrain.data.corpus import COPIES, FINGERPRINTS, domain_name, hash_text
 from moetrain.data.files import BadText, LeftOut
 from moetrain.data.manifest import SPLITS, VERSION
@@ -41,7 +41,7 @@ DOMAIN = "chat"  # of conversations whose row, folder and source name none
 class Row(NamedTuple):
     """A conversation on its way into a split."""
 
-    encoded: Encoded
+    encoded: EncodedConversation
     domain: int
     origin: tuple[int, int, int]  # source, file, line or row
 
@@ -54,7 +54,9 @@ def prepare_chat(options: Data, folder: Path) -> None:
         progress = stack.enter_context(Progress(*columns, console=console, transient=True))
         chosen = tokenizer.read(options.tokenizer) if options.tokenizer else _train(options, found, progress)
         template = ChatTemplate.open(options, chosen)
-        writers = {split: _Writer(folder, split, tokenizer.vocabulary_size(chosen), stack) for split in SPLITS}
+        writers = {
+            split: _ConversationWriter(folder, split, tokenizer.vocabulary_size(chosen), stack) for split in SPLITS
+        }
         domains, paths = _Numbers(), _Numbers()
         waiting: dict[tuple[int, str], Row] = {}  # the last of every domain and split, which may have to change sides
         task = progress.add_task("reading conversations", total=None)
@@ -171,7 +173,7 @@ def _train(options: Data, found: dict[str, ChatSource], progress: Progress) -> T
     return tokenizer.train(options, texts, len(texts), sum(map(len, texts)), progress)
 
 
-class _Writer:
+class _ConversationWriter:
     """The files of one split."""
 
     def __init__(self, folder: Path, split: str, vocab_size: int, stack: ExitStack) -> None:

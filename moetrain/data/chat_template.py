@@ -35,7 +35,7 @@ DEFAULT_SAID = (
 )
 
 
-class Encoded(NamedTuple):
+class EncodedConversation(NamedTuple):
     """A conversation as the model sees it."""
 
     text: str
@@ -78,7 +78,7 @@ class ChatTemplate:
             template, where = _read_template(Path(own), "data.chat_template"), f"data.chat_template={own}"
         return cls(chosen, template, where, special)
 
-    def encode(self, conversation: Conversation) -> Encoded:
+    def encode(self, conversation: Conversation) -> EncodedConversation:
         """Raises `BadText` where the template refuses the conversation, `ConfigError` where nothing marks the turns."""
         if not conversation.messages:
             return self._encode_text(conversation)
@@ -94,14 +94,14 @@ class ChatTemplate:
                 target |= (ends > before) & (begins < self._prefix(conversation, number + 1, text, False))
         return _encoded(text, encoding.ids, target)
 
-    def _encode_text(self, conversation: Conversation) -> Encoded:
+    def _encode_text(self, conversation: Conversation) -> EncodedConversation:
         """Text as it is, and the end of text behind it; no token spans the border of prompt and completion."""
         parts = conversation.text[: conversation.prompt], conversation.text[conversation.prompt :]
         asked, said = (self._chosen.encode(part, add_special_tokens=False).ids for part in parts)
         target = [*(False for _ in asked), *(True for _ in said), True]
         return _encoded(conversation.text, [*asked, *said, self.end_token], target)
 
-    def _encode_marked(self, conversation: Conversation) -> Encoded:
+    def _encode_marked(self, conversation: Conversation) -> EncodedConversation:
         """By the template's own marks of what the assistant says."""
         found = self._apply(conversation, len(conversation.messages), tokenize=True)
         target = np.array(found["assistant_masks"], bool)
@@ -192,7 +192,7 @@ def _read_template(path: Path, field: str) -> str:
     return text
 
 
-def _encoded(text: str, tokens: Sequence[int], target: Any) -> Encoded:
+def _encoded(text: str, tokens: Sequence[int], target: Any) -> EncodedConversation:
     mask = np.array(target, bool)
     mask[:1] = False  # nothing is before it to predict it from
-    return Encoded(text, np.array(tokens, np.uint32), mask)
+    return EncodedConversation(text, np.array(tokens, np.uint32), mask)

@@ -19,7 +19,7 @@ from moetrain.common.extensions import CORPORA
 from moetrain.config import Data
 from moetrain.data import debian
 from moetrain.data.files import Columns, LeftOut
-from moetrain.data.pieces import PIECE_BYTES, Piece, list_pieces, read_pieces
+from moetrain.data.pieces import PIECE_BYTES, FilePiece, list_pieces, read_pieces
 
 MAX_FILE_BYTES = 1_000_000  # one huge file is not a document that teaches much
 MIN_CHARACTERS = 200
@@ -43,7 +43,7 @@ def split_source(options: Data, left_out: LeftOut) -> list[Shard]:
     """The parts of the source, in order: a folder by its files, the other sources whole."""
     if options.source != "folder":
         return [Shard(partial(CORPORA[options.source], options), 0)]
-    groups: list[list[Piece]] = [[]]
+    groups: list[list[FilePiece]] = [[]]
     for piece in list_pieces(Path(str(options.path)), left_out):
         full = sum(each.size for each in groups[-1]) + piece.size > PIECE_BYTES or len(groups[-1]) == MOST_PIECES
         if groups[-1] and full:

@@ -26,40 +26,40 @@ PART = 8_000  # characters at least of each part
 INSTEAD = "data=local and data=folder need no packages, data.path=FOLDER takes .deb files"
 
 
-class Source(NamedTuple):
+class DebianSource(NamedTuple):
     package: str
     files: str  # regular expression of whole paths
     border: str = "\n\n"  # where a long file may be cut
     encoding: str = "utf-8"
 
 
-def manual(language: str, *packages: str) -> tuple[Source, ...]:
-    return tuple(Source(package, rf"usr/share/man/{language}man\d/.*\.gz") for package in packages)
+def manual(language: str, *packages: str) -> tuple[DebianSource, ...]:
+    return tuple(DebianSource(package, rf"usr/share/man/{language}man\d/.*\.gz") for package in packages)
 
 
-def fortunes(package: str, folder: str = "") -> Source:
-    return Source(package, rf"usr/share/games/fortunes/{folder}[^/]*(?<!\.dat)(?<!\.u8)", "\n%\n")
+def fortunes(package: str, folder: str = "") -> DebianSource:
+    return DebianSource(package, rf"usr/share/games/fortunes/{folder}[^/]*(?<!\.dat)(?<!\.u8)", "\n%\n")
 
 
 DOMAINS = {
-    "english": (fortunes("fortunes"), Source("anarchism", r"usr/share/doc/anarchism/markdown/.*\.md(\.gz)?")),
-    "rust": (Source("rust-src", r"usr/src/rustc-[^/]+/(compiler|library/(core|alloc|std)|src/tools)/.*\.rs"),),
-    "lisp": (Source("sbcl-source", r"usr/share/sbcl-source/.*\.lisp"),),
+    "english": (fortunes("fortunes"), DebianSource("anarchism", r"usr/share/doc/anarchism/markdown/.*\.md(\.gz)?")),
+    "rust": (DebianSource("rust-src", r"usr/src/rustc-[^/]+/(compiler|library/(core|alloc|std)|src/tools)/.*\.rs"),),
+    "lisp": (DebianSource("sbcl-source", r"usr/share/sbcl-source/.*\.lisp"),),
     "manuals": (
         *manual("", "manpages", "manpages-dev"),
-        Source("perl-doc", r"usr/share/perl/[^/]+/pod/.*\.pod"),
+        DebianSource("perl-doc", r"usr/share/perl/[^/]+/pod/.*\.pod"),
     ),
-    "dictionary": (Source("dict-gcide", r"usr/share/dictd/gcide\.dict\.dz"),),
-    "german_english": (Source("trans-de-en", r"usr/share/trans/de-en", "\n"),),
-    "maths": (Source("metamath-databases", r"usr/share/metamath/databases/.*\.mm"),),
-    "json": (Source("iso-codes", r"usr/share/iso-codes/json/iso_.*\.json", "\n    },\n"),),
+    "dictionary": (DebianSource("dict-gcide", r"usr/share/dictd/gcide\.dict\.dz"),),
+    "german_english": (DebianSource("trans-de-en", r"usr/share/trans/de-en", "\n"),),
+    "maths": (DebianSource("metamath-databases", r"usr/share/metamath/databases/.*\.mm"),),
+    "json": (DebianSource("iso-codes", r"usr/share/iso-codes/json/iso_.*\.json", "\n    },\n"),),
     "german": (fortunes("fortunes-de", "de/"), *manual("de/", "manpages-de", "manpages-de-dev")),
     "french": manual("fr/", "manpages-fr", "manpages-fr-dev"),
     "spanish": (fortunes("fortunes-es", "es/"), *manual("es/", "manpages-es", "manpages-es-dev")),
     "russian": (fortunes("fortunes-ru", "ru/"), *manual("ru/", "manpages-ru", "manpages-ru-dev")),
     "japanese": manual("ja/", "manpages-ja", "manpages-ja-dev"),
     "chinese": (fortunes("fortunes-zh"), *manual("zh_(CN|TW)/", "manpages-zh")),
-    "japanese_dictionary": (Source("edict", r"usr/share/edict/edict", "\n", "euc_jp"),),
+    "japanese_dictionary": (DebianSource("edict", r"usr/share/edict/edict", "\n", "euc_jp"),),
 }
 PACKAGES = [source.package for sources in DOMAINS.values() for source in sources]
 

@@ -19,7 +19,7 @@ from moetrain.data.spool import SPLIT, Spool, read_texts
 JOB_BYTES = 1 << 22  # of text that a process is given at a time
 
 
-class Job(NamedTuple):
+class EncodeJob(NamedTuple):
     """Documents of one shard and split, one after the other."""
 
     tokenizer: Path
@@ -32,7 +32,7 @@ class Job(NamedTuple):
     characters: int
 
 
-class Encoded(NamedTuple):
+class EncodedTexts(NamedTuple):
     """Their tokens, each document's end-of-text token included, and the length of each."""
 
     tokens: NDArray[np.integer]
@@ -50,7 +50,7 @@ class _Writer:
         self.digest, self.documents, self.tokens = hashlib.sha256(), 0, 0
         self.domains, self.per_domain = domains, np.zeros(len(domains), np.int64)
 
-    def add(self, encoded: Encoded, domains: NDArray[np.integer]) -> None:
+    def add(self, encoded: EncodedTexts, domains: NDArray[np.integer]) -> None:
         raw = encoded.tokens.tobytes()
         self.file.write(raw)
         self.digest.update(raw)
@@ -95,7 +95,7 @@ def write_tokens(
     return {split: {**writer.close(), "bytes": bytes_[split]} for split, writer in writers.items()}
 
 
-def _jobs(spool: Spool, path: Path) -> Iterator[Job]:
+def _jobs(spool: Spool, path: Path) -> Iterator[EncodeJob]:
     for number, (shard, splits) in enumerate(zip(spool.shards, spool.splits, strict=True)):
         for split in SPLITS:
             rows = np.flatnonzero(splits == SPLIT[split])
@@ -106,17 +106,17 @@ def _jobs(spool: Spool, path: Path) -> Iterator[Job]:
                     own = rows[part]
                     begins, characters = shard.rows["begin"][own], int(shard.rows["length"][own].sum())
                     where = spool.domains[number][own]
-                    yield Job(path, shard.path, begins, sizes[part], number, split, where, characters)
+                    yield EncodeJob(path, shard.path, begins, sizes[part], number, split, where, characters)
 
 
-def _encode_job(job: Job) -> Encoded:
+def _encode_job(job: EncodeJob) -> EncodedTexts:
     return _encode(job.tokenizer, read_texts(job.texts, job.begins, job.sizes))
 
 
-def _encode(path: Path, texts: Any) -> Encoded:
+def _encode(path: Path, texts: Any) -> EncodedTexts:
     chosen, end, dtype = _load(path)
     found = [np.concatenate([ids, end]) for ids in tokenizer.encode(chosen, texts)]
-    return Encoded(np.concatenate(found).astype(dtype), np.array([len(ids) for ids in found], np.int64))
+    return EncodedTexts(np.concatenate(found).astype(dtype), np.array([len(ids) for ids in found], np.int64))
 
 
 @lru_cache(maxsize=1)

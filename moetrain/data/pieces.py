@@ -12,7 +12,7 @@ PIECE_BYTES = 1 << 26  # of row groups that are read together
 BATCH = 64  # rows of Parquet that are unpacked at a time
 
 
-class Piece(NamedTuple):
+class FilePiece(NamedTuple):
     """A file, or some row groups of one."""
 
     file: Path
@@ -22,11 +22,11 @@ class Piece(NamedTuple):
     first_row: int = 0
 
 
-def list_pieces(path: Path, left_out: LeftOut) -> Iterator[Piece]:
+def list_pieces(path: Path, left_out: LeftOut) -> Iterator[FilePiece]:
     """The pieces of all files below `path`, in order; files that are not read are counted."""
     for file in files.text_files(path, left_out):
         parts = file.relative_to(path).parts
-        whole = Piece(file, parts[0] if len(parts) > 1 else "text", file.stat().st_size)
+        whole = FilePiece(file, parts[0] if len(parts) > 1 else "text", file.stat().st_size)
         if files.kind_of(file)[0] == PARQUET and whole.size > PIECE_BYTES:
             yield from _split_parquet(whole)
         else:
@@ -34,7 +34,7 @@ def list_pieces(path: Path, left_out: LeftOut) -> Iterator[Piece]:
 
 
 def read_pieces(
-    pieces: Sequence[Piece], left_out: LeftOut, on_bad: str, columns: Columns
+    pieces: Sequence[FilePiece], left_out: LeftOut, on_bad: str, columns: Columns
 ) -> Iterator[tuple[str, str, str]]:
     """(domain, text, name) of every document that is not empty. What is bad is counted or raises `ConfigError`."""
     for piece in pieces:
@@ -52,11 +52,11 @@ def read_pieces(
             files.refuse_or_skip(error, on_bad, left_out)
 
 
-def _read_whole(piece: Piece, columns: Columns, refuse: Any) -> Iterator[tuple[str, str, str]]:
+def _read_whole(piece: FilePiece, columns: Columns, refuse: Any) -> Iterator[tuple[str, str, str]]:
     yield piece.domain, files.read_text(piece.file), str(piece.file)
 
 
-def _read_lines(piece: Piece, columns: Columns, refuse: Any) -> Iterator[tuple[str, str, str]]:
+def _read_lines(piece: FilePiece, columns: Columns, refuse: Any) -> Iterator[tuple[str, str, str]]:
     for number, line in files.rows(piece.file):
         try:
             text, label = files.row(line, str(piece.file), number, columns)
@@ -66,7 +66,7 @@ def _read_lines(piece: Piece, columns: Columns, refuse: Any) -> Iterator[tuple[s
             yield label or piece.domain, text, f"{piece.file}:{number}"
 
 
-def _read_parquet(piece: Piece, columns: Columns, refuse: Any) -> Iterator[tuple[str, str, str]]:
+def _read_parquet(piece: FilePiece, columns: Columns, refuse: Any) -> Iterator[tuple[str, str, str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,7 +93,7 @@ def _read_parquet(piece: Piece, columns: Columns, refuse: Any) -> Iterator[tuple
         raise BadText(str(piece.file), f"cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None
 
 
-def _split_parquet(whole: Piece) -> Iterator[Piece]:
+def _split_parquet(whole: FilePiece) -> Iterator[FilePiece]:
     """Row groups together as far as they stay below PIECE_BYTES; a file that cannot be opened as it is."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -14,7 +14,7 @@ from moetrain.data.loader import Corpus
 MOST_TOKENS = 2000  # of a document that are shown
 
 
-class Document(NamedTuple):
+class PreviewedDocument(NamedTuple):
     """A document in pieces."""
 
     domain: str
@@ -24,7 +24,7 @@ class Document(NamedTuple):
     pieces: list[dict[str, Any]]  # {"text", "learned"}
 
 
-def read_documents(folder: Path, count: int) -> list[Document]:
+def read_documents(folder: Path, count: int) -> list[PreviewedDocument]:
     """Returns the first documents of the training split. Raises `ConfigError` where the corpus holds no tokens."""
     corpus = Corpus(folder)
     if corpus.is_mixture:
@@ -37,7 +37,9 @@ def read_documents(folder: Path, count: int) -> list[Document]:
         if corpus.is_chat:
             _, file, line = corpus.origins("train")[number].tolist()
             where = f"{corpus.manifest['chat']['files'][file]}:{line}"
-        out.append(Document(corpus.domains[domain], where, size, sum(learned), _cut_pieces(corpus, own, learned)))
+        out.append(
+            PreviewedDocument(corpus.domains[domain], where, size, sum(learned), _cut_pieces(corpus, own, learned))
+        )
     return out
 
 
@@ -48,7 +50,7 @@ def _cut_pieces(corpus: Corpus, tokens: list[int], learned: list[bool]) -> list[
     return [{"text": piece, "learned": learned[run[0]]} for piece, run in zip(text, runs, strict=True)]
 
 
-def show(document: Document) -> None:
+def show(document: PreviewedDocument) -> None:
     """Print a document; where the output is no terminal, what is learned stands in [[double brackets]]."""
     counts = f"{document.targets:,} of {document.tokens:,} tokens are learned"
     console.print(f"\n{document.domain}  {document.where}  {counts}", style="bold", markup=False)

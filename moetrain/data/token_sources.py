@@ -33,7 +33,7 @@ SCANNED = "token-files"  # below `data.dir`
 MOST_ENDS = 16  # of the tokens that documents end in, the most frequent ones are kept
 
 
-class Part(NamedTuple):
+class SourceShare(NamedTuple):
     """Documents of one file of a source: all of a split that `moetrain data` prepared, or some of Megatron's."""
 
     split: str
@@ -87,7 +87,7 @@ def _choose_tokenizer(options: Data, indexes: dict[str, list[Path]]) -> Tokenize
     raise ConfigError(f"data.tokenizer=null: {rule}")
 
 
-def _prepared_parts(name: str, source: TokenSource, folder: Path, chosen: Tokenizer) -> list[Part]:
+def _prepared_parts(name: str, source: TokenSource, folder: Path, chosen: Tokenizer) -> list[SourceShare]:
     field = f"data.sources.{name}.path={source.path}"
     if source.held_out is not None:
         rule = "has no effect: the folder was prepared with a held-out part"
@@ -106,20 +106,22 @@ def _prepared_parts(name: str, source: TokenSource, folder: Path, chosen: Tokeni
         counts = {domains[0]: facts["tokens"]} if source.domain else facts["tokens_per_domain"]
         place = {"folder": str(folder), "split": split, "vocab_size": manifest["vocab_size"]}
         last = {"first": 0, "last": facts["documents"]}
-        out.append(Part(split, place | last, domains, facts["documents"], facts["tokens"], counts, facts["sha256"]))
+        out.append(
+            SourceShare(split, place | last, domains, facts["documents"], facts["tokens"], counts, facts["sha256"])
+        )
     return out
 
 
 def _megatron_parts(
     name: str, source: TokenSource, indexes: list[Path], share: float, facts: dict[str, dict[str, Any]]
-) -> list[Part]:
+) -> list[SourceShare]:
     domain = domain_name(source.domain or name)
 
-    def part(split: str, index: Path, first: int, last: int) -> Part:
+    def part(split: str, index: Path, first: int, last: int) -> SourceShare:
         begins = open_megatron(index).begins
         tokens, place = begins[last] - begins[first], {"index": str(index), "first": first, "last": last}
         digest = facts[str(index.with_suffix(".bin"))]["sha256"]
-        return Part(split, place, [domain], last - first, tokens, {domain: tokens}, digest)
+        return SourceShare(split, place, [domain], last - first, tokens, {domain: tokens}, digest)
 
     counts = {index: open_megatron(index).num_documents for index in indexes}
     if source.held_out is not None:
@@ -202,7 +204,11 @@ def _scan(file: TokenFile, advance: Callable[[int], None]) -> dict[str, Any]:
 
 
 def _write(
-    folder: Path, found: dict[str, TokenSource], parts: dict[str, list[Part]], notes: list[str], chosen: Tokenizer
+    folder: Path,
+    found: dict[str, TokenSource],
+    parts: dict[str, list[SourceShare]],
+    notes: list[str],
+    chosen: Tokenizer,
 ) -> None:
     domains = sorted({domain for own in parts.values() for part in own for domain in part.domains})
     splits = {}

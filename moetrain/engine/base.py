@@ -92,7 +92,7 @@ class Engine(ABC):
 
     @abstractmethod
     def entries(self, optimizer: bool = True) -> Entries:
-        """This rank's part of what a checkpoint holds (`checkpoint.entries.Engine`)."""
+        """This rank's part of what a checkpoint holds (`engine.entries.Checkpointable`)."""
 
     @abstractmethod
     def restored(self, entries: Entries, step: int) -> None:

@@ -43,7 +43,7 @@ class Held(NamedTuple):
 Entries = dict[str, Held]
 
 
-class Engine(Protocol):
+class Checkpointable(Protocol):
     """What saving and loading need of an engine."""
 
     def entries(self, optimizer: bool = True) -> Entries:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moetrain.distributed.comm import all_reduce_sum, gather_texts
 from moetrain.distributed.mesh import Mesh
-from moetrain.evals.requests import Encoder, Request
+from moetrain.evals.requests import Encoder, EvalRequest
 from moetrain.evals.task import ChoiceTask, PromptTask
 from moetrain.moe.layer import LayerStats
 
@@ -117,7 +117,7 @@ class Answerer:
         order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
         return order[self._mesh.rank :: self._mesh.world]
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+    def _batches(self, requests: Sequence[EvalRequest]) -> Iterator[list[int]]:
         """Requests of like length, within the budget."""
         batch: list[int] = []
         longest = 0
@@ -130,7 +130,7 @@ class Answerer:
         if batch:
             yield batch
 
-    def _score_batch(self, batch: Sequence[Request]) -> list[float]:
+    def _score_batch(self, batch: Sequence[EvalRequest]) -> list[float]:
         tokens = self._pad([request.tokens for request in batch], 2)
         nats, stats = self._model(tokens[:, :-1], tokens[:, 1:])
         self.experts.add(stats, self._is_real([len(r.tokens) - 1 for r in batch], tokens.shape[1] - 1))

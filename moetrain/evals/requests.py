@@ -6,7 +6,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 
-class Request(NamedTuple):
+class EvalRequest(NamedTuple):
     """Tokens for the model, of which those from `begin` on are scored."""
 
     tokens: list[int]  # at least one more than the model reads: the last is a target alone
@@ -28,7 +28,7 @@ class Encoder:
         if not set(self._prefix) <= {token for token, entry in tokenizer.get_added_tokens_decoder().items()}:
             self._prefix = []
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[EvalRequest]:
         """Encode contexts with their continuations: the tokens of both together, of which the continuation's are those
         that the context alone has not. White space at the end of a context belongs to the continuation.
         """
@@ -40,16 +40,16 @@ class Encoder:
             before = [*self._prefix, *context] or [self.end_of_text]
             tokens = [*before, *whole[len(context) :]]
             cut = max(0, len(tokens) - self.most - 1)
-            out.append(Request(tokens[cut:], max(1, len(before) - cut), cut > 0))
+            out.append(EvalRequest(tokens[cut:], max(1, len(before) - cut), cut > 0))
         return out
 
-    def encode_prompts(self, contexts: Sequence[str], room: int) -> list[Request]:
+    def encode_prompts(self, contexts: Sequence[str], room: int) -> list[EvalRequest]:
         """Encode contexts that the model continues by up to `room` tokens; half of its sequence is theirs anyhow."""
         most = max(self.most - room, self.most // 2, 1)
         out = []
         for context in self._encode(contexts):
             tokens = [*self._prefix, *context] or [self.end_of_text]
-            out.append(Request(tokens[-most:], min(len(tokens), most), len(tokens) > most))
+            out.append(EvalRequest(tokens[-most:], min(len(tokens), most), len(tokens) > most))
         return out
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:

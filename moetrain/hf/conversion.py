@@ -27,7 +27,7 @@ class Operations(NamedTuple):
     sources: tuple[str, ...]
     targets: tuple[str, ...]
 
-    def run(self, parts: Parts, name: str, model: Any) -> Parts:
+    def apply(self, parts: Parts, name: str, model: Any) -> Parts:
         """Return what comes out, by pattern. `name`: of the first target; `model`: its shapes are looked up."""
         found: dict[str, Any] = dict(parts)
         for step in self.steps:
@@ -44,7 +44,7 @@ class Operations(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class ConversionGroup:
     """Keys that become tensors of the model together.
 
     Rows are those of the tensors' first dimension: `list` has a key for each row and pattern, `rows` has the rows of
@@ -63,13 +63,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """A tensor of the model, to be read from a folder."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype  # what `read` returns
-    group: Group = field(repr=False)
+    group: ConversionGroup = field(repr=False)
     tensors: Mapping[str, Lazy] = field(repr=False)  # by key
     model: Any = field(repr=False)  # on the meta device
 
@@ -103,7 +103,7 @@ class Source:
 
     def _convert(self, parts: Parts) -> Tensor:
         assert self.group.forward is not None
-        found = self.group.forward.run(parts, self.group.first, self.model)
+        found = self.group.forward.apply(parts, self.group.first, self.model)
         return next(found[pattern][0] for pattern, name in self.group.names.items() if name == self.name)
 
 
@@ -113,8 +113,8 @@ class Mapped:
 
     model: Any  # a `PreTrainedModel` on the meta device
     tensors: Mapping[str, Lazy]  # by key
-    sources: Mapping[str, Source]  # of every tensor in the model's state dict, by name; of tied ones the same
-    groups: Sequence[Group]
+    sources: Mapping[str, TensorSource]  # of every tensor in the model's state dict, by name; of tied ones the same
+    groups: Sequence[ConversionGroup]
     carried: tuple[str, ...]  # keys that transformers leaves out on purpose
 
     def revert(self, read: Read) -> Iterator[tuple[str, Iterator[Tensor]]]:
@@ -127,7 +127,7 @@ class Mapped:
                 for place, key in enumerate(keys):
                     yield key, self._revert(group, pattern, place, read)
 
-    def _revert(self, group: Group, pattern: str, place: int, read: Read) -> Iterator[Tensor]:
+    def _revert(self, group: ConversionGroup, pattern: str, place: int, read: Read) -> Iterator[Tensor]:
         source = self.sources[group.first]
         if group.kind == "whole":
             pieces: list[Rows] = [None]
@@ -145,14 +145,14 @@ class Mapped:
                 continue
             places = group.backward.sources
             parts = dict(zip(places, ([v] for v in values), strict=True)) if len(places) > 1 else {places[0]: values}
-            found = group.backward.run(parts, group.first, self.model)
+            found = group.backward.apply(parts, group.first, self.model)
             assert group.forward is not None
             wanted = group.backward.targets[group.forward.sources.index(pattern)].replace("*", str(place))
             (value,) = found[wanted]
             yield value
 
 
-def rows_at_once(source: Source) -> int:
+def rows_at_once(source: TensorSource) -> int:
     """Return how many rows of a tensor are converted at a time."""
     row = torch.Size(source.shape[1:]).numel() * source.dtype.itemsize
     return max(1, PIECE_BYTES // max(1, row))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.hf.build import build_transformer, unwrap
-from moetrain.hf.conversion import Mapped, Source
+from moetrain.hf.conversion import Mapped, TensorSource
 from moetrain.hf.folder import open_folder
 from moetrain.hf.matching import map_tensors
 from moetrain.hf.quantized import dequantise
@@ -73,7 +73,7 @@ def read_weights(
         yield parameter, partial(_read_source, sources[name], own)
 
 
-def _read_source(source: Source, own: list[int] | None, rows: slice) -> Tensor:
+def _read_source(source: TensorSource, own: list[int] | None, rows: slice) -> Tensor:
     return source.read(rows if own is None else own[rows])
 
 

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from moetrain.common.errors import ConfigError
-from moetrain.hf.conversion import Group, Kind, Mapped, Operations, Source
+from moetrain.hf.conversion import ConversionGroup, Kind, Mapped, Operations, TensorSource
 from moetrain.hf.folder import Lazy, Planned, open_folder, read_config
 from moetrain.hf.quantized import dequantise
 
@@ -100,8 +100,8 @@ class _Matching:
         self._tensors, self._model, self._path = tensors, model, path
         self._compare_tied = compare_tied
         self._state: dict[str, Tensor] = model.state_dict()
-        self._sources: dict[str, Source] = {}
-        self._groups: list[Group] = []
+        self._sources: dict[str, TensorSource] = {}
+        self._groups: list[ConversionGroup] = []
 
     def result(self) -> Mapped:
         """Return the match. Raises `ConfigError`."""
@@ -147,7 +147,7 @@ class _Matching:
         operations = () if converter is None else self._settle(converter.operations, name, keys)
         if not operations:
             ((key,),) = keys.values()
-            self._add_group(Group({"": name}, {"": (key,)}), {name: self._on_meta(key)}, key)
+            self._add_group(ConversionGroup({"": name}, {"": (key,)}), {name: self._on_meta(key)}, key)
             return
         kind = _find_kind(operations)
         if kind == "list":
@@ -160,15 +160,15 @@ class _Matching:
         ordered = {p: tuple(keys[p]) for p in converter.source_patterns if p in keys}
         example = next(iter(ordered.values()))[0]
         try:
-            found = forward.run({p: [self._on_meta(k) for k in own] for p, own in ordered.items()}, name, self._model)
+            found = forward.apply({p: [self._on_meta(k) for k in own] for p, own in ordered.items()}, name, self._model)
         except Exception as error:  # whatever an operation says of shapes that it does not take
             raise self._bad(f"{example} and those beside it do not make {name} ({error})") from None
         start = next((p for p in found if p in name), None)
         names = {p: name if start is None else name.replace(start, p, 1) for p in found}
-        group = Group(names, ordered, kind, forward, backward)
+        group = ConversionGroup(names, ordered, kind, forward, backward)
         self._add_group(group, {names[p]: value[0] for p, value in found.items()}, example)
 
-    def _add_group(self, group: Group, made: Mapping[str, Tensor], example: str) -> None:
+    def _add_group(self, group: ConversionGroup, made: Mapping[str, Tensor], example: str) -> None:
         for name, value in made.items():
             wanted = self._state.get(name)
             if wanted is None:
@@ -177,7 +177,7 @@ class _Matching:
                 raise self._bad(f"{example} has shape {list(value.shape)}; {name} needs {list(wanted.shape)}")
             if value.is_floating_point() != wanted.is_floating_point() or value.dtype == torch.float8_e4m3fn:
                 raise self._bad(f"{example} is {_say(value.dtype)}, which {name}, {_say(wanted.dtype)}, cannot be")
-            self._sources[name] = Source(name, tuple(value.shape), value.dtype, group, self._tensors, self._model)
+            self._sources[name] = TensorSource(name, tuple(value.shape), value.dtype, group, self._tensors, self._model)
         self._groups.append(group)
 
     def _settle(self, operations: list[Any], name: str, keys: dict[str, list[str]]) -> tuple[Any, ...]:
@@ -236,7 +236,7 @@ class _Matching:
         return ConfigError(f"model.path={self._path}: {rule}")
 
 
-def _are_equal(one: Source, other: Source) -> bool:
+def _are_equal(one: TensorSource, other: TensorSource) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     parts = (slice(begin, begin + PIECE_ROWS) for begin in range(0, one.shape[0], PIECE_ROWS))

@@ -28,7 +28,7 @@ from moetrain.hf.layout import is_experts
 from moetrain.hf.pinning import PinnedChoices
 from moetrain.hf.replay import replay_in_recompute
 from moetrain.hf.scores import FamilyRouter, find_router
-from moetrain.hf.spread import NAME, Decision, SpreadExperts, register
+from moetrain.hf.spread import NAME, SpreadDecision, SpreadExperts, register
 from moetrain.models.base import LanguageModel, ReadRows, SpreadableExperts
 from moetrain.models.cross_entropy import linear_cross_entropy
 from moetrain.moe.kernels.api import DEFAULT_KERNELS, KernelChoice
@@ -258,7 +258,7 @@ class HFModel(LanguageModel):
     def before_experts(self, one: SpreadExperts, hidden_TD: Tensor, top_k: int) -> None:
         """The experts call this at the beginning of a pass."""
 
-    def after_decision(self, one: SpreadExperts, decision: Decision) -> None:
+    def after_decision(self, one: SpreadExperts, decision: SpreadDecision) -> None:
         """The experts call this when they have planned, which a recompute does not."""
         self._passes[one.name] = Pass(self._logits.pop(one.name), decision, one.real_T)
 
@@ -276,7 +276,7 @@ class Pass(NamedTuple):
     """A forward of one layer of experts."""
 
     logits_TE: Tensor
-    decision: Decision
+    decision: SpreadDecision
     real_T: Tensor | None  # bool: tokens that are not padding; None: all
 
     def describe(self, router: FamilyRouter) -> LayerStats:

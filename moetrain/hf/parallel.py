@@ -34,7 +34,7 @@ from moetrain.hf.matching import open_weights
 from moetrain.hf.pinning import PinnedChoices
 from moetrain.hf.replay import replay_in_recompute
 from moetrain.hf.scores import RouterPass, find_router, is_recomputed, prepare_routers
-from moetrain.hf.spread import NAME, Decision, SpreadExperts, register
+from moetrain.hf.spread import NAME, SpreadDecision, SpreadExperts, register
 from moetrain.moe.calibrate import Layer
 from moetrain.moe.gradients import Reduction
 from moetrain.moe.options import BalanceOptions
@@ -266,7 +266,7 @@ class HFExpertParallel(ExpertParallel):
             shape = Layer(one.dim, one.hidden, one.num_experts, top_k, one.gate_up.dtype)
             one.kernel_choice = self._give_costs(one, shape, hidden_TD.device)
 
-    def after_decision(self, one: SpreadExperts, decision: Decision) -> None:
+    def after_decision(self, one: SpreadExperts, decision: SpreadDecision) -> None:
         """The experts call this when they have planned, which a recompute does not."""
         logits_TE, probs_E = self._logits.get(one.name), None
         if one.router is not None and logits_TE is not None:

@@ -43,7 +43,7 @@ NAME = "moetrain"  # in ALL_EXPERTS_FUNCTIONS
 
 
 @dataclass(frozen=True)
-class Decision:
+class SpreadDecision:
     """What is decided for the tokens of one pass, and replayed under recompute."""
 
     plan: Plan
@@ -55,12 +55,12 @@ class Decision:
     clock: Clock
 
 
-class Watcher(Protocol):
+class SpreadWatcher(Protocol):
     """Who is told what the experts do."""
 
     def before_experts(self, one: "SpreadExperts", hidden_TD: Tensor, top_k: int) -> None: ...
 
-    def after_decision(self, one: "SpreadExperts", decision: Decision) -> None: ...
+    def after_decision(self, one: "SpreadExperts", decision: SpreadDecision) -> None: ...
 
 
 class SpreadExperts(KernelUser):
@@ -80,7 +80,7 @@ class SpreadExperts(KernelUser):
         """
         self.name, self.module, self.costs = name, module, costs
         self.regions: Sequence[nn.Module] = ()  # the modules around it, one of which may be recomputed
-        self.watcher: Watcher | None = None
+        self.watcher: SpreadWatcher | None = None
         self.router: FamilyRouter | None = None  # where its scores are wanted
         self.plan_with(*planner)
         self.layout = ExpertsLayout.read(name, module)
@@ -170,7 +170,7 @@ class SpreadExperts(KernelUser):
         """Return [T, D], the weighted sum of every token's experts, wherever the plan has them computed."""
         if self.watcher is not None:
             self.watcher.before_experts(self, hidden_TD, index_TK.shape[1])
-        decision: Decision = decide_once(lambda: self.decide(index_TK))
+        decision: SpreadDecision = decide_once(lambda: self.decide(index_TK))
         routing = _routing(decision.index_TK, weight_TK)
         if decision.rows_N is not None:
             routing = routing.take(decision.rows_N)
@@ -189,7 +189,7 @@ class SpreadExperts(KernelUser):
         decision.clock.stop()  # what a recompute does is not counted again
         return y_TD.to(hidden_TD.dtype)
 
-    def _start(self, x_TD: Tensor, routing: Routing, decision: Decision, weights: list[Tensor]) -> LayerContext:
+    def _start(self, x_TD: Tensor, routing: Routing, decision: SpreadDecision, weights: list[Tensor]) -> LayerContext:
         """Begin to lend, and tell the other ranks which rows come."""
         is_wide = all(size % 32 == 0 for w in weights[:2] for size in w.shape[1:])  # kernels of our own need it
         kernels = self.kernel_choice.choose(x_TD.device, x_TD.dtype, weights[:2] if is_wide else ())
@@ -221,13 +221,13 @@ class SpreadExperts(KernelUser):
         weight = self.gate_up
         num_experts = torch.zeros(0, 1, dtype=torch.int64, device=weight.device)
 
-        def run(carry: Tensor) -> Tensor:
+        def compute_empty(carry: Tensor) -> Tensor:
             x_TD = weight.new_zeros(0, self.dim) + carry
             return carry + self(x_TD, num_experts, weight.new_zeros(0, 1)).sum()
 
-        return checkpoint_with_replay(run, carry) if self.is_recomputed else run(carry)
+        return checkpoint_with_replay(compute_empty, carry) if self.is_recomputed else compute_empty(carry)
 
-    def decide(self, index_TK: Tensor) -> Decision:
+    def decide(self, index_TK: Tensor) -> SpreadDecision:
         """Count the selections of all ranks, and plan. The layer's one wait of the host for the device."""
         num_experts, clock = self.num_experts, Clock(index_TK.device, self.step.observer)
         with clock.phase("route"):
@@ -250,7 +250,7 @@ class SpreadExperts(KernelUser):
                 self.residents.admit(plan)
                 self._past_E = remember(self._past_E, counts_RE)
         most_per_token = int(gathered[:, -1].max())
-        decision = Decision(plan, index_TK, counts_E, rows_N, most_per_token, num_lent, clock)
+        decision = SpreadDecision(plan, index_TK, counts_E, rows_N, most_per_token, num_lent, clock)
         if self.watcher is not None:
             self.watcher.after_decision(self, decision)
         return decision

@@ -130,7 +130,11 @@ class Attention(nn.Module):
 
 
 def build_moe(
-    m: config.Model, router: config.Router, planner: config.Planner, shared: nn.Module | None = None, index: int = 0
+    m: config.Model,
+    router: config.RouterSection,
+    planner: config.Planner,
+    shared: nn.Module | None = None,
+    index: int = 0,
 ) -> MoE:
     """Returns the layer of experts that a configuration describes."""
     return MoE(
@@ -152,7 +156,7 @@ class Block(nn.Module):
     """Attention, then experts or a dense MLP, each behind its norm and on the residual stream."""
 
     def __init__(
-        self, m: config.Model, router: config.Router, planner: config.Planner, dense: bool, index: int = 0
+        self, m: config.Model, router: config.RouterSection, planner: config.Planner, dense: bool, index: int = 0
     ) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(m.dim, m.norm_eps)
@@ -207,7 +211,7 @@ class Block(nn.Module):
 class Transformer(LanguageModel):
     """The model of our presets."""
 
-    def __init__(self, m: config.Model, router: config.Router, planner: config.Planner, recompute: str = "none"):
+    def __init__(self, m: config.Model, router: config.RouterSection, planner: config.Planner, recompute: str = "none"):
         super().__init__()
         assert m.vocab_size is not None
         self.options = m

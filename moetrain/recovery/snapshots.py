@@ -22,7 +22,7 @@ from moetrain.checkpoint.saving import Behind, holding_of
 from moetrain.common import disk
 from moetrain.distributed.comm import all_reduce_sum
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine.entries import DTYPES, Engine, Entries
+from moetrain.engine.entries import DTYPES, Checkpointable, Entries
 from moetrain.recovery import memory
 from moetrain.recovery.memory import SLOTS, SnapshotStamp
 
@@ -43,7 +43,9 @@ def keepers(hosts: Sequence[str]) -> list[int | None]:
 class Snapshots(Behind):
     """Takes them. All ranks make one and call `take` at the same steps, when `busy` is false on all of them."""
 
-    def __init__(self, run: str, mesh: Mesh, engine: Engine, layout: dict[str, Any], hosts: Sequence[str]) -> None:
+    def __init__(
+        self, run: str, mesh: Mesh, engine: Checkpointable, layout: dict[str, Any], hosts: Sequence[str]
+    ) -> None:
         """`run`: its identity; `hosts`: of every rank; `layout`: as in a checkpoint's manifest."""
         super().__init__()
         self._mesh, self._engine, self._layout, self._hosts = mesh, engine, layout, hosts

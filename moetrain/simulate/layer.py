@@ -18,7 +18,7 @@ from moetrain.simulate.cluster import BYTES, Cluster
 from moetrain.simulate.links import domain_of, exchange, planner_links
 from moetrain.simulate.shape import Shape
 from moetrain.simulate.stack import Stack
-from moetrain.simulate.traffic import Group, LayerSample
+from moetrain.simulate.traffic import LayerSample, RoutedGroup
 
 OVERLAP = 0.8  # share of lending that can pass while rows are computed, as for the planner's reference machine
 HANDLING = 50e-6  # seconds of a guest besides its bytes, as for that machine
@@ -47,7 +47,7 @@ class Machine:
 
     cluster: Cluster
     shape: Shape
-    group: Group
+    group: RoutedGroup
     stack: Stack
     dtype: str
     recompute: str = "none"

@@ -17,7 +17,7 @@ from moetrain.simulate.layout import Layout, StepWork
 from moetrain.simulate.links import gather_seconds
 from moetrain.simulate.shape import Shape
 from moetrain.simulate.stack import Stack
-from moetrain.simulate.traffic import Group, Natural, RoutingSource, find_routing
+from moetrain.simulate.traffic import Natural, RoutedGroup, RoutingSource, find_routing
 
 PARTS = (
     "attention",
@@ -68,8 +68,8 @@ class Job:
         return self.work.tokens(self.layout)
 
     @property
-    def group(self) -> Group:
-        return Group(self.layout.ep, self.shape.experts, self.tokens, self.shape.top_k)
+    def group(self) -> RoutedGroup:
+        return RoutedGroup(self.layout.ep, self.shape.experts, self.tokens, self.shape.top_k)
 
     @property
     def machine(self) -> Machine:

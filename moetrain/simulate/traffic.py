@@ -27,7 +27,7 @@ AGREEMENT = 1000.0  # of ranks with each other; small: every rank reads another 
 
 
 @dataclass(frozen=True)
-class Group:
+class RoutedGroup:
     """The expert-parallel group that counts are drawn for."""
 
     ranks: int
@@ -55,7 +55,7 @@ def inclusion(shares: Floats, top_k: int) -> Floats:
     return found
 
 
-def draw(probability: Floats, group: Group, rng: np.random.Generator) -> Ints:
+def draw(probability: Floats, group: RoutedGroup, rng: np.random.Generator) -> Ints:
     """[R, E] counts of T tokens that choose each expert with that probability [R, E]; every row sums to T · K."""
     counts = rng.binomial(group.tokens, np.clip(probability, 0, 1)).astype(np.int64)
     target = group.tokens * group.top_k  # a token chooses exactly K: what is missing or too much is spread
@@ -67,7 +67,7 @@ def draw(probability: Floats, group: Group, rng: np.random.Generator) -> Ints:
     return counts
 
 
-def balanced(group: Group) -> Ints:
+def balanced(group: RoutedGroup) -> Ints:
     """[R, E] every rank's selections spread evenly, remainders over different experts."""
     each, more = divmod(group.tokens * group.top_k, group.experts)
     counts = np.full((group.ranks, group.experts), each, np.int64)
@@ -83,15 +83,15 @@ class Natural:
     concentration: float = CONCENTRATION
     agreement: float = AGREEMENT
 
-    def draw(self, group: Group, rng: np.random.Generator) -> Ints:
+    def draw(self, group: RoutedGroup, rng: np.random.Generator) -> Ints:
         """[R, E] counts of one layer."""
         return self.draw_from(self.popularity(group, rng), group, rng)
 
-    def popularity(self, group: Group, rng: np.random.Generator) -> Floats:
+    def popularity(self, group: RoutedGroup, rng: np.random.Generator) -> Floats:
         """[E] how popular the experts of one layer are; sums to 1."""
         return rng.dirichlet(np.full(group.experts, self.concentration))
 
-    def draw_from(self, popular: Floats, group: Group, rng: np.random.Generator) -> Ints:
+    def draw_from(self, popular: Floats, group: RoutedGroup, rng: np.random.Generator) -> Ints:
         """[R, E] counts of one micro-step of a layer with that popularity [E]."""
         alphas = np.maximum(self.agreement * popular, 1e-6)
         gammas = rng.standard_gamma(np.broadcast_to(alphas, (group.ranks, group.experts)))
@@ -117,7 +117,7 @@ def fit_natural(counts_NRE: Ints) -> Natural:
     return Natural(float(np.clip(concentration, 1e-3, 1e4)), float(np.clip(agreement, 0.1, 1e6)))
 
 
-def _hot(group: Group, share: float, experts: Ints) -> Floats:
+def _hot(group: RoutedGroup, share: float, experts: Ints) -> Floats:
     """[R, E] `share` of all selections evenly into `experts`, the rest evenly into the others."""
     into = np.zeros(group.experts)
     into[experts] = 1 / len(experts)
@@ -125,39 +125,39 @@ def _hot(group: Group, share: float, experts: Ints) -> Floats:
     return np.tile(share * into + (1 - share) * rest, (group.ranks, 1))
 
 
-def _hot_set(group: Group, step: int) -> Floats:
+def _hot_set(group: RoutedGroup, step: int) -> Floats:
     return _hot(group, 0.5, np.arange(max(group.top_k, group.experts // 16)))
 
 
-def _hot_rank(group: Group, step: int) -> Floats:
+def _hot_rank(group: RoutedGroup, step: int) -> Floats:
     return _hot(group, 0.5, np.arange(min(group.experts_per_rank, group.experts - 1)))
 
 
-def _spread_hot(group: Group, step: int) -> Floats:
+def _spread_hot(group: RoutedGroup, step: int) -> Floats:
     stride = max(1, group.experts // max(group.top_k, group.experts // 16))
     return _hot(group, 0.5, np.arange(0, group.experts, stride)[: group.experts - 1])
 
 
-def _even(group: Group, step: int) -> Floats:
+def _even(group: RoutedGroup, step: int) -> Floats:
     return np.full((group.ranks, group.experts), 1 / group.experts)
 
 
-def _zero_rank(group: Group, step: int) -> Floats:
+def _zero_rank(group: RoutedGroup, step: int) -> Floats:
     first = np.arange(group.experts) < group.experts_per_rank
     rest = np.where(first & (group.ranks > 1), 0, 1.0)
     return np.tile(rest / rest.sum(), (group.ranks, 1))
 
 
-def _rotating(group: Group, step: int) -> Floats:
+def _rotating(group: RoutedGroup, step: int) -> Floats:
     first = step * group.experts_per_rank + np.arange(min(group.experts_per_rank, group.experts - 1))
     return _hot(group, 0.5, np.unique(first % group.experts))
 
 
-def _burst(group: Group, step: int) -> Floats:
+def _burst(group: RoutedGroup, step: int) -> Floats:
     return _hot_rank(group, step) if step % 4 == 3 else _even(group, step)
 
 
-WORKLOADS: dict[str, Callable[[Group, int], Floats]] = {
+WORKLOADS: dict[str, Callable[[RoutedGroup, int], Floats]] = {
     "W0_balanced": _even,
     "W1_hot_expert_set": _hot_set,
     "W2_hot_rank": _hot_rank,
@@ -169,7 +169,7 @@ WORKLOADS: dict[str, Callable[[Group, int], Floats]] = {
 }
 
 
-def workload(name: str, group: Group, seed: int, step: int) -> Ints:
+def workload(name: str, group: RoutedGroup, seed: int, step: int) -> Ints:
     """[R, E] counts of a named workload: made of its name, the seed and the step alone."""
     rng = np.random.default_rng((seed, step, *name.encode()))
     if name == "W0_balanced":
@@ -201,7 +201,7 @@ class RoutingSource:
         """Whether a hot rank of one layer is as likely as any other to be hot in the next."""
         return self.name != "balanced" and self.name not in WORKLOADS and self.trace is None
 
-    def layers(self, group: Group, number: int, seed: int) -> Iterator[LayerSample]:
+    def layers(self, group: RoutedGroup, number: int, seed: int) -> Iterator[LayerSample]:
         """One sample for each of as many layers."""
         for layer in range(number):
             rng = np.random.default_rng((seed, 7, layer))  # its popularities do not depend on the number of tokens
@@ -219,7 +219,7 @@ class RoutingSource:
                 yield LayerSample(now, before)
 
 
-def find_routing(name: str, group: Group, natural: Natural) -> RoutingSource:
+def find_routing(name: str, group: RoutedGroup, natural: Natural) -> RoutingSource:
     """The routing of that name, or the load trace of the run in that folder. Raises `ConfigError`.
 
     Traces of other group sizes stand for natural routing: its parameters are fit to them.

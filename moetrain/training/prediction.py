@@ -24,7 +24,7 @@ DEVICES |= {"A100": "a100", "MI300X": "mi300x"}  # in the name of a GPU -> in co
 
 
 @dataclass(frozen=True)
-class Prediction:
+class RunPrediction:
     """An optimizer step under natural routing."""
 
     step_seconds: float
@@ -48,21 +48,21 @@ class Prediction:
         disk.write(folder / NAME, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def predict(config: RunSpec, mesh: Mesh, costs: Costs) -> Prediction | None:
+def predict(config: RunSpec, mesh: Mesh, costs: Costs) -> RunPrediction | None:
     """Predict the run from the costs that were measured here; None for a device or a model that the simulator does not
     know."""
     cluster = _find_cluster(mesh, costs)
     return None if cluster is None else _predict(config, cluster, costs)
 
 
-def predict_on_gpus(config: RunSpec) -> tuple[str, Prediction | None]:
+def predict_on_gpus(config: RunSpec) -> tuple[str, RunPrediction | None]:
     """The kind of GPU, this host's or else an H100, and what the run would be on as many of them as it has ranks."""
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     name = next((name for part, name in DEVICES.items() if part in here), ASSUMED)
     return name, _predict(config, load_cluster(name), None)
 
 
-def _predict(config: RunSpec, cluster: Cluster, costs: Costs | None) -> Prediction | None:
+def _predict(config: RunSpec, cluster: Cluster, costs: Costs | None) -> RunPrediction | None:
     try:
         request = job_of_run(config, cluster, costs)
         step = predict_step(request.job, request.routing, request.planner)
@@ -71,7 +71,7 @@ def _predict(config: RunSpec, cluster: Cluster, costs: Costs | None) -> Predicti
     memory = predict_memory(request.job, step.layers, is_drawn=True)
     seconds = float(step.total)
     tokens = config.train.global_batch * config.train.seq_len / seconds
-    return Prediction(seconds, tokens, memory.on_device, cluster.memory.capacity)
+    return RunPrediction(seconds, tokens, memory.on_device, cluster.memory.capacity)
 
 
 def _find_cluster(mesh: Mesh, costs: Costs) -> Cluster | None:

@@ -20,7 +20,7 @@ from moetrain.moe.clock import Clock
 from moetrain.moe.routing import Choice
 from moetrain.moe.routing.balance import BalanceLoss, add_buffers
 from moetrain.observe.collect.health import RouterSums
-from moetrain.observe.collect.meter import BatchSize, Part, StepRecord
+from moetrain.observe.collect.meter import BatchSize, MicroStep, StepRecord
 
 
 class Batch(NamedTuple):
@@ -64,7 +64,7 @@ def optimizer_step(
     """Forward, losses and backward of every micro-step, then the update; `clock` sees where the time goes."""
     clock = clock or Clock(engine.mesh.device)
     size = count_batch(shares, config, engine.mesh.device)
-    parts: list[Part] = []
+    parts: list[MicroStep] = []
     model, groups = engine.model, engine.mesh.ep.size
     balance = BalanceLoss(balance_options(config.balance), model.routers, size.tokens, config.train.seq_len, groups)
     batches = [Batch.from_sequences(share, config, engine.mesh.device) for share in shares]
@@ -81,7 +81,9 @@ def optimizer_step(
             loss = nats.sum() / size.targets + losses.weighted
             engine.backward(spread_not_finite(loss), last=number == len(batches) - 1)
         losses = losses._replace(weighted=losses.weighted.detach())
-        parts.append(Part(nats.detach(), batch.domain, batch.is_target, losses, [s.light() for s in stats], router))
+        parts.append(
+            MicroStep(nats.detach(), batch.domain, batch.is_target, losses, [s.light() for s in stats], router)
+        )
         choices[number] = None  # they are large
     with clock.phase("update"):
         norm = engine.step(lr)

@@ -30,7 +30,7 @@ FORCED = "forced"  # the plan that moves rows anywhere
 
 
 @dataclass(frozen=True)
-class Step:
+class VerifyStep:
     """What is run: the model, the batch, and the ways to run it."""
 
     folder: str  # with config.json
@@ -44,7 +44,7 @@ class Step:
     dtype: str = "fp32"  # or bf16
 
 
-def build_model(step: Step, dtype: str | None = None) -> Any:
+def build_model(step: VerifyStep, dtype: str | None = None) -> Any:
     """Build the architecture at the folder with random weights, the same in every process.
 
     `dtype`: of its parameters; None: the step's. Raises `ConfigError` as `build_transformer`.
@@ -54,13 +54,13 @@ def build_model(step: Step, dtype: str | None = None) -> Any:
     return build_transformer(step.folder, step.trust_remote_code, step.layers, dtype=wanted, ask="--trust-remote-code")
 
 
-def make_batch(step: Step, vocabulary: int) -> Tensor:
+def make_batch(step: VerifyStep, vocabulary: int) -> Tensor:
     """Return [S, L] random tokens, the same in every process."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, min(vocabulary, 4096), (step.sequences, LENGTH), generator=generator)
 
 
-def run_alone(step: Step) -> dict[str, Any]:
+def run_alone(step: VerifyStep) -> dict[str, Any]:
     """Run the step in this process, by transformers' own eager code, in fp32. Returns the result and the choices.
 
     For a step in bf16 the weights are those of bf16, and `rounded` is the result in bf16 with the same choices.
@@ -79,7 +79,7 @@ def run_alone(step: Step) -> dict[str, Any]:
     return found
 
 
-def _run_here(step: Step, model: Any) -> Result:
+def _run_here(step: VerifyStep, model: Any) -> Result:
     for module in model.modules():
         if is_experts(module):
             module.config._experts_implementation = "eager"
@@ -94,7 +94,7 @@ def _run_here(step: Step, model: Any) -> Result:
     return result | {f"next {name}": value.detach() for name, value in model.state_dict().items() if name in grads}
 
 
-def run_spread(step: Step, mesh: Mesh, alone: dict[str, Any]) -> list[Case]:
+def run_spread(step: VerifyStep, mesh: Mesh, alone: dict[str, Any]) -> list[Case]:
     """Run the step on the ranks of the mesh in every case. All ranks call it; rank 0's differences count."""
     cases = []
     for recompute, micro_steps in step.cases:
@@ -109,7 +109,7 @@ def run_spread(step: Step, mesh: Mesh, alone: dict[str, Any]) -> list[Case]:
 
 
 def _run_case(
-    step: Step, mesh: Mesh, alone: dict[str, Any], recompute: bool, micro_steps: int
+    step: VerifyStep, mesh: Mesh, alone: dict[str, Any], recompute: bool, micro_steps: int
 ) -> tuple[Result, int, int, int]:
     """Returns the whole result, the guests, and how many of how many tokens choose other experts when not pinned."""
     model = build_model(step)
@@ -207,7 +207,7 @@ def model_vocabulary(model: Any) -> int:
     return len(unwrap(model).get_input_embeddings().weight)
 
 
-def loss_of(logits: Tensor, ids: Tensor, step: Step) -> Tensor:
+def loss_of(logits: Tensor, ids: Tensor, step: VerifyStep) -> Tensor:
     """These sequences' share of the mean over the whole batch."""
     logits, targets = logits[:, :-1].float(), ids[:, 1:]
     nats = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="sum")

@@ -13,7 +13,7 @@ from moetrain.verify import preset
 from moetrain.verify.compare import Case, Difference
 
 if TYPE_CHECKING:  # a model of ours needs no transformers
-    from moetrain.verify.huggingface import Step
+    from moetrain.verify.huggingface import VerifyStep
 
 ALONE, FOUND = "alone.pt", "found.json"
 HF_CASES = ((False, 1), (True, 1), (True, 2))
@@ -22,7 +22,7 @@ SEQUENCES_PER_RANK = 2
 
 def hf_step(
     overrides: Sequence[str], layers: int, workers: int, trust: bool, fault: str | None, dtype: str = "fp32"
-) -> "Step":
+) -> "VerifyStep":
     """The step that `model=hf model.path=DIR [planner=NAME]` describes. Raises `ConfigError` for other overrides."""
     try:
         from moetrain.verify import huggingface
@@ -35,7 +35,7 @@ def hf_step(
     if "model.path" not in values:
         raise ConfigError("model.path: model=hf needs the folder with the model's config.json")
     planner = values.get("planner", huggingface.FORCED)
-    return huggingface.Step(
+    return huggingface.VerifyStep(
         folder=values["model.path"],
         layers=layers,
         sequences=SEQUENCES_PER_RANK * workers,
@@ -47,7 +47,7 @@ def hf_step(
     )
 
 
-def run_alone(step: "Step | None", overrides: list[str], layers: int, workers: int, folder: Path) -> None:
+def run_alone(step: "VerifyStep | None", overrides: list[str], layers: int, workers: int, folder: Path) -> None:
     """Run the step in this process and keep the result in `folder`; `step` None: a model of ours."""
     if step is not None:
         from moetrain.verify import huggingface
@@ -60,7 +60,7 @@ def run_alone(step: "Step | None", overrides: list[str], layers: int, workers: i
     torch.save(alone, folder / ALONE)
 
 
-def run_rank(step: "Step | None", overrides: list[str], layers: int, mesh: Mesh, folder: Path) -> None:
+def run_rank(step: "VerifyStep | None", overrides: list[str], layers: int, mesh: Mesh, folder: Path) -> None:
     """Run the step on this rank; rank 0 writes what was found into `folder`."""
     alone = torch.load(folder / ALONE, weights_only=False)  # written by the process that started this one
     if step is not None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from moetrain import config
 from moetrain.common.registry import Options, option
-from moetrain.config import Balance, ConfigError, Model, Router, explain, kinds
+from moetrain.config import Balance, ConfigError, Model, RouterSection, explain, kinds
 from moetrain.config.core_options import router_options
 from moetrain.config.sections.base import Section
 from moetrain.moe.options import PLANNERS, ROUTERS, BalanceOptions, RouterOptions, ZeroComputeOptions
@@ -42,7 +42,7 @@ def test_a_section_has_the_options_of_its_kind_alone() -> None:
 @pytest.mark.parametrize(
     ("section", "options", "names"),
     [
-        (Router, RouterOptions, {name: name for name in RouterOptions.names()}),
+        (RouterSection, RouterOptions, {name: name for name in RouterOptions.names()}),
         (Balance, BalanceOptions, {name: name for name in BalanceOptions.names()}),
         (Model, ZeroComputeOptions, {f"{name}_experts": name for name in ("zero", "copy", "constant")}),
     ],

@@ -1,9 +1,11 @@
-"""The layers of the package: what may import what, no cycles between files, what loads without torch."""
+"""The layers of the package: what may import what, no cycles between files, what loads without torch, names."""
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +98,16 @@ def test_these_packages_load_no_torch(package: str) -> None:
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "\n"
+
+
+def test_no_two_classes_have_one_name(structure: ModuleType) -> None:
+    places = defaultdict(list)
+    for module, path in structure.find_modules(ROOT).items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(module)
+    assert len(places) > 100, "the classes of the package are not found"
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
 
 
 def test_the_page_lists_packages_in_the_order_of_the_layers(structure: ModuleType) -> None:

@@ -14,7 +14,7 @@ from moetrain.common.errors import ConfigError
 from moetrain.distributed.mesh import Mesh
 from moetrain.verify import huggingface, preset
 from moetrain.verify.compare import Case, compare, render_table
-from moetrain.verify.huggingface import FAULTS, Step
+from moetrain.verify.huggingface import FAULTS, VerifyStep
 from moetrain.verify.run import HF_CASES, hf_step
 from tests.hf.families import config_of
 from tests.pool import Pool
@@ -28,20 +28,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def step(folder: Path) -> Step:
-    return Step(str(folder), layers=2, sequences=8, planner=huggingface.FORCED, cases=HF_CASES)
+def step(folder: Path) -> VerifyStep:
+    return VerifyStep(str(folder), layers=2, sequences=8, planner=huggingface.FORCED, cases=HF_CASES)
 
 
 @pytest.fixture(scope="module")
-def alone(step: Step) -> dict[str, Any]:
+def alone(step: VerifyStep) -> dict[str, Any]:
     return huggingface.run_alone(step)
 
 
-def find_cases(mesh: Mesh, step: Step, alone: dict[str, Any]) -> list[Case]:
+def find_cases(mesh: Mesh, step: VerifyStep, alone: dict[str, Any]) -> list[Case]:
     return huggingface.run_spread(step, mesh, alone)
 
 
-def test_a_right_layout_is_equal(pool: Pool, step: Step, alone: dict[str, Any]) -> None:
+def test_a_right_layout_is_equal(pool: Pool, step: VerifyStep, alone: dict[str, Any]) -> None:
     for case in pool.run(find_cases, 4, step, alone, ep=2)[0]:
         assert case.bad == []
         assert case.guests > 0
@@ -50,7 +50,7 @@ def test_a_right_layout_is_equal(pool: Pool, step: Step, alone: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(pool: Pool, step: Step, alone: dict[str, Any], fault: str) -> None:
+def test_a_planted_fault_is_found(pool: Pool, step: VerifyStep, alone: dict[str, Any], fault: str) -> None:
     broken = replace(step, fault=fault, cases=((False, 1),))
     (case,) = pool.run(find_cases, 4, broken, alone, ep=2)[0]
     found = {each.name.split()[0] for each in case.bad}
@@ -65,7 +65,7 @@ def test_a_planted_fault_is_found(pool: Pool, step: Step, alone: dict[str, Any],
 
 
 @pytest.mark.parametrize("fault", [None, "dropped-reduction", "wrong-divisor", "transposed-expert"])
-def test_bf16_is_as_far_from_fp32_as_in_one_process(pool: Pool, step: Step, fault: str | None) -> None:
+def test_bf16_is_as_far_from_fp32_as_in_one_process(pool: Pool, step: VerifyStep, fault: str | None) -> None:
     rounded = replace(step, dtype="bf16", fault=fault, cases=((True, 2),))
     alone = huggingface.run_alone(rounded)
     (case,) = pool.run(find_cases, 4, rounded, alone, ep=2)[0]
@@ -99,7 +99,7 @@ def test_what_is_missing_or_not_a_number_differs() -> None:
     assert all(each.is_good for each in compare(expected, expected))
 
 
-def test_bad_input_is_one_line(tmp_path: Path, step: Step) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, step: VerifyStep) -> None:
     def refuse(**fields: Any) -> str:
         with pytest.raises(ConfigError) as error:
             huggingface.build_model(replace(step, **fields))

@@ -13,7 +13,7 @@ ROUTER_OPTIONS = {  # of single kinds of ours, with their defaults
 PLANNER_OPTIONS: dict[str, Any] = dict.fromkeys(PLANNERS.own_options())  # None: the planner's own default
 
 
-class Router(Section):
+class RouterSection(Section):
     """Which tokens go to which experts (docs/routers.md)."""
 
     name: str = Field(
@@ -70,4 +70,4 @@ def write_flat(own: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-COMMON = frozenset(Router.model_fields) | frozenset(Planner.model_fields)
+COMMON = frozenset(RouterSection.model_fields) | frozenset(Planner.model_fields)

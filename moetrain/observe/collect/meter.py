@@ -74,7 +74,7 @@ class BatchSize(NamedTuple):
     targets: int  # that are to be predicted: the loss is the mean over them, whatever the layout
 
 
-class Part(NamedTuple):
+class MicroStep(NamedTuple):
     """What one micro-step contributes to the metrics."""
 
     nats: Tensor  # [B, L] per target token
@@ -86,7 +86,7 @@ class Part(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    parts: list[Part]  # one a micro-step
+    parts: list[MicroStep]  # one a micro-step
     counts: list[Tensor]  # int64 [E] of every layer: selections on all ranks, in all micro-steps
     norm: float  # of the gradient
     clock: Clock  # of the step's TIMES
@@ -155,7 +155,7 @@ class Meter:
         metrics[STARVING_EXPERTS] = sum(layer[LAYER_STARVING_EXPERTS] for layer in layers)
         return Reading(metrics, selected, quality, found["seconds"], found["waits"], found["memory"])
 
-    def _on_device(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+    def _on_device(self, parts: Sequence[MicroStep]) -> dict[str, Tensor]:
         """Of this rank, summed over micro-steps."""
         domains = len(self._domains)
         nats_C = parts[0].nats.new_zeros(domains, dtype=torch.float64)
