@@ -1,5 +1,6 @@
-"""Which releases of the packages that move fast the tests were run with."""
+"""What this process runs on: cores, and releases of fast-moving packages beside those that the tests ran with."""
 
+import os
 import re
 from collections.abc import Iterator
 from importlib import metadata
@@ -13,6 +14,11 @@ def newer_than_tested() -> list[str]:
         f"{name} {here} ({TESTED[name]})" for name, here in _installed() if _release(here) > _release(TESTED[name])
     ]
     return [f"newer than what moetrain was tested with: {', '.join(found)}"] if found else []
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _installed() -> Iterator[tuple[str, str]]:

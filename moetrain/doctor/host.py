@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata
-import os
 import platform
 import resource
 import shutil
@@ -93,7 +92,7 @@ def _torch() -> Check:
 def _devices() -> Iterator[Check]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = versions.count_cores()
     yield Check(
         "cpu",
         GOOD if cores > 1 else NOTE,

@@ -1,7 +1,6 @@
 """`starts.jsonl` of a run: every time it was started, from which step, by which command, on what, for how long."""
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from moetrain import __version__
-from moetrain.common import disk
+from moetrain.common import disk, versions
 from moetrain.common.redact import redacted_text
 from moetrain.distributed.mesh import Mesh
 
@@ -55,7 +54,7 @@ def _hardware(mesh: Mesh) -> str:
     ranks = f"{mesh.world} rank{'s' * (mesh.world > 1)}"
     if mesh.device.type == "cuda":
         return f"{ranks}, {torch.cuda.get_device_name(mesh.device)}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = versions.count_cores()
     return f"{ranks}, {_processor()}, {cores} cores"
 
 

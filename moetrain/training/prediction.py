@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moetrain.common import disk
+from moetrain.common import disk, versions
 from moetrain.common.errors import ConfigError
 from moetrain.config import RunSpec
 from moetrain.distributed.mesh import Mesh
@@ -82,7 +82,7 @@ def _find_cluster(mesh: Mesh, costs: Costs) -> Cluster | None:
         return None if name is None else load_cluster(name, figures)
     if len(set(costs.nodes)) > 1:
         return None
-    cores = max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
+    cores = max(1, versions.count_cores() // torch.get_num_threads())
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     figures = {"host.cores": str(cores), "memory.capacity": str(pages / mesh.world)}
     return load_cluster("here", figures)

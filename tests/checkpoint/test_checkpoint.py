@@ -265,13 +265,13 @@ def test_a_checkpoint_of_a_version_without_an_option_has_its_default(pool, tmp_p
     pool.run(saved, 1, str(tmp_path), [2])
     path = tmp_path / "checkpoints" / "step_2"
     body = manifest.read(path)
-    del body["config"]["router"]["freeze"]
+    del body["config"]["router"]["groups"], body["config"]["model"]["source"]
     (path / manifest.MANIFEST).unlink()
     manifest.write(path, body)
     checkpoint.check_fits(tiny_model(), path, same_run=True)
-    frozen = config.load(["model=tiny", "router.freeze=true"])
-    with pytest.raises(ConfigError, match=r"router\.freeze=True: the checkpoint .* has False"):
-        checkpoint.check_fits(frozen, path, same_run=True)
+    grouped = config.load(["model=tiny", "router.groups=2", "router.top_groups=1"])
+    with pytest.raises(ConfigError, match=r"router\.groups=2: the checkpoint .* has None"):
+        checkpoint.check_fits(grouped, path, same_run=True)
 
 
 def test_what_depends_on_the_layout_is_said(pool, tmp_path: Path) -> None:

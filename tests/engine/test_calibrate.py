@@ -15,10 +15,11 @@ from moetrain import config
 from moetrain.bench import virtual
 from moetrain.bench.cases import LayerShape
 from moetrain.distributed.mesh import Mesh
-from moetrain.engine import base, saved_costs
+from moetrain.engine import saved_costs
+from moetrain.models.base import LanguageModel
 from moetrain.moe import calibrate
 from moetrain.moe.kernels import cpu_gemm
-from moetrain.moe.kernels.api import PARTS, KernelChoice, use_kernels
+from moetrain.moe.kernels.api import PARTS, KernelChoice
 from moetrain.moe.planning.cost import Costs, Measured, default_costs
 from moetrain.training.loop import train
 
@@ -176,7 +177,8 @@ def losses_with(mesh: Mesh, cache: str, parts: list[str], overrides: list[str]) 
     chosen: list[KernelChoice] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", cache)
-        patch.setattr(base, "use_kernels", lambda model, choice: (chosen.append(choice), use_kernels(model, choice)))
+        use = LanguageModel.use_kernels
+        patch.setattr(LanguageModel, "use_kernels", lambda model, choice: (chosen.append(choice), use(model, choice)))
         faster = dict.fromkeys(PARTS, 2.0) | dict.fromkeys(parts, 0.5)
         patch.setattr(calibrate, "_time", seconds_by(faster))
         folder = train(config.load(overrides), mesh)
