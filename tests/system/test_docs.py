@@ -25,7 +25,14 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FOLDERS = ("moetrain", "tests", "scripts", "configs", "docs", "launch", "examples")
 GROUPS = ("model", "data", "planner", "engine", "experiment", "cluster")
 # what readers are told to make themselves: docs/add-a-router.md, docs/launch.md
-THEIRS = {"router.name=cosine", "router.temperature=0.2", "model=mine", "model.path=DIR", "experiment=warm"}
+THEIRS = {
+    "router.name=cosine",
+    "router.temperature=0.2",
+    "model=mine",
+    "model.path=DIR",
+    "model.path=tiny-$F",
+    "experiment=warm",
+}
 THEIRS |= {"cluster=NAMExDEVICES"}
 NO_COMMAND = {"VERB"}
 
