@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetrain.hf.build import build_transformer, unwrap
+from moetrain.common.errors import ConfigError
+from moetrain.hf.build import WithHead, build_transformer, unwrap
 from moetrain.hf.conversion import Mapped, TensorSource
 from moetrain.hf.folder import open_folder
 from moetrain.hf.matching import map_tensors
@@ -49,10 +50,20 @@ def draw_weights(
 def map_folder(folder: str | Path, trust_remote_code: bool) -> Mapped:
     """Match the weights in a folder with the model that is built of it; headers alone are read.
 
-    Raises `ConfigError` for whatever cannot be right, such as a key that is missing, unused or of another shape.
+    Raises `ConfigError` for whatever cannot be right, such as a key that is missing, unused or of another shape, and
+    for a model that sees or hears whose text model transformers does not load alone.
     """
-    tensors = dequantise(open_folder(folder))
-    return map_tensors(tensors, unwrap(build_transformer(folder, trust_remote_code, device="meta")), folder)
+    opened = open_folder(folder)
+    tensors, model = dequantise(opened), build_transformer(folder, trust_remote_code, device="meta")
+    try:
+        return map_tensors(tensors, unwrap(model), folder)
+    except ConfigError as error:
+        whole = opened.config.get("model_type")
+        if not isinstance(model, WithHead) or whole == unwrap(model).config.model_type:
+            raise
+        reason = str(error).removeprefix(f"model.path={folder}: ")
+        rule = f"{whole} sees or hears, and its text model cannot be loaded without the rest: {reason}"
+        raise ConfigError(f"model.path={folder}: {rule}") from error
 
 
 def read_weights(

@@ -32,6 +32,32 @@ def make_qwen3_vl_moe(path: Path, hidden: int) -> Any:
     return _save(transformers.Qwen3VLMoeForConditionalGeneration(config), path, "100KB")
 
 
+def make_qwen3_5_moe(path: Path, **more: Any) -> Any:
+    """Save a whole tiny Qwen3.5-MoE, its vision tower included, and return it. `more`: fields of its text model."""
+    import transformers
+
+    text = families.config_of("qwen3_5_moe", **more).to_dict()
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+    config = transformers.Qwen3_5MoeConfig(text_config=text, vision_config={**vision, "num_position_embeddings": 16})
+    torch.manual_seed(0)
+    return _save(transformers.Qwen3_5MoeForConditionalGeneration(config), path, "100KB")
+
+
+def make_llama4(path: Path) -> Any:
+    """Save a whole tiny Llama 4, its vision tower included, and return it."""
+    import transformers
+
+    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 32, "intermediate_size_mlp": 48}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    text |= {"num_local_experts": 8, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "pad_token_id": 0}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 64}
+    vision |= {"projector_input_dim": 64, "projector_output_dim": 64}
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    return _save(transformers.Llama4ForConditionalGeneration(config), path, "100KB")
+
+
 def _save(model: Any, path: Path, shard: str) -> Any:
     for value in [*model.parameters(), *model.buffers()]:
         if value.is_floating_point():

@@ -49,6 +49,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "MXFP4": make_mxfp4,
     "FP8 blocks, prediction layer": make_mtp,
     "transposed": lambda path: folders.make("aria", path, vocab_size=512),
+    "text model of one that sees": lambda path: folders.make_qwen3_5_moe(path, vocab_size=512),
     "tied": lambda path: folders.make("qwen3_moe", path, vocab_size=512, tie_word_embeddings=True),
 }
 
@@ -130,4 +131,27 @@ def test_a_damaged_folder_is_refused_before_there_are_workers(
     assert cli.main(["train", *own, "model=hf", f"model.path={source}", "run.name=run", "parallel.nproc=2"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert f"model.path={source}: {file.name} is damaged or cut" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda path: folders.make_qwen3_vl_moe(path, hidden=48),
+            "qwen3_vl_moe sees or hears, and its text model cannot be loaded without the rest: lm_head.weight",
+        ),
+        (folders.make_llama4, "Llama4ForCausalLM is not covered: none of its modules carries"),
+    ],
+    ids=["qwen3_vl_moe", "llama4"],
+)
+def test_a_model_that_sees_is_refused_before_there_are_workers(
+    make: Callable[[Path], object], said: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    make(source)
+    own = [word for word in tiny if word != "model=tiny"]
+    assert cli.main(["train", *own, "model=hf", f"model.path={source}", "run.name=run", "parallel.nproc=2"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert f"model.path={source}: {said}" in line
     assert not (tmp_path / "run").exists()
