@@ -24,7 +24,8 @@ class StartingPoint(NamedTuple):
 
 
 def agree_on_start(config: Config, folder: Path, mesh: Mesh) -> StartingPoint:
-    """What the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of bytes.
+    """Return what the run in `folder` goes on from, the same on every rank; all ranks call it and read their share of
+    bytes.
 
     Raises `ConfigError` on all ranks where `find_to_resume` does, and where no checkpoint of the run is whole although
     there are some.
@@ -49,7 +50,7 @@ def agree_on_start(config: Config, folder: Path, mesh: Mesh) -> StartingPoint:
 def check_start(
     start: StartingPoint, config: RunSpec, mesh: Mesh, model: LanguageModel, data: Mapping[str, str]
 ) -> StartingPoint:
-    """`start` with a note where the layout or the micro-batches are others and the loss depends on them.
+    """Return `start` with a note where the layout or the micro-batches are others and the loss depends on them.
 
     All ranks call it. `model`: whole, on the meta device; `data`: the corpus's fingerprint. Raises `ConfigError` on all
     ranks where the checkpoint is of another model, or the data has another meaning.
@@ -61,7 +62,7 @@ def check_start(
 
 
 def agree_on_weights(config: Config, start: StartingPoint, mesh: Mesh) -> Path | None:
-    """The checkpoint whose weights a new run begins with; None where there is none, or the run goes on.
+    """Return the checkpoint whose weights a new run begins with; None where there is none, or the run goes on.
 
     All ranks call it and read their share of bytes. Raises `ConfigError` on all ranks where it is not whole.
     """
@@ -89,7 +90,8 @@ def check_weights(path: Path, mesh: Mesh, model: LanguageModel, data: Mapping[st
 
 
 def first_whole(candidates: Sequence[Path], mesh: Mesh) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The first of rank 0's candidates in which every byte is as it was saved, and what is wrong with those before it.
+    """Return the first of rank 0's candidates in which every byte is as it was saved, and what is wrong with those
+    before it.
 
     All ranks call it and read a share of the files each.
     """
@@ -126,7 +128,7 @@ def _check_all(config: Config, path: Path, same_run: bool, model: LanguageModel,
 
 
 def of_the_layout(config: RunSpec, path: Path, mesh: Mesh) -> list[str]:
-    """A note where the layout or the micro-batches are others and the loss depends on them."""
+    """Return a note where the layout or the micro-batches are others and the loss depends on them."""
     found = manifest.read(path)
     theirs, was, now = found["config"], found["layout"], config.balance
     groups = was.get("ep") != mesh.ep.size and now.device_groups is None and now.device_coefficient > 0

@@ -30,7 +30,7 @@ class TensorBlock(NamedTuple):
 
 
 def header(blocks: Sequence[TensorBlock]) -> bytes:
-    """What stands before the data of a safetensors file; the blocks follow without gaps, in this order."""
+    """Return what stands before the data of a safetensors file; the blocks follow without gaps, in this order."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for block in blocks:
@@ -42,7 +42,7 @@ def header(blocks: Sequence[TensorBlock]) -> bytes:
 
 
 def write(path: Path, *parts: bytes | memoryview) -> FileStamp:
-    """A new file of these parts, safe on the disk when this returns. Raises `OSError`."""
+    """Write a new file of these parts, safe on the disk when this returns. Raises `OSError`."""
     size, crc = 0, 0
     with path.open("xb", buffering=0) as out:
         for part in parts:
@@ -55,7 +55,7 @@ def write(path: Path, *parts: bytes | memoryview) -> FileStamp:
 
 
 def stamp(path: Path) -> FileStamp:
-    """Of the file as it is now. Raises `OSError`."""
+    """Return the stamp of the file as it is now. Raises `OSError`."""
     size, crc = 0, 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):

@@ -54,8 +54,8 @@ def _fill(path: Path, entries: Entries) -> None:
 
 
 def mismatches(path: Path, names: Sequence[str]) -> list[str]:
-    """A line for the first of these files of a checkpoint that has not what `entries.json` says, dtype, length and all,
-    or weights that are not finite."""
+    """Return a line for the first of these files of a checkpoint that has not what `entries.json` says, dtype, length
+    and all, or weights that are not finite."""
     try:
         saved = manifest.read_entries(path)
     except ConfigError as error:
@@ -82,8 +82,8 @@ def mismatches(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def check_entries(path: Path, model: LanguageModel, states: tuple[str, ...] = MOMENTS) -> None:
-    """The checkpoint must have what the whole, unsharded `model` is made of, the optimizer's `states` included, and no
-    more parameters.
+    """Check that the checkpoint has what the whole, unsharded `model` is made of, the optimizer's `states` included,
+    and no more parameters.
 
     Raises `ConfigError` that names the first difference.
     """

@@ -75,29 +75,29 @@ class ManifestEntry(NamedTuple):
 
 
 def step_of(path: Path) -> int:
-    """The step that a folder `step_N` is of."""
+    """Return the step that a folder `step_N` is of."""
     return int(path.name.removeprefix("step_"))
 
 
 def folders(run: Path) -> list[Path]:
-    """The folders `step_N` of a run, newest first, whole or not."""
+    """Return the folders `step_N` of a run, newest first, whole or not."""
     found = [p for p in (run / "checkpoints").glob("step_*") if STEP.fullmatch(p.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint of a run in which nothing is missing; the bytes of its tensors are not read."""
+    """Return the newest checkpoint of a run in which nothing is missing; the bytes of its tensors are not read."""
     return next((path for path in folders(run) if problem(path) is None), None)
 
 
 def write(folder: Path, body: Mapping[str, Any]) -> None:
-    """`body["files"]` has the stamp of every file in the folder. Raises `OSError`."""
+    """Write the manifest; `body["files"]` has the stamp of every file in the folder. Raises `OSError`."""
     text = json.dumps({**body, "format": FORMAT, "crc32": _crc({**body, "format": FORMAT})}, indent=1)
     files.write(folder / MANIFEST, f"{text}\n".encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Raises `ConfigError` where it is not there, damaged or of another format."""
+    """Return the manifest of a folder. Raises `ConfigError` where it is not there, damaged or of another format."""
     try:
         return _body(folder)
     except ValueError as error:
@@ -105,7 +105,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def progress(path: Path | None) -> tuple[int, int]:
-    """(optimizer steps done, global samples seen) of a checkpoint; nothing yet for none."""
+    """Return (optimizer steps done, global samples seen) of a checkpoint; nothing yet for none."""
     if path is None:
         return 0, 0
     manifest = read(path)
@@ -113,13 +113,14 @@ def progress(path: Path | None) -> tuple[int, int]:
 
 
 def entries_text(entries: Mapping[str, ManifestEntry]) -> str:
-    """`entries.json`, a line an entry."""
+    """Return the text of `entries.json`, a line an entry."""
     lines = (f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in entries.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_entries(folder: Path) -> dict[str, ManifestEntry]:
-    """Of a folder without a `problem`. Raises `ConfigError` where an entry is not what `entries_text` writes."""
+    """Return the entries of a folder without a `problem`. Raises `ConfigError` where an entry is not what
+    `entries_text` writes."""
     stamps = read(folder)["files"]
     try:
         tree = _json(folder / ENTRIES)
@@ -131,7 +132,7 @@ def read_entries(folder: Path) -> dict[str, ManifestEntry]:
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint as far as it can be seen without reading its tensors; None for nothing."""
+    """Return what is wrong with a checkpoint as far as it can be seen without reading its tensors; None for nothing."""
     try:
         stamps: dict[str, list] = _body(folder)["files"]
     except ValueError as error:
@@ -148,7 +149,7 @@ def problem(folder: Path) -> str | None:
 
 
 def damaged(folder: Path, names: Sequence[str]) -> list[str]:
-    """A line for each of these files that is not, byte by byte, the one that was saved."""
+    """Return a line for each of these files that is not, byte by byte, the one that was saved."""
     stamps = read(folder)["files"]
     out = []
     for name in names:
@@ -163,7 +164,7 @@ def damaged(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def share_of(folder: Path, rank: int, world: int) -> list[str]:
-    """The files that a rank checks, where all ranks check a checkpoint together."""
+    """Return the files that a rank checks, where all ranks check a checkpoint together."""
     stamps = read(folder)["files"]
     return sorted(stamps, key=lambda name: (-stamps[name][0], name))[rank::world]
 

@@ -32,7 +32,7 @@ class SavedModel:
 
     @property
     def num_bytes(self) -> int:
-        """Of all its files."""
+        """Return the bytes of all its files."""
         return sum(size for size, _ in manifest.read(self.path)["files"].values())
 
     def check_bytes(self, progress: Callable[[int], object]) -> None:

@@ -32,7 +32,8 @@ def open_remote(config: Config) -> "RemoteCheckpoints | None":
 
 
 def check_stores(config: Config) -> None:
-    """Raises `ConfigError` for a URL in `checkpoint` that cannot be one. No store is asked for anything."""
+    """Check the URLs in `checkpoint`. Raises `ConfigError` for one that cannot be a URL. No store is asked for
+    anything."""
     open_remote(config)
     if is_url(config.checkpoint.resume):
         open_store(config.checkpoint.resume, "checkpoint.resume")

@@ -15,7 +15,7 @@ FREE = {"freeze", "skew", "noise", "capacity_factor", "zero_compute_tau", "k_sta
 
 
 def continues_own(config: Config, folder: Path) -> bool:
-    """Whether `checkpoint.resume` lets a run in `folder` go on with what is its own.
+    """Tell whether `checkpoint.resume` lets a run in `folder` go on with what is its own.
 
     `auto` does. A path or `none` says how a run begins: the same command again goes on with it.
     """
@@ -26,7 +26,7 @@ def continues_own(config: Config, folder: Path) -> bool:
 
 
 def known_dtype(folder: Path | None, saved: Path | None) -> str:
-    """What the run in `folder` computes in, or else the run of the checkpoint `saved`; empty where there is neither."""
+    """Return the dtype that the run in `folder` computes in, or else that of `saved`; empty where there is neither."""
     known = runs.config_of(folder) if folder is not None else None
     if known is not None and "dtype" in known.get("train", {}):
         return str(known["train"]["dtype"])
@@ -34,7 +34,8 @@ def known_dtype(folder: Path | None, saved: Path | None) -> str:
 
 
 def find_to_resume(config: Config, folder: Path | None, fetched: Path | None = None) -> Path | None:
-    """The checkpoint that `checkpoint.resume` means for a run in `folder`, if any; the tensors' bytes are not read.
+    """Return the checkpoint that `checkpoint.resume` means for a run in `folder`, if any; the tensors' bytes are not
+    read.
 
     `fetched`: where that of `checkpoint.resume=URL` lies by now; None: nowhere yet, and it is not looked at.
 
@@ -73,7 +74,7 @@ def _check_steps(config: Config, path: Path, fewest: int) -> None:
 
 
 def find_named(config: Config) -> Path | None:
-    """The folder that `checkpoint.resume` names, if it names one.
+    """Return the folder that `checkpoint.resume` names, if it names one.
 
     Raises `ConfigError` where it is not there, visibly damaged, or of another model.
     """
@@ -92,7 +93,7 @@ def find_named(config: Config) -> Path | None:
 
 
 def find_initial(config: Config) -> Path | None:
-    """The checkpoint whose weights `init_from` means, if it is set; the tensors' bytes are not read.
+    """Return the checkpoint whose weights `init_from` means, if it is set; the tensors' bytes are not read.
 
     Raises `ConfigError` where it is not there, damaged or of another model.
     """
@@ -119,7 +120,7 @@ def find_initial(config: Config) -> Path | None:
 
 
 def check_data(path: Path, data: Mapping[str, str], same_run: bool) -> None:
-    """The numbers of tokens must mean what they meant; where a run goes on, its documents must be the same, too.
+    """Check that tokens mean what they meant and, where a run goes on, that its documents are the same.
 
     Raises `ConfigError`.
     """
@@ -132,7 +133,7 @@ def check_data(path: Path, data: Mapping[str, str], same_run: bool) -> None:
 
 
 def check_fits(config: Config, path: Path, same_run: bool) -> None:
-    """The checkpoint must be of this model; and of this data where a run goes on.
+    """Check that the checkpoint is of this model, and of this data where a run goes on.
 
     Raises `ConfigError` that names the first difference.
     """

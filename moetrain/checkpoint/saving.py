@@ -46,7 +46,7 @@ class EntryPiece(NamedTuple):
     end: int
 
     def block(self) -> TensorBlock:
-        """Whole rows keep their shape, other ranges are flat."""
+        """Return the block of a file: whole rows keep their shape, other ranges are flat."""
         row = int(torch.Size(self.shape[1:]).numel())
         size = self.end - self.begin
         rows = bool(self.shape) and self.begin % row == 0 and size % row == 0
@@ -62,7 +62,7 @@ def holding_of(held: Entries) -> dict[str, tuple[str, tuple[int, ...], int, int]
 
 
 def share_out(holdings: Sequence[Holding]) -> list[list[EntryPiece]]:
-    """What each rank writes: every range once, by the rank that has least to write among those that hold it.
+    """Return what each rank writes: every range once, by the rank that has least to write among those that hold it.
 
     Raises `RuntimeError` where ranks differ about an entry or their ranges do not tile it.
     """
@@ -108,7 +108,7 @@ class Behind:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the last piece is done. Raises what went wrong with it."""
+        """Wait until the last piece is done. Raises what went wrong with it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -166,7 +166,7 @@ class Saver(Behind):
         return time.perf_counter() - began
 
     def news(self) -> list[str]:
-        """What was not saved or uploaded, and why, since this was last asked; of uploads rank 0 alone knows."""
+        """Return what was not saved or uploaded since the last call, and why; of uploads rank 0 alone knows."""
         out, self._news = self._news, []
         return [*out, *(self._uploader.news() if self._uploader is not None else [])]
 
@@ -289,7 +289,7 @@ class Saver(Behind):
 
 
 def layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """How states are cut: equal ones are held alike, rank by rank."""
+    """Return how states are cut: equal ones are held alike, rank by rank."""
     return {
         "engine": config.engine.name,
         "ranks": mesh.world,

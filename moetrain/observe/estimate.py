@@ -57,7 +57,7 @@ class Counts(NamedTuple):
 
 
 def estimate(config: RunSpec) -> Estimate:
-    """Of the config's model, on each of its ranks."""
+    """Return the estimate of the config's model, on each of its ranks."""
     m, t = config.model, config.train
     assert m.vocab_size is not None
     shard, ep = config.dp_shard, config.ep
@@ -145,7 +145,8 @@ def _count_folder(m: HuggingFace, folder: Path) -> Counts:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product, measured now: what `perf/mfu` is a share of."""
+    """Return the floating-point operations a second of a large matrix product, measured now: what `perf/mfu` is a share
+    of."""
     size = 8192 if device.type == "cuda" else 768
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
@@ -157,7 +158,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def short(number: float) -> str:
-    """12.3M, 6.9B."""
+    """Return a number in short: 12.3M, 6.9B."""
     for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= scale:
             return f"{number / scale:.3g}{unit}"

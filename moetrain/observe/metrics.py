@@ -26,7 +26,8 @@ class Metric:
 
     @property
     def form(self) -> "re.Pattern[str]":
-        """Matches the names that this one stands for; a group `layer` or `domain` holds the part that varies."""
+        """Return a pattern that matches the names that this one stands for; a group `layer` or `domain` holds the part
+        that varies."""
         text = re.escape(self.name).replace(LAYER, f"(?P<layer>{LAYER_FORM})")
         return re.compile(text.replace(DOMAIN, f"(?P<domain>{DOMAIN_FORM})"))
 
@@ -43,17 +44,17 @@ def define(name: str, unit: str, better: Better, meaning: str, figure: str = "",
 
 
 def for_layer(name: str, layer: str) -> str:
-    """The metric `name`, which has `layer_LL` in it, of one layer, such as `layer_03`."""
+    """Return the metric `name`, which has `layer_LL` in it, of one layer, such as `layer_03`."""
     return name.replace(LAYER, layer)
 
 
 def for_domain(name: str, domain: str) -> str:
-    """The metric `name`, which has `DOMAIN` in it, of one domain."""
+    """Return the metric `name`, which has `DOMAIN` in it, of one domain."""
     return name.replace(DOMAIN, domain)
 
 
 def layer_prefixes() -> list[str]:
-    """What the names of metrics of single layers begin with, such as `balance/layer_`."""
+    """Return what the names of metrics of single layers begin with, such as `balance/layer_`."""
     return sorted({name.partition(LAYER)[0] + "layer_" for name in METRICS if LAYER in name})
 
 
@@ -325,7 +326,7 @@ DOMAIN_MI = define("specialise/domain_mi", "bits", "higher", "Mean over layers."
 
 
 def table(titles: Mapping[str, str]) -> list[str]:
-    """The lines of the table of docs/metrics.md. `titles` of the report's figures, by their keys."""
+    """Return the lines of the table of docs/metrics.md. `titles` of the report's figures, by their keys."""
     lines = ["| name | unit | better | what it is | in a healthy run | figure |", "|---|---|---|---|---|---|"]
     for m in METRICS.values():
         figure = titles[m.figure] if m.figure else ""

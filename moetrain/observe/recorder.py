@@ -62,7 +62,7 @@ class Recorder:
         self._profiler.before(step)
 
     def read(self, step: int, done: StepRecord, always: bool = False) -> dict[str, Any]:
-        """The metrics of a step that gets a row, which are the caller's to complete; else none.
+        """Return the metrics of a step that gets a row, which are the caller's to complete; else none.
 
         May enter a collective. A row is written every `train.log_every` steps, and where it is to be `always`.
         """
@@ -81,7 +81,7 @@ class Recorder:
         return metrics if row else {}
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """A row."""
+        """Log a row."""
         began, spent, self._spent = time.perf_counter(), self._spent, 0.0
         phase = self._phase.update(metrics[GAMMA_EFF])
         metrics |= {GAMMA_PHASE: float("nan") if phase is None else phase, RECORD_SECONDS: spent}
@@ -96,7 +96,7 @@ class Recorder:
             specialization.write(self._folder, step, self._domains, found.specialisation)
 
     def flush(self) -> None:
-        """What is not on disk yet."""
+        """Write what is not on disk yet."""
         self._trace.flush()
 
     def __enter__(self) -> "Recorder":
@@ -109,7 +109,7 @@ class Recorder:
 
 
 def sinks(config: RunSpec, folder: Path, first: int) -> list[Sink]:
-    """What the main rank reports to."""
+    """Return what the main rank reports to."""
     live = console.is_terminal and not console.quiet
     out: list[Sink] = [JsonLines(folder, first)]
     out.append(View(first, config.train.steps) if live else Plain(config.train.steps))

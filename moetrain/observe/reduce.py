@@ -13,12 +13,12 @@ DEAD, ABSENT = 0, 255  # codes of a packed load
 
 
 def edges(count: int, most: int) -> np.ndarray:
-    """Where each of at most `most` buckets of `count` consecutive rows begins."""
+    """Return where each of at most `most` buckets of `count` consecutive rows begins."""
     return np.unique(np.linspace(0, count, min(count, most), endpoint=False).astype(int))
 
 
 def means(values: np.ndarray, begin: np.ndarray) -> np.ndarray:
-    """[buckets, ...]: mean of each bucket's finite values; NaN where it has none."""
+    """Return [buckets, ...]: the mean of each bucket's finite values; NaN where it has none."""
     if not len(values):
         return values
     finite = np.isfinite(values)
@@ -28,7 +28,8 @@ def means(values: np.ndarray, begin: np.ndarray) -> np.ndarray:
 
 
 def extremes(values: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least and largest finite value of each bucket and the rows beside it: no peak is lost by drawing fewer points."""
+    """Return the least and largest finite value of each bucket and the rows beside it: no peak is lost by drawing fewer
+    points."""
     ends = [*begin[1:], len(values)]
     parts = [values[max(0, first - BESIDE) : end + BESIDE] for first, end in zip(begin, ends, strict=True)]
     finite = [part[np.isfinite(part)] for part in parts]
@@ -37,8 +38,8 @@ def extremes(values: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and up to `BESIDE` rows on either side, as many there as here: it does not lag, and the
-    first and the last value stay what they are. Between them what is missing is interpolated."""
+    """Return the mean of each value and up to `BESIDE` rows on either side, as many there as here: it does not lag, and
+    the first and the last value stay what they are. Between them what is missing is interpolated."""
     known = np.flatnonzero(np.isfinite(values))
     out = np.full(len(values), np.nan)
     if len(known):
@@ -51,21 +52,22 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def smooth_means(values: np.ndarray, begin: np.ndarray) -> np.ndarray:
-    """[buckets]: the same, with the last value of all as the last."""
+    """Return [buckets]: the same as `smooth`, with the last value of all as the last."""
     line = means(smooth(values), begin)
     line[-1] = smooth(values)[-1]
     return line
 
 
 def plain(values: np.ndarray) -> list[Any]:
-    """For JSON: five significant digits, None for what is no number."""
+    """Return numbers for JSON: five significant digits, None for what is no number."""
     if values.ndim > 1:
         return [plain(row) for row in values]
     return [float(f"{x:.5g}") if math.isfinite(x) else None for x in values.tolist()]
 
 
 def pack_load(relative: np.ndarray) -> str:
-    """Loads in mean loads, on a log scale: code 127 is the mean, 16 steps a doubling. 0 nothing at all, 255 absent."""
+    """Pack loads in mean loads, on a log scale: code 127 is the mean, 16 steps a doubling. 0 nothing at all, 255
+    absent."""
     with np.errstate(divide="ignore", invalid="ignore"):
         code = np.clip(np.round(127 + 16 * np.log2(relative)), 1, 254)
     code = np.where(relative > 0, code, DEAD)
@@ -73,7 +75,7 @@ def pack_load(relative: np.ndarray) -> str:
 
 
 def pack_thousandths(values: np.ndarray) -> str:
-    """Little-endian uint16, a thousandth the unit: up to 65.5."""
+    """Pack as little-endian uint16, a thousandth the unit: up to 65.5."""
     return _base64(np.clip(np.round(1000 * values), 0, 65535).astype("<u2"))
 
 

@@ -40,7 +40,8 @@ BIGRAM_MOST_TOKENS = 50_000_000  # above it, counting pairs would take minutes
 
 
 def bigram_scores(config: Config, corpus: Corpus, loader: Samples, samples: int) -> dict[str, float | None] | None:
-    """Bits per byte of the baseline after the first `samples`, per domain and over `all`; None without held-out text.
+    """Return bits per byte of the baseline after the first `samples`, per domain and over `all`; None without held-out
+    text.
 
     None where that is too much text to count pairs in, or conversations, of which only answers are judged.
     """
@@ -66,7 +67,7 @@ def collect(
     bigram: dict[str, float | None] | None,
     texts: Any,
 ) -> dict[str, Any]:
-    """Everything the summary shows, from the run's own records; written to `summary.json`."""
+    """Return everything the summary shows, from the run's own records; written to `summary.json`."""
     rows = [row for row in disk.rows(folder / "metrics.jsonl") if LOSS in row]
     column = {name: [row[name] for row in rows if _is_number(row.get(name))] or [math.nan] for name in COLUMNS}
     mean = lambda name: float(np.mean(column[name]))  # noqa: E731
@@ -95,7 +96,7 @@ def collect(
 
 
 def beaten(model: Mapping[str, float | None], bigram: Mapping[str, float | None] | None) -> str | None:
-    """Where a bigram model has fewer bits a byte, in a sentence; None where nowhere."""
+    """Say where a bigram model has fewer bits a byte, in a sentence; None where nowhere."""
     known = {name: (bits, (bigram or {}).get(name)) for name, bits in model.items()}
     lost = [name for name, (ours, its) in known.items() if ours is not None and its is not None and ours > its]
     if "all" in lost:
@@ -109,7 +110,7 @@ def number(value: float | None) -> str:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What `collect` wrote of the run in a folder; None where it is missing or damaged."""
+    """Return what `collect` wrote of the run in a folder; None where it is missing or damaged."""
     found = disk.read_json(folder / "summary.json")
     try:
         numbers = [found[name] for name in ("tokens", "steps", "tokens_per_second", "rows_moved", "guests")]

@@ -101,7 +101,7 @@ SECTIONS: dict[str, list[Panel]] = {
 
 
 def build(entity: str, project: str) -> Any:
-    """The workspace, not yet saved, as wandb's package has it."""
+    """Return the workspace, not yet saved, as wandb's package has it."""
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as workspaces
 

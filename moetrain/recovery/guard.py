@@ -26,7 +26,8 @@ class Guard:
         self.skipped = 0  # by this process
 
     def judge(self, step: int, norm: float) -> str | None:
-        """What to say of the step, if anything. Raises `Diverged` on all ranks after too many in a row."""
+        """Count the step and return what to say of it, if anything. Raises `Diverged` on all ranks after too many in a
+        row."""
         if math.isfinite(norm):
             self.in_a_row = 0
             if self._went_back_from and step > self._went_back_from:

@@ -52,23 +52,23 @@ class SnapshotStamp:
 
 
 def new_identity(name: str) -> str:
-    """Of a run of this name; no other has it."""
+    """Return a new identity for a run of this name; no other run has it."""
     plain = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
     return f"{plain[:100]}-{uuid.uuid4().hex[:12]}"
 
 
 def is_identity(text: str) -> bool:
-    """Whether a text can be the identity of a run, hence the name of a folder: nothing that leads elsewhere."""
+    """Tell whether a text can be the identity of a run, hence the name of a folder: nothing that leads elsewhere."""
     return re.fullmatch(r"[\w.-]+-[0-9a-f]{12}", text, re.ASCII) is not None
 
 
 def root() -> Path:
-    """Of this user."""
+    """Return the folder of all snapshots of this user on this host."""
     return ROOT / f"moetrain-{os.getuid()}"
 
 
 def host_folder(run: str, host: str) -> Path:
-    """Of a run, by its identity, on a host."""
+    """Return the folder of a run's snapshots on a host. `run`: its identity."""
     return root() / run / host
 
 
@@ -81,7 +81,8 @@ def stamp_file(slot: Path, rank: int) -> Path:
 
 
 def stamps(place: Path) -> Iterator[tuple[Path, SnapshotStamp]]:
-    """(slot, stamp) of the files below a host's folder that are there in their length; their bytes are not read."""
+    """Yield (slot, stamp) of the files below a host's folder that are there in their length; their bytes are not
+    read."""
     if distrust_reason(place):
         return
     for path in sorted(place.glob("*/rank_*.json")):
@@ -95,7 +96,7 @@ def stamps(place: Path) -> Iterator[tuple[Path, SnapshotStamp]]:
 
 
 def is_whole(slot: Path, stamp: SnapshotStamp) -> bool:
-    """Whether the file's bytes are those that were stamped."""
+    """Tell whether the file's bytes are those that were stamped."""
     try:
         return files.stamp(data_file(slot, stamp.rank)) == (stamp.bytes, stamp.crc32)
     except OSError:
@@ -107,8 +108,11 @@ def put_stamp(slot: Path, stamp: SnapshotStamp) -> None:
 
 
 def reserve(path: Path, size: int) -> Tensor:
-    """uint8 [size]: the memory of a new file. Raises `OSError` where there is not so much, or no such file system;
-    `PermissionError` where somebody else could write to its folder."""
+    """Return uint8 [size], the memory of a new file.
+
+    Raises `OSError` where there is not so much, or no such file system; `PermissionError` where somebody else could
+    write to its folder.
+    """
     if not ROOT.is_dir():
         raise FileNotFoundError(f"there is no {ROOT}")
     make(path.parent)
@@ -125,12 +129,12 @@ def reserve(path: Path, size: int) -> Tensor:
 
 
 def mapped(path: Path, size: int) -> Tensor:
-    """uint8 [size]: what is written into it is in the file."""
+    """Return uint8 [size] that is mapped to the file: what is written into it is in the file."""
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 
 def remove(place: Path) -> None:
-    """Take a run's snapshots off this host."""
+    """Remove a run's snapshots from this host."""
     if distrust_reason(place):
         return
     shutil.rmtree(place, ignore_errors=True)
@@ -139,13 +143,13 @@ def remove(place: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """A folder below `root()`, every level of it this user's alone. Raises `OSError`, see `distrust_reason`."""
+    """Make a folder below `root()`, every level of it this user's alone. Raises `OSError`, see `distrust_reason`."""
     for level in _levels(folder):
         disk.make_private(level)
 
 
 def distrust_reason(folder: Path) -> str:
-    """Why what is in a folder below `root()` may be somebody else's, in words; empty: it is not, or not there."""
+    """Return why a folder below `root()` may hold what is somebody else's; empty where it does not, or is not there."""
     with suppress(FileNotFoundError):
         return next(filter(None, map(disk.not_private, _levels(folder))), "")
     return ""
@@ -163,7 +167,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def left_behind() -> list[tuple[Path, int]]:
-    """(folder of a run, bytes) of all snapshots of this user on this host."""
+    """Return (folder of a run, bytes) of all snapshots of this user on this host."""
     runs = sorted(root().iterdir()) if root().is_dir() and not distrust_reason(root()) else []
     return [(run, sum(p.stat().st_size for p in run.rglob("*") if p.is_file())) for run in runs]
 

@@ -32,7 +32,10 @@ class Found(NamedTuple):
 
 
 def newest(run: str, mesh: Mesh, hosts: Sequence[str], after: int) -> Found | None:
-    """The newest whole snapshot of more than `after` steps, the same on every rank. Reads every byte of it, once."""
+    """Find the newest whole snapshot of more than `after` steps, the same on every rank; None where there is none.
+
+    It reads every byte of it, once.
+    """
     place = memory.host_folder(run, hosts[mesh.rank])
     here = {(slot.name, stamp.rank): stamp for slot, stamp in memory.stamps(place)}
     told = gather_texts(
@@ -77,7 +80,10 @@ def _newest(copies: Mapping[tuple[str, str, int], tuple[int, str, dict]], after:
 
 
 def assemble(found: Found, run: str, mesh: Mesh, hosts: Sequence[str], layout: dict, config: dict, costs: Path) -> Path:
-    """A folder as `checkpoint.load` reads it, of this rank. All ranks call it. `costs`: the planner's, of the run."""
+    """Make a folder of this rank as `checkpoint.load` reads it, and return it. All ranks call it.
+
+    `costs`: the file of the planner's costs, of the run.
+    """
     old = found.layout["ranks"]
     needs = {r: [r] if found.layout == layout else list(range(old)) for r in range(mesh.world)}
     host = hosts[mesh.rank]

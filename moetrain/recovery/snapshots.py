@@ -28,7 +28,7 @@ from moetrain.recovery.memory import SLOTS, SnapshotStamp
 
 
 def keepers(hosts: Sequence[str]) -> list[int | None]:
-    """For the rank on each of these hosts, the one on the next host that keeps a copy; None where there is one host."""
+    """Return which rank of the next host keeps a copy for the rank on each of these hosts; None where there is one."""
     names = list(dict.fromkeys(hosts))
     ranks = {name: [rank for rank, host in enumerate(hosts) if host == name] for name in names}
     if len(names) == 1:
@@ -63,16 +63,19 @@ class Snapshots(Behind):
 
     @property
     def busy(self) -> bool:
-        """Whether the last one is still being stamped and sent."""
+        """Tell whether the last one is still being stamped and sent."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def unstamped(self) -> bool:
-        """Whether a stamp of the last one could not be written here: it does not count. Known when `busy` is false."""
+        """Tell whether a stamp of the last one could not be written here: it does not count. Known when `busy` is
+        false."""
         return self._unstamped
 
     def take(self, step: int, samples: int, again: bool = False) -> str | None:
-        """Copy the states now, the rest in a thread. What to say, where there is no memory for it: none is taken.
+        """Copy the states now, and do the rest in a thread.
+
+        Returns what to say where there is no memory for it, and takes none.
 
         `again`: the last one is `unstamped` on some rank. Its file is written over, so that the one before it stays.
         """
@@ -108,7 +111,7 @@ class Snapshots(Behind):
         return said
 
     def forget(self) -> None:
-        """The run is complete: its snapshots go, when the threads of all ranks are through with them."""
+        """Remove the snapshots of a run that is complete, when the threads of all ranks are through with them."""
         self.wait()
         self._held.clear()
         all_reduce_sum(torch.zeros(1, device=self._mesh.device))

@@ -29,7 +29,7 @@ from moetrain.recovery.snapshots import Snapshots
 
 
 def find_newer(start: StartingPoint, config: Config, folder: Path, mesh: Mesh) -> StartingPoint:
-    """`start`, or the run's newest snapshot in memory where that is further. All ranks call it, and agree.
+    """Return `start`, or the run's newest snapshot in memory where that is further. All ranks call it, and agree.
 
     Raises `ConfigError` where the snapshot is of another model or other data.
     """
@@ -96,11 +96,12 @@ class Watch:
         self._heartbeat.begin_step(step)
 
     def mark(self, phase: str) -> None:
-        """A part of the step that is not of a layer."""
+        """Note that a part of the step begins that is not of a layer."""
         self._heartbeat.mark_phase(None, phase)
 
     def end(self, step: int, samples: int, norm: float) -> bool:
-        """Whether all ranks have agreed to end here. Raises `Diverged` after too many steps that were not finite."""
+        """Tell whether all ranks have agreed to end here. Raises `Diverged` after too many steps that were not
+        finite."""
         self.mark("end of the step")
         if said := self.guard.judge(step, norm):
             self._logger.print(said)
@@ -116,20 +117,20 @@ class Watch:
 
     @property
     def skipped(self) -> int:
-        """Steps that were left out since this process began."""
+        """Return how many steps were left out since this process began."""
         return self.guard.skipped
 
     @property
     def sound(self) -> bool:
-        """Whether the last step was not left out."""
+        """Tell whether the last step was not left out."""
         return not self.guard.in_a_row
 
     def saved(self) -> None:
-        """There is a checkpoint of this run to go back to."""
+        """Note that there is a checkpoint of this run to go back to."""
         self.guard.saved = True
 
     def complete(self) -> None:
-        """The run is: what was kept for it in memory goes."""
+        """Remove what was kept in memory for the run, which is complete."""
         self._snapshots.forget()
 
 

@@ -22,7 +22,7 @@ SCRIPTS = ("plots.js", "heat.js", "page.js")
 
 
 def names(runs: Sequence[RunData]) -> list[str]:
-    """The runs' names, or their folders from where these differ."""
+    """Return the runs' names, or their folders from where these differ."""
     short = [run.name for run in runs]
     if len({*short}) == len(short):
         return short
@@ -32,7 +32,7 @@ def names(runs: Sequence[RunData]) -> list[str]:
 
 
 def data(runs: Sequence[RunData], live: bool = False) -> dict[str, Any]:
-    """Everything the page shows, for JSON."""
+    """Return everything the page shows, for JSON."""
     named = names(runs)
     return {
         "version": __version__,
@@ -59,7 +59,7 @@ def _one(run: RunData, name: str) -> dict[str, Any]:
 
 
 def html(found: dict[str, Any]) -> str:
-    """The whole page as text."""
+    """Return the whole page as text."""
     text = (PARTS / "page.html").read_text()
     parts = {
         "TITLE": _escape(" · ".join(run["name"] for run in found["runs"])) + " – moetrain",
@@ -77,7 +77,7 @@ def html(found: dict[str, Any]) -> str:
 
 
 def as_json(found: dict[str, Any]) -> str:
-    """JSON that may stand in a script element: no NaN, no end of the element."""
+    """Return JSON that may stand in a script element: no NaN, no end of the element."""
     return json.dumps(_finite(found), allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace(
         "<", "\\u003c"
     )
@@ -91,7 +91,7 @@ def write(runs: Sequence[RunData], path: Path) -> dict[str, Any]:
 
 
 def write_of(folder: Path) -> None:
-    """`report.html` in a run's own folder."""
+    """Write `report.html` in a run's own folder."""
     write([RunData(folder)], folder / "report.html")
 
 

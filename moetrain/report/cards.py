@@ -32,7 +32,7 @@ from moetrain.report.read import RunData
 
 
 def about(run: RunData) -> str:
-    """One line, of what the config tells."""
+    """Return one line, of what the config tells."""
     option, parts = run.option, []
     if ranks := run.metrics.lists(DEVICE_LOAD_HOME)[1].shape[1]:
         parts.append(f"{ranks} ranks")
@@ -54,7 +54,7 @@ def about(run: RunData) -> str:
 
 
 def circumstances(run: RunData) -> list[tuple[str, str]]:
-    """(what, text) of how the run was made, as its last start says; [] of a run that did not record it."""
+    """Return (what, text) of how the run was made, as its last start says; [] of a run that did not record it."""
     if not run.starts:
         return []
     last, known = run.starts[-1], [row for row in run.starts if _is_seconds(row.get("seconds"))]
@@ -81,7 +81,8 @@ def _is_seconds(value: Any) -> bool:
 
 
 def cards(run: RunData) -> list[dict[str, Any]]:
-    """`{name, value, unit, note}`; those that nothing was recorded for are left out. `number` is for comparing."""
+    """Return `{name, value, unit, note}` of each card; those that nothing was recorded for are left out. `number` is
+    for comparing."""
     drawn = (_progress, _held_out, _loss, _speed, _imbalance, _saved, _moved, _experts, _congestion, _memory)
     return [card for draw in drawn if (card := draw(run)) is not None]
 

@@ -93,7 +93,7 @@ def _differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{`model.dim`: its value as text}."""
+    """Return {`model.dim`: its value as text}."""
     out: dict[str, str] = {}
     for name, value in config.items():
         nested = isinstance(value, dict)

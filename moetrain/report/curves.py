@@ -35,37 +35,38 @@ def absent(reason: str) -> Figure:
 
 
 def not_recorded(name: str) -> str:
-    """The reason of a figure that is absent because the metric `name` is."""
+    """Return the reason of a figure that is absent because the metric `name` is."""
     return f"{name} was not recorded"
 
 
 def drawn_as(name: str) -> Figure:
-    """What the registry says of how the metric `name` is drawn: the unit of its axis, and whether it is a share."""
+    """Return what the registry says of how the metric `name` is drawn: the unit of its axis, and whether it is a
+    share."""
     unit = METRICS[name].unit
     return {"unit": unit, "share": True} if unit == "share" else {"unit": unit}
 
 
 def layers(run: RunData, name: str) -> dict[str, str]:
-    """{layer: recorded name} of the metric `name`, which has `layer_LL` in it."""
+    """Return {layer: recorded name} of the metric `name`, which has `layer_LL` in it."""
     form = METRICS[name].form
     return dict(sorted((m["layer"], found) for found in run.metrics.names if (m := form.fullmatch(found))))
 
 
 def by_domain(run: RunData, name: str) -> dict[str, str]:
-    """{domain: recorded name} of the metric `name`, which has `DOMAIN` in it; `all` is none of them."""
+    """Return {domain: recorded name} of the metric `name`, which has `DOMAIN` in it; `all` is none of them."""
     form = METRICS[name].form
     found = {m["domain"]: name for name in run.metrics.names if (m := form.fullmatch(name))}
     return {domain: found[domain] for domain in sorted(found) if domain != "all"}
 
 
 def domain_colors(run: RunData) -> dict[str, int]:
-    """{domain: number of its color}: the same in every figure of the run."""
+    """Return {domain: number of its color}: the same in every figure of the run."""
     domains = sorted({*by_domain(run, DOMAIN_LOSS), *by_domain(run, DOMAIN_BITS_PER_BYTE)})
     return {domain: number for number, domain in enumerate(domains)}
 
 
 def validation(run: RunData) -> dict[str, str]:
-    """{`all` or a domain: recorded name} of the validation loss in bits/byte."""
+    """Return {`all` or a domain: recorded name} of the validation loss in bits/byte."""
     whole = {"all": BITS_PER_BYTE} if BITS_PER_BYTE in run.metrics.names else {}
     return whole | by_domain(run, DOMAIN_BITS_PER_BYTE)
 
@@ -81,8 +82,8 @@ class BucketedRows:
         self._metrics = run.metrics
 
     def series(self, label: str, name: str, band: bool = False, smooth: bool = True, **more: Any) -> Figure | None:
-        """One line, smoothed; `raw` is what the step itself reached, `band` keeps each bucket's extremes. None where
-        nothing was recorded."""
+        """Return one line, smoothed; `raw` is what the step itself reached, `band` keeps each bucket's extremes. None
+        where nothing was recorded."""
         values = self._metrics.numbers(name, self.rows)
         if not np.isfinite(values).any():
             return None
@@ -109,7 +110,7 @@ def loss(run: RunData) -> Figure:
 
 
 def held_out(run: RunData) -> Figure:
-    """The last evaluation, beside the bigram model where the run has ended."""
+    """Draw the last evaluation, beside the bigram model where the run has ended."""
     values = {domain: run.metrics.last(name) for domain, name in by_domain(run, DOMAIN_BITS_PER_BYTE).items()}
     if not values:
         return absent("no evaluation yet (eval.every; every run has one at its end)")
@@ -128,7 +129,7 @@ def held_out(run: RunData) -> Figure:
 
 
 def held_out_steps(run: RunData) -> Figure:
-    """The same over the run's evaluations."""
+    """Draw the same over the run's evaluations."""
     found, color = validation(run), domain_colors(run)
     rows = [row for row in run.metrics.rows if any(name in row for name in found.values())]
     if len(rows) < 2:
@@ -142,7 +143,7 @@ def held_out_steps(run: RunData) -> Figure:
 
 
 def per_layer(name: str, smooth: bool = True, **more: Any) -> Callable[[RunData], Figure]:
-    """A line for every layer of the metric `name`, which has `layer_LL` in it."""
+    """Return what draws a line for every layer of the metric `name`, which has `layer_LL` in it."""
 
     def draw(run: RunData) -> Figure:
         grid = BucketedRows(run)
@@ -154,7 +155,7 @@ def per_layer(name: str, smooth: bool = True, **more: Any) -> Callable[[RunData]
 
 
 def held_out_per_layer(name: str, missing: str, **more: Any) -> Callable[[RunData], Figure]:
-    """The same of what evaluations find; `missing`: the reason where there was none."""
+    """Return the same of what evaluations find; `missing`: the reason where there was none."""
 
     def draw(run: RunData) -> Figure:
         found = layers(run, name)
@@ -176,7 +177,7 @@ def held_out_per_layer(name: str, missing: str, **more: Any) -> Callable[[RunDat
 
 
 def lines(series: dict[str, tuple[str, str]], **more: Any) -> Callable[[RunData], Figure]:
-    """A line for every metric of {metric: (label, tone)}, with each bucket's extremes as a band.
+    """Return what draws a line for every metric of {metric: (label, tone)}, with each bucket's extremes as a band.
 
     The first one's unit is that of the axis.
     """
@@ -191,14 +192,14 @@ def lines(series: dict[str, tuple[str, str]], **more: Any) -> Callable[[RunData]
 
 
 def rate(run: RunData) -> Figure:
-    """The learning rate of the steps themselves: a schedule has corners that a mean would round."""
+    """Draw the learning rate of the steps themselves: a schedule has corners that a mean would round."""
     grid = BucketedRows(run)
     line = grid.series("learning rate", LR, tone="main")
     return grid.lines([line and line | {"y": line["raw"]}], not_recorded(LR), floor=0, **drawn_as(LR))
 
 
 def time(run: RunData) -> Figure:
-    """Seconds of a step, stacked: what the MoE layers do, forward and backward, and everything else."""
+    """Draw the seconds of a step, stacked: what the MoE layers do, forward and backward, and everything else."""
     grid = BucketedRows(run)
     found = lambda name: run.metrics.numbers(name, grid.rows)  # noqa: E731
     phases = {name: found(PHASE[name]) for name in PHASES}
@@ -220,7 +221,7 @@ def time(run: RunData) -> Figure:
 
 
 def memory(run: RunData) -> Figure:
-    """A line for every rank where that was recorded, else the peak of the fullest one."""
+    """Draw a line for every rank where that was recorded, else the peak of the fullest one."""
     steps, values = run.metrics.lists(MEMORY_GIB)
     if not len(steps):
         return lines({PEAK_MEMORY_GIB: ("peak, fullest rank", "main")}, floor=0)(run)
@@ -241,7 +242,7 @@ def memory(run: RunData) -> Figure:
 
 
 def saved(run: RunData) -> Figure:
-    """What the plan saved beside what lending took."""
+    """Draw what the plan saved beside what lending took."""
     grid = BucketedRows(run)
     series = [grid.series("saved computing", SAVED_SECONDS, band=True, tone="planned")]
     cost = [run.metrics.numbers(PHASE[name], grid.rows) for name in ("lend", "backward_lend")]

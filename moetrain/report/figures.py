@@ -86,13 +86,13 @@ FIGURES: dict[str, Callable[[RunData], Figure]] = {
 
 
 def titles() -> dict[str, str]:
-    """{figure: its title on the page}."""
+    """Return {figure: its title on the page}."""
     page = (Path(__file__).parent / "page" / "page.html").read_text()
     return dict(re.findall(r'data-figure="(\w+)">\s*<figcaption><b>([^<]+)</b>', page))
 
 
 def figures(run: RunData) -> dict[str, Figure]:
-    """All of them; one whose records have a form that no version wrote is absent with that reason."""
+    """Return all figures; one whose records have a form that no version wrote is absent with that reason."""
     found = {}
     for name, draw in FIGURES.items():
         try:

@@ -60,14 +60,14 @@ def window(count: int) -> slice:
 
 
 def recent(run: RunData, name: str) -> float:
-    """Mean over the window; NaN where nothing was recorded."""
+    """Return the mean over the window; NaN where nothing was recorded."""
     values = run.metrics.numbers(name)
     values = values[window(len(values))]
     return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
 
 
 def recent_list(run: RunData, name: str) -> np.ndarray:
-    """[width]: mean over the window; empty where nothing was recorded."""
+    """Return [width]: the mean over the window; empty where nothing was recorded."""
     _, values = run.metrics.lists(name)
     return np.nan_to_num(values[window(len(values))]).mean(0) if len(values) else np.zeros(0)
 
@@ -165,7 +165,7 @@ def _devices(run: RunData) -> list[Finding]:
 
 
 def spent_lending(run: RunData) -> float:
-    """Seconds of a step that lending takes, forward and backward; NaN where nothing was recorded."""
+    """Return the seconds of a step that lending takes, forward and backward; NaN where nothing was recorded."""
     forward, backward = recent(run, PHASE["lend"]), recent(run, PHASE["backward_lend"])
     return forward + np.nan_to_num(backward)
 
@@ -179,7 +179,7 @@ def _plan(run: RunData) -> list[Finding]:
 
 
 def exchanging(run: RunData) -> float:
-    """Share of the window's steps in exchanges, waiting left out; NaN where nothing was recorded.
+    """Return the share of the window's steps in exchanges, waiting left out; NaN where nothing was recorded.
 
     Where waiting was recorded in some of the steps, it is about those alone: the two are never of different steps.
     """

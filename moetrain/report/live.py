@@ -38,7 +38,8 @@ class LiveSource:
 
 
 def server(runs: Sequence[RunData], port: int) -> ThreadingHTTPServer:
-    """Answers `/` with the page and `/data.json` with its data; `port` 0 takes a free one. Raises `ConfigError`."""
+    """Return a server that answers `/` with the page and `/data.json` with its data; `port` 0 takes a free one. Raises
+    `ConfigError`."""
     source = LiveSource(runs)
 
     class Handler(BaseHTTPRequestHandler):

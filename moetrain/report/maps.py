@@ -9,7 +9,7 @@ from moetrain.report.read import RunData
 
 
 def load(run: RunData) -> Figure:
-    """[frames, layers, experts] in mean loads, packed: every frame the mean of the rows it stands for."""
+    """Return [frames, layers, experts] in mean loads, packed: every frame the mean of the rows it stands for."""
     found = {name: run.metrics.lists(metric) for name, metric in layers(run, LAYER_LOAD).items()}
     found = {name: pair for name, pair in found.items() if len(pair[0])}
     if not found:
@@ -32,7 +32,7 @@ def load(run: RunData) -> Figure:
 
 
 def devices(run: RunData) -> Figure:
-    """[frames, layers, ranks] in mean loads: at home, planned, and what of the latter guests computed.
+    """Return [frames, layers, ranks] in mean loads: at home, planned, and what of the latter guests computed.
 
     Layer 0 of it is the sum over all layers.
     """
@@ -66,7 +66,7 @@ def devices(run: RunData) -> Figure:
 
 
 def traffic(run: RunData) -> Figure:
-    """[frames, layers, source, destination]: rows that travelled, in percent of the layer's rows."""
+    """Return [frames, layers, source, destination]: rows that travelled, in percent of the layer's rows."""
     if "traffic" not in run.trace:
         return absent("the load trace has no traffic")
     steps, rows = run.trace["step"], run.trace["traffic"]
@@ -89,7 +89,7 @@ def traffic(run: RunData) -> Figure:
 
 
 def waited(run: RunData) -> Figure:
-    """[frames, 1, who, for whom] in seconds of a step."""
+    """Return [frames, 1, who, for whom] in seconds of a step."""
     found = run.trace.get("waited")
     if found is None or not np.isfinite(found).any():
         return absent("the load trace has no waiting times")
@@ -113,7 +113,7 @@ def waited(run: RunData) -> Figure:
 
 
 def domains(run: RunData) -> Figure:
-    """[layers, domains, experts]: how many times oftener a domain uses an expert than all text does, packed."""
+    """Return [layers, domains, experts]: how many times oftener a domain uses an expert than all text does, packed."""
     found = run.specialisation
     if not found:
         return absent("specialisation/step_N.json was not recorded; every evaluation writes it")
@@ -135,7 +135,7 @@ def domains(run: RunData) -> Figure:
 
 
 def specialists(run: RunData) -> Figure:
-    """The most specialised experts of every layer, with the tokens they like."""
+    """Return the most specialised experts of every layer, with the tokens they like."""
     found = [
         {"name": layer.get("name", ""), "experts": layer["experts"]}
         for layer in run.specialisation.get("layers", [])
@@ -147,7 +147,7 @@ def specialists(run: RunData) -> Figure:
 
 
 def trace_layers(run: RunData) -> list[str]:
-    """Names of the trace's layers; older traces have none."""
+    """Return the names of the trace's layers; older traces have none."""
     if "layers" in run.trace:
         return run.trace["layers"].tolist()
     count = run.trace["home"].shape[1] if "home" in run.trace else 0
@@ -156,12 +156,13 @@ def trace_layers(run: RunData) -> list[str]:
 
 
 def usual_most(cells: np.ndarray) -> float:
-    """The largest cell of three frames in four: outliers do not make all others pale."""
+    """Return the largest cell of three frames in four: outliers do not make all others pale."""
     return float(max(np.quantile(cells.reshape(len(cells), -1).max(1), 0.75), 1e-9))
 
 
 def coarse(cells: np.ndarray, most: int = 64) -> tuple[np.ndarray, int]:
-    """[..., R, R] with ranks in groups of consecutive ones, so that at most `most` rows are left; ranks a group."""
+    """Return [..., R, R] with ranks in groups of consecutive ones, so that at most `most` rows are left; ranks a
+    group."""
     ranks = cells.shape[-1]
     block = -(-ranks // most)
     begin = np.arange(0, ranks, block)
@@ -169,6 +170,6 @@ def coarse(cells: np.ndarray, most: int = 64) -> tuple[np.ndarray, int]:
 
 
 def frames(count: int, size: int) -> np.ndarray:
-    """Which of `count` samples of `size` cells the page keeps, first and last among them."""
+    """Return which of `count` samples of `size` cells the page keeps, first and last among them."""
     most = int(np.clip(400_000 // max(1, size), 8, 160))
     return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))

@@ -71,12 +71,12 @@ class Metrics:
 
     @property
     def cut(self) -> bool:
-        """Whether the file ends in the middle of a line."""
+        """Tell whether the file ends in the middle of a line."""
         return self.path.is_file() and self.path.stat().st_size > self._offset
 
     @property
     def left_out(self) -> str:
-        """Which rows of a long file are not here, in words; empty where all are."""
+        """Say which rows of a long file are not here, in words; empty where all are."""
         parts = [f"all but its last {READ_BYTES >> 30} GiB"] if self.begin else []
         if self.every > 1:
             parts.append(f"of every {self.every} training rows all but one, to parse {PARSED_BYTES >> 20} MiB")
@@ -103,15 +103,15 @@ class Metrics:
 
     @property
     def names(self) -> list[str]:
-        """Every metric's name, in the order of their first appearance."""
+        """Return every metric's name, in the order of their first appearance."""
         return self._once("names", lambda: [n for n in dict.fromkeys(n for r in self.rows for n in r) if n != "step"])
 
     def numbers(self, name: str, rows: Iterable[Row] | None = None) -> np.ndarray:
-        """float64 [rows]; NaN where a row lacks it or it was no finite number. Default: the training rows."""
+        """Return float64 [rows]; NaN where a row lacks it or it was no finite number. Default: the training rows."""
         return np.array([_number(row.get(name)) for row in (self.training if rows is None else rows)], dtype=float)
 
     def lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps [n], values [n, width]) of the rows that have the list, at its most frequent width."""
+        """Return (steps [n], values [n, width]) of the rows that have the list, at its most frequent width."""
         return self._once(f"list {name}", lambda: self._lists(name))
 
     def _once(self, what: str, find: Callable[[], Any]) -> Any:
@@ -128,7 +128,7 @@ class Metrics:
         return np.array([step for step, _ in found]), np.stack([values for _, values in found]).astype(float)
 
     def last(self, name: str) -> float:
-        """The last finite value, or NaN."""
+        """Return the last finite value, or NaN."""
         return next((x for row in reversed(self.rows) if not np.isnan(x := _number(row.get(name)))), float("nan"))
 
 
@@ -142,7 +142,7 @@ class RunData:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Bring it up to date. Returns whether the metrics grew."""
+        """Bring the run up to date. Returns whether the metrics grew."""
         new = self.metrics.take()
         self.missing: list[str] = []
         if not self.metrics.path.is_file():
@@ -165,26 +165,26 @@ class RunData:
         return new
 
     def option(self, path: str, default: Any = None) -> Any:
-        """A field of the config, as `model.dim`."""
+        """Return a field of the config, as `model.dim`."""
         found = _field(self.config, *path.split("."))
         return default if found is None else found
 
     @property
     def resumed(self) -> list[int]:
-        """The steps after which the run was started again and went on."""
+        """Return the steps after which the run was started again and went on."""
         return sorted({row["step"] for row in self.starts[1:]} - {0})
 
     def whole(self, path: str) -> int | None:
-        """A field of the config that is a whole number; None where it is none."""
+        """Return a field of the config that is a whole number; None where it is none."""
         found = self.option(path)
         return found if isinstance(found, int) else None
 
     def ended(self, *path: str) -> float:
-        """A number of the summary; NaN where it is none."""
+        """Return a number of the summary; NaN where it is none."""
         return _number(_field(self.summary, *path))
 
     def predicted(self, name: str) -> float:
-        """A number of the prediction that was made before the first step; NaN where there is none."""
+        """Return a number of the prediction that was made before the first step; NaN where there is none."""
         return _number(_field(self.prediction, name))
 
     def _mapping(self, name: str, without: str) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class RunData:
 
 
 def open_run(name: str, directory: str = "runs") -> RunData:
-    """A run by its folder or its name in `directory`. Raises `ConfigError` where there is nothing to report on."""
+    """Open a run by its folder or its name in `directory`. Raises `ConfigError` where there is nothing to report on."""
     for folder in (Path(name), Path(directory) / name):
         if folder.is_dir() and any((folder / part).exists() for part in ("metrics.jsonl", "config.yaml", "load_trace")):
             return RunData(folder)

@@ -54,12 +54,12 @@ def check_writable(config: Config) -> None:
 
 
 def folder_of(config: Config) -> Path:
-    """The run's folder; `run.name` is set."""
+    """Return the run's folder; `run.name` is set."""
     return Path(config.run.dir, str(config.run.name))
 
 
 def heartbeats(folder: Path) -> Path:
-    """Where the ranks of the run in `folder` say how far they are."""
+    """Return the folder in which the ranks of the run in `folder` say how far they are."""
     return folder / "recovery" / "heartbeat"
 
 
@@ -76,7 +76,7 @@ def forget_tracking(folder: Path) -> None:
 
 
 def keep_submitted(config: Config) -> Path:
-    """The configuration of a run that begins later, in its folder, which is returned."""
+    """Write the configuration of a run that begins later into its folder, which is returned."""
     return _write(fix_places(vary(config, {"run.dir": os.path.abspath(config.run.dir)})), "submitted.yaml")
 
 
@@ -89,7 +89,7 @@ def _write(config: Config, name: str) -> Path:
 
 
 def model_folder(config: Config) -> Path:
-    """The folder that a model of `model.source=hf` is built from: its own, or what the run has kept of it."""
+    """Return the folder that a model of `model.source=hf` is built from: its own, or what the run has kept of it."""
     assert isinstance(config.model, HuggingFace)
     return hugging_face.find_folder(config.model.path, config.run.model_dump())
 
@@ -113,21 +113,21 @@ def keep_corpus(folder: Path, fingerprint: dict[str, str]) -> None:
 
 
 def corpus_of(folder: Path) -> dict[str, str] | None:
-    """The fingerprint of the corpus that the run in `folder` is trained on; None where none is known."""
+    """Return the fingerprint of the corpus that the run in `folder` is trained on; None where none is known."""
     found = disk.read_json(folder / "corpus.json")
     sound = isinstance(found, dict) and found and all(isinstance(digest, str) for digest in found.values())
     return found if sound else None
 
 
 def config_of(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The sections of `config.yaml` in a run's folder; None where it is missing or damaged."""
+    """Return the sections of `config.yaml` in a run's folder; None where it is missing or damaged."""
     found = disk.read_yaml(folder / "config.yaml")
     sound = found is not None and all(isinstance(found.get(name), dict) for name in SECTIONS)
     return found if sound else None
 
 
 def find(name: str | None, directory: str = "runs") -> Path:
-    """A run by its folder, its name, or the newest one if nothing is named. Raises `ConfigError`."""
+    """Find a run by its folder, its name, or the newest one if nothing is named. Raises `ConfigError`."""
     if name is None:
         runs = sorted(Path(directory).glob("*/config.yaml"), key=os.path.getmtime)
         if not runs:

@@ -34,7 +34,7 @@ class Start:
         self._write()
 
     def end(self) -> None:
-        """Keep how long it took until now."""
+        """Note how long it took until now."""
         self._own["seconds"] = round(time.monotonic() - self._began, 3)
         self._write()
 
@@ -45,7 +45,7 @@ class Start:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """As one would type it; what stands behind a name that may be a secret's is left out."""
+    """Return the command as one would type it; what stands behind a name that may be a secret's is left out."""
     shown = [redacted_text(argument) for argument in arguments]
     return shlex.join(["moetrain", *shown])
 

@@ -24,7 +24,7 @@ CHANGE = 0.1  # relative, of the smoothed γ̂ over as many readings: more is a 
 
 
 def gamma_eff(counts_E: Array, quality_E: Array) -> float:
-    """γ̂ = -cov_k(m_k, log m_k - q_k) / var_k(m_k), over the experts that were selected at all.
+    """Return γ̂ = -cov_k(m_k, log m_k - q_k) / var_k(m_k), over the experts that were selected at all.
 
     counts_E selections, quality_E mean logits; where a router masks an expert for some tokens they are not finite, and
     the expert is left out. NaN where fewer than three experts were selected, or all equally often.
@@ -49,7 +49,7 @@ class Phase:
         self._past: deque[float] = deque(maxlen=READINGS + 1)
 
     def update(self, gamma: float) -> int | None:
-        """The phase after this reading; None as long as there are too few. NaN tells nothing."""
+        """Take in a reading and return the phase after it; None as long as there are too few. NaN tells nothing."""
         if np.isfinite(gamma):
             smoothed = gamma if not self._past else self._past[-1] + (gamma - self._past[-1]) / (READINGS / 2)
             self._past.append(smoothed)
@@ -61,6 +61,6 @@ class Phase:
 
 
 def phases(gammas: Iterable[float | None]) -> list[int | None]:
-    """The phase after every reading of a run (null readings tell nothing)."""
+    """Return the phase after every reading of a run (null readings tell nothing)."""
     phase = Phase()
     return [phase.update(float("nan") if gamma is None else gamma) for gamma in gammas]

@@ -55,7 +55,7 @@ class Window:
         self.counts_N: Tensor | None = None
 
     def add(self, counts_N: Tensor) -> None:
-        """int64 [N] of one step."""
+        """Add the counts of one step, int64 [N]."""
         self._steps.append(counts_N)
         self.counts_N = counts_N.clone() if self.counts_N is None else self.counts_N.add_(counts_N)
         if len(self._steps) > self._size:
@@ -63,25 +63,26 @@ class Window:
 
 
 def max_vio(counts_E: Array) -> float:
-    """(largest - mean) / mean load: MaxVio of Loss-Free Balancing (Wang et al., 2024). 0: even, or no load at all."""
+    """Return (largest - mean) / mean load: MaxVio of Loss-Free Balancing (Wang et al., 2024). 0: even, or no load at
+    all."""
     total = counts_E.sum()
     return float(counts_E.max() * len(counts_E) / total - 1) if total else 0.0
 
 
 def load_entropy(counts_E: Array) -> float:
-    """Entropy of the load as a share of log E: 1 is even, 0 is all for one."""
+    """Return the entropy of the load as a share of log E: 1 is even, 0 is all for one."""
     share = counts_E[counts_E > 0] / max(counts_E.sum(), 1)
     return float(-(share * np.log(share)).sum()) / math.log(len(counts_E)) if len(counts_E) > 1 else 1.0
 
 
 def starving(counts_E: Array) -> int:
-    """Experts that were selected, but less than `STARVING` times an even share."""
+    """Count the experts that were selected, but less than `STARVING` times an even share."""
     return int(((counts_E > 0) & (counts_E * len(counts_E) < STARVING * counts_E.sum())).sum())
 
 
 def layer_metrics(counts_E: Array, window_E: Array, quality_E: Array) -> dict[str, Any]:
-    """Metrics of one layer, by their names for any layer, from its selections in one step, those of the window, and its
-    mean logits."""
+    """Return the metrics of one layer, by their names for any layer, from its selections in one step, those of the
+    window, and its mean logits."""
     total = max(counts_E.sum(), 1)
     return {
         LAYER_MAX_VIO: max_vio(counts_E),

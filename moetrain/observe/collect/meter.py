@@ -118,7 +118,7 @@ class Meter:
 
     @torch.no_grad()
     def read(self, step: StepRecord, routers: Sequence[BalancedRouter]) -> Reading:
-        """The step last added. All ranks call it: it enters one collective."""
+        """Return the reading of the step last added. All ranks call it: it enters one collective."""
         biased = [router.bias for router in routers if router.bias is not None]
         assert self._window.counts_N is not None, "add() comes first"
         found = summed(
@@ -263,19 +263,20 @@ class Plans(NamedTuple):
         return cls(counts_SRE, placed_SRE, at_home_SRE, home_SR, placed_SRE.sum(2))
 
     def facts(self) -> list[float]:
-        """Sums over the plans: imbalance at home and planned, guests, rows moved."""
+        """Return sums over the plans: imbalance at home and planned, guests, rows moved."""
         away_SRE = self.placed_SRE * ~self.at_home_SRE
         return [_uneven(self.home_SR), _uneven(self.planned_SR), float((away_SRE > 0).sum()), float(away_SRE.sum())]
 
     def saved_seconds(self, costs: Costs, forwards: float) -> float:
-        """Of expert computation, that the plans take off the slowest rank, by the machine's measured curve."""
+        """Return the seconds of expert computation that the plans take off the slowest rank, by the machine's measured
+        curve."""
         segments_SR = ((self.counts_SRE.sum(1)[:, None, :] > 0) & self.at_home_SRE).sum(2)
         at_home = compute_seconds(self.home_SR, segments_SR, costs, forwards)
         planned = compute_seconds(self.planned_SR, (self.placed_SRE > 0).sum(2), costs, forwards)
         return float((at_home - planned).sum())
 
     def max_vio_S(self, rank: int) -> Array:
-        """[S] `health.max_vio` of one source rank's rows."""
+        """Return [S] `health.max_vio` of one source rank's rows."""
         mine_SE, num_experts_S = self.counts_SRE[:, rank], self.at_home_SRE.any(1).sum(1)
         total_S = mine_SE.sum(1)
         return np.where(total_S > 0, mine_SE.max(1) * num_experts_S / np.maximum(total_S, 1) - 1, 0.0)
@@ -294,8 +295,9 @@ def _leaving(plan: Plan, rank: int) -> int:
 
 
 def waited(waits: Array, ep: int) -> Array:
-    """[W, W] seconds that each rank waited for each other one. waits [..., W]: of exchanges, each among the ranks of
-    an expert group, `ep` neighbours; whoever is there last waits least, and what others wait longer is for it."""
+    """Return [W, W] seconds that each rank waited for each other one. waits [..., W]: of exchanges, each among the
+    ranks of an expert group, `ep` neighbours; whoever is there last waits least, and what others wait longer is for
+    it."""
     world = waits.shape[-1]
     out = np.zeros((world, world))
     for first in range(0, world, ep):
@@ -310,7 +312,8 @@ def waited(waits: Array, ep: int) -> Array:
 def summed(
     on_device: Mapping[str, Tensor], on_host: Mapping[str, Array], known: Mapping[str, Tensor]
 ) -> dict[str, Array]:
-    """fp64 arrays on the host: the sums over all ranks of the first two, and `known` as it is on each of them."""
+    """Return fp64 arrays on the host: the sums over all ranks of the first two, and `known` as it is on each of
+    them."""
     host = np.concatenate([x.astype(np.float64).ravel() for x in on_host.values()])
     device = [x.double().flatten() for x in on_device.values()]
     total = all_reduce_sum(torch.cat([*device, torch.from_numpy(host).to(device[0].device)]))
@@ -322,7 +325,7 @@ def summed(
 
 
 def memory_now(device: torch.device) -> int:
-    """Bytes: the most allocated on the GPU since this was last asked, or resident now."""
+    """Return bytes: the most allocated on the GPU since this was last asked, or resident now."""
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -332,7 +335,8 @@ def memory_now(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on the GPU since `memory_now`, or that this process ever had resident."""
+    """Return bytes: the most that was allocated on the GPU since `memory_now`, or that this process ever had
+    resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

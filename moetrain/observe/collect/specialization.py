@@ -40,7 +40,7 @@ class TokensOfExperts:
         self._pairs: list[list[Tensor]] = [[] for _ in range(num_layers)]  # of each layer: [2, N] expert and token
 
     def add(self, domain: int, tokens_T: Tensor, stats: Sequence[LayerStats]) -> None:
-        """A forward over text of one domain. Enters no collective."""
+        """Add a forward over text of one domain. Enters no collective."""
         if self._left[domain] <= 0:
             return
         self._left[domain] -= len(tokens_T)
@@ -51,7 +51,7 @@ class TokensOfExperts:
             pairs.append(pair if made_N is None else pair[:, made_N])
 
     def counts(self, layer: int, experts: Sequence[int], vocabulary: int) -> tuple[Array, Array]:
-        """([len(experts), V] selections by token, [V] the text), over all ranks. Enters one collective."""
+        """Return ([len(experts), V] selections by token, [V] the text), over all ranks. Enters one collective."""
         size = (len(experts) + 1) * vocabulary
         device = self._mesh.device
         slot_E = torch.full((max(experts, default=0) + 1,), len(experts), device=device)
@@ -70,12 +70,12 @@ class TokensOfExperts:
 
 
 def domain_information(counts_CE: Array) -> float:
-    """Mutual information of domain and expert in bits, every domain weighted alike. 0: no specialisation."""
+    """Return the mutual information of domain and expert in bits, every domain weighted alike. 0: no specialisation."""
     return float((_load(counts_CE) * expert_information(counts_CE)).sum())
 
 
 def expert_information(counts_CE: Array) -> Array:
-    """[E] bits that knowing the expert tells of the domain, beyond that all domains are alike."""
+    """Return [E] bits that knowing the expert tells of the domain, beyond that all domains are alike."""
     joint = _joint(counts_CE)
     of_expert = joint / joint.sum(0, keepdims=True).clip(min=1e-30)  # p(domain | expert)
     domain = joint.sum(-1, keepdims=True).clip(min=1e-30)
@@ -95,7 +95,7 @@ def _load(counts_CE: Array) -> Array:
 def describe(
     names: Sequence[str], counts: Sequence[Array], tokens: TokensOfExperts, corpus: Corpus
 ) -> list[dict[str, Any]]:
-    """Of every layer its name, counts [C, E], mutual information and most specialised experts.
+    """Return of every layer its name, counts [C, E], mutual information and most specialised experts.
 
     All ranks call it with the same counts: it enters a collective for every layer.
     """
@@ -124,8 +124,8 @@ def describe(
 
 
 def liked_tokens(selected_V: Array, text_V: Array, corpus: Corpus) -> list[dict[str, Any]]:
-    """The tokens that an expert gets oftener than the text has them: by their part in the Kullback-Leibler divergence
-    of what it gets from the text."""
+    """Return the tokens that an expert gets oftener than the text has them: by their part in the Kullback-Leibler
+    divergence of what it gets from the text."""
     share_V, usual_V = selected_V / max(selected_V.sum(), 1), text_V / max(text_V.sum(), 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         score_V = np.where(selected_V >= SEEN, share_V * np.log(share_V / usual_V), -math.inf)
@@ -141,7 +141,7 @@ def liked_tokens(selected_V: Array, text_V: Array, corpus: Corpus) -> list[dict[
 
 
 def write(folder: Path, step: int, domains: Sequence[str], layers: list[dict[str, Any]]) -> None:
-    """`specialisation/step_N.json` of the run's folder, whole or not at all."""
+    """Write `specialisation/step_N.json` of the run's folder, whole or not at all."""
     path = folder / "specialisation" / f"step_{step}.json"
     with suppress(OSError):  # a disk that is full or read-only does not stop a run
         path.parent.mkdir(exist_ok=True)

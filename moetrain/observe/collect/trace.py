@@ -77,7 +77,8 @@ class LoadTrace:
         return bool(self._every) and (step % self._every == 0 or step == 1)
 
     def record(self, step: int, stats: Sequence[LayerStats], reading: Reading) -> dict[str, list[float]]:
-        """A sample of a step that `takes`: `stats` of its first micro-step. Returns the metrics that come with it."""
+        """Record a sample of a step that `takes`: `stats` of its first micro-step. Returns the metrics that come with
+        it."""
         waited_WW = waited(reading.waits, self._ep)
         if self._folder is not None:
             plans = [s.plan for s in stats]
@@ -112,7 +113,7 @@ class LoadTrace:
 
 
 def read(folder: Path) -> dict[str, Array]:
-    """All parts of a run's trace that can be read, in order of step; empty arrays where there is none.
+    """Return all parts of a run's trace that can be read, in order of step; empty arrays where there is none.
 
     Where parts differ in size (a run resumed on other ranks), the smaller ones are padded, with `FILL` or zeros.
     """
@@ -129,7 +130,7 @@ def read(folder: Path) -> dict[str, Array]:
 
 
 def read_parts(folder: Path) -> Iterator[dict[str, Array]]:
-    """The parts of a run's trace that can be read, as they are."""
+    """Return the parts of a run's trace that can be read, as they are."""
     for path in sorted((folder / "load_trace").glob("part_*.npz")):
         if (part := _open(path)) is not None:
             yield part

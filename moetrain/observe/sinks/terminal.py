@@ -165,8 +165,8 @@ def _said(name: str, words: list[str]) -> RenderableType:
 
 
 def devices(row: Metrics) -> RenderableType:
-    """A bar for every device, before planning and after: its rows of all layers, in mean loads, so that what one layer
-    has too many and another too few of is level here. The fullest devices first if they are many."""
+    """Draw a bar for every device, before planning and after: its rows of all layers, in mean loads, so that what one
+    layer has too many and another too few of is level here. The fullest devices first if they are many."""
     home, planned = row[DEVICE_LOAD_HOME], row[DEVICE_LOAD_PLANNED]
     mean = sum(home) / max(len(home), 1) or 1.0
     order, title = list(range(len(home))), "device"
@@ -188,7 +188,7 @@ def devices(row: Metrics) -> RenderableType:
 
 
 def hottest(row: Metrics) -> RenderableType:
-    """The experts with the largest load, in even shares."""
+    """List the experts with the largest load, in even shares."""
     found = []
     for name, shares in row.items():
         if name.endswith("/load"):

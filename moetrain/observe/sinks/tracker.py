@@ -87,5 +87,5 @@ class Tolerant:
 
 
 def one_line(error: Exception) -> str:
-    """What it says, without the end of the sentence."""
+    """Return what an error says, without the end of the sentence."""
     return (" ".join(str(error).split()) or type(error).__name__)[:240].rstrip(".")

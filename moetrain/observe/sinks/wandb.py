@@ -161,8 +161,8 @@ def _run_id(folder: Path) -> str:
 
 
 def heat_map(loads: list[Array]) -> Array:
-    """uint8 [height, width, 3]: a row for every layer, from shares of selections [E]: blue none, white even, red twice
-    that or more."""
+    """Return uint8 [height, width, 3]: a row for every layer, from shares of selections [E]: blue none, white even, red
+    twice that or more."""
     wide = max(len(share_E) for share_E in loads)
     cells = np.full((len(loads), wide, 3), 255.0)
     for layer, share_E in enumerate(loads):
