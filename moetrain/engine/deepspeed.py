@@ -2,6 +2,7 @@
 
 DeepSpeed keeps, reduces and updates two of the three kinds of parameters: dense ones over all ranks, experts over the
 ranks that hold the same ones. Routers it never sees (`_Seen`): replicated in fp32, with an optimizer of their own.
+Frozen parameters are in no optimizer; their masters, in fp32, are what a checkpoint holds of them.
 
 Gradients are summed, not averaged, and clipped here: DeepSpeed's stage 0 averages the norms of ranks with different
 experts, its bf16 optimizer leaves experts out. The model and its autograd graph are those of the native engine.
@@ -77,6 +78,7 @@ class DeepSpeedEngine(Engine):
         if self._stage == 0 and self.dtype == torch.bfloat16:
             for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
                 self._masters |= dict(zip(low, high, strict=True))
+        self._masters |= {p: p.detach().float() for p in model.parameters() if not p.requires_grad}
         if self.dtype == torch.bfloat16:  # masters are made of rounded weights
             for parameter, read in model.initial_values(config.train.seed):
                 value = read(slice(0, len(parameter)))
@@ -110,9 +112,10 @@ class DeepSpeedEngine(Engine):
 
     def _kinds(self, optimizer: bool, parameter: nn.Parameter) -> dict[str, Held]:
         kinds = (MODEL, *MOMENTS) if optimizer else (MODEL,)
-        if parameter in self._own or self._stage == 0:
+        is_own = parameter in self._own or not parameter.requires_grad
+        if is_own or self._stage == 0:
             master = self._masters.get(parameter, parameter)
-            state = adam_state(self._own_adam if parameter in self._own else self._adam, master) if optimizer else {}
+            state = adam_state(self._own_adam if is_own else self._adam, master) if optimizer else {}
             return {kind: held(master if kind == MODEL else state[kind]) for kind in kinds}
         part = parameter._hp_mapping  # type: ignore[attr-defined]
         if part is None:  # it lies on other ranks

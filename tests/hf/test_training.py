@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moetrain import config
@@ -131,6 +132,26 @@ def test_a_run_goes_on_at_another_layout_when_the_folder_is_gone(pool, data: lis
     parts = pool.run(run_train, 4, [*own, "run.name=parts", "train.steps=3"], ep=2)[0]
     assert losses(parts) == pytest.approx(losses(whole), rel=NEAR)
     assert (Path(parts) / "model" / "config.json").is_file()
+
+
+def test_frozen_routers_stay_as_they_are_under_deepspeed(pool, data: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    families.build("qwen3_moe", vocab_size=VOCABULARY).save_pretrained(folder)
+    frozen = ["router.freeze=true", "optim.warmup=0", f"run.dir={tmp_path}", "eval.tokens_per_domain=64"]
+    own = [*options(folder, *data, *frozen), "generate.tokens=2", "optim.schedule=wsd", "optim.decay_fraction=0.01"]
+    whole = pool.run(run_train, 1, [*own, "run.name=whole", "train.steps=3"])[0]
+    parts = [*own, "run.name=parts", "engine=deepspeed"]
+    pool.run(run_train, 2, [*parts, "train.steps=2"], ep=2)
+    assert losses(pool.run(run_train, 1, [*parts, "train.steps=3"])[0]) == pytest.approx(losses(whole), rel=NEAR)
+    rounded = [*own, "run.name=rounded", "engine=deepspeed", "train.steps=1", "train.dtype=bf16"]
+    saved = Path(pool.run(run_train, 2, rounded, ep=2)[0]) / "checkpoints" / "step_1"
+    entries = json.loads((saved / "entries.json").read_text())
+    before = {f"model/hf.{name}": value for name, value in folders.load(folder).items() if "mlp.gate.weight" in name}
+    for name, value in before.items():
+        dtype, _, pieces = entries[name]
+        after = torch.cat([load_file(saved / file)[name].flatten() for file, _, _ in pieces])
+        assert dtype == "F32"
+        assert torch.equal(after, value.flatten())
 
 
 def test_the_balance_loss_is_that_of_the_global_batch(pool, tmp_path: Path) -> None:
