@@ -65,11 +65,18 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _check_folder(settings: "Config") -> None:
-    """Raise `ConfigError` before there are workers, where a new run cannot begin with the weights of its folder."""
+    """Say which weights of its folder a new run does not train, such as those of a vision tower.
+
+    Raises `ConfigError` before there are workers, where it cannot begin with the weights of the folder.
+    """
+    from moetrain.common.console import console
     from moetrain.config import HuggingFace
 
     model = settings.model
     if isinstance(model, HuggingFace) and model.weights == "load":
         from moetrain.hf.initial import map_folder  # transformers takes seconds to load
 
-        map_folder(model.path, model.trust_remote_code)
+        carried = map_folder(model.path, model.trust_remote_code).carried
+        if carried:
+            rest = "moetrain export writes them as they are"
+            console.print(f"{len(carried)} tensors of {model.path} are not trained: {carried[0]}, ...; {rest}")

@@ -155,3 +155,17 @@ def test_a_model_that_sees_is_refused_before_there_are_workers(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert f"model.path={source}: {said}" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_trained_is_said_before_there_are_workers(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    folders.make_qwen3_5_moe(source, vocab_size=512)
+    own = [word for word in tiny if word != "model=tiny"]
+    wrong = ["parallel.nproc=3", "parallel.ep=3"]  # refused where workers would start: a batch of 8 on 3 ranks
+    assert cli.main(["train", *own, "model=hf", f"model.path={source}", "run.name=run", *wrong]) == 2
+    printed = capsys.readouterr()
+    assert "error: train.global_batch=8: must be a multiple of 3 ranks" in printed.err
+    assert "starting" not in printed.out
+    assert f"21 tensors of {source} are not trained: model.visual.blocks.0" in printed.out
