@@ -29,7 +29,12 @@ def redacted_text(text: str) -> str:
     for name, value in os.environ.items():
         if NAME.search(name) and len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)
-    return FORM.sub(HIDDEN, SIGNED_IN.sub(f"://{HIDDEN}@", AFTER_NAME.sub(rf"\1{HIDDEN}", text)))
+    return FORM.sub(HIDDEN, hide_passwords(AFTER_NAME.sub(rf"\1{HIDDEN}", text)))
+
+
+def hide_passwords(text: str) -> str:
+    """Return `text` with `***` for name and password in addresses."""
+    return SIGNED_IN.sub(f"://{HIDDEN}@", text)
 
 
 def redacted(tree: Any, name: str = "") -> Any:

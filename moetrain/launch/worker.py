@@ -15,6 +15,7 @@ from pathlib import Path
 
 from moetrain.common.console import errors
 from moetrain.common.errors import ConfigError
+from moetrain.common.redact import hide_passwords
 from moetrain.launch import signals
 from moetrain.launch.exits import Ended
 
@@ -52,7 +53,7 @@ def report_bad_input(error: Exception) -> int:
     if number.isdecimal() and int(number) > 0:
         time.sleep(2)  # a launcher ends all workers when the first one exits: leave the first of the host time to speak
         return BAD_INPUT
-    errors.print(f"error: {error}")
+    errors.print(hide_passwords(f"error: {error}"))
     _ask_torchrun_to_end()
     return BAD_INPUT
 

@@ -53,6 +53,8 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     folder, notes = runs.folder_of(config), versions.newer_than_tested()
     start = checkpoint.agree_on_start(config, folder, mesh)
     initial = checkpoint.agree_on_weights(config, start, mesh)
+    if config.init_from is not None and start.path is not None:
+        notes.append(f"init_from={config.init_from}: not read, the run goes on from {start.path.name} of its own")
     dtype = precision.find_dtype(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
     spec = resolve(config, mesh.world, corpus.vocab_size, dtype)
     model = build(spec)

@@ -32,6 +32,8 @@ def test_a_new_run_begins_with_the_weights_alone(pool: Pool, tiny: list[str], fi
     shutil.rmtree(first)
     pool.run(run, 1, [*more, "train.steps=5"])  # the run goes on with what is its own
     assert [row["step"] for row in rows_of(second) if "train/loss" in row] == [1, 2, 3, 4, 5]
+    said = " ".join((second / "log.txt").read_text().split())  # of broken lines
+    assert "not read, the run goes on from step_3 of its own" in said
 
 
 def test_bad_input_is_one_line(
@@ -40,6 +42,7 @@ def test_bad_input_is_one_line(
     new = [*tiny, "run.name=new"]
     cases = {
         f"{tmp_path}/nobody": f"init_from={tmp_path}/nobody: must be a run's folder or name, or a folder step_N",
+        "s3://me:open-sesame@host/x": "init_from=s3://***@host/x: must be a run's folder",
         "first model.dim=128": "model.dim=128: the checkpoint",
         f"first checkpoint.resume={first}/checkpoints/step_2": "init_from=first: must be null where checkpoint.resume",
     }
