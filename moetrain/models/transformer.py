@@ -7,7 +7,6 @@ B sequences, L positions, T = B·L tokens, D model width, A heads, G key/value h
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -134,18 +133,16 @@ def build_moe(
     m: config.Model,
     router: config.RouterSection,
     planner: config.Planner,
-    num_experts: int,
-    top_k: int,
     shared: nn.Module | None = None,
     index: int = 0,
 ) -> MoE:
-    """Returns the layer of experts that a configuration describes, with its own `num_experts` and `top_k`."""
+    """Returns the layer of experts that a configuration describes."""
     return MoE(
         m.dim,
         m.expert_hidden,
-        num_experts,
+        m.num_experts,
         router=router.name,
-        router_options=replace(router_options(router), top_k=top_k),
+        router_options=router_options(router),
         planner=planner.name,
         planner_options=planner_options(planner),
         zero_compute=zero_compute_options(m, router),
@@ -159,23 +156,15 @@ class Block(nn.Module):
     """Attention, then experts or a dense MLP, each behind its norm and on the residual stream."""
 
     def __init__(
-        self,
-        m: config.Model,
-        router: config.RouterSection,
-        planner: config.Planner,
-        num_experts: int = 0,
-        top_k: int = 0,
-        index: int = 0,
+        self, m: config.Model, router: config.RouterSection, planner: config.Planner, dense: bool, index: int = 0
     ) -> None:
-        """Make a layer of `num_experts` experts, `top_k` of them a token; of a dense MLP where there are none."""
         super().__init__()
         self.attn_norm = RMSNorm(m.dim, m.norm_eps)
         self.attn = Attention(m)
         self.ffn_norm = RMSNorm(m.dim, m.norm_eps)
-        self.mlp = None if num_experts else MLP(m.dim, m.dense_hidden)
-        shared_hidden = m.num_shared_experts * m.expert_hidden if num_experts else 0
-        shared = MLP(m.dim, shared_hidden) if shared_hidden else None
-        self.moe = build_moe(m, router, planner, num_experts, top_k, shared, index) if num_experts else None
+        self.mlp = MLP(m.dim, m.dense_hidden) if dense else None
+        shared = MLP(m.dim, m.num_shared_experts * m.expert_hidden) if m.num_shared_experts and not dense else None
+        self.moe = None if dense else build_moe(m, router, planner, shared, index)
 
     def forward(
         self,
@@ -227,10 +216,11 @@ class Transformer(LanguageModel):
         assert m.vocab_size is not None
         self.options = m
         self.embed = nn.Embedding(m.vocab_size, m.dim)
-        self.layers = nn.ModuleList(Block(m, router, planner) for _ in range(m.num_dense_layers))
+        self.layers = nn.ModuleList(Block(m, router, planner, dense=True) for _ in range(m.num_dense_layers))
         each = zip(m.experts_of_layers, spread(router.k_schedule, m.num_moe_layers, router.top_k, 1), strict=True)
         for number, (experts, top_k) in enumerate(each):
-            self.layers.append(Block(m, router, planner, experts, top_k, number * m.chain))
+            own = m.model_copy(update={"num_experts": experts}), router.model_copy(update={"top_k": top_k})
+            self.layers.append(Block(*own, planner, dense=False, index=number * m.chain))
         self.shared_router = ROUTERS[router.name].shared(router_options(router))
         self.norm = RMSNorm(m.dim, m.norm_eps)
         self.head = Linear(m.dim, m.vocab_size)
