@@ -1,6 +1,7 @@
 """wandb and TensorBoard: trouble there never ends a run; one id a run; what the user's variables say holds."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -185,7 +186,8 @@ def test_wandbs_process_killed_is_a_line(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     (line,) = said_of("wandb", done.stdout)
-    assert line == "wandb: Connection lost; nothing more goes there, metrics.jsonl has everything"
+    reason = r"(Connection lost|.*Connection reset by peer|.*Broken pipe)"  # as the socket was at that moment
+    assert re.fullmatch(rf"wandb: {reason}; nothing more goes there, metrics\.jsonl has everything", line)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
