@@ -17,8 +17,9 @@ from torch import Tensor
 
 from moetrain.common import disk
 from moetrain.common.errors import ConfigError, short
+from moetrain.config.architecture import CONFIG, read_json
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TABLE = "weights.json"  # of what a run keeps of a folder: which tensors it holds
 MOST_INDEX_BYTES = 1 << 28
 OPEN_FILES = 8  # at a time
@@ -167,16 +168,9 @@ def open_kept(kept: Path) -> Folder | None:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Return what `config.json` in a folder holds. Raises `ConfigError`."""
-    file = Path(path) / CONFIG
-    if not file.is_file():
+    if not (Path(path) / CONFIG).is_file():
         raise ConfigError(f"model.path={path}: has no {CONFIG}")
-    try:
-        found = json.loads(disk.read(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model.path={path}: {CONFIG} cannot be read ({short(error)})") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"model.path={path}: {CONFIG} must hold an object")
-    return found
+    return read_json(path)
 
 
 def find_runs(rows: Rows, size: int) -> Iterator[tuple[int, int]]:

@@ -14,10 +14,11 @@ from moetrain import runs
 from moetrain.checkpoint.exporting import Exported
 from moetrain.checkpoint.reading import SavedModel
 from moetrain.config import Config, ConfigError, HuggingFace
+from moetrain.config.architecture import CONFIG
 from moetrain.config.hugging_face import KEPT
 from moetrain.hf.build import WithHead, build_transformer, unwrap
 from moetrain.hf.conversion import PIECE_BYTES, Mapped
-from moetrain.hf.folder import CONFIG, INDEX, TABLE, Folder, Lazy, Rows, has_weights, open_folder, open_kept
+from moetrain.hf.folder import INDEX, TABLE, Folder, Lazy, Rows, has_weights, open_folder, open_kept
 from moetrain.hf.matching import list_default, map_tensors
 from moetrain.hf.model import PREFIX
 from moetrain.hf.quantized import FP8, MXFP4, dequantise
