@@ -40,6 +40,11 @@ class Sequences:
         """Tokens that the loss is the mean over."""
         return int((self.document[:, 1:] >= 0).sum() if self.target is None else self.target[:, 1:].sum())
 
+    @property
+    def positions(self) -> NDArray[np.int64] | None:
+        """[P] places in the flattened targets, `tokens[:, 1:]`, that are to be predicted; None: all."""
+        return None if self.target is None else np.flatnonzero(self.target[:, 1:])
+
     def attended(self, within_documents: bool) -> NDArray[np.int64] | None:
         """Returns what the model takes as `document` [B, L]: None where attention and routing are over all tokens."""
         document = self.document[:, :-1]

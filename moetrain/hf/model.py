@@ -30,7 +30,7 @@ from moetrain.hf.replay import replay_in_recompute
 from moetrain.hf.scores import FamilyRouter, find_router
 from moetrain.hf.spread import NAME, SpreadDecision, SpreadExperts, register
 from moetrain.models.base import LanguageModel, ReadRows, SpreadableExperts
-from moetrain.models.cross_entropy import linear_cross_entropy
+from moetrain.models.cross_entropy import linear_cross_entropy_at, put_at
 from moetrain.moe.kernels.api import DEFAULT_KERNELS, KernelChoice
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.routing import Choice, Scores
@@ -197,24 +197,26 @@ class HFModel(LanguageModel):
         domain: Tensor | None = None,
         sample: Tensor | None = None,
         choices: Sequence[Choice] | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         if not len(tokens):
             return self._join_without_tokens(tokens, targets)
         pins = choices[0].pins if choices and isinstance(choices[0], PinnedChoice) else None
         with nullcontext() if pins is None else pins.replay():
             with self._told(document):
-                return self._compute(make_inputs(tokens, document), targets), self._take_stats()
+                return self._compute(make_inputs(tokens, document), targets, positions), self._take_stats()
 
-    def _compute(self, inputs: dict[str, Any], targets: Tensor | None) -> Tensor:
-        """Logits; with targets their nats [B, L] fp32."""
+    def _compute(self, inputs: dict[str, Any], targets: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """Logits; with targets their nats [B, L] fp32, at `positions` alone where these are given."""
         head = self._head
         if targets is not None and head is not None:
             hidden, weight = self._run_base(inputs), head.get_parameter("weight")
-            return linear_cross_entropy(hidden.to(weight.dtype), weight, targets, self.kernel_choice)
+            return linear_cross_entropy_at(positions, hidden.to(weight.dtype), weight, targets, self.kernel_choice)
         logits: Tensor = self.hf(**inputs).logits
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        return nats if positions is None else put_at(positions, nats.flatten()[positions], nats.shape)
 
     @contextmanager
     def _told(self, document: Tensor | None) -> Iterator[None]:

@@ -73,14 +73,16 @@ class LanguageModel(nn.Module):
         domain: Tensor | None = None,
         sample: Tensor | None = None,
         choices: Sequence[Choice] | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         """[B, L] int64 -> -log p of `targets` [B, L] fp32, or logits [B, L, V] without targets; and statistics.
 
         `document` [B, L] int: positions attend within equal numbers only, and those below zero are padding, which goes
         to no expert and counts in no statistic; None: causal over everything, no padding. `domain`
         [B, L] and `sample` [B] int64: for routers that look at a token's domain or its sequence's global number.
-        `choices`: earlier ones, to be replayed. The statistics are those of every pass through every MoE layer, in
-        order.
+        `choices`: earlier ones, to be replayed. `positions` [P] int64: places in the flattened targets that are to be
+        predicted; logits of others are not computed, and their -log p is 0; None: all. The statistics are those of
+        every pass through every MoE layer, in order.
         """
         raise NotImplementedError
 

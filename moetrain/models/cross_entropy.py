@@ -33,6 +33,24 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(x.flatten(0, -2), weight_VD, target, kernels)
 
 
+def linear_cross_entropy_at(
+    position_P: Tensor | None, x: Tensor, weight_VD: Tensor, target: Tensor, kernels: KernelChoice = DEFAULT_KERNELS
+) -> Tensor:
+    """Return what `linear_cross_entropy` does, computed at some positions alone: elsewhere it is 0.
+
+    `position_P` [P] int64: places in the flattened target, none twice; None: all of them.
+    """
+    if position_P is None:
+        return linear_cross_entropy(x, weight_VD, target, kernels)
+    x_PD, target_P = x.flatten(0, -2).index_select(0, position_P), target.flatten().index_select(0, position_P)
+    return put_at(position_P, linear_cross_entropy(x_PD, weight_VD, target_P, kernels), target.shape)
+
+
+def put_at(position_P: Tensor, value_P: Tensor, shape: torch.Size) -> Tensor:
+    """Return zeros of this shape with the values at these places of it, flattened."""
+    return value_P.new_zeros(shape).put(position_P, value_P)
+
+
 def chunk_rows(vocabulary: int, device_bytes: int, logit_bytes: int) -> int:
     """Tokens whose logits are held at a time. `device_bytes`: memory of the GPU, whatever is free of it, so that
     every step sums up in the same order; 0: a CPU."""

@@ -19,7 +19,7 @@ from moetrain import config
 from moetrain.config.core_options import planner_options, router_options, zero_compute_options
 from moetrain.config.schedules import spread
 from moetrain.models.base import LanguageModel, ReadRows, SpreadableExperts
-from moetrain.models.cross_entropy import linear_cross_entropy
+from moetrain.models.cross_entropy import linear_cross_entropy_at
 from moetrain.models.initialise import draw_values
 from moetrain.models.linear import Linear
 from moetrain.moe.experts import Experts
@@ -295,11 +295,12 @@ class Transformer(LanguageModel):
         domain: Tensor | None = None,
         sample: Tensor | None = None,
         choices: Sequence[Choice] | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         x, stats = self._hidden(tokens, document, domain, sample, choices or ())
         if targets is None:
             return self.head(x), stats
-        return linear_cross_entropy(x, self.head.weight, targets, self.head.kernel_choice), stats
+        return linear_cross_entropy_at(positions, x, self.head.weight, targets, self.head.kernel_choice), stats
 
     @torch.no_grad()
     def count(

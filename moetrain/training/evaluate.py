@@ -55,11 +55,12 @@ def evaluate(model: LanguageModel, corpus: Corpus, config: RunSpec, mesh: Mesh) 
             within = windows.attended(config.data.attend_within_documents)
             document = None if within is None else torch.from_numpy(within[mine]).to(device)
             label = torch.from_numpy(windows.domain[mine, :-1]).to(device)
-            nats, stats = model(tokens[:, :-1], tokens[:, 1:], document, label)
-            num_targets, sizes_BL = float(nats.numel()), token_bytes[tokens[:, 1:]]
+            num_targets, sizes_BL, positions = float(tokens[:, 1:].numel()), token_bytes[tokens[:, 1:]], None
             if windows.target is not None:
                 is_target = torch.from_numpy(windows.target[mine, 1:]).to(device)
-                nats, sizes_BL, num_targets = nats * is_target, sizes_BL * is_target, float(is_target.sum())
+                sizes_BL, num_targets = sizes_BL * is_target, float(is_target.sum())
+                positions = is_target.flatten().nonzero()[:, 0]
+            nats, stats = model(tokens[:, :-1], tokens[:, 1:], document, label, positions=positions)
             sums[domain] += torch.stack([nats.sum().double(), torch.tensor(num_targets, device=device), sizes_BL.sum()])
             counts_CN[domain] += torch.cat([s.counts_E for s in stats])
             liked.add(domain, tokens[:, :-1].flatten(), stats)

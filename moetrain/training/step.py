@@ -30,21 +30,21 @@ class Batch(NamedTuple):
     targets: Tensor  # [B, L] int64
     domain: Tensor  # [B, L] of the targets
     is_target: Tensor | None  # [B, L] bool: which targets are to be predicted; None: all
+    positions: Tensor | None  # [P] int64: where in the flattened targets they are
     about: tuple[Tensor | None, ...]  # what else the model takes: document, domain, sample of the tokens
 
     @classmethod
     def from_sequences(cls, share: Sequences, config: Config, device: torch.device) -> "Batch":
         document = share.attended(config.data.attend_within_documents)
-        parts = (share.tokens, share.domain, document, share.sample, share.target)
-        tokens, domain, within, sample, target = (None if x is None else torch.from_numpy(x).to(device) for x in parts)
+        parts = (share.tokens, share.domain, document, share.sample, share.target, share.positions)
+        tokens, domain, within, sample, target, positions = (
+            None if x is None else torch.from_numpy(x).to(device) for x in parts
+        )
         assert tokens is not None
         assert domain is not None
         is_target = None if target is None else target[:, 1:]
-        return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], is_target, (within, domain[:, :-1], sample))
-
-    def select_targets(self, nats: Tensor) -> Tensor:
-        """Returns nats [B, L] with zeros where nothing is to be predicted."""
-        return nats if self.is_target is None else nats.masked_fill(~self.is_target, 0.0)
+        about = within, domain[:, :-1], sample
+        return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], is_target, positions, about)
 
 
 def count_batch(shares: Sequence[Sequences], config: Config, device: torch.device) -> BatchSize:
@@ -74,8 +74,7 @@ def optimizer_step(
             choices[1:] = [balance.foresee(model.count(batch.tokens, *batch.about)) for batch in batches[1:]]
     for number, batch in enumerate(batches):
         with clock.phase("forward"):
-            nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number])
-            nats = batch.select_targets(nats)
+            nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number], batch.positions)
             losses, router = balance.losses(stats), RouterSums.collect(stats)
         with clock.phase("backward"):
             loss = nats.sum() / size.targets + losses.weighted

@@ -184,6 +184,24 @@ def test_chunked_cross_entropy_equals_the_whole(
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("positions", [[0, 3, 4, 9], []], ids=str)
+def test_cross_entropy_at_some_positions_is_that_of_a_mask(positions: list[int]) -> None:
+    """Also where a rank has none of them: the head takes part in the backward all the same."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 16, generator=generator), torch.randn(33, 16, generator=generator)
+    target, at = torch.randint(0, 33, (2, 5), generator=generator), torch.tensor(positions, dtype=torch.int64)
+    results = []
+    for part in (at, None):
+        a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        nats = cross_entropy.linear_cross_entropy_at(part, a, b, target)
+        mask = torch.zeros(10).index_fill(0, at, 1.0).view(2, 5)
+        (nats if part is not None else nats * mask).sum().backward()
+        results.append((nats.detach() * mask, a.grad, b.grad))
+        assert part is None or torch.equal(nats, nats * mask)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cross_entropy_of_what_is_not_finite(dtype: torch.dtype) -> None:
     """One number of one word's weights is not one: no loss is, whatever the target."""
