@@ -139,7 +139,7 @@ def _build_deepspeed(shape: LayerShape, mesh: Mesh) -> nn.Module:
     """Return `deepspeed.moe.layer.MoE`, expert-parallel, nothing dropped."""
     deepspeed = importlib.import_module("deepspeed")
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute
-    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend=mesh.backend, verbose=False)
     with torch.device(mesh.device):
         layer = importlib.import_module("deepspeed.moe.layer").MoE(
             shape.dim,

@@ -43,6 +43,7 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
                 dp_replicate=settings.parallel.dp_replicate,
                 threads=settings.train.threads,
                 timeout=settings.recovery.timeout + 60,  # the heartbeat speaks first
+                backend=settings.parallel.backend,
             )
         arguments, again = list(options.given), None
         if verb == "train":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from moetrain.common.errors import ConfigError
 from moetrain.distributed.comm import ALONE, Alone, Group, everyone, use_shared_memory
 from moetrain.launch.worker import STORE_SOCKET
 
+Backend = Literal["nccl", "gloo"]
 SLOWEST_SAVE = timedelta(hours=1)  # between the first rank that has written its part of a checkpoint and the last
 
 
@@ -77,13 +79,19 @@ class Mesh:
     rank: int
     world: int
     device: torch.device
-    device_bytes: int  # memory of the smallest GPU of all ranks; 0: CPUs
+    device_bytes: int  # a rank's share of the memory of its GPU, the smallest of all ranks; 0: CPUs
     ep: ExpertGroup
     dense: DeviceMesh  # dense parameters: (dp_shard) or (dp_replicate, dp_shard)
     expert_data: DeviceMesh  # a rank's expert shard: (expert_data) or (dp_replicate, expert_data)
     dp_replicate: int
     saving: dist.ProcessGroup  # all ranks, over the hosts' network: for the thread that writes checkpoints
     peers: dist.ProcessGroup  # the same: for the thread that sends in-memory checkpoints to another host
+    backend: Backend  # of the collectives of tensors on `device`
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether collectives copy GPU tensors to pinned host memory and back: right, but slow."""
+        return self.device.type == "cuda" and self.backend == "gloo"
 
     @property
     def is_main(self) -> bool:
@@ -105,11 +113,14 @@ def start(
     dp_replicate: int = 1,
     init_method: str = "env://",
     timeout: float = 600.0,
+    backend: Literal["auto", "nccl", "gloo"] = "auto",
 ) -> Iterator[Mesh]:
-    """Join `world` ranks: NCCL where there are GPUs, else gloo.
+    """Join `world` ranks.
 
     `ep` ranks share one set of experts (None: all ranks of a replica), `dp_replicate` replicas hold all parameters;
-    `timeout`: seconds that a collective may take. Raises `ConfigError` where this host has too few GPUs.
+    `timeout`: seconds that a collective may take. `backend`: what carries collectives; "auto": NCCL between GPUs, gloo
+    between CPUs and where ranks share a GPU, which NCCL refuses. gloo copies GPU tensors to pinned host memory and
+    back. Raises `ConfigError`, before there is a process group, where NCCL is asked for and cannot be used.
 
     The groups are destroyed at the end of the context, but not where it raises: peers may be inside a collective then,
     NCCL would wait for them, and the error would never be shown. The process has to end after that.
@@ -119,19 +130,22 @@ def start(
     device = device_of(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    patience, store = timedelta(seconds=timeout), None
-    if init_method == "env://" and STORE_SOCKET in os.environ:
-        store = _store_at_launchers_socket(rank, world, patience)
+    patience = timedelta(seconds=timeout)
+    store = _open_store(init_method, rank, world, patience, device)
+    sharing = CardSharing(1, False)
+    if device.type == "cuda" and store is not None:
+        sharing = find_card_sharing(str(torch.cuda.get_device_properties(device).uuid), world, store)
+    chosen = choose_backend(backend, device, sharing.is_any_shared)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if chosen == "nccl" else "gloo",
         init_method=None if store else init_method,
         rank=rank,
         world_size=world,
         store=store,
         timeout=patience,
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if chosen == "nccl" else None,
     )
-    mesh = _build_axes(rank, world, ep, dp_replicate, device)
+    mesh = _build_axes(rank, world, ep, dp_replicate, device, chosen, sharing.num_ranks)
     with use_shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
         yield mesh
         dist.barrier()  # a rank that leaves early can make a slower one abort
@@ -141,13 +155,56 @@ def start(
 def device_of(local_rank: int) -> torch.device:
     """Return a worker's device: the GPU of its number on this host.
 
-    Where only one GPU can be seen, its launcher has chosen it (Slurm's --gpus-per-task). Raises `ConfigError` where
-    there are several, but too few.
+    Where only one GPU can be seen, its launcher has chosen it (Slurm's --gpus-per-task), or ranks share it. Where there
+    are several, but fewer than ranks, they share them in turn.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count > 1 and local_rank >= count:
-        raise ConfigError(f"LOCAL_RANK={local_rank}: must be below the number of GPUs that this process sees, {count}")
     return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
+
+
+class CardSharing(NamedTuple):
+    """How ranks share GPUs."""
+
+    num_ranks: int  # on this rank's GPU
+    is_any_shared: bool  # whether any two ranks of the world are on one GPU
+
+
+def find_card_sharing(card: str, world: int, store: dist.Store) -> CardSharing:
+    """Return how the ranks share GPUs; all ranks call it. `card`: a name of this rank's GPU that no other GPU has."""
+    cards = dist.PrefixStore("cards", store)
+    if cards.add(card, 1) > 1:
+        cards.add("shared", 1)
+    if cards.add("arrived", 1) == world:
+        cards.set("complete", "")
+    cards.wait(["complete"])
+    return CardSharing(cards.add(card, 0), cards.add("shared", 0) > 0)
+
+
+def choose_backend(asked: Literal["auto", "nccl", "gloo"], device: torch.device, is_any_shared: bool) -> Backend:
+    """Return what carries the collectives of tensors on `device`; `is_any_shared`: whether ranks share a GPU.
+
+    Raises `ConfigError` where NCCL is asked for and cannot be used.
+    """
+    if asked == "nccl" and device.type != "cuda":
+        raise ConfigError("parallel.backend=nccl: must be auto or gloo, for there are no GPUs")
+    if asked == "nccl" and is_any_shared:
+        raise ConfigError("parallel.backend=nccl: must be auto or gloo where ranks share a GPU, which NCCL refuses")
+    if asked != "auto":
+        return asked
+    return "nccl" if device.type == "cuda" and not is_any_shared else "gloo"
+
+
+def _open_store(
+    init_method: str, rank: int, world: int, patience: timedelta, device: torch.device
+) -> dist.Store | None:
+    """Return the store through which ranks meet; None: `init_process_group` makes it of `init_method`."""
+    if init_method == "env://" and STORE_SOCKET in os.environ:
+        return _store_at_launchers_socket(rank, world, patience)
+    if device.type != "cuda" or world == 1:
+        return None
+    store: dist.Store = next(dist.rendezvous(init_method, rank, world, timeout=patience))[0]
+    store.set_timeout(patience)
+    return store
 
 
 def _store_at_launchers_socket(rank: int, world: int, patience: timedelta) -> dist.Store:
@@ -164,12 +221,14 @@ def pretend(*, rank: int, world: int, ep: int | None = None, dp_replicate: int =
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        yield _build_axes(rank, world, ep, dp_replicate, torch.device("cpu"))
+        yield _build_axes(rank, world, ep, dp_replicate, torch.device("cpu"), "gloo", 1)
     finally:
         dist.destroy_process_group()
 
 
-def _build_axes(rank: int, world: int, ep: int | None, replicate: int, device: torch.device) -> Mesh:
+def _build_axes(
+    rank: int, world: int, ep: int | None, replicate: int, device: torch.device, backend: Backend, num_on_card: int
+) -> Mesh:
     shard = world // replicate
     ep = ep or shard
     with warnings.catch_warnings():
@@ -193,13 +252,14 @@ def _build_axes(rank: int, world: int, ep: int | None, replicate: int, device: t
         rank=rank,
         world=world,
         device=device,
-        device_bytes=_min_over_ranks(memory_of(device), device),
+        device_bytes=_min_over_ranks(memory_of(device) // num_on_card, device),
         ep=expert,
         dense=dense if replicate > 1 else dense["dp_shard"],
         expert_data=grid["dp_replicate", "expert_data"] if replicate > 1 else grid["expert_data"],
         dp_replicate=replicate,
         saving=saving,
         peers=peers,
+        backend=backend,
     )
 
 

@@ -196,7 +196,7 @@ def _join(mesh: Mesh) -> None:
     parallel._release_process_group_references()
     deepspeed.comm.comm.cdb = None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile for a minute, for little
-    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend=mesh.backend, verbose=False)
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
-from moetrain.common.console import console
+from moetrain.common.console import console, errors
 from moetrain.launch import worker
 from moetrain.launch.local import WorkerPlace
 
 if TYPE_CHECKING:  # torch is loaded when a rank begins, not for its command line
     from moetrain.distributed.mesh import Mesh
+
+STAGED = "collectives go through host memory (gloo), for correctness only: ranks share a GPU, or parallel.backend=gloo"
 
 
 def run_on_rank(
@@ -20,11 +23,12 @@ def run_on_rank(
     dp_replicate: int = 1,
     threads: int | None = None,
     timeout: float = 600.0,
+    backend: Literal["auto", "nccl", "gloo"] = "auto",
 ) -> int:
     """Join the ranks of the job as `place` says, run `task` on their mesh, and return the exit code of this process.
 
-    `ep`, `dp_replicate` and `timeout` (seconds) as in `mesh.start`. `threads`: that torch computes with; None: an even
-    share of this host's cores. Never raises: what `task` raises is reported as `worker.run_worker` does.
+    `ep`, `dp_replicate`, `timeout` (seconds) and `backend` as in `mesh.start`. `threads`: that torch computes with;
+    None: an even share of this host's cores. Never raises: what `task` raises is reported as `worker.run_worker` does.
     """
 
     def join_and_run() -> None:
@@ -38,7 +42,10 @@ def run_on_rank(
 
         here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
-        with mesh.start(**place._asdict(), ep=ep, dp_replicate=dp_replicate, timeout=timeout) as joined:
+        start = partial(mesh.start, ep=ep, dp_replicate=dp_replicate, timeout=timeout, backend=backend)
+        with start(**place._asdict()) as joined:
+            if joined.is_main and joined.is_staged:
+                errors.print(STAGED, style="yellow")
             task(joined)
 
     return worker.run_worker(join_and_run)

@@ -206,7 +206,10 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
     ("overrides", "line"),
     [
         (["train.stepz=5"], "train.stepz: no such field; did you mean train.steps?"),
-        (["+parallel.tp=5"], "parallel.tp=5: no such field; parallel has nproc, ep, dp_shard, dp_replicate, uneven"),
+        (
+            ["+parallel.tp=5"],
+            "parallel.tp=5: no such field; parallel has nproc, ep, dp_shard, dp_replicate, backend, uneven",
+        ),
         (["lr=1e-3"], "lr: no such field; did you mean optim.lr?"),
         (["model.hidden_size=64"], "model.hidden_size: no such field; did you mean model.dim?"),
         (["expert_model_parallel_size=2"], "expert_model_parallel_size: no such field; did you mean parallel.ep?"),
@@ -216,7 +219,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["model.layers=3"], "model.layers: no such field; did you mean model.num_layers?"),
         (
             ["parallel.tp=2"],
-            "parallel.tp: no such field; parallel has nproc, ep, dp_shard, dp_replicate, uneven",
+            "parallel.tp: no such field; parallel has nproc, ep, dp_shard, dp_replicate, backend, uneven",
         ),
         (
             ["optim.rule=muon"],

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moetrain import cli
 from moetrain.bench.hosts import WAYS
@@ -84,8 +86,43 @@ def test_a_worker_takes_the_gpu_of_its_number_or_the_one_it_sees(monkeypatch, se
     assert str(mesh.device_of(local_rank)) == device
 
 
-def test_fewer_gpus_than_workers_are_bad_input(monkeypatch) -> None:
+def test_more_workers_than_gpus_share_them_in_turn(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"^LOCAL_RANK=2: must be below the number of GPUs .*, 2$"):
-        mesh.device_of(2)
+    assert [mesh.device_of(rank).index for rank in range(5)] == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("cards", "expected"),
+    [
+        ("a", [(1, False)]),
+        ("ab", [(1, False)] * 2),
+        ("aba", [(2, True), (1, True), (2, True)]),
+        ("aaaa", [(4, True)] * 4),
+    ],
+)
+def test_ranks_find_out_who_shares_a_gpu(cards: str, expected: list[tuple[int, bool]]) -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(len(cards)) as ranks:
+        found = list(ranks.map(lambda card: mesh.find_card_sharing(card, len(cards), store), cards))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "shared", "backend"),
+    [
+        ("auto", "cpu", False, "gloo"),
+        ("auto", "cuda", False, "nccl"),
+        ("auto", "cuda", True, "gloo"),
+        ("gloo", "cuda", False, "gloo"),
+        ("nccl", "cuda", False, "nccl"),
+    ],
+)
+def test_nccl_carries_collectives_where_it_can(asked: Any, device: str, shared: bool, backend: str) -> None:
+    assert mesh.choose_backend(asked, torch.device(device), shared) == backend
+
+
+@pytest.mark.parametrize(("device", "shared", "reason"), [("cpu", False, "no GPUs"), ("cuda", True, "share a GPU")])
+def test_nccl_is_refused_where_it_cannot_be_used(device: str, shared: bool, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^parallel.backend=nccl: must be auto or gloo.*{reason}"):
+        mesh.choose_backend("nccl", torch.device(device), shared)

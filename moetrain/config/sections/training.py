@@ -116,6 +116,12 @@ class Parallel(Section):
     dp_replicate: Positive = Field(
         description="Replicas of the sharded model (hybrid sharding). It must divide the number of ranks."
     )
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        default="auto",
+        description="What carries the collectives. auto: NCCL between GPUs; gloo between CPUs and where ranks share a "
+        "GPU, which NCCL refuses. nccl: refused where it cannot be used. gloo: GPU tensors go through pinned host "
+        "memory, for correctness only (docs/gpu.md).",
+    )
     uneven: bool = Field(
         default=False,
         description="Whether ranks may get unequal shares of the global batch. It is switched on where a run continues "
