@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from moetrain.common.errors import ConfigError
 from moetrain.hf.gate import ClampedGate, find_clamped_gate
 
+SOMETIMES = "vision_moe.experts"  # of ERNIE 4.5 VL: entered where there are images, so perhaps not on all ranks
+
 
 @dataclass(frozen=True)
 class ExpertsLayout:

@@ -6,7 +6,7 @@ experts of a layer.
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,16 @@ from moetrain.hf.initial import draw_weights, initialise_buffers, read_weights
 from moetrain.hf.layout import is_experts
 from moetrain.hf.pinning import PinnedChoices
 from moetrain.hf.replay import replay_in_recompute
+from moetrain.hf.routed import force_choices
 from moetrain.hf.scores import FamilyRouter, find_router
 from moetrain.hf.spread import NAME, SpreadDecision, SpreadExperts, register
-from moetrain.models.base import LanguageModel, ReadRows, SpreadableExperts
+from moetrain.models.base import AnyChoice, LanguageModel, ReadRows, SpreadableExperts
 from moetrain.models.cross_entropy import linear_cross_entropy_at, put_at
 from moetrain.moe.kernels.api import DEFAULT_KERNELS, KernelChoice
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.routing import Choice, Scores
 from moetrain.moe.routing.balance import BalancedRouter
+from moetrain.moe.routing.base import RecordedChoice
 
 PREFIX = "hf."  # of the transformers model's names in ours
 NO_CHOICE = Choice(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
@@ -196,15 +198,20 @@ class HFModel(LanguageModel):
         document: Tensor | None = None,
         domain: Tensor | None = None,
         sample: Tensor | None = None,
-        choices: Sequence[Choice] | None = None,
+        choices: Sequence[AnyChoice] | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         if not len(tokens):
             return self._join_without_tokens(tokens, targets)
-        pins = choices[0].pins if choices and isinstance(choices[0], PinnedChoice) else None
-        with nullcontext() if pins is None else pins.replay():
-            with self._told(document):
-                return self._compute(make_inputs(tokens, document), targets, positions), self._take_stats()
+        with self._replay(choices), self._told(document):
+            return self._compute(make_inputs(tokens, document), targets, positions), self._take_stats()
+
+    def _replay(self, choices: Sequence[AnyChoice] | None) -> AbstractContextManager[None]:
+        """The routers choose these inside: those of `count`, or recorded ones."""
+        if choices and isinstance(choices[0], PinnedChoice):
+            return choices[0].pins.replay()
+        recorded = [one.expert_TK for one in choices or () if isinstance(one, RecordedChoice)]
+        return force_choices(self.hf, recorded) if recorded else nullcontext()
 
     def _compute(self, inputs: dict[str, Any], targets: Tensor | None, positions: Tensor | None = None) -> Tensor:
         """Logits; with targets their nats [B, L] fp32, at `positions` alone where these are given."""
@@ -232,13 +239,18 @@ class HFModel(LanguageModel):
 
     @torch.no_grad()
     def count(
-        self, tokens: Tensor, document: Tensor | None, domain: Tensor | None, sample: Tensor | None
+        self,
+        tokens: Tensor,
+        document: Tensor | None,
+        domain: Tensor | None,
+        sample: Tensor | None,
+        choices: Sequence[AnyChoice] | None = None,
     ) -> list[LayerStats]:
         """As `LanguageModel.count`; the choices are those of the family's own code, to be replayed all together."""
         if not len(tokens):
             return self._join_without_tokens(tokens, tokens)[1]
         pins = PinnedChoices()
-        with pins.record(), self._told(document):
+        with self._replay(choices), pins.record(), self._told(document):
             self._run_base(make_inputs(tokens, document))
         stats = self._take_stats()
         return [replace(s, choice=PinnedChoice.add(s.choice, pins)) for s in stats]

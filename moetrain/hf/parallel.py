@@ -29,7 +29,7 @@ from moetrain.common.registry import Options
 from moetrain.distributed import sharded
 from moetrain.distributed.comm import Group
 from moetrain.distributed.mesh import ExpertGroup, join_group
-from moetrain.hf.layout import is_experts
+from moetrain.hf.layout import SOMETIMES, is_experts
 from moetrain.hf.matching import open_weights
 from moetrain.hf.pinning import PinnedChoices
 from moetrain.hf.replay import replay_in_recompute
@@ -43,8 +43,6 @@ from moetrain.moe.planning.cost import Costs
 from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing.balance import BalanceLoss
 from moetrain.moe.whole_weights import broadcast_weights, gather_experts
-
-SOMETIMES = "vision_moe.experts"  # of ERNIE 4.5 VL: entered where there are images, so perhaps not on all ranks
 
 
 def expert_parallel(

@@ -83,7 +83,7 @@ def count_selections(index_TK: Tensor, num_experts: int) -> Tensor:
     return counts_E.scatter_add_(0, index_N, torch.ones_like(index_N))[:-1]
 
 
-class _Choices(TorchFunctionMode):
+class ChoiceMode(TorchFunctionMode):
     """Has every choice made by `choose(site, call, source)`, which returns its indices.
 
     The values are gathered by the indices, whether these are new or old: a recompute saves the same tensors.
@@ -113,7 +113,7 @@ class _Choices(TorchFunctionMode):
         return torch.return_types.max((values, index))
 
 
-class _Record(_Choices):
+class _Record(ChoiceMode):
     def __init__(self, indices: dict[Site, list[Tensor]]) -> None:
         super().__init__()
         self._indices = indices
@@ -124,7 +124,7 @@ class _Record(_Choices):
         return index
 
 
-class _Replay(_Choices):
+class _Replay(ChoiceMode):
     def __init__(self, indices: dict[Site, list[Tensor]]) -> None:
         super().__init__()
         self._indices = {site: iter(made) for site, made in indices.items()}

@@ -17,7 +17,9 @@ from moetrain.moe.layer import LayerStats
 from moetrain.moe.planning.cost import Costs, Limits
 from moetrain.moe.routing import Choice
 from moetrain.moe.routing.balance import BalancedRouter
+from moetrain.moe.routing.base import RecordedChoice
 
+AnyChoice = Choice | RecordedChoice
 ReadRows = Callable[[slice], Tensor]  # the values of some rows of a parameter
 
 
@@ -72,7 +74,7 @@ class LanguageModel(nn.Module):
         document: Tensor | None = None,
         domain: Tensor | None = None,
         sample: Tensor | None = None,
-        choices: Sequence[Choice] | None = None,
+        choices: Sequence[AnyChoice] | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         """[B, L] int64 -> -log p of `targets` [B, L] fp32, or logits [B, L, V] without targets; and statistics.
@@ -80,14 +82,19 @@ class LanguageModel(nn.Module):
         `document` [B, L] int: positions attend within equal numbers only, and those below zero are padding, which goes
         to no expert and counts in no statistic; None: causal over everything, no padding. `domain`
         [B, L] and `sample` [B] int64: for routers that look at a token's domain or its sequence's global number.
-        `choices`: earlier ones, to be replayed. `positions` [P] int64: places in the flattened targets that are to be
-        predicted; logits of others are not computed, and their -log p is 0; None: all. The statistics are those of
-        every pass through every MoE layer, in order.
+        `choices`: earlier ones of every pass, to be replayed. `positions` [P] int64: places in the flattened targets
+        that are to be predicted; logits of others are not computed, and their -log p is 0; None: all. The statistics
+        are those of every pass through every MoE layer, in order.
         """
         raise NotImplementedError
 
     def count(
-        self, tokens: Tensor, document: Tensor | None, domain: Tensor | None, sample: Tensor | None
+        self,
+        tokens: Tensor,
+        document: Tensor | None,
+        domain: Tensor | None,
+        sample: Tensor | None,
+        choices: Sequence[AnyChoice] | None = None,
     ) -> list[LayerStats]:
         """Run a forward without gradient for the sake of its statistics alone."""
         raise NotImplementedError

@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from moetrain import config
 from moetrain.config.core_options import planner_options, router_options, zero_compute_options
 from moetrain.config.schedules import spread
-from moetrain.models.base import LanguageModel, ReadRows, SpreadableExperts
+from moetrain.models.base import AnyChoice, LanguageModel, ReadRows, SpreadableExperts
 from moetrain.models.cross_entropy import linear_cross_entropy_at
 from moetrain.models.initialise import draw_values
 from moetrain.models.linear import Linear
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels import cpu_attention
 from moetrain.moe.layer import LayerStats, MoE
-from moetrain.moe.routing import ROUTERS, Choice, Place, Router
+from moetrain.moe.routing import ROUTERS, Place, Router
 from moetrain.moe.routing.base import Replicated
 
 Run = Callable[..., Any]  # run(function, *args) calls it, perhaps recomputing it in the backward
@@ -174,7 +174,7 @@ class Block(nn.Module):
         rope: Tensor,
         mask: Tensor | None,
         run: Recompute,
-        replay: Iterator[Choice],
+        replay: Iterator[AnyChoice],
     ) -> tuple[Tensor, list[LayerStats], Any]:
         """[B, L, D] -> [B, L, D]; statistics of each pass through the experts.
 
@@ -294,7 +294,7 @@ class Transformer(LanguageModel):
         document: Tensor | None = None,
         domain: Tensor | None = None,
         sample: Tensor | None = None,
-        choices: Sequence[Choice] | None = None,
+        choices: Sequence[AnyChoice] | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerStats]]:
         x, stats = self._hidden(tokens, document, domain, sample, choices or ())
@@ -304,9 +304,14 @@ class Transformer(LanguageModel):
 
     @torch.no_grad()
     def count(
-        self, tokens: Tensor, document: Tensor | None, domain: Tensor | None, sample: Tensor | None
+        self,
+        tokens: Tensor,
+        document: Tensor | None,
+        domain: Tensor | None,
+        sample: Tensor | None,
+        choices: Sequence[AnyChoice] | None = None,
     ) -> list[LayerStats]:
-        return self._hidden(tokens, document, domain, sample, ())[1]
+        return self._hidden(tokens, document, domain, sample, choices or ())[1]
 
     def _hidden(
         self,
@@ -314,7 +319,7 @@ class Transformer(LanguageModel):
         document: Tensor | None,
         domain: Tensor | None,
         sample: Tensor | None,
-        choices: Sequence[Choice],
+        choices: Sequence[AnyChoice],
     ) -> tuple[Tensor, list[LayerStats]]:
         rope = rope_table(tokens.shape[1], self.options.head_dim, self.options.rope_theta, tokens.device)
         mask = None

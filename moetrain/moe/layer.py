@@ -30,7 +30,7 @@ from moetrain.moe.planning.cost import Costs, State
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, Plan
 from moetrain.moe.routing import Choice, Place, Router, Scores, capacity
-from moetrain.moe.routing.base import INIT_STD
+from moetrain.moe.routing.base import INIT_STD, RecordedChoice
 from moetrain.moe.routing.zero_compute import ZeroCompute
 
 Planner = Callable[..., Plan]
@@ -240,7 +240,11 @@ class MoE(nn.Module):
         return self.routers[turn].score(x_TD, carry, place)
 
     def decide(
-        self, scores: Scores, place: Place | None = None, choice: Choice | None = None, turn: int = 0
+        self,
+        scores: Scores,
+        place: Place | None = None,
+        choice: Choice | RecordedChoice | None = None,
+        turn: int = 0,
     ) -> Decision:
         """Choose experts, unless `choice` is an earlier one to replay; count, plan.
 
@@ -250,8 +254,10 @@ class MoE(nn.Module):
         clock = Clock(scores.logits_TE.device, self.step.observer)
         (num_tokens, num_all), num_experts = scores.logits_TE.shape, self.experts.num_experts
         with clock.phase("route"):
-            if choice is None:
-                choice = self.routers[turn].choose(scores, place)
+            if choice is None or isinstance(choice, RecordedChoice):
+                router = self.routers[turn]
+                choose = partial(router.choose, scores, place)
+                choice = choose() if choice is None else choice.complete(router.k, choose)
                 if place is not None and place.real_T is not None:
                     choice = choice.within(place.real_T)
             token_N, expert_N, kept_N = choice

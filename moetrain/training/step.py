@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     domain: Tensor  # [B, L] of the targets
     is_target: Tensor | None  # [B, L] bool: which targets are to be predicted; None: all
     positions: Tensor | None  # [P] int64: where in the flattened targets they are
-    about: tuple[Tensor | None, ...]  # what else the model takes: document, domain, sample of the tokens
+    about: tuple[Tensor | None, Tensor | None, Tensor | None]  # document, domain and sample of the tokens
 
     @classmethod
     def from_sequences(cls, share: Sequences, config: Config, device: torch.device) -> "Batch":

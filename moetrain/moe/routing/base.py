@@ -7,6 +7,7 @@ A router works in three steps, so that activation recompute can replay a choice 
 T tokens, D model width, E experts, K top-k, N selections (any number a token), B sequences.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,6 +41,30 @@ class Choice(NamedTuple):
         """Returns the choice without the selections of tokens that are not `real_T` (bool)."""
         real_N = real_T[self.token_N]
         return self._replace(chosen_N=real_N if self.chosen_N is None else self.chosen_N & real_N)
+
+
+class RecordedChoice(NamedTuple):
+    """The experts that a router chose in an earlier forward, for every token; -1 for tokens that were not recorded."""
+
+    expert_TK: Tensor  # int64, all of a token's or none
+    is_complete: bool  # whether all tokens are recorded but padding
+
+    def complete(self, num_chosen: int, choose: Callable[[], Choice]) -> Choice:
+        """Return the recorded experts, and for tokens without those that `choose()` takes now.
+
+        `num_chosen`: experts a token of this layer; there may be columns for more. What is chosen for padding means
+        nothing. Raises `RuntimeError` where the router does not choose so many for every token.
+        """
+        expert_TK = self.expert_TK[:, :num_chosen]
+        token_N = torch.arange(len(expert_TK), device=expert_TK.device).repeat_interleave(num_chosen)
+        if self.is_complete:
+            return Choice(token_N, expert_TK.flatten().clamp(min=0))
+        own = choose()
+        if len(own.expert_N) != len(token_N):
+            raise RuntimeError(f"recorded choices: {num_chosen} experts a token, but the router chooses otherwise")
+        is_missing_N = (expert_TK < 0).flatten()
+        expert_N = torch.where(is_missing_N, own.expert_N, expert_TK.flatten())
+        return Choice(token_N, expert_N, None if own.chosen_N is None else own.chosen_N | ~is_missing_N)
 
 
 class Routing(NamedTuple):
