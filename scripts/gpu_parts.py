@@ -5,7 +5,6 @@ python scripts/gpu_parts.py PART FOLDER --rehearse   tiny, on any CPU
 """
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_runs import FAILED, Part, compare_devices, compare_ranks
 from torch.autograd import DeviceType
 
 from moetrain import config
@@ -46,12 +46,9 @@ from moetrain.observe.estimate import GIB, estimate, matmul_rate
 from moetrain.training.step import build, optimizer_step
 
 RANKS, TOKENS = 8, 8192  # of the cluster that one GPU stands for; of each rank
-NEAR = {"fp32": 1e-4, "bf16": 1e-2}  # of a loss, relative to the CPU's in fp32
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
 FASTEST = "fastest"  # what a run takes here
 BACKENDS = ("torch", FASTEST)
 VOCABULARY = {"gpt-oss-120b": 201_088, "deepseek-v3": 129_280}
-Part = tuple[str, Sequence[str], list[list[str]], str]  # title, columns, rows, legend
 
 
 def device_facts(device: torch.device, tiny: bool) -> Part:
@@ -110,51 +107,6 @@ def copy_rate(device: torch.device, tiny: bool) -> float:
     source = torch.empty(1 << (20 if tiny else 30), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * len(source) / seconds(lambda: target.copy_(source), device)
-
-
-def same_curve(device: torch.device, tiny: bool) -> Part:
-    """Whole runs of `moetrain train`: fp32 and bf16 here, and the CPU's with the same seed."""
-    runs = {"cpu fp32": ("fp32", ""), "fp32": ("fp32", None), "bf16": ("bf16", None)}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for domain in ("one", "two"):
-            (folder / "text" / domain).mkdir(parents=True)
-            for number in range(24):
-                words = np.random.default_rng((domain == "one", number)).choice(WORDS, 400)
-                (folder / "text" / domain / f"{number}.txt").write_text(" ".join(words))
-        common = ["model=tiny", "train.steps=12", "train.seq_len=64", "train.global_batch=8", "parallel.nproc=1"]
-        data = ["data=folder", f"data.path={folder}/text", f"data.dir={folder}/corpora", "data.vocab_size=400"]
-        common += ["eval.tokens_per_domain=256", "generate.tokens=4", f"run.dir={folder}/runs", "train.threads=2"]
-        moetrain = [sys.executable, "-m", "moetrain"]
-        subprocess.run([*moetrain, "data", *data], check=True)
-        working = {}
-        for run, (dtype, visible) in runs.items():
-            log = (folder / f"{run}.log").open("w")
-            environment = {**os.environ, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})}
-            command = [*moetrain, "train", *common, *data, f"train.dtype={dtype}", f"run.name={run.replace(' ', '_')}"]
-            working[run] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        codes = {run: process.wait() for run, process in working.items()}
-        losses = {}
-        for run, code in codes.items():
-            if code:
-                print(f"== {run} ended with {code}\n{(folder / f'{run}.log').read_text()[-4000:]}", file=sys.stderr)
-                continue
-            lines = (folder / "runs" / run.replace(" ", "_") / "metrics.jsonl").read_text().splitlines()
-            losses[run] = [row["train/lm_loss"] for row in map(json.loads, lines) if "train/lm_loss" in row]
-    failures = [run for run, code in codes.items() if code]
-    rows = []
-    for run, found in losses.items():
-        off = max(abs(a / b - 1) for a, b in zip(found, losses.get("cpu fp32", found), strict=True))
-        limit = NEAR[runs[run][0]]
-        failures += [f"{run} is off by {off:.1e}"] if off > limit else []
-        rows.append([run, f"{found[0]:.6f}", f"{found[-1]:.6f}", f"{off:.1e}", f"{limit:.0e}"])
-    FAILED.extend(failures)
-    title = "`moetrain train model=tiny`, 12 steps, one rank, the same seed"
-    columns = ("run", "first loss", "last loss", "largest relative difference from the CPU", "allowed")
-    return title, columns, rows, "fp32 without TF32: the same up to the order of sums."
-
-
-FAILED: list[str] = []  # what is to be said at the end, with exit code 1
 
 
 def memory_bound(device: torch.device, tiny: bool) -> Part:
@@ -373,7 +325,8 @@ def whole_step(device: torch.device, tiny: bool, out: Path) -> Part:
 
 PARTS: dict[str, Callable[..., Part]] = {
     "device": device_facts,
-    "train": same_curve,
+    "train": compare_devices,
+    "ranks": compare_ranks,
     "kernels": memory_bound,
     "trace": layer_trace,
     "step": whole_step,

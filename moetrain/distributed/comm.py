@@ -8,19 +8,38 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.distributed.shared_memory import ShmChannel
 from moetrain.distributed.shared_memory_connect import connect
 
 Splits = Sequence[int]
 _at_once = False
-_channels: "dict[Group, ShmChannel]" = {}
+_channels: "dict[Group, Channel]" = {}
+
+
+class Channel(Protocol):
+    """Carries the all-to-alls of one group in the place of its process group's backend (docs/gpu.md).
+
+    Transfers begin in the same order on every rank, and may be waited for in any.
+    """
+
+    def allocate_outgoing(self, like: Tensor, count: int) -> Tensor:
+        """Return [count, ...] to be filled and sent as a whole, where this channel can send from."""
+        ...
+
+    def start(self, rows: Tensor, send: Splits, receive: Splits, out: Tensor | None) -> Callable[[], Tensor]:
+        """Begin to send `send[r]` of `rows` to rank r. Returns a function that waits and returns what came, in `out` if
+        given."""
+        ...
+
+    def close(self) -> None:
+        """Free what the channel holds."""
+        ...
 
 
 class Alone:
