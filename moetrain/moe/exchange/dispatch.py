@@ -25,7 +25,7 @@ from torch import Tensor
 from moetrain.distributed.comm import Pending, allocate_outgoing, start_all_to_all
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.kernels.api import Backend
-from moetrain.moe.kernels.bags import Bags, find_true, sort_stably
+from moetrain.moe.kernels.bags import Bags, find_true, sort_stably, upload
 from moetrain.moe.planning.plan import Ints, Plan
 from moetrain.moe.routing.base import Routing
 
@@ -242,17 +242,9 @@ def _expand(device: torch.device, rising: list[Runs], level: list[Runs]) -> tupl
     if device.type == "cpu":
         flat = torch.from_numpy(np.repeat(*packed))
     else:
-        values_times = _to(device, packed)
+        values_times = upload(packed, device)
         flat = values_times[0].repeat_interleave(values_times[1], output_size=sum(totals))
     num_rising = int(begins[len(rising)])
     flat[:num_rising].add_(torch.arange(num_rising, device=device))
     tables = list(flat.split(totals))
     return tables[: len(rising)], tables[len(rising) :]
-
-
-def _to(device: torch.device, values: Ints) -> Tensor:
-    """Return a copy on the device that the host does not wait for."""
-    found = torch.from_numpy(values)
-    if device.type == "cuda" and torch.cuda.is_available():
-        found = found.pin_memory()
-    return found.to(device, non_blocking=True)

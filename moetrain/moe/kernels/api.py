@@ -2,7 +2,8 @@
 
 `KernelChoice` says which kernels may be used, as calibration found them (`Costs.kernels`); `choose` makes a `Backend`
 of it. The sums, the SwiGLU and the cross entropy come from one of three modules, in one pass over memory each where it
-is not torch (`cpu_fused`, `triton_fused`, `reference`); the grouped products from `cpu_gemm` or from torch.
+is not torch (`cpu_fused`, `triton_fused`, `reference`); the grouped products from `cpu_gemm`, `triton_products` or
+torch.
 
 All sums run in fp32 and in a fixed order.
 
@@ -65,7 +66,7 @@ class Backend:
     def has_own(self, part: str) -> bool:
         """Tell whether kernels of our own compute this one of PARTS."""
         if part == "products":
-            return self.products is cpu_gemm
+            return self.products not in (LoopedProducts, GroupedProducts)
         return (self.sums if part == "sums" else self.pointwise) is not reference
 
     @property
@@ -131,6 +132,8 @@ class KernelChoice:
         products: ProductKernels = LoopedProducts
         if self.has_own_products(*matrices):
             products = cpu_gemm
+        elif self._may_use_triton(*matrices) and (triton := find_products(device, dtype)) is not None:
+            products = triton
         elif use_grouped_mm(device, dtype):
             products = GroupedProducts
         return Backend(
@@ -143,6 +146,10 @@ class KernelChoice:
     def has_own_products(self, *matrices: Matrices) -> bool:
         """Tell whether `cpu_gemm` multiplies these."""
         return bool(matrices) and "products" not in self.left_to_torch and cpu_gemm.fits(*matrices)
+
+    def _may_use_triton(self, *matrices: Matrices) -> bool:
+        is_dense = all(isinstance(one, Tensor) and one.is_contiguous() for one in matrices)
+        return self.backend in (None, "triton") and "products" not in self.left_to_torch and bool(matrices) and is_dense
 
     def _find_row_step(self, device: torch.device, dtype: torch.dtype) -> int:
         """Return what the rows of a segment are padded to.
@@ -193,6 +200,15 @@ def import_triton() -> FusedKernels:
     from moetrain.moe.kernels import triton_fused
 
     return triton_fused
+
+
+def find_products(device: torch.device, dtype: torch.dtype) -> ProductKernels | None:
+    """Return the products in Triton, if this device has instructions for them."""
+    if device.type != "cuda" or dtype == torch.float32 or find_triton() is None:
+        return None
+    from moetrain.moe.kernels import triton_products
+
+    return triton_products if triton_products.supports(device, dtype) else None
 
 
 @cache

@@ -4,9 +4,14 @@ M rows, B bags.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+STAGED_BYTES = 64 << 10  # CUDA copies as much from memory that is not pinned without a wait
 
 
 @dataclass(frozen=True)
@@ -33,3 +38,11 @@ def sort_stably(key_M: Tensor) -> Tensor:
 def find_true(mask: Tensor, count: int) -> Tensor:
     """Return [count] int64 where a flat mask is true, when it is known how often: no host sync."""
     return torch.nonzero_static(mask, size=count).view(-1)
+
+
+def upload(values: NDArray[np.integer[Any]], device: torch.device) -> Tensor:
+    """Return a copy on the device that the host does not wait for."""
+    found = torch.from_numpy(values)
+    if device.type == "cuda" and torch.cuda.is_available() and values.nbytes > STAGED_BYTES:
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)

@@ -124,7 +124,7 @@ def swiglu(gate_up_MH2: Tensor) -> Tensor:
     """As `Backend.swiglu`."""
     num_rows, width = len(gate_up_MH2), gate_up_MH2.shape[1] // 2
     out = gate_up_MH2.new_empty(num_rows, width)
-    _launch(
+    launch(
         _swiglu,
         num_rows * triton.cdiv(width, SWIGLU_BLOCK),
         *(gate_up_MH2, out, width, gate_up_MH2.stride(0)),
@@ -137,7 +137,7 @@ def swiglu(gate_up_MH2: Tensor) -> Tensor:
 def swiglu_backward(gate_up_MH2: Tensor, grad_MH: Tensor, weight_M: Tensor) -> Tensor:
     """As `Backend.swiglu_backward`, in place."""
     out = torch.empty_like(weight_M)
-    _launch(
+    launch(
         _swiglu_backward,
         len(out),
         *(gate_up_MH2, grad_MH, weight_M, out, grad_MH.shape[1], gate_up_MH2.stride(0), grad_MH.stride(0)),
@@ -152,7 +152,7 @@ def sum_rows(rows_MD: Tensor, weight_M: Tensor | None, bags: Bags, own_BD: Tenso
     num_bags, width = len(bags.begin_B) - 1, rows_MD.shape[1]
     out = rows_MD.new_empty(num_bags, width)
     own_stride = 0 if own_BD is None else own_BD.stride(0)
-    _launch(
+    launch(
         _sum_rows,
         num_bags * triton.cdiv(width, SUM_BLOCK),
         *(rows_MD, weight_M, bags.row_M, bags.begin_B, own_BD, out, width, rows_MD.stride(0), own_stride),
@@ -167,7 +167,7 @@ def cross_entropy(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
     (num_rows, width), stride = logits_TV.shape, logits_TV.stride(0)
     nats_T, lse_T = (torch.empty(num_rows, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
     arguments = (logits_TV, target_T, nats_T, lse_T, width, stride)
-    _launch(_cross_entropy, num_rows, *arguments, BLOCK=LOGITS_BLOCK, num_warps=LOGITS_WARPS)
+    launch(_cross_entropy, num_rows, *arguments, BLOCK=LOGITS_BLOCK, num_warps=LOGITS_WARPS)
     return nats_T, lse_T
 
 
@@ -176,10 +176,10 @@ def cross_entropy_backward(logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, g
     (num_rows, width), stride = logits_TV.shape, logits_TV.stride(0)
     programs = num_rows * triton.cdiv(width, LOGITS_BLOCK)
     arguments = (logits_TV, target_T, lse_T, grad_T, width, stride)
-    _launch(_cross_entropy_backward, programs, *arguments, BLOCK=LOGITS_BLOCK, num_warps=LOGITS_WARPS)
+    launch(_cross_entropy_backward, programs, *arguments, BLOCK=LOGITS_BLOCK, num_warps=LOGITS_WARPS)
     return logits_TV
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     if programs:  # a product is rounded before it is added, as torch does it
         kernel[(programs,)](*arguments, enable_fp_fusion=False, **options)
