@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         check_weights,
         first_whole,
     )
-    from moetrain.checkpoint.loading import load, load_weights
+    from moetrain.checkpoint.loading import load, load_base, load_weights
     from moetrain.checkpoint.saving import Saver
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "first_whole",
     "known_dtype",
     "load",
+    "load_base",
     "load_weights",
     "newest",
     "progress",
@@ -56,6 +57,7 @@ __all__ = [
 _PLACES = {
     "Saver": "saving",
     "load": "loading",
+    "load_base": "loading",
     "load_weights": "loading",
     "StartingPoint": "agreeing",
     "agree_on_start": "agreeing",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.fetching import fetch_start
-from moetrain.checkpoint.loading import check_entries, mismatches
+from moetrain.checkpoint.loading import check_base, check_entries, mismatches
 from moetrain.checkpoint.manifest import newest
 from moetrain.checkpoint.resume import check_data, check_fits, continues_own, find_initial, find_to_resume
 from moetrain.common.extensions import OPTIMIZERS, state_names
@@ -62,11 +62,18 @@ def check_start(
 
 
 def agree_on_weights(config: Config, start: StartingPoint, mesh: Mesh) -> Path | None:
-    """Return the checkpoint whose weights a new run begins with; None where there is none, or the run goes on.
+    """Return the checkpoint whose weights a new run begins with, or whose weights a run's adapters adapt.
+
+    None where there is none, or a run without adapters goes on.
 
     All ranks call it and read their share of bytes. Raises `ConfigError` on all ranks where it is not whole.
     """
-    if start.path is not None or config.init_from is None:
+    if start.path is not None:
+        if not config.lora.rank:
+            return None
+        kept = manifest.read(start.path)["config"].get("init_from")  # that of the run's beginning, whatever is newer
+        config = config.model_copy(update={"init_from": kept})
+    if config.init_from is None:
         return None
     _first_rank_checks(mesh, lambda: find_initial(config))
     found = find_initial(config) if mesh.is_main else None
@@ -84,7 +91,7 @@ def check_weights(path: Path, mesh: Mesh, model: LanguageModel, data: Mapping[st
 
     def check() -> None:
         check_data(path, data, same_run=False)
-        check_entries(path, model, ())
+        (check_entries(path, model, ()) if model.adapted is None else check_base(path, model))
 
     _first_rank_checks(mesh, check)
 

@@ -1,7 +1,7 @@
 """Loading: every rank reads the ranges it holds, whatever ranks and engine wrote them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.manifest import ManifestEntry
 from moetrain.config import ConfigError
-from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Checkpointable, Entries, expected
+from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Checkpointable, Entries, expected, list_base
 from moetrain.models.base import LanguageModel
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
@@ -44,6 +44,12 @@ def load_weights(path: Path, engine: Checkpointable) -> None:
     entries = engine.entries(optimizer=False)
     _fill(path, entries)
     engine.restored(entries, 0)
+
+
+@torch.no_grad()
+def load_base(path: Path, model: LanguageModel) -> None:
+    """Fill all of `model` but its adapters with the weights of a checkpoint. Raises as `load` does."""
+    _fill(path, list_base(model))
 
 
 def _fill(path: Path, entries: Entries) -> None:
@@ -87,7 +93,16 @@ def check_entries(path: Path, model: LanguageModel, states: tuple[str, ...] = MO
 
     Raises `ConfigError` that names the first difference.
     """
-    saved, wanted = manifest.read_entries(path), expected(model, states)
+    _check_against(path, expected(model, states), states)
+
+
+def check_base(path: Path, model: LanguageModel) -> None:
+    """Check that the checkpoint has all of the whole, unsharded `model` but its adapters. Raises `ConfigError`."""
+    _check_against(path, {name: part.shape for name, part in list_base(model).items()}, ())
+
+
+def _check_against(path: Path, wanted: Mapping[str, tuple[int, ...]], states: tuple[str, ...]) -> None:
+    saved = manifest.read_entries(path)
     for name, shape in wanted.items():
         _check(path, saved, name, shape)
     parameters = {name.partition("/")[2] for name in saved if name.partition("/")[0] in states}

@@ -8,7 +8,7 @@ from moetrain import runs
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.manifest import newest, progress
 from moetrain.common.store import is_url
-from moetrain.config import Balance, Config, ConfigError
+from moetrain.config import Balance, Config, ConfigError, Lora
 
 FREE_OF_MODEL = {"init_std", "path", "trust_remote_code", "weights"}  # options that may change in a run
 FREE = {"freeze", "skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change
@@ -47,12 +47,14 @@ def find_to_resume(config: Config, folder: Path | None, fetched: Path | None = N
     if config.checkpoint.resume == "auto" or own:
         if present is not None:
             check_fits(config, present, same_run=True)
+            check_adapters(config, present)
             _check_steps(config, present, progress(present)[0])
         return present
     path = fetched or (None if is_url(config.checkpoint.resume) else find_named(config))
     if fetched is not None:
         check_fits(config, fetched, same_run=False)
     if path is not None:
+        check_adapters(config, path)
         _check_steps(config, path, progress(path)[0] + 1)
     if present is not None and (
         path is None
@@ -113,6 +115,9 @@ def find_initial(config: Config) -> Path | None:
         if said:
             raise ConfigError(f"init_from={choice}: {said}")
         check_fits(config, path, same_run=False)
+        if manifest.read(path)["config"].get("lora", {}).get("rank"):
+            rule = "holds adapters alone, no model; moetrain export --merge writes one, for model=hf"
+            raise ConfigError(f"init_from={choice}: {rule}")
         return path
     if Path(choice, "config.json").is_file():
         raise ConfigError(f"init_from={choice}: model=hf model.path={choice} begins with the weights of such a folder")
@@ -155,6 +160,14 @@ def check_fits(config: Config, path: Path, same_run: bool) -> None:
                 advice = "; another run.name starts a new run" if same_run else ""
                 raise ConfigError(f"{section}.{field}={value}: the checkpoint {path} has {other}{advice}")
     _check_buffers(config.balance, theirs["balance"], path)
+
+
+def check_adapters(config: Config, path: Path) -> None:
+    """Check that a run goes on with the adapters that the checkpoint has. Raises `ConfigError`."""
+    theirs = manifest.read(path)["config"].get("lora") or Lora().model_dump(mode="json")
+    for field, value in config.lora.model_dump(mode="json").items():
+        if value != theirs.get(field):
+            raise ConfigError(f"lora.{field}={value}: the checkpoint {path} has {theirs.get(field)}")
 
 
 def _check_buffers(ours: Balance, theirs: dict[str, Any], path: Path) -> None:

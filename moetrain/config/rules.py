@@ -56,6 +56,8 @@ def check(c: Config) -> None:
     if c.train.objective == "sft":
         rule(c.data.source == "chat", "train.objective", "needs data=chat, whose conversations say what to learn")
     rule(not c.router.freeze or c.balance.bias == "none", "balance.bias", "must be none with router.freeze=true")
+    if c.lora.rank:
+        _check_lora(c, rule)
     if isinstance(m, Model):
         _check_shape(m, rule)
     else:
@@ -111,6 +113,18 @@ def _check_shape(m: Model, rule: Rule) -> None:
         "model.num_dense_layers",
         f"must be below model.num_layers={m.num_layers}, so that one layer has experts",
     )
+
+
+def _check_lora(c: Config, rule: Rule) -> None:
+    rule(c.lora.targets != (), "lora.targets", "must name something, or be null for everything that can have adapters")
+    rule(
+        c.balance.bias == "none",
+        "balance.bias",
+        "must be none with lora.rank > 0, under which routers stay as they are",
+    )
+    rule(c.balance.accumulate != "hold", "balance.accumulate", "must be buffer or exact with lora.rank > 0")
+    rule(c.engine.name == "native", "engine.name", "must be native with lora.rank > 0: adapters are not under ZeRO yet")
+    rule(not c.train.compile, "train.compile", "must be false with lora.rank > 0")
 
 
 def _check_hugging_face(c: Config, rule: Rule) -> None:

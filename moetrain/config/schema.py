@@ -12,7 +12,7 @@ from moetrain.config.sections.engine import AnyEngine, DeepSpeed, Native
 from moetrain.config.sections.model import AnyModel, HuggingFace, Model
 from moetrain.config.sections.router import Planner, RouterSection
 from moetrain.config.sections.running import Checkpoint, Data, Recovery, Run, Track
-from moetrain.config.sections.training import Balance, Eval, Generate, Optim, Parallel, Train
+from moetrain.config.sections.training import Balance, Eval, Generate, Lora, Optim, Parallel, Train
 
 __all__ = [
     "AnyEngine",
@@ -26,6 +26,7 @@ __all__ = [
     "Eval",
     "Generate",
     "HuggingFace",
+    "Lora",
     "Model",
     "Native",
     "Optim",
@@ -55,6 +56,7 @@ class Config(Section):
     parallel: Parallel
     router: SerializeAsAny[RouterSection]  # of a kind's own class, as `config.kinds` makes it
     balance: Balance
+    lora: Lora = Lora()
     eval: Eval
     generate: Generate
     checkpoint: Checkpoint

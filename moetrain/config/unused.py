@@ -12,7 +12,17 @@ from moetrain.config.overrides import fields_of
 from moetrain.config.schema import Config, HuggingFace, Model, Native, Optim
 
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
-OF_A_RUN: tuple[str, ...] = ("init_from", "run", "optim", "balance", "checkpoint", "track", "eval.every", *RESTARTS)
+OF_A_RUN: tuple[str, ...] = (
+    "init_from",
+    "run",
+    "optim",
+    "balance",
+    "lora",
+    "checkpoint",
+    "track",
+    "eval.every",
+    *RESTARTS,
+)
 OF_A_RUN = (*OF_A_RUN, "train.steps", "train.log_every", "train.recompute")
 SAVES = ("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.remote")
 OF_A_SIMULATION: tuple[str, ...] = (
@@ -23,6 +33,7 @@ OF_A_SIMULATION: tuple[str, ...] = (
     "train.log_every",
     "train.threads",
     "train.compile",
+    "lora",
 )
 OF_A_SIMULATION += tuple(f"optim.{name}" for name in Optim.model_fields if name != "state_dtype")
 NOT_USED: dict[str, tuple[str, ...]] = {  # by verbs: sections and fields; what is not named may have an effect
@@ -31,7 +42,7 @@ NOT_USED: dict[str, tuple[str, ...]] = {  # by verbs: sections and fields; what 
     "data": tuple(name for name in Config.model_fields if name != "data"),
     "profile": (*OF_A_RUN, "eval", "generate", "data"),
     "simulate": (*OF_A_SIMULATION, "eval", "generate", "data", "checkpoint", "recovery", "track", "balance"),
-    "bench": ("init_from", "run", "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
+    "bench": ("init_from", "run", "lora", "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
 }
 
 
@@ -76,6 +87,12 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
             "router.zero_compute_tau",
             "has an effect only with model.zero_experts, copy_experts or constant_experts above 0",
         )
+    if not c.lora.rank:
+        for option in type(c.lora).model_fields:
+            if option != "rank":
+                yield f"lora.{option}", "has an effect only with lora.rank above 0"
+    else:
+        yield "router.freeze", "has no effect with lora.rank above 0, under which routers stay as they are"
     if c.data.source == "local":
         yield (
             "data.path",

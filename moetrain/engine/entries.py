@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moetrain.models.base import LanguageModel
+from moetrain.moe.adapters import is_adapter
 
 MODEL = "model"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -71,14 +72,19 @@ def held(tensor: Tensor) -> Held:
     return Held(tuple(tensor.shape), min(rows, tensor.shape[0]) * row, local.view(-1))
 
 
-def of_model(model: LanguageModel, kinds: Callable[[nn.Parameter], Mapping[str, Held]]) -> Entries:
+def of_model(
+    model: LanguageModel, kinds: Callable[[nn.Parameter], Mapping[str, Held]], is_base: bool = False
+) -> Entries:
     """Entries of `model`: `kinds(parameter)` gives what there is of a parameter, as this rank's module has it.
 
-    The first dimension of an expert parameter counts the experts whose home is this rank.
+    The first dimension of an expert parameter counts the experts whose home is this rank. Of a model with adapters
+    there are the adapters alone, and the buffers; or, where `is_base`, all but the adapters.
     """
     experts = model.find_experts()
     out: Entries = {}
     for name, parameter in model.named_parameters():
+        if model.adapted is not None and is_adapter(name) == is_base:
+            continue
         owner, _, last = name.rpartition(".")
         for kind, part in kinds(parameter).items():
             if owner in experts:
@@ -88,6 +94,11 @@ def of_model(model: LanguageModel, kinds: Callable[[nn.Parameter], Mapping[str, 
                 out[f"{kind}/{name}"] = part
     kept = model.state_dict().keys()
     return out | {f"{MODEL}/{name}": held(buffer) for name, buffer in model.named_buffers() if name in kept}
+
+
+def list_base(model: LanguageModel) -> Entries:
+    """Entries of what `model` was before it had adapters."""
+    return of_model(model, lambda parameter: {MODEL: held(parameter)}, is_base=True)
 
 
 def expected(model: LanguageModel, states: tuple[str, ...] = MOMENTS) -> dict[str, tuple[int, ...]]:

@@ -53,7 +53,8 @@ class NativeEngine(Engine):
         else:
             model.to_empty(device=mesh.device)
         initialise(model, config.train.seed)
-        parameters = groups(model, config.optim.weight_decay)
+        nothing = [{"params": [], "kind": "dense", "weight_decay": 0.0}]  # where no adapter is on this rank
+        parameters = groups(model, config.optim.weight_decay) or nothing
         self._states: AdamW | RegisteredStates
         if config.optim.name == "adamw":
             self.optimizer = self._states = AdamW(parameters, config.optim, _scratch(config))

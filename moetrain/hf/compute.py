@@ -19,11 +19,11 @@ from moetrain.hf.gate import run_gate, run_gate_for_backward
 from moetrain.hf.layout import ExpertsLayout
 from moetrain.moe.context import LayerContext
 from moetrain.moe.exchange.residents import Weights
-from moetrain.moe.kernels.api import Backend
 from moetrain.moe.kernels.reference import Matrices
 from moetrain.moe.passes import (
     ParameterGradients,
     WeightProducts,
+    choose_products,
     combine_rows,
     receive_gradients,
     receive_tokens,
@@ -37,12 +37,13 @@ class GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, context: LayerContext, layout: ExpertsLayout, *parameters: Tensor) -> Tensor:
-        """Return [T, D], the weighted sums. `parameters`: the tensors of `layout.names`, then those of its norm.
+        """Return [T, D], the weighted sums. `parameters`: the tensors of `layout.names`, their adapters where
+        `context.update` has them, then those of its norm.
 
         `ticket`: what `DispatchTokens` returned.
         """
-        clock, kernels = context.clock, context.kernels
-        own = parameters[: len(layout.names)]
+        clock = context.clock
+        own = parameters[: len(parameters) - layout.num_norms]
         loan = context.loan.take()
         with clock.phase("dispatch"):
             rows_MD = receive_tokens(context).index_select(0, context.tables.pool_M)
@@ -55,9 +56,9 @@ class GroupedExperts(torch.autograd.Function):
                 weights: Weights = loan.finish(own) if of_guests else own
             with clock.phase("experts"):
                 for rows, sizes in context.cut_pieces(of_guests):
-                    _project(kernels, rows_MD[rows], weights, 0, sizes, first_MW[rows], layout)
+                    _project(context, rows_MD[rows], weights, 0, sizes, first_MW[rows], layout)
                     hidden_MH = run_gate(layout.gate, layout.activate, first_MW[rows])
-                    _project(kernels, hidden_MH, weights, 1, sizes, out_MD[rows], layout)
+                    _project(context, hidden_MH, weights, 1, sizes, out_MD[rows], layout)
                     if layout.norm is not None:
                         out_MD[rows] = layout.norm(out_MD[rows])
         ctx.context, ctx.layout = context, layout
@@ -72,7 +73,8 @@ class GroupedExperts(torch.autograd.Function):
         layout: ExpertsLayout = ctx.layout
         ctx.context = None
         tables, clock = context.tables, context.clock
-        own, norm = parameters[: len(layout.names)], parameters[len(layout.names) :]
+        cut = len(parameters) - layout.num_norms
+        own, norm = parameters[:cut], parameters[cut:]
         with clock.backward("lend"):
             loan = context.start_loan(own)
         grad_MD = receive_gradients(context, grad_TD)
@@ -80,7 +82,7 @@ class GroupedExperts(torch.autograd.Function):
             loan.relay()
         rows = _Rows(rows_MD, first_MW, grad_MD, tables.weight_M)
         back_MD, grad_weight_M = torch.empty_like(rows_MD), tables.weight_M.new_empty(len(rows_MD))
-        norm_grads = [torch.zeros_like(w) for w in norm]
+        norm_grads = [torch.zeros_like(w) for w in norm if context.update.trains_base]
         waiting: dict[bool, Any] = {}
         for of_guests in (False, True) if loan.is_under_way else (True, False):
             with clock.backward("lend"):
@@ -88,7 +90,7 @@ class GroupedExperts(torch.autograd.Function):
             with clock.backward("experts"):
                 ((part, sizes),) = context.cut_pieces(of_guests)
                 waiting[of_guests], grad_weight_M[part] = _run_backward(
-                    context.kernels, rows.select(part), weights, sizes, layout, back_MD[part], norm_grads
+                    context, rows.select(part), weights, sizes, layout, back_MD[part], norm_grads
                 )
             if of_guests:
                 del weights
@@ -96,10 +98,12 @@ class GroupedExperts(torch.autograd.Function):
                     context.residents.weights.clear()
         start_sending_home(context, back_MD, grad_weight_M)
         del back_MD
-        grads = return_guests(context, ParameterGradients([torch.empty_like(w) for w in own], None, waiting))
+        trained = [torch.empty_like(w) for w in context.update.select_trained(own)]
+        grads = return_guests(context, ParameterGradients(trained, None, waiting))
         context.residents.end_backward(context.step.is_final)
         context.step.end_pass()
-        return None, None, None, *grads, *norm_grads
+        of_norm: list[Tensor] | list[None] = norm_grads or [None] * len(norm)
+        return None, None, None, *context.update.fill_in(grads, len(own)), *of_norm
 
 
 class ExpertProducts(NamedTuple):
@@ -116,8 +120,9 @@ class ExpertProducts(NamedTuple):
 
     def write(self, totals: Sequence[Matrices], without: Collection[int] = ()) -> None:
         """Write to `totals`. `without`: slots that have no rows, and whose totals are left as they are."""
-        self.matrices.write(totals[:2], without=without)
-        for rows_MB, total in zip(self.summed, totals[2:], strict=True):
+        cut = len(self.matrices.pairs)
+        self.matrices.write(totals[:cut], without=without)
+        for rows_MB, total in zip(self.summed, totals[cut:], strict=True):
             for slot, part in enumerate(_split(rows_MB, self.matrices.sizes)):
                 if slot not in without:
                     torch.sum(part, 0, keepdim=True, out=total[slot])
@@ -139,7 +144,7 @@ class _Rows(NamedTuple):
 
 
 def _project(
-    kernels: Backend,
+    context: LayerContext,
     rows_MA: Tensor,
     weights: Weights,
     place: int,
@@ -148,14 +153,15 @@ def _project(
     layout: ExpertsLayout,
 ) -> None:
     """The first (`place` 0) or the second product of each slot, with its bias."""
-    kernels.segment_mm(rows_MA, weights[place], sizes, out_MB, transpose=not layout.transposed)
+    context.kernels.segment_mm(rows_MA, weights[place], sizes, out_MB, transpose=not layout.transposed)
+    context.update.add_product(context.kernels, place, rows_MA, weights, sizes, out_MB)
     if layout.has_bias:
         for part, bias in zip(_split(out_MB, sizes), weights[place + 2], strict=True):
             part += bias
 
 
 def _run_backward(
-    kernels: Backend,
+    context: LayerContext,
     rows: _Rows,
     weights: Weights,
     sizes: list[int],
@@ -167,21 +173,27 @@ def _run_backward(
 
     Returns what the weights' gradients are made of, and the [M] fp32 gradients of the routing weights.
     """
+    kernels, update = context.kernels, context.update
     plain_MH, run_gate_backward = run_gate_for_backward(layout.gate, layout.activate, rows.first_MW)
     weight_M1 = rows.weight_M[:, None].to(rows.grad_MD.dtype)
     grad_out_MD, weighted_MD = rows.grad_MD, rows.grad_MD * weight_M1
     grad_MH = torch.empty_like(plain_MH)
     if layout.norm is not None:
         before_MD = torch.empty_like(rows.grad_MD)
-        _project(kernels, plain_MH, weights, 1, sizes, before_MD, layout)
+        _project(context, plain_MH, weights, 1, sizes, before_MD, layout)
         with torch.enable_grad():
             out_MD = layout.norm(before_MD.requires_grad_())
         grad_weight_M = torch.linalg.vecdot(rows.grad_MD.float(), out_MD.detach().float())
-        weighted_MD, *found = torch.autograd.grad(out_MD, [before_MD, *layout.norm.parameters()], weighted_MD)
-        torch._foreach_add_(norm_grads, found)
-        kernels.segment_mm(weighted_MD.contiguous(), weights[1], sizes, grad_MH, transpose=layout.transposed)
+        learned = list(layout.norm.parameters()) if norm_grads else []
+        weighted_MD, *found = torch.autograd.grad(out_MD, [before_MD, *learned], weighted_MD)
+        for total, part in zip(norm_grads, found, strict=True):
+            total += part
+        weighted_MD = weighted_MD.contiguous()
+        kernels.segment_mm(weighted_MD, weights[1], sizes, grad_MH, transpose=layout.transposed)
+        low_down = update.add_backward(kernels, 1, weighted_MD, weights, sizes, grad_MH)
     else:
         kernels.segment_mm(grad_out_MD, weights[1], sizes, grad_MH, transpose=layout.transposed)
+        low_down = update.add_backward(kernels, 1, grad_out_MD, weights, sizes, grad_MH)
         grad_weight_M = torch.linalg.vecdot(grad_MH.float(), plain_MH.float())
         if layout.has_bias:
             for total_M, part, bias in zip(
@@ -189,13 +201,17 @@ def _run_backward(
             ):
                 total_M += part.float() @ bias.view(-1).float()
         grad_MH *= weight_M1
+        if low_down is not None:
+            low_down *= weight_M1
     grad_first_MW = run_gate_backward(grad_MH).contiguous()
     kernels.segment_mm(grad_first_MW, weights[0], sizes, back_MD, transpose=layout.transposed)
+    low_first = update.add_backward(kernels, 0, grad_first_MW, weights, sizes, back_MD)
     pairs = [(grad_first_MW, rows.rows_MD), (weighted_MD, plain_MH)]
-    if layout.transposed:
+    if layout.transposed and update.trains_base:
         pairs = [(right, left) for left, right in pairs]
-    summed = [grad_first_MW, weighted_MD] if layout.has_bias else []
-    return ExpertProducts(WeightProducts(pairs, sizes, kernels), summed), grad_weight_M
+    products = choose_products(context, pairs, (low_first, low_down), weights, sizes)
+    summed = [grad_first_MW, weighted_MD] if layout.has_bias and update.trains_base else []
+    return ExpertProducts(products, summed), grad_weight_M
 
 
 def _split(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:

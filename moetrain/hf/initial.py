@@ -21,6 +21,7 @@ from moetrain.hf.quantized import dequantise
 from moetrain.hf.spread import SpreadExperts
 from moetrain.models.base import ReadRows
 from moetrain.models.initialise import make_generator, read_drawn, read_experts
+from moetrain.moe.adapters import is_adapter
 
 
 def draw_weights(
@@ -33,7 +34,7 @@ def draw_weights(
     """
     text = model.config.get_text_config()
     std = getattr(text, "initializer_range", None) or 0.02
-    for name, parameter in model.named_parameters():
+    for name, parameter in _list_base(model):
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)
         if last.endswith("bias"):
@@ -78,10 +79,15 @@ def read_weights(
     for name, buffer in model.named_buffers():
         if name in sources:
             buffer.copy_(sources[name].read())
-    for name, parameter in model.named_parameters():
+    for name, parameter in _list_base(model):
         owner = name.rpartition(".")[0]
         own = experts[owner].own_experts() if owner in experts else None
         yield parameter, partial(_read_source, sources[name], own)
+
+
+def _list_base(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield all parameters but those of adapters."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if not is_adapter(name))
 
 
 def _read_source(source: TensorSource, own: list[int] | None, rows: slice) -> Tensor:

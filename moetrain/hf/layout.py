@@ -28,6 +28,11 @@ class ExpertsLayout:
     norm: nn.Module | None  # after the second product, one for all experts
     is_swiglu: bool  # whether the kernels for silu(gate) * up over [out, in] compute it all
 
+    @property
+    def num_norms(self) -> int:
+        """The parameters of `norm`."""
+        return 0 if self.norm is None else len(list(self.norm.parameters()))
+
     @classmethod
     def read(cls, name: str, module: Any) -> "ExpertsLayout":
         """Read the layout of a module called `name`. Raises `ConfigError` where it is none that is known."""

@@ -32,6 +32,7 @@ from moetrain.hf.scores import FamilyRouter, find_router
 from moetrain.hf.spread import NAME, SpreadDecision, SpreadExperts, register
 from moetrain.models.base import AnyChoice, LanguageModel, ReadRows, SpreadableExperts
 from moetrain.models.cross_entropy import linear_cross_entropy_at, put_at
+from moetrain.moe.adapters import SharedAdapters
 from moetrain.moe.kernels.api import DEFAULT_KERNELS, KernelChoice
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.routing import Choice, Scores
@@ -144,6 +145,19 @@ class HFModel(LanguageModel):
         for router in self._routers.values():
             router.module.requires_grad_(False)
 
+    def find_embedding(self) -> nn.Module:
+        embedding: nn.Module = self._transformer.get_input_embeddings()
+        return embedding
+
+    def find_unadapted(self) -> set[nn.Module]:
+        head = self._transformer.get_output_embeddings()
+        routers = {inner for router in self._routers.values() for inner in router.module.modules()}
+        return routers | ({head} if head is not None else set())
+
+    def name_in_transformers(self, name: str) -> str:
+        name = name.removeprefix(PREFIX)
+        return name.removeprefix("model.") if isinstance(self.hf, WithHead) else name
+
     def find_layers(self) -> Iterator[tuple[int, SpreadExperts]]:
         blocks = list(self._named_blocks())
         for name, layer in self._layers.items():
@@ -161,7 +175,8 @@ class HFModel(LanguageModel):
         norms = [
             p for one in self._layers.values() if one.layout.norm is not None for p in one.layout.norm.parameters()
         ]
-        return list(dict.fromkeys([*found, *norms]))
+        shared = [p for m in self.modules() if isinstance(m, SharedAdapters) for p in m.parameters()]
+        return list(dict.fromkeys([*found, *norms, *shared]))
 
     def undecayed(self) -> set[nn.Parameter]:
         """Norms, biases and embeddings."""

@@ -25,6 +25,7 @@ from moetrain.hf.layout import ExpertsLayout
 from moetrain.hf.pinning import count_selections
 from moetrain.hf.replay import checkpoint_with_replay, decide_once
 from moetrain.hf.scores import FamilyRouter
+from moetrain.moe.adapters import TRAIN_ALL, ExpertAdapters
 from moetrain.moe.clock import Clock
 from moetrain.moe.context import LayerContext, StepContext
 from moetrain.moe.exchange.dispatch import DispatchTables
@@ -86,6 +87,7 @@ class SpreadExperts(KernelUser):
         self.layout = ExpertsLayout.read(name, module)
         self.num_experts: int = module.num_experts
         self.is_fused = self.layout.is_swiglu  # else: the path of any family
+        self.adapters: ExpertAdapters | None = None  # of frozen experts
         self.step = StepContext()
         self.real_T: Tensor | None = None  # bool: tokens of this pass that are not padding; None: all
         self._past_E: Floats | None = None  # [E] rows of the group in training so far, the later the heavier
@@ -101,7 +103,8 @@ class SpreadExperts(KernelUser):
         """
         self.ep, self.max_rows, self.keep_hidden = ep, max_rows, keep_hidden
         self.residents = ResidentGuests.empty(guest_slots, ep.size, self.num_experts)
-        for key in self.layout.names if ep.size > 1 else ():
+        adapters = [] if self.adapters is None else self.adapters.own_names
+        for key in (*self.layout.names, *adapters) if ep.size > 1 else ():
             whole = getattr(self.module, key)
             own = nn.Parameter(whole.detach()[self.own_experts()].clone(), requires_grad=whole.requires_grad)
             setattr(self.module, key, own)
@@ -124,6 +127,16 @@ class SpreadExperts(KernelUser):
     def routers(self) -> tuple[None]:
         """One pass through the experts in every forward; the router is the family's own."""
         return (None,)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The parameters of the module that hold one entry an expert, but for adapters."""
+        return self.layout.names
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether matrices are [E, in, out]."""
+        return self.layout.transposed
 
     @property
     def home(self) -> Ints:
@@ -177,12 +190,14 @@ class SpreadExperts(KernelUser):
         dtype = _compute_dtype(hidden_TD, self.gate_up)
         weights = [p.to(dtype) for p in self.parameters()]
         weights = [p[:, None] if p.dim() == 2 else p for p in weights]
+        if self.adapters is not None:
+            weights += self.adapters.list_tensors(len(weights[0]), dtype)
         x_TD = hidden_TD.to(dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
             context = self._start(x_TD, routing, decision, weights)
             ticket = DispatchTokens.apply(x_TD, routing.weight_N, context)
             if self.is_fused:
-                y_TD = ExpertsCombine.apply(ticket, *weights, context)
+                y_TD = ExpertsCombine.apply(ticket, context, *weights)
             else:
                 norm = list(self.layout.norm.parameters()) if self.layout.norm else []
                 y_TD = GroupedExperts.apply(ticket, context, self.layout, *weights, *norm)
@@ -212,6 +227,7 @@ class SpreadExperts(KernelUser):
             clock=clock,
             max_rows=self.max_rows,
             keep_hidden=self.keep_hidden,
+            update=TRAIN_ALL if self.adapters is None else self.adapters.update,
         )
         context.loan.put(loan)
         return context

@@ -4,12 +4,14 @@ B sequences, L positions, V vocabulary, E experts of a layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from moetrain.config import Train
 from moetrain.distributed.mesh import ExpertGroup
+from moetrain.moe.adapters import AdapterSwitch, ExpertAdapters
 from moetrain.moe.context import StepContext
 from moetrain.moe.exchange.residents import ResidentGuests
 from moetrain.moe.kernels.api import KernelChoice, use_kernels
@@ -23,10 +25,28 @@ AnyChoice = Choice | RecordedChoice
 ReadRows = Callable[[slice], Tensor]  # the values of some rows of a parameter
 
 
+@dataclass(frozen=True)
+class AdaptedModel:
+    """What of a model has adapters: names of linear layers and of the experts' matrices, as transformers has them."""
+
+    linears: tuple[str, ...]
+    matrices: tuple[str, ...]
+    switch: AdapterSwitch
+
+
 class SpreadableExperts(Protocol):
     """The experts of one layer: all of them, and after `shard` those whose home is this rank."""
 
     residents: ResidentGuests
+    adapters: ExpertAdapters | None
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The parameters of its module that hold one entry an expert, but for adapters; the two matrices first."""
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether matrices are [E, in, out], not [E, out, in]."""
 
     @property
     def limits(self) -> Limits:
@@ -65,6 +85,7 @@ class LanguageModel(nn.Module):
     every rank and kept in fp32; and dense ones.
     """
 
+    adapted: AdaptedModel | None = None  # what of it has adapters; None: it has none
     awaits_checkpoint = False  # whether all its parameters are to be loaded, so that they need no initial values
 
     def forward(
@@ -111,6 +132,18 @@ class LanguageModel(nn.Module):
 
     def freeze_routers(self) -> None:
         """Leave the weights of all routers, and what they share, out of training."""
+        raise NotImplementedError
+
+    def find_embedding(self) -> nn.Module:
+        """Return the module that makes vectors of tokens."""
+        raise NotImplementedError
+
+    def find_unadapted(self) -> set[nn.Module]:
+        """Return the output head, the routers and the modules in them, which have no adapters."""
+        raise NotImplementedError
+
+    def name_in_transformers(self, name: str) -> str:
+        """Return the name that a module has in the model of transformers that this one is or is exported as."""
         raise NotImplementedError
 
     def find_layers(self) -> Iterator[tuple[int, ExpertLayer]]:

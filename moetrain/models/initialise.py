@@ -7,12 +7,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain.models.base import LanguageModel, ReadRows
+from moetrain.moe.adapters import SUFFIXES, is_adapter
 
 
 @torch.no_grad()
@@ -24,7 +26,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
     model.initialise_buffers()
     if model.awaits_checkpoint:
         return
-    for parameter, read in model.initial_values(seed):
+    for parameter, read in chain(model.initial_values(seed), draw_adapters(model, seed)):
         if isinstance(parameter, DTensor):
             local, rows = parameter.to_local(), find_rows(parameter)
             local[: rows.stop - rows.start].copy_(read(rows))
@@ -48,6 +50,8 @@ def draw_values(
     experts = model.find_experts()
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
+        if is_adapter(name):
+            continue
         if parameter.ndim == 1:
             yield parameter, partial(_read_ones, parameter.shape)
         elif owner in experts:
@@ -70,6 +74,34 @@ def read_experts(shape: torch.Size, std: float, seed: int, name: str, own: list[
 
 def _read_ones(shape: torch.Size, rows: slice) -> Tensor:
     return torch.ones(shape)[rows]
+
+
+def draw_adapters(model: LanguageModel, seed: int) -> Iterator[tuple[nn.Parameter, ReadRows]]:
+    """Yield the parameters of all adapters with their first values, as peft has them: B zero, A [..., r, I] uniform
+    within ± 1 / sqrt(I)."""
+    experts = model.find_experts()
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if name.endswith(SUFFIXES[1]):
+            yield parameter, partial(_read_zeros, parameter.shape)
+        elif is_adapter(name):
+            own = experts[owner][1].own_experts() if owner in experts else None
+            yield parameter, partial(_read_uniform, parameter.shape, seed, name, own)
+
+
+def _read_zeros(shape: torch.Size, rows: slice) -> Tensor:
+    return torch.zeros(shape)[rows]
+
+
+def _read_uniform(shape: torch.Size, seed: int, name: str, own: list[int] | None, rows: slice) -> Tensor:
+    """Return some rows; of the experts `own` some slots, each drawn by its number."""
+    bound = 1 / math.sqrt(shape[-1])
+    names = [name] if own is None else [f"{name}.{expert}" for expert in own[rows]]
+    each = shape if own is None else shape[1:]
+    drawn = [torch.rand(each, generator=make_generator(seed, one)).mul_(2 * bound).sub_(bound) for one in names]
+    if own is None:
+        return drawn[0][rows]
+    return torch.stack(drawn) if drawn else torch.empty(0, *each)
 
 
 def make_generator(seed: int, name: str) -> torch.Generator:

@@ -53,6 +53,16 @@ RECOMPUTE = {
 }
 
 
+IN_TRANSFORMERS = {  # parts of names, as Qwen3-MoE and OLMoE have them
+    "attn": "self_attn",
+    **{part: f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down", "gate_up")},
+    "moe": "mlp",
+    "shared": "shared_expert",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -245,6 +255,17 @@ class Transformer(LanguageModel):
         for module in (*self.routers, self.shared_router):
             if module is not None:
                 module.requires_grad_(False)
+
+    def find_embedding(self) -> nn.Module:
+        return self.embed
+
+    def find_unadapted(self) -> set[nn.Module]:
+        replicated = [module for module in self.modules() if isinstance(module, Replicated)]
+        return {self.head, *(inner for module in replicated for inner in module.modules())}
+
+    def name_in_transformers(self, name: str) -> str:
+        parts = ["model", *(IN_TRANSFORMERS.get(part, part) for part in name.split("."))]
+        return {"head": "lm_head"}.get(name, ".".join(parts))
 
     def find_layers(self) -> Iterator[tuple[int, MoE]]:
         for number, block in enumerate(self.layers):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetrain.distributed.comm import Pending
 from moetrain.distributed.mesh import ExpertGroup
+from moetrain.moe.adapters import TRAIN_ALL, LowRankUpdate
 from moetrain.moe.clock import Clock, Observer, ignore_phase
 from moetrain.moe.exchange.dispatch import DispatchTables, Sums, Tokens
 from moetrain.moe.exchange.residents import GuestLoan, ResidentGuests
@@ -109,6 +110,7 @@ class LayerContext:
     clock: Clock
     max_rows: int | None  # computed at a time
     keep_hidden: bool  # whether rows and hidden activations stay for the backward, or just the tokens that came
+    update: LowRankUpdate = TRAIN_ALL  # what adapters add, and which tensors of an expert have a gradient
     tokens: Handover[Tokens] = field(default_factory=Handover)
     loan: Handover[GuestLoan] = field(default_factory=Handover)
     gradients: Handover[Gradients] = field(default_factory=Handover)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.distributed.mesh import ExpertGroup
+from moetrain.moe.adapters import TRAIN_ALL, ExpertAdapters
 from moetrain.moe.clock import Clock
 from moetrain.moe.context import LayerContext, StepContext
 from moetrain.moe.exchange.dispatch import DispatchTables
@@ -43,6 +44,7 @@ class Experts(nn.Module, KernelUser):
         self.residents = ResidentGuests.empty(0, 1, num_experts)
         self.max_rows: int | None = None
         self.keep_hidden = True
+        self.adapters: ExpertAdapters | None = None  # of frozen experts
 
     @torch.no_grad()
     def reset_parameters(self, std: float = INIT_STD) -> None:
@@ -61,9 +63,19 @@ class Experts(nn.Module, KernelUser):
         """
         self.ep, self.max_rows, self.keep_hidden = ep, max_rows, keep_hidden
         self.residents = ResidentGuests.empty(guest_slots, ep.size, self.num_experts)
-        if ep.size > 1:
-            self.gate_up = nn.Parameter(self.gate_up.detach()[self.own_experts()].clone())
-            self.down = nn.Parameter(self.down.detach()[self.own_experts()].clone())
+        for name, whole in list(self.named_parameters(recurse=False)) if ep.size > 1 else ():
+            own = nn.Parameter(whole.detach()[self.own_experts()].clone(), requires_grad=whole.requires_grad)
+            setattr(self, name, own)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The parameters that hold one entry an expert, but for adapters."""
+        return ("gate_up", "down")
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether matrices are [E, in, out]."""
+        return False
 
     @property
     def home(self) -> Ints:
@@ -93,7 +105,9 @@ class Experts(nn.Module, KernelUser):
         All ranks of the group call it. `most_per_token`: selections of any token on any rank. `meanwhile(x_TD)` is
         added; it runs while rows travel. Raises `TypeError` where tokens and parameters differ in dtype.
         """
-        weights = (self.gate_up, self.down)
+        weights: list[Tensor] = [self.gate_up, self.down]
+        if self.adapters is not None:
+            weights += self.adapters.list_tensors(len(self.gate_up), x_TD.dtype)
         home, kernels = self.home, self.choose_kernels(x_TD)
         first = int(np.searchsorted(home, self.ep.rank))
         with clock.phase("lend"):
@@ -113,11 +127,12 @@ class Experts(nn.Module, KernelUser):
                 clock=clock,
                 max_rows=self.max_rows,
                 keep_hidden=self.keep_hidden,
+                update=TRAIN_ALL if self.adapters is None else self.adapters.update,
             )
             context.loan.put(loan)
             ticket = dispatch_tokens(x_TD, routing.weight_N, context)
         shared_TD = None if meanwhile is None else meanwhile(x_TD)
-        y_TD: Tensor = combine_experts(ticket, *weights, context)
+        y_TD: Tensor = combine_experts(ticket, context, *weights)
         return y_TD if shared_TD is None else y_TD + shared_TD
 
     def choose_kernels(self, x_TD: Tensor) -> Backend:

@@ -86,12 +86,13 @@ class ExpertsCombine(torch.autograd.Function):
     """The rows' way through the experts, and home again."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, gate_up: Tensor, down: Tensor, context: LayerContext) -> Tensor:
-        """Return [T, D], the weighted sums. gate_up [S, 2H, D] and down [S, D, H]: of the experts whose home is here.
+    def forward(ctx: Any, ticket: Tensor, context: LayerContext, *own: Tensor) -> Tensor:
+        """Return [T, D], the weighted sums. `own`: gate_up [S, 2H, D] and down [S, D, H] of the experts whose home is
+        here, then their adapters, where `context.update` has them.
 
         `ticket`: what `DispatchTokens` returned.
         """
-        tables, clock, kernels = context.tables, context.clock, context.kernels
+        tables, clock, kernels, update = context.tables, context.clock, context.kernels, context.update
         loan = context.loan.take()
         with clock.phase("dispatch"):
             pool_PD = receive_tokens(context)
@@ -100,43 +101,45 @@ class ExpertsCombine(torch.autograd.Function):
             del pool_PD
         with clock.phase("lend"):
             loan.relay()
-        width, keep = gate_up.shape[1], context.keeps_hidden
+        width, keep = own[0].shape[1], context.keeps_hidden
         gate_up_MH2 = rows_MD.new_empty(len(rows_MD) if keep else 0, width)
         out_MD = torch.empty_like(rows_MD)
         for of_guests in (False, True):
             with clock.phase("lend"):
-                weights: Weights = loan.finish((gate_up, down)) if of_guests else (gate_up, down)
+                weights: Weights = loan.finish(own) if of_guests else own
             with clock.phase("experts"):
                 for rows, sizes in context.cut_pieces(of_guests):
                     part = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), width)
                     kernels.segment_mm(rows_MD[rows], weights[0], sizes, part, transpose=True)
+                    update.add_product(kernels, 0, rows_MD[rows], weights, sizes, part)
                     hidden_QH = kernels.swiglu(part)
                     kernels.segment_mm(hidden_QH, weights[1], sizes, out_MD[rows], transpose=True)
+                    update.add_product(kernels, 1, hidden_QH, weights, sizes, out_MD[rows])
         ctx.context = context
-        ctx.save_for_backward(kept, gate_up_MH2, gate_up, down)
+        ctx.save_for_backward(kept, gate_up_MH2, *own)
         return combine_rows(context, out_MD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
-        """Return the gradients of gate_up and down; leave those of the tokens to `DispatchTokens`."""
-        kept, gate_up_MH2, gate_up, down = ctx.saved_tensors
+        """Return the gradients of what trains of `own`; leave those of the tokens to `DispatchTokens`."""
+        kept, gate_up_MH2, *own = ctx.saved_tensors
         context: LayerContext = ctx.context
         ctx.context = None
         tables, clock = context.tables, context.clock
         with clock.backward("lend"):
-            loan = context.start_loan((gate_up, down))  # those that did not stay
+            loan = context.start_loan(own)  # those that did not stay
         grad_MD = receive_gradients(context, grad_TD)
         with clock.backward("lend"):
             loan.relay()
         rows_MD = kept if context.keep_hidden else kept.index_select(0, tables.pool_M)
-        back_MD, grad_weight_M, found = _compute_rows(context, loan, rows_MD, gate_up_MH2, grad_MD, (gate_up, down))
+        back_MD, grad_weight_M, found = _compute_rows(context, loan, rows_MD, gate_up_MH2, grad_MD, tuple(own))
         torch.autograd.graph.increment_version(gate_up_MH2)  # a second backward has to fail
         start_sending_home(context, back_MD, grad_weight_M)
         del back_MD
         grads = return_guests(context, found)
         context.residents.end_backward(context.step.is_final)
         context.step.end_pass()
-        return None, *grads, None
+        return None, None, *context.update.fill_in(grads, len(own))
 
 
 class WeightProducts(NamedTuple):
@@ -184,16 +187,18 @@ def _compute_rows(
     rows_MD: Tensor,
     gate_up_MH2: Tensor,
     grad_MD: Tensor,
-    own: tuple[Tensor, Tensor],
+    own: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, ParameterGradients]:
     """Run the rows backward through the experts here, home and guest.
 
     Returns the gradients of the rows [M, D], those of their weights [M], and those of the parameters.
     """
     clock, kernels, weight_M = context.clock, context.kernels, context.tables.weight_M
-    keep, is_one_piece, (gate_up, down) = context.keeps_hidden, context.is_one_piece, own
-    grads = [torch.empty_like(w) if is_one_piece else torch.zeros_like(w) for w in own]
-    guest_grads = None if is_one_piece else PackedGradients(len(context.guests_here), grads, context.ep).fill_zero()
+    keep, is_one_piece, update = context.keeps_hidden, context.is_one_piece, context.update
+    grads = [torch.empty_like(w) if is_one_piece else torch.zeros_like(w) for w in update.select_trained(own)]
+    guest_grads = (
+        None if is_one_piece or not grads else PackedGradients(len(context.guests_here), grads, context.ep).fill_zero()
+    )
     back_MD, grad_weight_M = torch.empty_like(rows_MD), weight_M.new_empty(len(rows_MD))
     waiting: dict[bool, WeightProducts] = {}
     for of_guests in (False, True) if loan.is_under_way else (True, False):
@@ -201,18 +206,21 @@ def _compute_rows(
             weights: Weights = loan.finish(own) if of_guests else own
         with clock.backward("experts"):
             for rows, sizes in context.cut_pieces(of_guests):
-                part_QH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), gate_up.shape[1])
+                part_QH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), own[0].shape[1])
                 if not keep:
                     kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_QH2, transpose=True)
-                hidden_QH = rows_MD.new_empty(sum(sizes), down.shape[2])  # its gradient first
+                    update.add_product(kernels, 0, rows_MD[rows], weights, sizes, part_QH2)
+                hidden_QH = rows_MD.new_empty(sum(sizes), own[1].shape[2])  # its gradient first
                 kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_QH, transpose=False)
+                low_down = update.add_backward(kernels, 1, grad_MD[rows], weights, sizes, hidden_QH)
                 grad_weight_M[rows] = kernels.swiglu_backward(part_QH2, hidden_QH, weight_M[rows])
                 kernels.segment_mm(part_QH2, weights[0], sizes, back_MD[rows], transpose=False)
+                low_up = update.add_backward(kernels, 0, part_QH2, weights, sizes, back_MD[rows])
                 pairs = [(part_QH2, rows_MD[rows]), (grad_MD[rows], hidden_QH)]
-                products = WeightProducts(pairs, sizes, kernels)
-                if guest_grads is None:
+                products = choose_products(context, pairs, (low_up, low_down), weights, sizes)
+                if is_one_piece:
                     waiting[of_guests] = products
-                else:
+                elif guest_grads is not None:
                     products.write(guest_grads.matrices if of_guests else grads, add=True)
         if of_guests:
             del weights
@@ -221,9 +229,34 @@ def _compute_rows(
     return back_MD, grad_weight_M, ParameterGradients(grads, guest_grads, waiting)
 
 
+def choose_products(
+    context: LayerContext,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    low_grads: Sequence[Tensor | None],
+    weights: Weights,
+    sizes: list[int],
+) -> WeightProducts:
+    """Return what the gradients of the tensors that train are made of: of the matrices, or of their adapters.
+
+    `pairs`: (gradient, rows) of either product; `low_grads`: what `LowRankUpdate.add_backward` gave of these gradients.
+    """
+    kernels, update = context.kernels, context.update
+    if update.trains_base:
+        return WeightProducts(pairs, sizes, kernels)
+    found = [
+        pair
+        for product, (low_grad, (grad, rows)) in enumerate(zip(low_grads, pairs, strict=True))
+        for pair in update.list_pairs(kernels, product, low_grad, grad, rows, weights, sizes)
+    ]
+    rank = found[0][0].shape[1] if found else 0
+    return WeightProducts(found, sizes, update.choose_kernels(kernels, rank))
+
+
 def return_guests(context: LayerContext, found: ParameterGradients) -> list[Tensor]:
     """Send the guests' gradients home in batches, and add those that come. Returns the gradients of the own experts."""
     clock, ep, grads, waiting = context.clock, context.ep, found.grads, found.waiting
+    if not grads:
+        return []
     here, first = context.guests_here, context.first_expert
     leaving = context.residents.list_leaving(context.plan, context.home, context.step.is_final)
     overwritten = _list_overwritten(context, leaving) if context.is_one_piece else set()

@@ -17,7 +17,7 @@ from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.models.base import LanguageModel
 from moetrain.observe import summary
-from moetrain.observe.estimate import Estimate, estimate
+from moetrain.observe.estimate import Estimate, estimate, short
 from moetrain.observe.layout import describe
 from moetrain.recovery import watch as recovery
 from moetrain.runs.starts import Start
@@ -33,7 +33,7 @@ class Beginning(NamedTuple):
     loader: Samples
     model: LanguageModel  # without memory
     saved: Path | None  # the checkpoint to go on from, on the disk or in memory
-    initial: Path | None  # the checkpoint whose weights a new run begins with
+    initial: Path | None  # the checkpoint whose weights a new run begins with, or which its adapters adapt
     first: int  # steps done
     position: int  # global samples seen
     size: Estimate
@@ -53,17 +53,19 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     folder, notes = runs.folder_of(config), versions.newer_than_tested()
     start = checkpoint.agree_on_start(config, folder, mesh)
     initial = checkpoint.agree_on_weights(config, start, mesh)
-    if config.init_from is not None and start.path is not None:
+    if config.init_from is not None and start.path is not None and not config.lora.rank:
         notes.append(f"init_from={config.init_from}: not read, the run goes on from {start.path.name} of its own")
     dtype = precision.find_dtype(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
     spec = resolve(config, mesh.world, corpus.vocab_size, dtype)
+    if spec.lora.rank and initial is not None:  # the very checkpoint, whatever is newer when the run goes on
+        spec = spec.model_copy(update={"init_from": str(initial.resolve())})
     model = build(spec)
     start = checkpoint.check_start(start, spec, mesh, model, corpus.fingerprint)
     if initial is not None:
         checkpoint.check_weights(initial, mesh, model, corpus.fingerprint)
     start = recovery.find_newer(start, spec, folder, mesh)
     saved, more = start.path, start.notes
-    model.awaits_checkpoint = saved is not None
+    model.awaits_checkpoint = saved is not None and model.adapted is None
     first, position = checkpoint.progress(saved)
     is_complete = first >= spec.train.steps and _has_summary(folder, mesh)
     record: Start | None = None
@@ -78,12 +80,26 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
         more = [*prepare.outdated(corpus.folder, spec.data), *more]
     barrier()
     logger = RunLogger(folder / "log.txt", silent=not mesh.is_main)
-    logger.print_lines([*notes, *more, *_describe_objective(spec, loader)])
+    logger.print_lines([*notes, *more, *_describe_objective(spec, loader), *_describe_adapters(spec, model)])
     size = estimate(spec)
     describe(spec, mesh, corpus, size, logger)
     return Beginning(
         spec, folder, corpus, loader, model, saved, initial, first, position, size, logger, record, is_complete
     )
+
+
+def _describe_adapters(config: Config, model: LanguageModel) -> list[str]:
+    """Return a line on what LoRA trains and what it leaves."""
+    if model.adapted is None:
+        return []
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters()) - size
+    kind = "one for all experts of a layer" if config.lora.shared else "one for each expert"
+    places = (
+        f"{len(model.adapted.linears)} linear layers and {len(model.adapted.matrices)} matrices of experts ({kind})"
+    )
+    said = f"LoRA: adapters of rank {config.lora.rank} beside {places}, {short(size)} parameters; "
+    return [f"{said}the model's {short(total)} are frozen, its routers too"]
 
 
 def _describe_objective(config: Config, loader: Samples) -> list[str]:
@@ -93,7 +109,7 @@ def _describe_objective(config: Config, loader: Samples) -> list[str]:
         b, named = config.balance, ("coefficient", "sequence_coefficient", "device_coefficient", "z_coefficient")
         moved = [f"balance.{name}={getattr(b, name):g}" for name in named if getattr(b, name)]
         moved += [f"balance.bias={b.bias}"] if b.bias != "none" else []
-        routers = "routers are frozen" if config.router.freeze else "routers learn"
+        routers = "routers are frozen" if config.router.freeze or config.lora.rank else "routers learn"
         said = f"{' and '.join(moved)} act on them" if moved else "no balance loss, z-loss or bias acts on them"
         lines.append(f"objective sft: the loss is the mean over the assistant's tokens; {routers}, {said}")
     return lines

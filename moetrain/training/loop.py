@@ -35,10 +35,13 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
     if run.is_complete:
         return _show_again(run)
     engine = build_engine(run.model, mesh, spec)
+    if run.initial is not None and engine.model.adapted is not None:
+        checkpoint.load_base(run.initial, engine.model)
+        run.logger.print(f"adapters are beside the weights of {run.initial}")
     if run.saved is not None:
         checkpoint.load(run.saved, engine)
         run.logger.print(f"resumed from {run.saved}, {run.first} steps done")
-    elif run.initial is not None:
+    elif run.initial is not None and engine.model.adapted is None:
         checkpoint.load_weights(run.initial, engine)
         run.logger.print(f"weights are those of {run.initial}; steps and optimizer begin anew")
     costs = saved_costs.obtain(mesh, saved_costs.layer_of(spec), run.folder, run.saved)

@@ -14,6 +14,7 @@ from moetrain.data.loader import Corpus, Samples, Sequences
 from moetrain.distributed.comm import all_reduce_sum, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine
+from moetrain.models.adapters import add_adapters
 from moetrain.models.base import LanguageModel
 from moetrain.models.transformer import Transformer
 from moetrain.moe.clock import Clock
@@ -112,6 +113,8 @@ def build(config: Config) -> LanguageModel:
             add_buffers(model.routers, balance_options(config.balance))
     if config.router.freeze:
         model.freeze_routers()
+    if config.lora.rank:
+        add_adapters(model, config.lora)
     if config.train.compile:
         model.compile_dense()
     return model

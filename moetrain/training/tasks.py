@@ -142,8 +142,10 @@ def _restore(config: Config, mesh: Mesh) -> tuple[RunSpec, LanguageModel, Corpus
         raise ConfigError(f"run={runs.folder_of(config)}: has no complete checkpoint")
     checkpoint.check_data(saved, corpus.fingerprint, same_run=False)
     model = build(spec)
-    model.awaits_checkpoint = True
+    model.awaits_checkpoint = model.adapted is None
     engine = build_engine(model, mesh, spec)
+    if model.adapted is not None and (base := checkpoint.find_initial(config)) is not None:
+        checkpoint.load_base(base, model)
     checkpoint.load(saved, engine, optimizer=False)
     engine.plan_with(saved_costs.of_checkpoint(saved))
     engine.model.at_step(checkpoint.progress(saved)[0], config.train)

@@ -27,6 +27,7 @@ CASES = {
     "chat": ["data=chat", "data.path=tests"],
     "deepspeed": ["engine=deepspeed"],
     "hf": ["model=hf", "model.path=tests/config/tiny_qwen3_moe"],
+    "lora": ["model=hf", "model.path=tests/config/tiny_qwen3_moe", "lora.rank=8"],
     **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
     "sft": ["experiment=sft", "data.path=tests"],
 }

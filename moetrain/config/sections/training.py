@@ -145,6 +145,30 @@ class Balance(Section):
     bias_rate: float = core_field(BalanceOptions, "bias_rate")
 
 
+class Lora(Section):
+    """Low-rank adapters (LoRA): the model stays as it is, and small matrices beside its own are trained."""
+
+    rank: NonNegative = Field(
+        default=0,
+        description="Rank of the low-rank adapters that are trained in place of the model (docs/post-train.md). Of all "
+        "other weights there is no gradient and no optimizer state; routers stay as they are. 0: no adapters, the "
+        "model itself is trained.",
+    )
+    alpha: PositiveFloat = Field(
+        default=16.0, description="What adapters add is multiplied by `lora.alpha` / `lora.rank`, as in peft."
+    )
+    targets: tuple[str, ...] | None = Field(
+        default=None,
+        description="What has adapters: ends of names as transformers has them, such as q_proj for linear layers and "
+        "experts.gate_up_proj for matrices of experts; the same names for presets. null: all linear layers but routers "
+        "and the output head, and all matrices of experts.",
+    )
+    shared: bool = Field(
+        default=False,
+        description="Whether all experts of a layer share one adapter for each matrix. false: each has its own.",
+    )
+
+
 class Eval(Section):
     """Evaluation on held-out text."""
 
