@@ -79,12 +79,19 @@ class Pool:
         self._ranks = []
 
     def run(
-        self, function: Callable[..., Any], ranks: int, *args: Any, ep: int | None = None, replicate: int = 1
+        self,
+        function: Callable[..., Any],
+        ranks: int,
+        *args: Any,
+        ep: int | None = None,
+        replicate: int = 1,
+        **exchange: Any,
     ) -> list:
-        """[ranks] results. `function` is a module-level function of (mesh, *args)."""
+        """[ranks] results. `function` is a module-level function of (mesh, *args); `exchange`: what else `mesh.start`
+        is given."""
         if not self._ranks:
             self._start()
-        axes = {"ep": ep, "dp_replicate": replicate}
+        axes = {"ep": ep, "dp_replicate": replicate, **exchange}
         number = next(self._numbers)
         path = os.path.join(self._folder, f"rendezvous-{number}")
         for _, jobs in self._ranks[:ranks]:

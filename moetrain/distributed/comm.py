@@ -5,10 +5,10 @@ nothing to say. Row counts are host integers: what is to be sent is known before
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,30 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.distributed.shared_memory_connect import connect
+from moetrain.distributed.transport import Transport
 
 Splits = Sequence[int]
 _at_once = False
-_channels: "dict[Group, Channel]" = {}
-
-
-class Channel(Protocol):
-    """Carries the all-to-alls of one group in the place of its process group's backend (docs/gpu.md).
-
-    Transfers begin in the same order on every rank, and may be waited for in any.
-    """
-
-    def allocate_outgoing(self, like: Tensor, count: int) -> Tensor:
-        """Return [count, ...] to be filled and sent as a whole, where this channel can send from."""
-        ...
-
-    def start(self, rows: Tensor, send: Splits, receive: Splits, out: Tensor | None) -> Callable[[], Tensor]:
-        """Begin to send `send[r]` of `rows` to rank r. Returns a function that waits and returns what came, in `out` if
-        given."""
-        ...
-
-    def close(self) -> None:
-        """Free what the channel holds."""
-        ...
+_transports: "dict[Group, Transport]" = {}  # of the groups whose rows do not simply go through the process group
 
 
 class Alone:
@@ -151,42 +132,60 @@ def allocate_outgoing(like: Tensor, count: int, group: Group) -> Tensor:
 
     Perhaps it lies where these can read it.
     """
-    channel = _channels.get(group)
-    return like.new_empty(count, *like.shape[1:]) if channel is None else channel.allocate_outgoing(like, count)
+    transport = _transports.get(group)
+    return like.new_empty(count, *like.shape[1:]) if transport is None else transport.allocate_outgoing(like, count)
 
 
 def start_all_to_all(rows: Tensor, send: Splits, receive: Splits, group: Group, out: Tensor | None = None) -> Pending:
     """Begin to send `rows` [sum(send), ...], `send[r]` of them to rank r. No gradient."""
     if isinstance(group, Alone) or group.size() == 1:
         return Pending(rows, None)
-    rows = rows.contiguous()
-    channel = _channels.get(group)
-    if channel is not None:
-        pending = Pending(None, channel.start(rows, send, receive, out))
-    else:
-        arriving = rows.new_empty(sum(receive), *rows.shape[1:]) if out is None else out
-        work = dist.all_to_all_single(arriving, rows, list(receive), list(send), group=group, async_op=True)
-        pending = Pending(None, lambda: (work.wait(), arriving)[1])
+    transport = _transports.get(group) or GroupTransport(group)
+    pending = Pending(None, transport.start(rows.contiguous(), send, receive, out))
     if _at_once:
         pending.wait()
     return pending
 
 
+class GroupTransport:
+    """A `Transport` through a process group: one message to each of its ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """`group`: whose ranks exchange rows, on the connections or the communicator that it has."""
+        self._group = group
+
+    def allocate_outgoing(self, like: Tensor, count: int) -> Tensor:
+        """Return [count, ...] of ordinary memory."""
+        return like.new_empty(count, *like.shape[1:])
+
+    def start(self, rows: Tensor, send: Splits, receive: Splits, out: Tensor | None) -> Callable[[], Tensor]:
+        """Start a transfer as `Transport.start` has it."""
+        arriving = rows.new_empty(sum(receive), *rows.shape[1:]) if out is None else out
+        work = dist.all_to_all_single(arriving, rows, list(receive), list(send), group=self._group, async_op=True)
+        return lambda: (work.wait(), arriving)[1]
+
+    def close(self) -> None:
+        """Leave the group as it is: who made it ends it."""
+
+
+def find_transport(group: dist.ProcessGroup, timeout: float) -> Transport:
+    """Return a way through shared memory where all ranks of a gloo group are on this host, else through the group.
+
+    All ranks of the group call it; `timeout` of a wait, in seconds.
+    """
+    return connect(group.rank(), group.size(), partial(gather_texts, group=group), timeout) or GroupTransport(group)
+
+
 @contextmanager
-def use_shared_memory(groups: Sequence[Group], timeout: float) -> Iterator[None]:
-    """Have groups whose ranks are all on this host exchange rows without the network, inside the context."""
+def use_transports(transports: "Mapping[Group, Transport]") -> Iterator[None]:
+    """Have the rows of these groups travel so inside the context, which closes the transports in the end."""
+    _transports.update(transports)
     try:
-        for group in groups:
-            if isinstance(group, Alone):
-                continue
-            channel = connect(group.rank(), group.size(), partial(gather_texts, group=group), timeout)
-            if channel is not None:
-                _channels[group] = channel
         yield
     finally:
-        for group in groups:
-            if group in _channels:
-                _channels.pop(group).close()
+        for group, transport in transports.items():
+            if _transports.pop(group, None) is not None:
+                transport.close()
 
 
 @contextmanager

@@ -5,11 +5,12 @@ Every rank reads its own share of the data; a rank is in one data group and one 
 """
 
 import os
+import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moetrain.common.errors import ConfigError
-from moetrain.distributed.comm import ALONE, Alone, Group, everyone, use_shared_memory
+from moetrain.distributed.comm import (
+    ALONE,
+    Alone,
+    Group,
+    GroupTransport,
+    everyone,
+    find_transport,
+    gather_texts,
+    use_transports,
+)
+from moetrain.distributed.exchange import AskedExchange, ExchangeMaker, RowExchange
+from moetrain.distributed.transport import Transport
 from moetrain.launch.worker import STORE_SOCKET
 
 Backend = Literal["nccl", "gloo"]
@@ -87,6 +99,8 @@ class Mesh:
     saving: dist.ProcessGroup  # all ranks, over the hosts' network: for the thread that writes checkpoints
     peers: dist.ProcessGroup  # the same: for the thread that sends in-memory checkpoints to another host
     backend: Backend  # of the collectives of tensors on `device`
+    exchange: RowExchange  # how the rows of `ep` travel
+    notes: tuple[str, ...] = ()  # what was asked for and cannot be had between these ranks
 
     @property
     def is_staged(self) -> bool:
@@ -111,16 +125,28 @@ def start(
     local_rank: int = 0,
     ep: int | None = None,
     dp_replicate: int = 1,
+    exchange: AskedExchange = "flat",
+    flow_splits: int = 1,
+    nodes: Sequence[int] | None = None,
     init_method: str = "env://",
     timeout: float = 600.0,
     backend: Literal["auto", "nccl", "gloo"] = "auto",
 ) -> Iterator[Mesh]:
     """Join `world` ranks.
 
-    `ep` ranks share one set of experts (None: all ranks of a replica), `dp_replicate` replicas hold all parameters;
-    `timeout`: seconds that a collective may take. `backend`: what carries collectives; "auto": NCCL between GPUs, gloo
-    between CPUs and where ranks share a GPU, which NCCL refuses. gloo copies GPU tensors to pinned host memory and
-    back. Raises `ConfigError`, before there is a process group, where NCCL is asked for and cannot be used.
+    Arguments:
+        rank, world, local_rank: of this process; the last on its host.
+        ep: ranks that share one set of experts; None: all ranks of a replica.
+        dp_replicate: replicas that hold all parameters.
+        exchange: how the rows of an expert group travel. "two_level" where that is possible, else flat and a line in
+            `Mesh.notes`; "auto" begins flat, and `Mesh.exchange` can be told to use the other way.
+        flow_splits: connections, or communicators, that a transfer of rows between hosts uses at the same time.
+        nodes: [world] the node of each rank; None: ranks of one host name are on one node.
+        timeout: seconds that a collective may take.
+        backend: what carries collectives; "auto": NCCL between GPUs, gloo between CPUs and where ranks share a GPU,
+            which NCCL refuses. gloo copies GPU tensors to pinned host memory and back.
+
+    Raises `ConfigError`, before there is a process group, where NCCL is asked for and cannot be used.
 
     The groups are destroyed at the end of the context, but not where it raises: peers may be inside a collective then,
     NCCL would wait for them, and the error would never be shown. The process has to end after that.
@@ -146,7 +172,11 @@ def start(
         device_id=device if chosen == "nccl" else None,
     )
     mesh = _build_axes(rank, world, ep, dp_replicate, device, chosen, sharing.num_ranks)
-    with use_shared_memory([mesh.ep.rows, mesh.ep.lend] if device.type == "cpu" else [], timeout):
+    mesh = _connect_rows(mesh, nodes or _find_nodes(mesh.saving), exchange, flow_splits, patience)
+    transports: dict[Group, Transport] = {mesh.ep.rows: mesh.exchange}
+    if not isinstance(mesh.ep.lend, Alone) and mesh.exchange.is_on_one_node and device.type == "cpu":
+        transports[mesh.ep.lend] = find_transport(mesh.ep.lend, timeout)
+    with use_transports(transports):
         yield mesh
         dist.barrier()  # a rank that leaves early can make a slower one abort
     dist.destroy_process_group()
@@ -214,6 +244,31 @@ def _store_at_launchers_socket(rank: int, world: int, patience: timedelta) -> di
     return dist.TCPStore(host, port, world, rank == 0, patience, wait_for_workers=False, master_listen_fd=listening)
 
 
+def _find_nodes(everyone: dist.ProcessGroup) -> list[int]:
+    """Return the node of each rank, numbered from 0: ranks of one host name share it."""
+    names = gather_texts(socket.gethostname(), everyone)
+    order = list(dict.fromkeys(names))
+    return [order.index(name) for name in names]
+
+
+def _connect_rows(
+    mesh: Mesh, nodes: Sequence[int], asked: AskedExchange, flow_splits: int, patience: timedelta
+) -> Mesh:
+    """Return the mesh with the ways that rows can travel between ranks on these `nodes` [world]; all ranks call it."""
+    first = mesh.rank - mesh.ep.rank
+
+    def make_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+        many = [first + r for r in ranks]
+        group: dist.ProcessGroup = dist.new_group(many, timeout=patience, use_local_synchronization=True)
+        return group
+
+    assert not isinstance(mesh.ep.rows, Alone)
+    of_groups = [tuple(nodes[begin : begin + mesh.ep.size]) for begin in range(0, mesh.world, mesh.ep.size)]
+    maker = ExchangeMaker(mesh.ep.rows, flow_splits, mesh.device.type == "cpu", make_group, patience.total_seconds())
+    exchange, notes = maker.connect(of_groups, of_groups[first // mesh.ep.size], asked)
+    return replace(mesh, exchange=exchange, notes=notes)
+
+
 @contextmanager
 def pretend(*, rank: int, world: int, ep: int | None = None, dp_replicate: int = 1) -> Iterator[Mesh]:
     """Give the mesh of one rank of a world that does not exist: to build what is never run."""
@@ -247,7 +302,8 @@ def _build_axes(
     saving, peers = (
         dist.new_group(timeout=SLOWEST_SAVE, backend="gloo" if device.type == "cuda" else None) for _ in range(2)
     )
-    expert = ExpertGroup(rank % ep, ep, grid.get_group("ep"), lend)
+    rows = grid.get_group("ep")
+    expert = ExpertGroup(rank % ep, ep, rows, lend)
     return Mesh(
         rank=rank,
         world=world,
@@ -260,6 +316,7 @@ def _build_axes(
         saving=saving,
         peers=peers,
         backend=backend,
+        exchange=RowExchange(rank % ep, [0] * ep, "flat", {"flat": GroupTransport(rows)}),
     )
 
 

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int32)
 
 def exchange(mesh: Mesh, times: int) -> tuple[list[bool], int]:
     """Whether each result equals gloo's, and how many blocks of memory there are in the end."""
-    group, me, size = mesh.ep.rows, mesh.ep.rank, mesh.ep.size
+    group, me, size = mesh.ep.lend, mesh.ep.rank, mesh.ep.size
     same: list[bool] = []
     for turn in range(times):
         torch.manual_seed(turn % 10)  # the same on every rank
@@ -40,7 +40,7 @@ def exchange(mesh: Mesh, times: int) -> tuple[list[bool], int]:
             dist.all_to_all_single(expected, rows, receive, send, group=group)
             same.append(torch.equal(arriving.wait(), expected))
         del arriving, pending
-    return same, len(comm._channels[group]._blocks)
+    return same, len(comm._transports[group]._blocks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -57,7 +57,7 @@ def one_step(mesh: Mesh, overrides: list[str]) -> int:
     document, domain, sample, inputs, targets = (
         OnGpu(x) for x in (*about, torch.arange(2), tokens[:, :-1], tokens[:, 1:])
     )
-    with mock.patch.dict(comm._channels, clear=True), device():
+    with mock.patch.dict(comm._transports, clear=True), device():
         balance = BalanceLoss(balance_options(settings.balance), model.routers, 64, 16, mesh.ep.size)
         within = document if settings.data.attend_within_documents else None
         choices = balance.foresee(model.count(inputs, within, domain, sample)) if balance.looks_ahead else None
@@ -91,7 +91,7 @@ def one_layer(mesh: Mesh, overrides: list[str]) -> tuple[Counter[str], Counter[s
     to_gpu(layer)
     x_TD = OnGpu(torch.randn(64, settings.model.dim)).requires_grad_()
     upstream_TD = OnGpu(torch.randn(64, settings.model.dim))
-    with mock.patch.dict(comm._channels, clear=True), device() as counted:
+    with mock.patch.dict(comm._transports, clear=True), device() as counted:
         y_TD, stats, _ = layer.forward_with_stats(x_TD)
         forward = counted.copy()
         backward(y_TD, upstream_TD)

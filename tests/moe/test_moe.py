@@ -333,10 +333,10 @@ def test_two_runs_agree_bit_for_bit(pool) -> None:
 
 def by_both_ways(mesh: Mesh) -> list[bool]:
     """The same layer through shared memory and through gloo."""
-    assert {mesh.ep.rows, mesh.ep.lend} <= comm._channels.keys()
+    assert {mesh.ep.rows, mesh.ep.lend} <= comm._transports.keys()
     here = layer_on_ranks(mesh, [30, 20], 2, "llep")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm, "_channels", {})
+        patch.setattr(comm, "_transports", {})
         there = layer_on_ranks(mesh, [30, 20], 2, "llep")
     return [torch.equal(here[name], there[name]) for name in here]
 

@@ -21,6 +21,7 @@ from moetrain import config
 from moetrain.common import cache
 from moetrain.distributed import comm
 from moetrain.distributed.mesh import Mesh
+from moetrain.distributed.shared_memory import ShmChannel
 from moetrain.engine import optim
 from moetrain.launch import heartbeat, local
 from moetrain.moe.kernels import cpu_gemm
@@ -61,12 +62,15 @@ def without_proc(usual: Callable[..., Any]) -> Callable[..., Any]:
 
 def run(mesh: Mesh, overrides: list[str], lacks: list[str]) -> tuple[str, str, int]:
     """(the run's folder, its log, groups whose rows travel through shared memory) on such a system."""
-    groups = list(comm._channels)
+    groups = list(comm._transports)
     for group in groups:
-        comm._channels.pop(group).close()
-    with without(*lacks), comm.use_shared_memory(groups, 60.0):
-        folder = train(config.load(overrides), mesh)
-        return str(folder), (folder / "log.txt").read_text(), len(comm._channels)
+        comm._transports.pop(group).close()
+    with without(*lacks):
+        found = {group: comm.find_transport(group, 60.0) for group in groups}
+        with comm.use_transports(found):
+            folder = train(config.load(overrides), mesh)
+    in_memory = [way for way in found.values() if isinstance(way, ShmChannel)]
+    return str(folder), (folder / "log.txt").read_text(), len(in_memory)
 
 
 MACOS = ["linux", "memfd_create", "posix_fallocate", "sched_getaffinity", "/proc", "/dev/shm"]
