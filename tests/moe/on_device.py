@@ -99,14 +99,14 @@ class _Event:
     def __init__(self, enable_timing: bool) -> None:
         found["events"] += 1
 
-    def record(self) -> None: ...
+    def record(self, stream: object) -> None: ...
 
 
 @contextmanager
 def device() -> Iterator[Counter[str]]:
     """Counts from zero, in what is yielded."""
     found.clear()
-    with mock.patch("torch.cuda.Event", _Event), _Host():
+    with mock.patch("torch.cuda.Event", _Event), mock.patch("torch.cuda.current_stream", mock.Mock()), _Host():
         yield found
 
 
