@@ -18,18 +18,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moetrain.distributed.comm import Pending, allocate_outgoing, start_all_to_all
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.kernels.api import Backend
-from moetrain.moe.kernels.bags import Bags, find_true, sort_stably, upload
-from moetrain.moe.planning.plan import Ints, Plan
+from moetrain.moe.kernels.bags import Bags
+from moetrain.moe.kernels.tables import Travel
+from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing.base import Routing
-
-Runs = tuple[Ints, Ints]  # values, and how often each of them
 
 
 class Tokens(NamedTuple):
@@ -65,6 +63,7 @@ class DispatchTables:
     weight_M: Tensor  # fp32
     slot_rows: list[int]  # [S]
     bag_M: Tensor  # which entry of the pool each row is summed for; one that is not there for padding
+    copies_of_token: Bags  # the copies of each token that were sent
     num_tokens: int
     most: int  # selections of a token
 
@@ -76,85 +75,37 @@ class DispatchTables:
 
         All ranks of the group call it. `num_tokens`: T; `most`: selections of a token, on any rank.
         """
-        me, device = ep.rank, routing.expert_N.device
-        sent_ER, received_RE, slots_S = plan.rows(me), plan.received(me), plan.slots(me)
-        to_rank, arriving_RS = sent_ER.sum(0), received_RE[:, slots_S]
-        announced, received = to_rank + 1, received_RE.sum(1) + 1  # a header stands before every rank's
-        real_S, step = arriving_RS.sum(0), kernels.row_step
-        rows_S = -(-real_S // step) * step
-        ranks, once = np.arange(ep.size), np.ones(ep.size, np.int64)
-
-        # Selections sorted by expert; then each expert's run is cut into what every rank gets.
-        (order_N, announcement_N, arrived_A, row_A), (header_R, received_R, first_N, source_A) = _expand(
-            device,
-            rising=[
-                _regroup(sent_ER),
-                (ranks + 1, to_rank),
-                _regroup(received_RE, slots_S, np.cumsum(received) - received + 1),
-                (np.cumsum(rows_S - real_S) - (rows_S - real_S), real_S),
-            ],
-            level=[
-                (np.cumsum(announced) - announced, once),
-                (np.cumsum(received) - received, once),
-                (ranks * num_tokens, to_rank),
-                (np.tile(ranks, len(slots_S)), arriving_RS.T.ravel()),
-            ],
+        travel = Travel(
+            rank=ep.rank,
+            num_tokens=num_tokens,
+            sent_ER=plan.rows(ep.rank),
+            received_RE=plan.received(ep.rank),
+            slots=plan.slots(ep.rank),
+            row_step=kernels.row_step,
         )
-        selection_N = sort_stably(routing.expert_N).index_select(0, order_N)
-        token_N = routing.token_N.index_select(0, selection_N)
-        cell_N = first_N + token_N  # of [R, T]
-        goes_RT = torch.zeros(ep.size * num_tokens, dtype=torch.bool, device=device)
-        goes_RT.index_fill_(0, cell_N, True)  # an assignment would wait for the device, here and below
-        goes_RT = goes_RT.view(ep.size, num_tokens)
-        goes_RT[me].fill_(False)
-        place_RT = goes_RT.cumsum(1, dtype=torch.int32)  # from one
-        copies_R = place_RT[:, -1].clone() if num_tokens else place_RT.new_zeros(ep.size)
-        torch.arange(1, num_tokens + 1, out=place_RT[me])
-        place_N = place_RT.view(-1).index_select(0, cell_N)
-
-        announcements = torch.empty(int(announced.sum()), 2, dtype=torch.int32, device=device)
-        announcements[header_R, 0] = copies_R
-        announcements[announcement_N] = torch.stack(
-            [place_N, routing.weight_N.detach().index_select(0, selection_N).view(torch.int32)], 1
-        )
-        announcements = start_all_to_all(announcements, announced.tolist(), received.tolist(), ep.rows).wait()
-
-        arriving_R = announcements[received_R, 0]
-        arriving_R[me].fill_(0)
-        base_R = arriving_R.cumsum(0) - arriving_R + (num_tokens - 1)  # places count from one
-        base_R[me].fill_(-1)
-        announcement_A2 = announcements.index_select(0, arrived_A)
-        pool_A = announcement_A2[:, 0] + base_R.index_select(0, source_A)
-        weight_A = announcement_A2[:, 1].contiguous().view(torch.float32)
-        copies_out, copies_in = torch.stack([copies_R, arriving_R]).tolist()  # the host sync
-        num_rows, num_pool = int(rows_S.sum()), num_tokens + sum(copies_in)
-        pool_M = bag_M = pool_A
-        weight_M = weight_A
-        if num_rows > len(pool_A):  # padding reads the first row of its slot
-            _, (reads_M,) = _expand(device, rising=[], level=[(np.cumsum(real_S) - real_S, rows_S)])
-            pool_M = pool_A.index_select(0, reads_M)
-            pool_M[row_A] = pool_A
-            bag_M = torch.full((num_rows,), num_pool, device=device)
-            bag_M[row_A] = pool_A
-            weight_M = torch.zeros(num_rows, device=device)
-            weight_M[row_A] = weight_A
-        token_C = find_true(goes_RT.view(-1), sum(copies_out)) % max(num_tokens, 1)
+        index = kernels.tables(travel, routing.expert_N.device)
+        out = index.announce(routing.token_N, routing.expert_N, routing.weight_N.detach())
+        announced, received = (travel.to_rank + 1).tolist(), travel.received.tolist()  # a header before every rank's
+        rows = index.read(start_all_to_all(out.announcements, announced, received, ep.rows).wait())
+        copies_out, copies_in = rows.copies.tolist()  # the host sync
+        token_C, copies_of_token = index.list_copies(sum(copies_out), min(most, ep.size - 1))
         return cls(
             ep=ep,
             kernels=kernels,
-            selection_N=selection_N,
-            announcement_N=announcement_N,
-            announced=announced.tolist(),
-            received=received.tolist(),
-            arrived_A=arrived_A,
-            row_A=row_A,
+            selection_N=out.selection_N,
+            announcement_N=out.announcement_N,
+            announced=announced,
+            received=received,
+            arrived_A=rows.arrived_A,
+            row_A=rows.row_A,
             token_C=token_C,
             copies_out=copies_out,
             copies_in=copies_in,
-            pool_M=pool_M,
-            weight_M=weight_M,
-            slot_rows=rows_S.tolist(),
-            bag_M=bag_M,
+            pool_M=rows.pool_M,
+            weight_M=rows.weight_M,
+            slot_rows=travel.rows_S.tolist(),
+            bag_M=rows.bag_M,
+            copies_of_token=copies_of_token,
             num_tokens=num_tokens,
             most=most,
         )
@@ -164,11 +115,6 @@ class DispatchTables:
     def rows_of_pool(self) -> Bags:
         """The rows that read each entry of the pool."""
         return Bags.group(self.bag_M, self.num_tokens + sum(self.copies_in), self.most)
-
-    @cached_property
-    def copies_of_token(self) -> Bags:
-        """The copies of each token that were sent."""
-        return Bags.group(self.token_C, self.num_tokens, min(self.most, self.ep.size - 1))
 
     def start_dispatch(self, x_TD: Tensor) -> Tokens:
         """Begin to fill the pool [P, D]: own tokens, and the copies under way."""
@@ -208,43 +154,3 @@ class DispatchTables:
         out_N = arrived.new_empty(len(self.selection_N))
         out_N[self.selection_N] = arrived.index_select(0, self.announcement_N)
         return out_N
-
-
-def _regroup(sizes: Ints, second: list[int] | None = None, first_at: Ints | None = None) -> Runs:
-    """Return rising runs: the index that turns an order by (first, second) into one by (second, first).
-
-    `sizes` [first, second] are run lengths; `second` the order of the second key, ascending if None; `first_at`
-    where each first key's runs begin, one after another if None.
-    """
-    ends = np.cumsum(sizes, 1)
-    if first_at is None:
-        first_at = np.cumsum(ends[:, -1]) - ends[:, -1]
-    columns = slice(None) if second is None else second
-    start = (ends - sizes + first_at[:, None])[:, columns].T.ravel()
-    moved = sizes[:, columns].T.ravel()
-    return start - (np.cumsum(moved) - moved), moved
-
-
-def _expand(device: torch.device, rising: list[Runs], level: list[Runs]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return tables of each value so many times; in `rising` ones an element is larger by its place in the table.
-
-    On a GPU all of them are one copy from the host and one expansion there.
-    """
-    totals = [int(times.sum()) for _, times in (*rising, *level)]
-    begins = np.cumsum([0, *totals])
-    values = [value - begin for (value, _), begin in zip(rising, begins, strict=False)]
-    packed = np.stack(
-        [
-            np.concatenate([*values, *(value for value, _ in level)]),
-            np.concatenate([times for _, times in (*rising, *level)]),
-        ]
-    )
-    if device.type == "cpu":
-        flat = torch.from_numpy(np.repeat(*packed))
-    else:
-        values_times = upload(packed, device)
-        flat = values_times[0].repeat_interleave(values_times[1], output_size=sum(totals))
-    num_rising = int(begins[len(rising)])
-    flat[:num_rising].add_(torch.arange(num_rising, device=device))
-    tables = list(flat.split(totals))
-    return tables[: len(rising)], tables[len(rising) :]

@@ -11,7 +11,7 @@ M rows, D width, H expert hidden width, S slots, B bags, T tokens, V vocabulary.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moetrain.moe.kernels import cpu_fused, cpu_gemm, reference
 from moetrain.moe.kernels.bags import Bags
 from moetrain.moe.kernels.reference import GroupedProducts, LoopedProducts, Matrices, has_grouped_mm
+from moetrain.moe.kernels.tables import IndexTables, TorchTables, Travel
 
 BACKENDS = ("torch", "numba", "triton")  # of the sums, the SwiGLU and the cross entropy
 PARTS = ("sums", "swiglu", "products")  # for which there are kernels of our own beside torch's
@@ -61,6 +62,7 @@ class Backend:
     sums: FusedKernels
     pointwise: FusedKernels  # the SwiGLU and the cross entropy
     products: ProductKernels
+    tables: Callable[[Travel, torch.device], IndexTables]  # makes those of a dispatch
     row_step: int  # rows of a segment are padded to a multiple of this
 
     def has_own(self, part: str) -> bool:
@@ -140,6 +142,7 @@ class KernelChoice:
             sums=reference if "sums" in left else fused,
             pointwise=reference if "swiglu" in left else fused,
             products=products,
+            tables=TorchTables if fused in (reference, cpu_fused) else import_triton_tables(),
             row_step=self._find_row_step(device, dtype),
         )
 
@@ -209,6 +212,13 @@ def find_products(device: torch.device, dtype: torch.dtype) -> ProductKernels | 
     from moetrain.moe.kernels import triton_products
 
     return triton_products if triton_products.supports(device, dtype) else None
+
+
+def import_triton_tables() -> Callable[[Travel, torch.device], IndexTables]:
+    """Return the index tables in Triton; raises `ImportError` where there is no Triton."""
+    from moetrain.moe.kernels.triton_tables import TritonTables
+
+    return TritonTables
 
 
 @cache

@@ -24,9 +24,12 @@ class Bags:
 
     @classmethod
     def group(cls, bag_M: Tensor, num_bags: int, most: int) -> "Bags":
-        """Group rows by `bag_M`, the number of each row's bag; rows of the bag `num_bags` belong to none."""
+        """Group rows by `bag_M`, int32 or int64: the number of each row's bag.
+
+        Rows of the bag `num_bags` belong to none.
+        """
         sorted_M, row_M = bag_M.sort(stable=True)
-        begin_B = torch.searchsorted(sorted_M, torch.arange(num_bags + 1, device=bag_M.device))
+        begin_B = torch.searchsorted(sorted_M, torch.arange(num_bags + 1, dtype=bag_M.dtype, device=bag_M.device))
         return cls(row_M, begin_B, most)
 
 
