@@ -10,7 +10,14 @@ from moetrain.bench.cases import BALANCED
 from moetrain.bench.protocol import KERNELS
 from moetrain.bench.tables import Records, Results, Tabulated
 
-COLORS = {"home": "tab:red", "llep": "tab:orange", "makespan": "tab:green", "eplb": "tab:purple"}
+COLORS = {
+    "home": "tab:red",
+    "llep": "tab:orange",
+    "makespan": "tab:green",
+    "eplb": "tab:purple",
+    "static": "tab:blue",
+    "auto": "tab:cyan",
+}
 WORST = 3  # cells that are named
 HEADING = "One MoE layer, forward and backward"
 VIRTUAL_HEADING = "One MoE layer, virtual ranks"

@@ -13,6 +13,7 @@ from typing import Any
 from moetrain.common.errors import ConfigError, short
 from moetrain.config.core_options import corpus_options, optimizer_options, planner_options, router_options
 from moetrain.config.schema import Config, Model
+from moetrain.moe.options import find_planner_problem
 
 Rule = Callable[[bool, str, str], None]  # raises for (whether it holds, the field, the rule) unless it does
 
@@ -51,6 +52,8 @@ def check(c: Config) -> None:
     for experts, top_k in zip(m.experts_of_layers, c.top_k_of_layers, strict=True):
         most = f"must leave every layer enough experts; one has {experts} for {top_k} per token"
         rule(top_k <= experts, "router.k_schedule" if k <= experts else "model.min_experts", most)
+    broken = find_planner_problem(c.planner.name, router_options(c.router), m.num_zero_compute)
+    rule(broken is None, "planner.name", broken or "")
     for field, text in _find_broken_router_rules(c):
         rule(False, field, text)
     if c.train.objective == "sft":

@@ -37,8 +37,8 @@ from moetrain.hf.scores import RouterPass, find_router, is_recomputed, prepare_r
 from moetrain.hf.spread import NAME, SpreadDecision, SpreadExperts, register
 from moetrain.moe.calibrate import Layer
 from moetrain.moe.gradients import Reduction
-from moetrain.moe.options import BalanceOptions
-from moetrain.moe.parallel import NEED_NO_COSTS, ExpertParallel, count_slots
+from moetrain.moe.options import NEED_NO_COSTS, BalanceOptions
+from moetrain.moe.parallel import ExpertParallel, count_slots
 from moetrain.moe.planning.cost import Costs
 from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing.balance import BalanceLoss

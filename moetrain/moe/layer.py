@@ -25,7 +25,7 @@ from moetrain.moe.clock import Clock
 from moetrain.moe.context import StepContext
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels.bags import find_true
-from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions, ZeroComputeOptions
+from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions, ZeroComputeOptions, find_planner_problem
 from moetrain.moe.planning.cost import Costs, State
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, Plan
@@ -150,6 +150,7 @@ class MoE(nn.Module):
         self.shared = shared
         self.capacity_factor = options.capacity_factor
         self.room_weights: tuple[float, ...] | None = None  # [E] of the experts' shares of the capacity; None: equal
+        self._router_options, self._num_zero_compute = options, others.total
         self.plan_with(planner, planner_options)
         self.costs: Costs | None = None  # of this machine; None: those of the reference machine
         self.past_E: Floats | None = None  # [E] rows of the expert group in training so far, the later the heavier
@@ -171,7 +172,10 @@ class MoE(nn.Module):
                 module.reset_parameters(std)
 
     def plan_with(self, planner: str, options: Options | Mapping[str, Any] | None = None) -> None:
-        """Choose the planner by its name and options. Raises `ConfigError` where there is no such one."""
+        """Choose the planner by its name and options. Raises `ConfigError` where there is no such one, or it does not
+        suit the router."""
+        if broken := find_planner_problem(planner, self._router_options, self._num_zero_compute):
+            raise ConfigError(f"planner={planner}: {broken}")
         made = options if isinstance(options, Options) else PLANNERS.make_options(planner, options or {})
         self.planner: Planner = partial(PLANNERS[planner], **asdict(made))
 

@@ -17,6 +17,7 @@ class RouterOptions(Options):
 
     biased: ClassVar[bool] = True  # whether it chooses by gates plus the bias
     equal_layers: ClassVar[bool] = False  # whether all layers must have equally many experts
+    ragged: ClassVar[bool] = False  # whether tokens choose unequal numbers of experts
 
     top_k: int = option(
         2,
@@ -40,6 +41,11 @@ class RouterOptions(Options):
         above=0,
     )
 
+    @property
+    def has_fixed_rows(self) -> bool:
+        """Whether equally many tokens always have equally many selections that are kept."""
+        return not self.ragged and self.capacity_factor is None
+
     def problems(self, num_experts: int) -> Iterator[tuple[str, str]]:
         """Yields (field, rule) for every option that does not fit a layer of `num_experts` experts."""
         if self.top_k > num_experts:
@@ -48,9 +54,16 @@ class RouterOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class UnbiasedOptions(RouterOptions):
-    """Of routers to which a bias means nothing: `expert_choice`, `round_robin`."""
+    """Of routers to which a bias means nothing: `round_robin`, and those that derive from it."""
 
     biased: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceOptions(UnbiasedOptions):
+    """Of `expert_choice`."""
+
+    ragged: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +111,7 @@ class TopKOptions(NoisyOptions):
 class TopPOptions(UnbiasedOptions):
     """Of `top_p`."""
 
+    ragged: ClassVar[bool] = True
     top_p: float = option(
         0.4, "A token's experts are added, best first, until their probabilities sum to this.", above=0, at_most=1
     )
@@ -244,11 +258,25 @@ class EplbOptions(Options):
     replicas: int = option(1, "Slots per rank for replicas of experts (EPLB).", above=0)
 
 
+NEED_FIXED_ROWS = ("static",)  # planners
+NEED_NO_COSTS = ("home", "llep", "static")  # planners
+
+
+def find_planner_problem(planner: str, router: RouterOptions, num_zero_compute: int) -> str | None:
+    """Returns the rule that a planner breaks with this router and so many experts that compute nothing; None: none."""
+    if planner not in NEED_FIXED_ROWS or (router.has_fixed_rows and not num_zero_compute):
+        return None
+    return (
+        "needs a router whose number of rows is fixed: not top_p or expert_choice, no router.capacity_factor, no "
+        "experts that compute nothing; use makespan"
+    )
+
+
 ROUTERS: Registry[Any] = Registry(
     "router",
     {
         "topk": ("moetrain.moe.routing.topk:TopK", TopKOptions),
-        "expert_choice": ("moetrain.moe.routing.expert_choice:ExpertChoice", UnbiasedOptions),
+        "expert_choice": ("moetrain.moe.routing.expert_choice:ExpertChoice", ExpertChoiceOptions),
         "top_p": ("moetrain.moe.routing.topk:TopP", TopPOptions),
         "frozen": ("moetrain.moe.routing.topk:Frozen", FrozenOptions),
         "grouped": ("moetrain.moe.routing.topk:Grouped", GroupedOptions),
@@ -264,6 +292,8 @@ PLANNERS: Registry[Any] = Registry(
         "llep": ("moetrain.moe.planning.llep:llep", LlepOptions),
         "makespan": ("moetrain.moe.planning.makespan:makespan", Options),
         "eplb": ("moetrain.moe.planning.eplb:eplb", EplbOptions),
+        "static": ("moetrain.moe.planning.static:static", Options),
+        "auto": ("moetrain.moe.planning.static:auto", Options),
     },
 )
 

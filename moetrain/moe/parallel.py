@@ -35,7 +35,7 @@ from moetrain.moe.calibrate import Layer, measure
 from moetrain.moe.gradients import Reduction, SpreadGradients
 from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.layer import LayerStats, MoE
-from moetrain.moe.options import BalanceOptions
+from moetrain.moe.options import NEED_NO_COSTS, BalanceOptions
 from moetrain.moe.planning.cost import Costs
 from moetrain.moe.routing.balance import BalancedRouter, BalanceLoss, add_buffers
 from moetrain.moe.statistics import LayerStatistics, StatisticsOfStep
@@ -50,7 +50,6 @@ from moetrain.moe.whole_weights import (
 Recompute = Literal["none", "selective", "full"]
 GUEST_PART = 8  # of a GPU's memory, one is for guests, where `guest_memory` does not say
 CPU_GUEST_BYTES = 1 << 30
-NEED_NO_COSTS = ("home", "llep")  # planners
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_a_sweep_that_is_asked_to_end_saves_the_run_in_progress(tiny: list[str],
     ("words", "line"),
     [
         (["planner=home"], "--multirun: no field has several values (planner=home,llep)"),
-        (["planner=home,lep"], "planner=lep: must be one of eplb, home, llep, makespan"),
+        (["planner=home,lep"], "planner=lep: must be one of auto, eplb, home, llep, makespan, static"),
         (["train.steps=1,0"], "train.steps=0: must be greater than 0"),
         (["train.steps=1,,"], "train.steps=1,,: not an override as Hydra reads it (field=value, field=a,b,c)"),
         (["train.global_batch=8,9", "parallel.nproc=2"], "train.global_batch=9: must be a multiple of 2 ranks"),

@@ -231,7 +231,9 @@ def test_the_decorator_registers() -> None:
             moetrain.register_planner("mine")(run_python)
     finally:
         del PLANNERS["mine"]
-    with pytest.raises(ConfigError, match=r"planner.name=mine: known planners are home, llep, makespan, eplb"):
+    with pytest.raises(
+        ConfigError, match=r"planner.name=mine: known planners are home, llep, makespan, eplb, static, auto"
+    ):
         PLANNERS["mine"]
 
 

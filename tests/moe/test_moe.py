@@ -163,7 +163,7 @@ def test_any_plan_on_any_ranks_equals_the_loop(pool, of_ranks, plan_name, recomp
 
 @pytest.mark.parametrize(
     ("experts", "plan_name"),
-    sample(itertools.product([(3, 2), (4, 3), (5, 4), (9, 4)], ["home", "llep", "makespan", 0, 1]), every=3),
+    sample(itertools.product([(3, 2), (4, 3), (5, 4), (9, 4)], ["home", "llep", "makespan", "static", 0, 1]), every=3),
     ids=str,
 )
 def test_homes_may_be_uneven_or_empty(pool, experts, plan_name) -> None:
