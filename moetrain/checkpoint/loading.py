@@ -11,11 +11,10 @@ from torch import Tensor
 
 from moetrain.checkpoint import manifest
 from moetrain.checkpoint.manifest import ManifestEntry
+from moetrain.checkpoint.slices import DTYPE, cut_slice, join_entries, open_folder, read_whole
 from moetrain.config import ConfigError
-from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Checkpointable, Entries, expected, list_base
+from moetrain.engine.entries import DTYPES, MODEL, MOMENTS, Checkpointable, Entries, expected, list_base, split_name
 from moetrain.models.base import LanguageModel
-
-DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class _EntryPart(NamedTuple):
@@ -53,10 +52,43 @@ def load_base(path: Path, model: LanguageModel) -> None:
 
 
 def _fill(path: Path, entries: Entries) -> None:
+    saved = manifest.read_entries(path)
+    recut = {} if saved.keys() >= entries.keys() else _find_recut(path, saved, entries)
+    if recut:
+        entries = {name: part for name, part in entries.items() if name not in recut}
+    _fill_recut(path, saved, recut)
     for file, parts in _parts(path, entries).items():
         with safe_open(path / file, "pt") as tensors:
             for name, within, out in parts:
                 out.copy_(tensors.get_tensor(name).view(-1)[within])
+
+
+def _find_recut(path: Path, saved: dict[str, ManifestEntry], entries: Entries) -> Entries:
+    """Return the entries of experts that were cut into other slices, or into none, where they were saved."""
+    there = join_entries(path, saved)
+    return {name: part for name, part in entries.items() if name not in saved and split_name(name)[0] in there}
+
+
+def _fill_recut(path: Path, saved: dict[str, ManifestEntry], entries: Entries) -> None:
+    """Read each expert whole, one matrix at a time, and fill the entries that are parts of it."""
+    open_file, by_expert = open_folder(path), defaultdict(list)
+    for name, part in entries.items():
+        by_expert[split_name(name)[0]].append((name, part))
+    for whole, parts in by_expert.items():
+        value = read_whole(saved, whole, open_file)
+        for name, (shape, begin, values) in parts:
+            one = cut_slice(whole, value, *split_name(name)[1:])
+            if tuple(one.shape) != tuple(shape):
+                shapes = f"has shape {list(one.shape)}, this configuration needs {list(shape)}"
+                raise ConfigError(f"checkpoint={path}: {name} {shapes}")
+            _check_rounding(path, name, DTYPES[value.dtype], values)
+            values.copy_(one.reshape(-1)[begin : begin + len(values)])
+
+
+def _check_rounding(path: Path, name: str, saved: str, values: Tensor) -> None:
+    if torch.promote_types(DTYPE[saved], values.dtype) != values.dtype:
+        here = DTYPES[values.dtype]
+        raise ConfigError(f"checkpoint={path}: {name} is {saved} and would be rounded to {here} here")
 
 
 def mismatches(path: Path, names: Sequence[str]) -> list[str]:
@@ -102,7 +134,7 @@ def check_base(path: Path, model: LanguageModel) -> None:
 
 
 def _check_against(path: Path, wanted: Mapping[str, tuple[int, ...]], states: tuple[str, ...]) -> None:
-    saved = manifest.read_entries(path)
+    saved = join_entries(path, manifest.read_entries(path))
     for name, shape in wanted.items():
         _check(path, saved, name, shape)
     parameters = {name.partition("/")[2] for name in saved if name.partition("/")[0] in states}
@@ -127,10 +159,8 @@ def _parts(path: Path, entries: Entries) -> dict[str, list[_EntryPart]]:
     out = defaultdict(list)
     for name, (shape, begin, values) in entries.items():
         entry = _check(path, saved, name, shape)
-        dtype, end, found = DTYPE[entry.dtype], begin + len(values), 0
-        if torch.promote_types(dtype, values.dtype) != values.dtype:
-            here = DTYPES[values.dtype]
-            raise ConfigError(f"checkpoint={path}: {name} is {entry.dtype} and would be rounded to {here} here")
+        end, found = begin + len(values), 0
+        _check_rounding(path, name, entry.dtype, values)
         for file, first, last in entry.pieces:
             low, high = max(first, begin), min(last, end)
             if low < high:

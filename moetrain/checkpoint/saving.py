@@ -27,7 +27,7 @@ from moetrain.checkpoint.files import WIDTH, TensorBlock
 from moetrain.checkpoint.manifest import ManifestEntry
 from moetrain.checkpoint.remote import Uploader, open_remote
 from moetrain.common import disk
-from moetrain.config import Config
+from moetrain.config import Config, find_r
 from moetrain.distributed.comm import gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine.entries import DTYPES, Checkpointable, Entries
@@ -294,6 +294,7 @@ def layout_of(config: Config, mesh: Mesh) -> dict[str, Any]:
         "engine": config.engine.name,
         "ranks": mesh.world,
         "ep": mesh.ep.size,
+        "r": find_r(config, mesh.ep.size),
         "dp_shard": mesh.world // mesh.dp_replicate,
         "dp_replicate": mesh.dp_replicate,
     }

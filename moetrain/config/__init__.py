@@ -2,7 +2,7 @@
 
 from moetrain.common.errors import ConfigError
 from moetrain.config.compose import composing, config_dir, dump, from_tree, load, load_resolved
-from moetrain.config.layout import find_ep
+from moetrain.config.layout import find_ep, find_r
 from moetrain.config.overrides import fields_of
 from moetrain.config.schema import (
     AnyEngine,
@@ -58,6 +58,7 @@ __all__ = [
     "dump",
     "fields_of",
     "find_ep",
+    "find_r",
     "fix_places",
     "from_tree",
     "load",

@@ -45,8 +45,8 @@ RESERVED = {  # what moetrain does in place of DeepSpeed, or what its MoE layers
 }
 
 
-def check(config: Config, options: DeepSpeed, world: int, ep: int) -> None:
-    """Raises `ConfigError` for what the deepspeed engine cannot do on `world` ranks with expert groups of `ep`."""
+def check(config: Config, options: DeepSpeed, world: int, ep: int, r: int) -> None:
+    """Raises `ConfigError` for what the deepspeed engine cannot do with `ep` ranks a group and `r` slices an expert."""
     if find_spec("deepspeed") is None:
         raise ConfigError(
             "engine=deepspeed: needs DeepSpeed, which is not installed: pip install 'moetrain[deepspeed]'"
@@ -58,6 +58,8 @@ def check(config: Config, options: DeepSpeed, world: int, ep: int) -> None:
         raise ConfigError(f"engine.offload=nvme: {rule}")
     if options.offload != "none" and options.zero_stage == 0:
         raise ConfigError(f"engine.offload={options.offload}: needs engine.zero_stage=1 or 2")
+    if r > 1:
+        raise ConfigError(f"parallel.r={r}: must be 1 under engine=deepspeed, which has no part in cutting experts")
     if any(experts % ep for experts in config.model.experts_of_layers):
         raise ConfigError(f"parallel.ep={ep}: must divide the number of experts of every layer under engine=deepspeed")
     if config.optim.state_dtype != "fp32":

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from moetrain.common.extensions import make_paths_absolute
-from moetrain.config.layout import find_ep
+from moetrain.config.layout import find_ep, find_r
 from moetrain.config.schema import Config, HuggingFace
 from moetrain.config.sections.base import Positive
 
@@ -24,12 +24,13 @@ class RunSpec(Config):
     """A configuration of which nothing is left open, on the ranks that it runs on.
 
     `model.vocab_size` is a number, `train.dtype` is fp32 or bf16, and the data's places are absolute. `parallel` stays
-    as it was asked for, so that a run may go on with other ranks; `ep` and `dp_shard` are what it means here. A run's
-    `config.yaml` has all but `world` and `ep`.
+    as it was asked for, so that a run may go on with other ranks; `ep`, `r` and `dp_shard` are what it means here. A
+    run's `config.yaml` has all but `world`, `ep` and `r`.
     """
 
     world: Positive = Field(exclude=True, description="Number of ranks.")
     ep: Positive = Field(exclude=True, description="Ranks of an expert group.")
+    r: Positive = Field(exclude=True, description="Slices that every expert is cut into.")
 
     @property
     def dp_shard(self) -> int:
@@ -66,7 +67,8 @@ def resolve(config: Config, world: int, vocab_size: int, dtype: str) -> RunSpec:
         "train.dtype": dtype if config.train.dtype == AUTO else config.train.dtype,
     }
     settled = vary(fix_places(config), facts)
-    return RunSpec(**dict(settled), world=world, ep=find_ep(config, world))
+    ep = find_ep(config, world)
+    return RunSpec(**dict(settled), world=world, ep=ep, r=find_r(config, ep))
 
 
 def resolve_early(config: Config, world: int) -> RunSpec:

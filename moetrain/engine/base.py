@@ -118,7 +118,7 @@ def guest_slots(config: RunSpec, mesh: Mesh) -> int:
     """Guests of a layer that may stay on a rank between forward and backward: weights, and gradients adding up."""
     width = 2 if config.train.dtype == "bf16" else 4
     gradient = width if config.micro_steps == 1 else 4
-    guest = 3 * config.model.dim * config.model.expert_hidden * (width + gradient)
+    guest = 3 * config.model.dim * config.model.expert_hidden // config.r * (width + gradient)
     return guest_bytes(config, mesh.device_bytes) // (guest * config.model.num_moe_layers)
 
 

@@ -2,11 +2,13 @@
 
 `model/NAME` per parameter (the fp32 master where there is one) and persistent buffer, `exp_avg/NAME` and
 `exp_avg_sq/NAME` per parameter, or what another optimizer than AdamW has of its shape; experts one by one under their
-global number. A rank holds a run of an entry's elements: whole rows under FSDP, a range of a flat buffer under ZeRO,
-all of them where it is not sharded.
+global number, slices of experts as `NAME[i/r]`, which are read as whole experts or other slices, too. A rank holds a
+run of an entry's elements: whole rows under FSDP, a range of a flat buffer under ZeRO, all of them where it is not
+sharded.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -18,6 +20,7 @@ from moetrain.models.base import LanguageModel
 from moetrain.moe.adapters import is_adapter
 
 MODEL = "model"
+SLICE = re.compile(r"(.+)\[(\d+)/(\d+)\]")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {  # as safetensors names them
     torch.float64: "F64",
@@ -88,8 +91,10 @@ def of_model(
         owner, _, last = name.rpartition(".")
         for kind, part in kinds(parameter).items():
             if owner in experts:
-                numbers = experts[owner][1].own_experts()
-                out |= {f"{kind}/{owner}.{e}.{last}": one for e, one in _by_expert(numbers, part)}
+                spread = experts[owner][1]
+                for number, one in _by_expert(spread.own_experts(), part):
+                    place, expert = divmod(number, spread.num_experts)
+                    out[name_slice(f"{kind}/{owner}.{expert}.{last}", place, spread.slices)] = one
             else:
                 out[f"{kind}/{name}"] = part
     kept = model.state_dict().keys()
@@ -99,6 +104,17 @@ def of_model(
 def list_base(model: LanguageModel) -> Entries:
     """Entries of what `model` was before it had adapters."""
     return of_model(model, lambda parameter: {MODEL: held(parameter)}, is_base=True)
+
+
+def name_slice(name: str, place: int, slices: int) -> str:
+    """Return the name of a slice of the entry `name`; the entry's own where it is whole."""
+    return f"{name}[{place}/{slices}]" if slices > 1 else name
+
+
+def split_name(name: str) -> tuple[str, int, int]:
+    """Return (name of the whole entry, which of its slices, how many there are) of a name that `name_slice` made."""
+    found = SLICE.fullmatch(name)
+    return (found[1], int(found[2]), int(found[3])) if found else (name, 0, 1)
 
 
 def expected(model: LanguageModel, states: tuple[str, ...] = MOMENTS) -> dict[str, tuple[int, ...]]:

@@ -116,6 +116,7 @@ def shard(model: LanguageModel, mesh: Mesh, config: RunSpec) -> None:
     common = {"mp_policy": policy, "offload_policy": offload}
     dense = {"mesh": mesh.dense, "ignored_params": set(model.replicated()), **common}
     keep_hidden = config.train.recompute != "selective"
+    model.cut_experts(config.r)
     model.shard_experts(mesh.ep, guest_slots(config, mesh), options.max_rows, keep_hidden)
     for parameter in model.expert_parameters():
         parameter.requires_grad_(parameter.requires_grad and len(parameter) > 0)  # FSDP cannot reduce an empty gradient

@@ -26,9 +26,10 @@ COSTS = "costs.json"  # in a run's folder and in its checkpoints
 
 
 def layer_of(config: RunSpec) -> Layer:
-    """Returns the layer of experts of a run."""
-    model, top_k = config.model, config.router.top_k
-    return Layer(model.dim, model.expert_hidden, model.num_experts, top_k, precision.get_dtype(config))
+    """Returns the layer of experts of a run; of slices, where they are cut."""
+    model, r = config.model, config.r
+    dtype = precision.get_dtype(config)
+    return Layer(model.dim, model.expert_hidden // r, model.num_experts * r, config.router.top_k * r, dtype)
 
 
 def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Costs:

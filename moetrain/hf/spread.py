@@ -86,12 +86,18 @@ class SpreadExperts(KernelUser):
         self.plan_with(*planner)
         self.layout = ExpertsLayout.read(name, module)
         self.num_experts: int = module.num_experts
+        self.slices = 1  # families' experts stay whole
         self.is_fused = self.layout.is_swiglu  # else: the path of any family
         self.adapters: ExpertAdapters | None = None  # of frozen experts
         self.step = StepContext()
         self.real_T: Tensor | None = None  # bool: tokens of this pass that are not padding; None: all
         self._past_E: Floats | None = None  # [E] rows of the group in training so far, the later the heavier
         self.shard(group)
+
+    def cut(self, slices: int) -> None:
+        """Leave the experts whole. Raises `ConfigError` for more than one slice."""
+        if slices > 1:
+            raise ConfigError(f"r={slices}: must be 1, the experts of a transformers model are never cut")
 
     def shard(
         self, ep: ExpertGroup, guest_slots: int = 0, max_rows: int | None = None, keep_hidden: bool = True

@@ -38,6 +38,8 @@ class SpreadableExperts(Protocol):
     """The experts of one layer: all of them, and after `shard` those whose home is this rank."""
 
     residents: ResidentGuests
+    num_experts: int
+    slices: int  # of an expert, which are experts of their own to plans and slots
     adapters: ExpertAdapters | None
 
     @property
@@ -52,13 +54,16 @@ class SpreadableExperts(Protocol):
     def limits(self) -> Limits:
         """What a planner is to keep within."""
 
+    def cut(self, slices: int) -> None:
+        """Cut every expert into slices, before `shard`. Raises `ConfigError` where they cannot be cut."""
+
     def shard(
         self, ep: ExpertGroup, guest_slots: int = 0, max_rows: int | None = None, keep_hidden: bool = True
     ) -> None:
         """Keep the experts whose home is `ep.rank`; the arguments are those of `moetrain.Experts.shard`."""
 
     def own_experts(self) -> list[int]:
-        """Return the global numbers of the experts kept here, in the order of their slots."""
+        """Return the global numbers of the experts kept here, or of the slices, in the order of their slots."""
 
 
 class ExpertLayer(Protocol):
@@ -195,6 +200,11 @@ class LanguageModel(nn.Module):
     def use_kernels(self, choice: KernelChoice) -> None:
         """Have everything compute with the kernels of `choice` from now on."""
         use_kernels(self, choice)
+
+    def cut_experts(self, slices: int) -> None:
+        """Cut the experts of every layer into slices, before they are sharded. Raises `ConfigError`."""
+        for layer in self.layers_of_experts:
+            layer.experts.cut(slices)
 
     def shard_experts(self, ep: ExpertGroup, guest_slots: int, max_rows: int | None, keep_hidden: bool) -> None:
         """Keep the experts whose home is this rank, in every layer; the arguments are those of `Experts.shard`."""

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from moetrain.models.base import LanguageModel, ReadRows
 from moetrain.moe.adapters import SUFFIXES, is_adapter
+from moetrain.moe.slices import cut_matrices, join_matrices
 
 
 @torch.no_grad()
@@ -55,8 +56,11 @@ def draw_values(
         if parameter.ndim == 1:
             yield parameter, partial(_read_ones, parameter.shape)
         elif owner in experts:
-            own = experts[owner][1].own_experts()
-            yield parameter, partial(read_experts, parameter.shape[1:], std_of(name), seed, name, own)
+            spread = experts[owner][1]
+            own, shape, read = spread.own_experts(), parameter.shape[1:], read_experts
+            if spread.slices > 1:
+                read = partial(read_slices, spread.slices, spread.num_experts)
+            yield parameter, partial(read, shape, std_of(name), seed, name, own)
         else:
             yield parameter, partial(read_drawn, parameter.shape, std_of(name), seed, name)
 
@@ -70,6 +74,19 @@ def read_experts(shape: torch.Size, std: float, seed: int, name: str, own: list[
     """Return some slots of a tensor that has an entry of `shape` for each of the experts `own`, drawn by its number."""
     drawn = [_draw(shape, std, seed, f"{name}.{expert}") for expert in own[rows]]
     return torch.stack(drawn) if drawn else torch.empty(0, *shape)
+
+
+def read_slices(
+    slices: int, num_experts: int, shape: torch.Size, std: float, seed: int, name: str, own: list[int], rows: slice
+) -> Tensor:
+    """Return some slots of a tensor that has an entry of `shape` for each of the slices `own` of experts, each of which
+    is drawn whole, by its number."""
+    matrix, found = name.rpartition(".")[2], []
+    whole = join_matrices(matrix, torch.empty(slices, *shape, device="meta"), slices).shape[1:]
+    for place, expert in (divmod(number, num_experts) for number in own[rows]):
+        drawn = _draw(whole, std, seed, f"{name}.{expert}")
+        found.append(cut_matrices(matrix, drawn[None], slices)[place])
+    return torch.stack(found) if found else torch.empty(0, *shape)
 
 
 def _read_ones(shape: torch.Size, rows: slice) -> Tensor:

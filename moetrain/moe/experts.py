@@ -1,9 +1,10 @@
 """The experts of one MoE layer: SwiGLU by grouped GEMM over home slots and guest slots.
 
 A *home* slot holds an expert that this rank owns, a *guest* slot a temporary replica of one that another rank owns.
-Autograd's part of it is in `passes`.
+Where experts are cut (`slices`), a slot holds a slice, which is an expert of its own to plans and slots. Autograd's
+part of it is in `passes`.
 
-T tokens here, D width, H expert hidden width, E experts, N selections here.
+T tokens here, D width, H expert hidden width, E experts, r slices of an expert, N selections here.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moetrain.common.errors import ConfigError
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.adapters import TRAIN_ALL, ExpertAdapters
 from moetrain.moe.clock import Clock
@@ -24,18 +26,20 @@ from moetrain.moe.planning import default_home
 from moetrain.moe.planning.cost import Limits
 from moetrain.moe.planning.plan import Ints, Plan
 from moetrain.moe.routing.base import INIT_STD, Routing
+from moetrain.moe.slices import cut_matrices, select_slices
 
 
 class Experts(nn.Module, KernelUser):
     """All experts of a layer; after `shard`, those whose home is this rank.
 
-    Parameters, as Hugging Face fuses them: `gate_up` [E, 2H, D], gate above up, and `down` [E, D, H].
+    Parameters, as Hugging Face fuses them: `gate_up` [E, 2H, D], gate above up, and `down` [E, D, H]; after `cut`,
+    those of slices: [r · E, 2H / r, D] and [r · E, D, H / r].
     """
 
     def __init__(self, dim: int, hidden: int, num_experts: int, num_passes: int = 1) -> None:
         """`num_passes`: times that a micro-batch passes through the layer."""
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.slices = num_experts, 1
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * hidden, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.reset_parameters()
@@ -53,16 +57,27 @@ class Experts(nn.Module, KernelUser):
             if not parameter.is_meta:
                 parameter.normal_(0.0, std)
 
+    def cut(self, slices: int) -> None:
+        """Cut every expert into `slices` of equal hidden width, before `shard`. Raises `ConfigError`."""
+        hidden = self.down.shape[2]
+        if self.slices > 1 or slices < 1 or hidden % (8 * slices):
+            raise ConfigError(f"r={slices}: must cut the hidden width {hidden} of an expert into multiples of 8, once")
+        if slices > 1:
+            self.slices = slices
+            self.residents = ResidentGuests.empty(0, 1, self.num_experts * slices)
+            self.gate_up = nn.Parameter(cut_matrices("gate_up", self.gate_up.detach(), slices).contiguous())
+            self.down = nn.Parameter(cut_matrices("down", self.down.detach(), slices).contiguous())
+
     def shard(
         self, ep: ExpertGroup, guest_slots: int = 0, max_rows: int | None = None, keep_hidden: bool = True
     ) -> None:
-        """Keep the experts whose home is `ep.rank`.
+        """Keep the experts, or slices, whose home is `ep.rank`.
 
         `guest_slots`: guests that stay here until the last backward of an optimizer step; `max_rows`: rows computed at
         a time; `keep_hidden`: whether rows and hidden activations stay for the backward, or just the tokens that came.
         """
         self.ep, self.max_rows, self.keep_hidden = ep, max_rows, keep_hidden
-        self.residents = ResidentGuests.empty(guest_slots, ep.size, self.num_experts)
+        self.residents = ResidentGuests.empty(guest_slots, ep.size, self.num_experts * self.slices)
         for name, whole in list(self.named_parameters(recurse=False)) if ep.size > 1 else ():
             own = nn.Parameter(whole.detach()[self.own_experts()].clone(), requires_grad=whole.requires_grad)
             setattr(self, name, own)
@@ -79,8 +94,8 @@ class Experts(nn.Module, KernelUser):
 
     @property
     def home(self) -> Ints:
-        """[E] the rank that owns each expert."""
-        return default_home(self.num_experts, self.ep.size)
+        """[r · E] the rank that owns each slice; [E] where experts are whole."""
+        return default_home(self.num_experts * self.slices, self.ep.size)
 
     @property
     def limits(self) -> Limits:
@@ -88,7 +103,7 @@ class Experts(nn.Module, KernelUser):
         return Limits(rows=self.max_rows, guests=max(self.residents.slots, 1))
 
     def own_experts(self) -> list[int]:
-        """Return the global numbers of the experts kept here, in the order of their slots."""
+        """Return the global numbers of the experts kept here, or of the slices, in the order of their slots."""
         return np.flatnonzero(self.home == self.ep.rank).tolist()
 
     def forward(
@@ -108,6 +123,7 @@ class Experts(nn.Module, KernelUser):
         weights: list[Tensor] = [self.gate_up, self.down]
         if self.adapters is not None:
             weights += self.adapters.list_tensors(len(self.gate_up), x_TD.dtype)
+        routing, most_per_token = select_slices(routing, self.slices, self.num_experts), most_per_token * self.slices
         home, kernels = self.home, self.choose_kernels(x_TD)
         first = int(np.searchsorted(home, self.ep.rank))
         with clock.phase("lend"):

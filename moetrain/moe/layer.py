@@ -26,6 +26,7 @@ from moetrain.moe.context import StepContext
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels.bags import find_true
 from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions, ZeroComputeOptions, find_planner_problem
+from moetrain.moe.planning import count_slices
 from moetrain.moe.planning.cost import Costs, State
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, Plan
@@ -49,6 +50,7 @@ class Decision:
     kept_E: Tensor  # int64: and after
     num_lent: int  # copies of experts that the forward sends, in the whole group
     clock: Clock
+    slices: int  # of an expert: what the plan counts
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,19 @@ class LayerStats:
     num_lent: int  # copies of experts sent in the forward, in the whole group
     clock: Clock
     real_T: Tensor | None = None  # bool: tokens that are not padding; None: all
+    slices: int = 1  # of an expert: the plan's experts are these
 
     @classmethod
     def collect(cls, scores: Scores, decision: Decision, place: Place | None = None) -> "LayerStats":
         """After `compute`: ends the layer's clock."""
         decision.clock.stop()
         d, real_T = decision, None if place is None else place.real_T
-        return cls(scores, d.choice, d.counts_E, d.kept_E, d.plan, d.num_lent, d.clock, real_T)
+        return cls(scores, d.choice, d.counts_E, d.kept_E, d.plan, d.num_lent, d.clock, real_T, d.slices)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that compute, whole ones."""
+        return self.plan.num_experts // self.slices
 
     @property
     def real_scores(self) -> Scores:
@@ -281,13 +289,16 @@ class MoE(nn.Module):
             counts_RE: Ints = gathered[:, :-1]
             rows_L = None if is_row_N is None else find_true(is_row_N, int(counts_RE[ep.rank].sum()))
             residents, home = self.experts.residents, self.experts.home
-            state = State(resident=residents.keeps_RE, past=self.past_E)
-            plan = self.planner(counts_RE, home, self.costs, self.experts.limits, state)
+            slices = self.experts.slices
+            past = None if self.past_E is None else count_slices(self.past_E, slices)
+            state = State(resident=residents.keeps_RE, past=past)
+            plan = self.planner(count_slices(counts_RE, slices), home, self.costs, self.experts.limits, state)
             num_lent = len(residents.list_missing(plan))
             if torch.is_grad_enabled():
                 residents.admit(plan)
                 self.past_E = remember(self.past_E, counts_RE)
-        return Decision(choice, kept_N, rows_L, plan, int(gathered[:, -1].max()), counts_A, kept_A, num_lent, clock)
+        most = int(gathered[:, -1].max())
+        return Decision(choice, kept_N, rows_L, plan, most, counts_A, kept_A, num_lent, clock, slices)
 
     def compute(
         self,

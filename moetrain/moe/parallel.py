@@ -38,6 +38,7 @@ from moetrain.moe.layer import LayerStats, MoE
 from moetrain.moe.options import NEED_NO_COSTS, BalanceOptions
 from moetrain.moe.planning.cost import Costs
 from moetrain.moe.routing.balance import BalancedRouter, BalanceLoss, add_buffers
+from moetrain.moe.slices import choose_slices
 from moetrain.moe.statistics import LayerStatistics, StatisticsOfStep
 from moetrain.moe.whole_weights import (
     broadcast_weights,
@@ -75,6 +76,7 @@ def expert_parallel(
     recompute: Recompute = "none",
     reduction: Reduction = "auto",
     balance: BalanceOptions | None = None,
+    r: int | None = None,
 ) -> "ExpertParallel":
     """Spread every MoE layer in `module` over the ranks of `group`, in place. All those ranks call it.
 
@@ -97,22 +99,26 @@ def expert_parallel(
         reduction: how gradients of all ranks are combined. "sum": the gradient of the sum of all ranks' losses; "mean":
             of their mean, as DDP and FSDP2 have it; "auto": mean under DDP or FSDP2, else sum.
         balance: the losses that `balance_loss` is made of.
+        r: slices that every expert is cut into, each at home on one rank; None: as few as give every rank one. With
+            more than one, `group` may have more ranks than a layer has experts.
 
     Raises `ConfigError`, a `ValueError`, for what does not fit.
     """
     ep = group if isinstance(group, ExpertGroup) else ExpertGroup.from_group(group)
-    layers = _find_layers(module, ep)
+    layers = _find_layers(module)
     if recompute not in ("none", "selective", "full"):
         raise ConfigError(f"recompute={recompute}: must be one of none, selective, full")
     if reduction not in ("auto", "sum", "mean"):
         raise ConfigError(f"reduction={reduction}: must be one of auto, sum, mean")
     needs_costs = costs is None and planner not in NEED_NO_COSTS
+    for name, layer in layers.items():
+        layer.experts.cut(choose_slices(name, layer.experts, ep.size, r))
     handle = ExpertParallel(module, ep, join_group(replicas), reduction, needs_costs, balance)
     handle._spread(layers, (planner, planner_options), costs, guest_slots, guest_memory, max_rows, recompute)
     return handle
 
 
-def _find_layers(module: nn.Module, ep: ExpertGroup) -> dict[str, MoE]:
+def _find_layers(module: nn.Module) -> dict[str, MoE]:
     """Return the layers to spread by name. Raises `ConfigError`."""
     layers = {name: m for name, m in module.named_modules() if isinstance(m, MoE)}
     if not layers:
@@ -120,11 +126,6 @@ def _find_layers(module: nn.Module, ep: ExpertGroup) -> dict[str, MoE]:
     for name, layer in layers.items():
         if layer.experts.ep.size > 1:
             raise ConfigError(f"module: its layer {name or 'itself'} is spread over ranks already")
-        if layer.experts.num_experts < ep.size:
-            few = layer.experts.num_experts
-            raise ConfigError(
-                f"group: has {ep.size} ranks, more than the {few} experts of the layer {name or 'itself'}"
-            )
     return layers
 
 
@@ -351,7 +352,8 @@ class ExpertParallel:
         if layer.costs is None and self._needs_costs:
             experts = layer.experts
             _, width, dim = experts.gate_up.shape
-            shape = Layer(dim, width // 2, experts.num_experts, layer.router.options.top_k, x_TD.dtype)
+            num, top_k = experts.num_experts * experts.slices, layer.router.options.top_k * experts.slices
+            shape = Layer(dim, width // 2, num, top_k, x_TD.dtype)
             use_kernels(layer, self._give_costs(layer, shape, x_TD.device))
 
     def _give_costs(self, layer: Any, shape: Layer, device: torch.device) -> KernelChoice:
@@ -368,7 +370,8 @@ class ExpertParallel:
             self._found.append((ref(layer), ref(stats)))
             if len(self._found) > 2 * len(self._layers):
                 self._found = [one for one in self._found if one[1]() is not None]
-        self._statistics.add_forward(self._names[id(layer)], stats.plan, stats.scores.probs_TE.detach().sum(0))
+        probs_E = stats.scores.probs_TE.detach().sum(0)
+        self._statistics.add_forward(self._names[id(layer)], stats.plan, probs_E, stats.slices)
 
     def _set_slots(self, layer: Any, slots: int) -> None:
         """How many guests may stay from now on; those that are here go."""

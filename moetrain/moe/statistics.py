@@ -18,14 +18,18 @@ class LayerStatistics:
     name: str  # of the layer in the module
     counts: Ints  # [E] rows of each expert, of all ranks of the group
     guests: tuple[tuple[int, int, int], ...]  # (expert, its home rank, the rank that it was lent to), sorted
-    loads_before: Ints  # [R] rows that each rank would compute under standard expert parallelism
+    loads_before: Ints  # [R] rows, of slices if experts are cut, that each rank would compute without moved load
     loads_after: Ints  # [R] rows that it did compute
     probs_E: Tensor | None = None  # each expert's probability, summed over the tokens of this rank; None: not known
 
     @classmethod
-    def from_plan(cls, name: str, plan: Plan, probs_E: Tensor | None) -> "LayerStatistics":
-        """Return the statistics of one forward of the layer `name`, computed by `plan`."""
-        return cls(name, plan.counts.sum(0), tuple(plan.guests()), plan.home_loads(), plan.loads(), probs_E)
+    def from_plan(cls, name: str, plan: Plan, probs_E: Tensor | None, slices: int = 1) -> "LayerStatistics":
+        """Return the statistics of one forward of the layer `name`, computed by `plan`, which counts slices."""
+        num_experts, guests = plan.num_experts // slices, plan.guests()
+        counts = plan.counts[:, :num_experts].sum(0)
+        if slices > 1:
+            guests = sorted({(number % num_experts, home, guest) for number, home, guest in guests})
+        return cls(name, counts, tuple(guests), plan.home_loads(), plan.loads(), probs_E)
 
     def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
         """Return the statistics of both forwards of the layer together."""
@@ -65,9 +69,12 @@ class StatisticsOfStep:
         """Keep what was added until a layer's next forward, which takes its place."""
         self._is_in_step = False
 
-    def add_forward(self, name: str, plan: Plan, probs_E: Tensor | None = None) -> None:
-        """Add a forward of the layer `name`, computed by `plan`; `probs_E`: the sums of probabilities, if known."""
-        new, old = LayerStatistics.from_plan(name, plan, probs_E), self._by_layer.get(name)
+    def add_forward(self, name: str, plan: Plan, probs_E: Tensor | None = None, slices: int = 1) -> None:
+        """Add a forward of the layer `name`, computed by `plan`.
+
+        `probs_E`: the sums of probabilities, if known; `slices`: of an expert, which the plan counts.
+        """
+        new, old = LayerStatistics.from_plan(name, plan, probs_E, slices), self._by_layer.get(name)
         self._by_layer[name] = old + new if old is not None and self._is_in_step else new
 
     def list_layers(self, names: Iterable[str]) -> list[LayerStatistics]:

@@ -15,6 +15,7 @@ from moetrain.common.errors import ConfigError
 from moetrain.distributed import sharded
 from moetrain.distributed.comm import Group, all_gather, broadcast
 from moetrain.distributed.mesh import ExpertGroup
+from moetrain.moe.slices import cut_matrices, join_matrices
 
 
 def broadcast_weights(module: nn.Module, *groups: Group) -> None:
@@ -26,6 +27,12 @@ def broadcast_weights(module: nn.Module, *groups: Group) -> None:
         if not tensor.is_meta and not sharded.is_sharded(tensor):
             for group in groups:
                 broadcast(tensor.detach(), group)
+
+
+def gather_whole_experts(name: str, own: Tensor, experts: Any, group: ExpertGroup) -> Tensor:
+    """Return [E, ...] of the matrices called `name` of `experts`, of which `own` [S, ...] are here, perhaps slices; all
+    ranks of the group call it."""
+    return join_matrices(name, gather_experts(own, experts.num_experts * experts.slices, group), experts.slices)
 
 
 def gather_experts(own: Tensor, num_experts: int, group: ExpertGroup) -> Tensor:
@@ -43,7 +50,7 @@ def gather_state_dict(module: nn.Module, owners: Mapping[str, Any], group: Exper
     whole = {}
     for name, value in module.state_dict().items():
         if name in owners:
-            value = gather_experts(value, owners[name].experts.num_experts, group)
+            value = gather_whole_experts(name.rpartition(".")[2], value, owners[name].experts, group)
         whole[name] = sharded.gather_whole(value).detach().to("cpu", copy=True)
     return whole
 
@@ -57,7 +64,8 @@ def load_state_dict(module: nn.Module, owners: Mapping[str, Any], state: Mapping
     for name, target in module.state_dict().items():
         value = state[name]
         if name in owners:
-            value = value[owners[name].experts.own_experts()]
+            experts = owners[name].experts
+            value = cut_matrices(name.rpartition(".")[2], value, experts.slices)[experts.own_experts()]
         if value.shape != target.shape:
             raise ValueError(f"{name}: has the shape {tuple(value.shape)}, must have {tuple(target.shape)}")
         sharded.fill(target, value)
@@ -90,9 +98,17 @@ def _gather_rows(
     about: str, value: Tensor, parameter: nn.Parameter, owners: Mapping[nn.Parameter, Any], group: ExpertGroup
 ) -> Tensor:
     """[E, ...] of what an optimizer keeps for the experts at home here. Raises `ConfigError` for other rows."""
+    experts = owners[parameter].experts
     if len(value) != len(parameter):
         raise ConfigError(f"optimizer: {about} {tuple(value.shape)} for {len(parameter)} experts, not a row each")
-    return gather_experts(value, owners[parameter].experts.num_experts, group)
+    if experts.slices > 1 and value.shape != parameter.shape:
+        raise ConfigError(f"optimizer: {about} {tuple(value.shape)}, which cannot be that of whole experts with r > 1")
+    return gather_whole_experts(_name_matrix(parameter, experts), value, experts, group)
+
+
+def _name_matrix(parameter: nn.Parameter, experts: Any) -> str:
+    """Return the name of a parameter of `experts`, where they are slices; nothing depends on it otherwise."""
+    return next((name for name, p in experts.named_parameters() if p is parameter), "") if experts.slices > 1 else ""
 
 
 @torch.no_grad()
@@ -114,7 +130,8 @@ def load_optimizer_state(optimizer: Optimizer, owners: Mapping[nn.Parameter, Any
                 experts = owners[parameter].experts
                 if len(value) != experts.num_experts:
                     raise ConfigError(f"optimizer: {key} has {len(value)} of {experts.num_experts} experts")
-                value = value[experts.own_experts()]
+                cut = cut_matrices(_name_matrix(parameter, experts), value, experts.slices)
+                value = cut[experts.own_experts()]
             own[number][key] = sharded.shard_like(value, parameter)
     optimizer.load_state_dict(
         {"state": {n: each for n, each in own.items() if each}, "param_groups": whole["param_groups"]}

@@ -70,8 +70,9 @@ def estimate(config: RunSpec) -> Estimate:
     tau = config.router.zero_compute_tau  # a balanced layer gives experts that compute nothing 1 / tau times the rows
     computed = tau * m.num_experts / (tau * m.num_experts + m.num_zero_compute)
     active = dense + routers + round(computed * passes * sum(config.top_k_of_layers) * expert)
-    whole = [math.ceil(math.ceil(e / ep) / (shard // ep)) for e in m.experts_of_layers]  # experts that a rank holds
-    per_rank = dense // shard + sum(whole) * expert + routers
+    r = config.r
+    slices = [math.ceil(math.ceil(e * r / ep) / (shard // ep)) for e in m.experts_of_layers]  # that a rank holds
+    per_rank = dense // shard + sum(slices) * expert // r + routers
 
     width = precision.get_dtype(config).itemsize
     tokens = t.seq_len * config.micro_batch
@@ -82,8 +83,8 @@ def estimate(config: RunSpec) -> Estimate:
     if config.micro_steps > 1:
         held = 4 * (embeddings + m.num_layers * block)
     rows = round(computed * passes * config.router.top_k * tokens)
-    layer = width * (tokens * (8 * m.dim + 3 * attention_width) + rows * (3 * m.dim + 4 * m.expert_hidden))
-    sent = ep * (1 - (1 - 1 / ep) ** config.router.top_k)  # ranks that a token goes to
+    layer = width * (tokens * (8 * m.dim + 3 * attention_width) + rows * (3 * r * m.dim + 4 * m.expert_hidden))
+    sent = ep * (1 - (1 - 1 / ep) ** (config.router.top_k * r))  # ranks that a token goes to
     inputs = {"none": 0.0, "selective": 2 + sent * (ep - 1) / ep, "full": 2.0}[t.recompute]  # tokens that a layer keeps
     kept = layer + m.num_layers * (layer if t.recompute == "none" else round(width * inputs * tokens * m.dim))
     activations = kept + _head_bytes(config, tokens)

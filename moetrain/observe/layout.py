@@ -16,12 +16,13 @@ def describe(config: RunSpec, mesh: Mesh, corpus: Corpus, size: Estimate, logger
     m, t = config.model, config.train
     shard = mesh.world // mesh.dp_replicate
     micro = config.micro_batch
+    cut = f" (r = {config.r} slices of each expert)" if config.r > 1 else ""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in (
         (
             "layout",
             f"{mesh.world} ranks on {mesh.device.type} = dp_replicate {mesh.dp_replicate} × dp_shard {shard}; "
-            f"ep {mesh.ep.size} × expert data {shard // mesh.ep.size}; planner {config.planner.name}, {t.dtype}",
+            f"ep {mesh.ep.size}{cut} × expert data {shard // mesh.ep.size}; planner {config.planner.name}, {t.dtype}",
         ),
         (
             "model",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moetrain.common.errors import ConfigError
-from moetrain.moe.planning import PLANNERS, Costs, Limits, Plan, State, default_home, layer_time
+from moetrain.moe.planning import PLANNERS, Costs, Limits, Plan, State, count_slices, default_home, layer_time
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, imbalance
 from moetrain.simulate.cluster import BYTES, Cluster
@@ -53,6 +53,7 @@ class Machine:
     recompute: str = "none"
     stride: int = 1  # devices between neighbours of the group
     measured: Costs | None = None  # of this very layer on this machine, in place of what the cluster's figures give
+    slices: int = 1  # of an expert, r: the costs are those of slices
 
     @property
     def width_bytes(self) -> int:
@@ -73,17 +74,17 @@ class Machine:
         if self.measured is not None:
             return self.measured
         cluster, shape = self.cluster, self.shape
-        width = float(np.sqrt(shape.dim * shape.expert_hidden))
-        flops = 2.0 * 3 * shape.dim * shape.expert_hidden
+        hidden, weights = shape.expert_hidden / self.slices, shape.expert_params / self.slices
+        width = float(np.sqrt(shape.dim * hidden))
+        flops = 2.0 * 3 * shape.dim * hidden
         product = cluster.product_seconds(flops, 1e12, width, self.dtype)
         moved = BYTES["bf16"] if self.dtype == "fp8" else self.width_bytes
-        forward = cluster.memory_seconds(moved * (3.2 * shape.dim + 3 * shape.expert_hidden))
-        backward = cluster.memory_seconds(moved * (5.2 * shape.dim + 6 * shape.expert_hidden))
+        forward = cluster.memory_seconds(moved * (3.2 * shape.dim + 3 * hidden))
+        backward = cluster.memory_seconds(moved * (5.2 * shape.dim + 6 * hidden))
         segment = cluster.gemm.half_rows * product
-        weights = shape.expert_params
         gradient = cluster.memory_seconds(weights * self.stack.weight_gradient_bytes)
         row_bytes = self._row_bytes()
-        message = max(row_bytes * self.group.tokens * self.group.top_k / self.group.ranks, 1.0)
+        message = max(row_bytes * self.group.tokens * self.group.top_k * self.slices / self.group.ranks, 1.0)
         inside, between = planner_links(cluster, self.group.ranks, message)
         again = self.forwards - 1
         return Costs(
@@ -106,7 +107,7 @@ class Machine:
 
     def _row_bytes(self) -> float:
         """What a selection weighs on a link in the mean: a token goes to a rank once."""
-        ranks, top_k = self.group.ranks, self.group.top_k
+        ranks, top_k = self.group.ranks, self.group.top_k * self.slices
         distinct = ranks * (1 - (1 - 1 / ranks) ** top_k) / top_k
         return self.shape.dim * self.token_bytes * distinct
 
@@ -148,7 +149,9 @@ def distinct_tokens(rows: Floats, spread: Floats, tokens: Floats) -> Floats:
 def run_layer(counts_RE: Ints, machine: Machine, planner: PlannerChoice, past_E: Floats | None = None) -> LayerResult:
     """Plan the layer of counts [R, E] and predict it."""
     group, costs = machine.group, machine.costs()
-    home_E = default_home(group.experts, group.ranks)
+    home_E = default_home(group.experts * machine.slices, group.ranks)
+    past_E = None if past_E is None else count_slices(past_E, machine.slices)
+    counts_RE = count_slices(counts_RE, machine.slices)
     plan = planner.plan(counts_RE, home_E, costs, past_E)
     time = layer_time(plan, counts_RE, home_E, costs)
     if machine.measured is not None:
@@ -157,9 +160,9 @@ def run_layer(counts_RE: Ints, machine: Machine, planner: PlannerChoice, past_E:
         compute = _compute(plan, replace(costs, row_forward=(1 + extra) * costs.row_forward))
         return _result(plan, compute, again * time.dispatch, again * time.combine, time.lend, 0.0, 0.0)
     placed_RE = plan.placed().astype(np.float64)
-    spread_R = placed_RE.sum(1) ** 2 / np.maximum((placed_RE**2).sum(1), 1e-300)  # experts that share a rank's rows
-    tokens_R = counts_RE.sum(1) / group.top_k
-    tokens_RR = distinct_tokens(plan.traffic.astype(np.float64), spread_R[None, :], tokens_R[:, None])
+    spread_R, times_R = _spread_rows(placed_RE, machine.slices)
+    tokens_R = counts_RE.sum(1) / group.top_k / machine.slices
+    tokens_RR = distinct_tokens(plan.traffic / times_R, spread_R[None, :], tokens_R[:, None])
     bytes_RR = tokens_RR * machine.shape.dim * machine.token_bytes
     domain_R = machine.domains()
     crossing = _crossing(plan, placed_RE, domain_R, tokens_R, machine) if machine.stack.two_level else None
@@ -169,6 +172,20 @@ def run_layer(counts_RE: Ints, machine: Machine, planner: PlannerChoice, past_E:
     visible = 1 - machine.stack.exchange_hidden
     dispatch, combine = (visible * number / 2 * x for x in (there.seconds, back.seconds))
     return _result(plan, time.compute, dispatch, combine, time.lend, number * there.inside, number * there.between)
+
+
+def _spread_rows(placed_QE: Floats, slices: int) -> tuple[Floats, Floats]:
+    """([Q] experts that share the rows of each place, [Q] slices of one that are there, on average).
+
+    `placed_QE` [Q, r · E]: rows of each slice. The slices of an expert that are in one place have the same tokens.
+    """
+    if slices > 1:
+        rows_Q = placed_QE.sum(1)
+        placed_QE = placed_QE.reshape(len(placed_QE), slices, -1).max(1)
+        times_Q = np.maximum(rows_Q, 1) / np.maximum(placed_QE.sum(1), 1)
+    else:
+        times_Q = np.ones(len(placed_QE))
+    return placed_QE.sum(1) ** 2 / np.maximum((placed_QE**2).sum(1), 1e-300), times_Q
 
 
 def _compute(plan: Plan, costs: Costs) -> float:
@@ -193,8 +210,8 @@ def _crossing(plan: Plan, placed_RE: Floats, domain_R: Ints, tokens_R: Floats, m
     for domain in range(num_domains):
         to_domain[:, domain] = plan.traffic[:, domain_R == domain].sum(1)
     placed = np.stack([placed_RE[domain_R == domain].sum(0) for domain in range(num_domains)])
-    spread = placed.sum(1) ** 2 / np.maximum((placed**2).sum(1), 1e-300)
-    tokens = distinct_tokens(to_domain, spread[None, :], tokens_R[:, None])
+    spread, times = _spread_rows(placed, machine.slices)
+    tokens = distinct_tokens(to_domain / times, spread[None, :], tokens_R[:, None])
     tokens[np.arange(plan.num_ranks), domain_R] = 0
     sent = tokens.sum(1)
     members = np.bincount(domain_R, minlength=num_domains)

@@ -24,6 +24,7 @@ class Layout:
     virtual: int = 1  # model chunks of a pipeline stage (interleaved schedule)
     sharding: Literal["fsdp", "zero1"] = "fsdp"  # of parameters too, or of optimizer states alone
     reshard: bool = False  # parameters are gathered again for the backward
+    r: int = 1  # slices that every expert is cut into
 
     @property
     def stage(self) -> int:
@@ -45,6 +46,10 @@ class Layout:
         """Ranks that share one copy of an expert-parallel rank's experts."""
         return max(1, self.stage // self.ep // self.dp_replicate)
 
+    def own_experts(self, shape: Shape) -> float:
+        """Experts of a layer whose home is the fullest rank of an expert group; parts of some, where they are cut."""
+        return -(-shape.experts * self.r // self.ep) / self.r
+
     def check(self, shape: Shape) -> None:
         """Raises `ConfigError` where the numbers do not divide each other."""
         for field, value, whole, text in (
@@ -55,8 +60,12 @@ class Layout:
         ):
             if whole % value:
                 raise ConfigError(f"parallel.{field}={value}: must divide {text}, {whole}")
-        if self.ep > shape.experts:
-            raise ConfigError(f"parallel.ep={self.ep}: needs at least as many experts, {shape.experts}")
+        if self.ep > shape.experts * self.r:
+            rule = f"needs at least as many slices of experts, parallel.r={self.r} × {shape.experts}"
+            raise ConfigError(f"parallel.ep={self.ep}: {rule}")
+        if self.r > 1 and shape.expert_hidden % (8 * self.r):
+            hidden = f"the hidden width of an expert, {shape.expert_hidden}"
+            raise ConfigError(f"parallel.r={self.r}: must cut {hidden}, into multiples of 8")
         if self.pp * self.virtual > shape.num_layers:
             raise ConfigError(f"parallel.pp={self.pp}: needs at least as many layers as stages, {shape.num_layers}")
 

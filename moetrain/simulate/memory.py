@@ -43,7 +43,7 @@ def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) 
     """
     shape, layout, work, cluster = job.shape, job.layout, job.work, job.cluster
     dense = (shape.dense_params + shape.embedding_params) / layout.pp / layout.tp
-    experts = shape.num_moe * -(-shape.experts // layout.ep) * shape.expert_params / layout.pp
+    experts = shape.num_moe * layout.own_experts(shape) * shape.expert_params / layout.pp
     routers = shape.num_moe * shape.router_params / layout.pp
     own = dense / layout.dense_shards + experts / layout.expert_shards + routers
     width = max(BYTES[work.dtype], 2)
@@ -60,7 +60,7 @@ def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) 
     rows, kept_rows = even * busiest_of_one(layers), even * busiest_of_all(layers, round(depth), is_drawn)
     attention = tokens * (8 * shape.dim + shape.attention.kept_width)
     dense_mlp = tokens * 3 * (shape.shared_hidden or (shape.dense_hidden if shape.num_dense else 0))
-    of_row = 3 * shape.dim + 4 * shape.expert_hidden
+    of_row = 3 * layout.r * shape.dim + 4 * shape.expert_hidden
     live = width * (attention + dense_mlp + rows * of_row)  # of the layer at work
     kept = {
         "none": width * (attention + dense_mlp + kept_rows * of_row),
@@ -74,7 +74,7 @@ def predict_memory(job: Job, layers: list[LayerResult], is_drawn: bool = False) 
     activations = live + waiting
     logits = _logits(job, tokens, width)
     most = max((layer.most_guests for layer in layers), default=0)
-    guests = 2 * most * shape.expert_params * width  # weights and gradients, of one layer at a time
+    guests = 2 * most * shape.expert_params / layout.r * width  # weights and gradients, of one layer at a time
     states = {"masters": 4.0 * own, "gradients": gradients, "moments": float(work.moment_bytes) * own}
     parts = {"states in host memory": sum(states.values())} if work.offload else states
     parts |= {
@@ -105,7 +105,7 @@ def _logits(job: Job, tokens: int, width: int) -> float:
 
 def _selective(shape: Shape, layout: Layout, tokens: float) -> float:
     """Numbers that a layer keeps: its input, its experts' input, and the tokens that came to its experts."""
-    sent = layout.ep * (1 - (1 - 1 / layout.ep) ** shape.top_k)
+    sent = layout.ep * (1 - (1 - 1 / layout.ep) ** (shape.top_k * layout.r))
     return (2 + sent * (layout.ep - 1) / layout.ep) * tokens * shape.dim
 
 

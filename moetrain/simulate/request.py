@@ -8,6 +8,7 @@ from typing import Any
 from moetrain import config
 from moetrain.common.errors import ConfigError
 from moetrain.config import Config, Native, RunSpec
+from moetrain.moe.planning import find_slices
 from moetrain.moe.planning.cost import Costs
 from moetrain.simulate.cluster import Cluster, load_cluster, split_name
 from moetrain.simulate.here import crowd_costs, measured_cluster, read_costs
@@ -56,7 +57,7 @@ def read(overrides: Sequence[str], extra_dir: str | None = None) -> Request:
     )
     work = _work(own, settings, given, layout)
     measured = read_costs(Path(costs)) if (costs := own.get("cluster.costs")) else None
-    cluster, measured = _settle(cluster, measured, shape, world, work.dtype)
+    cluster, measured = _settle(cluster, measured, shape.cut(layout.r), world, work.dtype)
     job = Job(cluster, shape, layout, work, find_stack(own.get("stack", "moetrain")), measured)
     layout.check(shape)
     job.work.micro_steps(layout)
@@ -82,6 +83,7 @@ def job_of_run(config: RunSpec, cluster: Cluster, costs: Costs | None) -> Reques
         dp_replicate=config.parallel.dp_replicate,
         sharding="fsdp",
         reshard=config.engine.reshard_after_forward,
+        r=config.r,
     )
     work = StepWork(
         seq_len=config.train.seq_len,
@@ -92,7 +94,7 @@ def job_of_run(config: RunSpec, cluster: Cluster, costs: Costs | None) -> Reques
         moment_bytes=8 if config.optim.state_dtype == "fp32" else 4,
         offload=config.engine.offload != "none",
     )
-    settled, measured = _settle(cluster, costs, shape, config.world, work.dtype)
+    settled, measured = _settle(cluster, costs, shape.cut(config.r), config.world, work.dtype)
     planner = PlannerChoice(config.planner.name, config.planner.options)
     return Request(Job(settled, shape, layout, work, find_stack("moetrain"), measured), "natural", Natural(), planner)
 
@@ -154,6 +156,8 @@ def _layout(own: dict[str, str], settings: Config, shape: Shape, cluster: Cluste
         replica = world // axes["pp"] // settings.parallel.dp_replicate
         most = min(replica, shape.experts, cluster.domain)
         ep = max(n for n in range(1, max(most, 1) + 1) if replica % n == 0 and shape.experts % n == 0)
+    asked = settings.parallel.r
+    r = (find_slices(shape.experts, shape.expert_hidden, ep) or 1) if asked == "auto" else asked
     reshard = isinstance(settings.engine, Native) and settings.engine.reshard_after_forward
     return Layout(
         world=world,
@@ -161,6 +165,7 @@ def _layout(own: dict[str, str], settings: Config, shape: Shape, cluster: Cluste
         dp_replicate=settings.parallel.dp_replicate,
         sharding=sharding,
         reshard=reshard,
+        r=r,
         **axes,
     )
 

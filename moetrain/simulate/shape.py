@@ -6,7 +6,7 @@ published models in `PUBLISHED` by name. Nothing is built and no torch is loaded
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,10 @@ class Shape:
     def active_params(self) -> int:
         routed = self.num_moe * (self.top_k * self.expert_params + self.router_params)
         return self.dense_params + self.embedding_params + routed
+
+    def cut(self, slices: int) -> "Shape":
+        """The shape whose experts are slices of these, as measured costs are of them."""
+        return replace(self, expert_hidden=self.expert_hidden // slices) if slices > 1 else self
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward and backward, products only, causal attention counted at half: what MFU is a share of."""

@@ -53,7 +53,7 @@ def print_predictions(found: Sequence[Prediction]) -> None:
 def describe(job: Job) -> str:
     """The job in a line."""
     layout, work = job.layout, job.work
-    axes = {"pp": layout.pp, "tp": layout.tp, "cp": layout.cp, "dp_replicate": layout.dp_replicate}
+    axes = {"r": layout.r, "pp": layout.pp, "tp": layout.tp, "cp": layout.cp, "dp_replicate": layout.dp_replicate}
     others = "".join(f", {name} {value}" for name, value in axes.items() if value > 1)
     return (
         f"{job.shape.name}, {job.shape.params / 1e9:.3g}B parameters, {job.shape.active_params / 1e9:.3g}B active, on "
@@ -84,7 +84,8 @@ def print_sweep(found: Sequence[Candidate], left_out: dict[str, int], job: Job) 
     for candidate in found:
         p = candidate.prediction
         layout, work = p.job.layout, p.job.work
-        numbers = (layout.ep, layout.dp_replicate, layout.pp, layout.tp, work.micro_batch)
+        ep = f"{layout.ep}, r {layout.r}" if layout.r > 1 else layout.ep
+        numbers = (ep, layout.dp_replicate, layout.pp, layout.tp, work.micro_batch)
         table.add_row(
             *(str(n) for n in numbers),
             work.recompute,

@@ -81,6 +81,7 @@ class Job:
             self.work.dtype,
             self.work.recompute,
             measured=self.measured,
+            slices=self.layout.r,
         )
 
     @property
@@ -233,7 +234,7 @@ def _shards(job: Job, micro_steps: int, busy: float) -> tuple[float, dict[str, f
     """
     shape, layout = job.shape, job.layout
     dense = (shape.dense_params + shape.embedding_params) / layout.pp / layout.tp
-    experts = shape.num_moe * -(-shape.experts // layout.ep) * shape.expert_params / layout.pp
+    experts = shape.num_moe * layout.own_experts(shape) * shape.expert_params / layout.pp
     gathers = micro_steps * (2 if layout.reshard else 1) if layout.sharding == "fsdp" else 1
     seconds = moved = 0.0
     for params, shards, stride in (
@@ -258,5 +259,5 @@ def _shards(job: Job, micro_steps: int, busy: float) -> tuple[float, dict[str, f
 def _update(job: Job) -> float:
     shape, layout = job.shape, job.layout
     dense = (shape.dense_params + shape.embedding_params) / layout.pp / layout.tp / layout.dense_shards
-    experts = shape.num_moe * -(-shape.experts // layout.ep) * shape.expert_params / layout.pp / layout.expert_shards
+    experts = shape.num_moe * layout.own_experts(shape) * shape.expert_params / layout.pp / layout.expert_shards
     return job.cluster.memory_seconds((dense + experts) * job.stack.optimizer_bytes)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from moetrain.common.errors import ConfigError
+from moetrain.moe.planning import find_slices
 from moetrain.simulate.layer import PlannerChoice
 from moetrain.simulate.layout import Layout, StepWork
 from moetrain.simulate.predict import Prediction, predict
@@ -13,6 +14,7 @@ from moetrain.simulate.traffic import Natural
 
 RECOMPUTE = ("none", "selective", "full")
 MICRO_BATCHES = (1, 2, 4)
+MOST_SLICES = 4  # of an expert, where a group has more ranks than a layer has experts
 SHOWN = 10
 
 
@@ -27,13 +29,14 @@ class Candidate:
 def layouts(job: Job, with_formulas: bool) -> Iterator[tuple[Layout, StepWork]]:
     """Expert-parallel sizes and replicas that divide; with pipeline stages and tensor ranks where asked for."""
     world, shape = job.layout.world, job.shape
-    sizes = [2**n for n in range(world.bit_length()) if 2**n <= min(world, shape.experts)]
+    sizes = [2**n for n in range(world.bit_length()) if 2**n <= min(world, MOST_SLICES * shape.experts)]
     stages = [n for n in (1, 2, 4, 8, 16) if with_formulas or n == 1]
     tensor = [n for n in (1, 2, 4) if with_formulas or n == 1]
     replicas = [n for n in (1, 2, 4, 8, 16, 32) if n <= max(1, world // 8)]
     options = itertools.product(sizes, stages, tensor, replicas, MICRO_BATCHES, RECOMPUTE, (False, True))
     for ep, pp, tp, replicate, micro_batch, recompute, reshard in options:
-        layout = replace(job.layout, ep=ep, pp=pp, tp=tp, dp_replicate=replicate, virtual=1, reshard=reshard)
+        r = find_slices(shape.experts, shape.expert_hidden, ep) or 1
+        layout = replace(job.layout, ep=ep, r=r, pp=pp, tp=tp, dp_replicate=replicate, virtual=1, reshard=reshard)
         work = replace(job.work, micro_batch=micro_batch, recompute=recompute)
         try:
             layout.check(shape)

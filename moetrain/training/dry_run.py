@@ -48,15 +48,16 @@ def show_dry_run(config: Config, world: int, as_json: bool) -> int:
     if as_json:
         device = _device_bytes()
         needed = needed_bytes(spec, device)
-        layout = {**spec.parallel.model_dump(), "dp_shard": spec.dp_shard, "ep": spec.ep}
+        layout = {**spec.parallel.model_dump(), "dp_shard": spec.dp_shard, "ep": spec.ep, "r": spec.r}
         found = {"world": world, **layout, "parameters": total, "per_rank": own, **_bytes(size)}
         found |= {"device_bytes": device, "needed_bytes": needed, "fits": needed <= device}
         print(
             json.dumps({**found, "predicted_on": device_name, "predicted": expected and dataclasses.asdict(expected)})
         )
         return 0
+    cut = f" with every expert in r = {spec.r} slices" if spec.r > 1 else ""
     console.print(
-        f"{world} ranks = dp_replicate {spec.parallel.dp_replicate} × dp_shard {spec.dp_shard}; ep {spec.ep}. "
+        f"{world} ranks = dp_replicate {spec.parallel.dp_replicate} × dp_shard {spec.dp_shard}; ep {spec.ep}{cut}. "
         f"{short(sum(total.values()))} parameters, {short(size.active)} active per token"
     )
     console.print(_parameters(total, own))

@@ -17,6 +17,7 @@ from torch import nn
 
 from moetrain import checkpoint, config
 from moetrain.checkpoint import agreeing, loading, manifest
+from moetrain.checkpoint.reading import SavedModel
 from moetrain.checkpoint.saving import share_out
 from moetrain.config import ConfigError
 from moetrain.distributed.mesh import Mesh
@@ -344,6 +345,27 @@ def test_from_layout_to_layout_a_run_stays_on_its_curve(pool, tiny) -> None:
         before = run_at(pool, ranks, ep, [*more, f"run.name=ep-{ep}", start])
         assert losses(before)[:5] == pytest.approx(losses(whole)[step : step + 5], rel=1e-5)
         assert losses(before) == pytest.approx(losses(whole)[step:], rel=1e-3)
+
+
+def test_experts_are_cut_otherwise_where_a_run_goes_on(pool, tiny, tmp_path: Path) -> None:
+    """Saved with experts in two slices on four ranks, on with whole ones, with four slices, and back; what is read for
+    an export is whole."""
+    more = [*tiny, "model.num_experts=2", "train.steps=16", "checkpoint.every=4", "checkpoint.keep=9"]
+    whole = run_at(pool, 4, 4, [*more, "run.name=in-slices", "parallel.ep=4"])
+    before = whole
+    for step, ranks, ep, slices in ((4, 1, 1, 1), (8, 2, 2, 4), (12, 4, 4, 2)):
+        start = f"checkpoint.resume={before}/checkpoints/step_{step}"
+        before = run_at(
+            pool, ranks, ep, [*more, f"run.name=r-{slices}", start, f"parallel.ep={ep}", f"parallel.r={slices}"]
+        )
+        assert losses(before)[:5] == pytest.approx(losses(whole)[step : step + 5], rel=1e-5)
+    folders = whole, before.parent / "r-1"
+    cut, one = (SavedModel(folder / "checkpoints" / "step_8") for folder in folders)
+    assert {name: entry[:2] for name, entry in cut.entries.items()} == {n: e[:2] for n, e in one.entries.items()}
+    for name in cut.entries:
+        torch.testing.assert_close(cut.read(name), one.read(name), rtol=1e-2, atol=1e-4)
+        if "experts" in name:
+            assert torch.equal(cut.read(name, 2, 5), cut.read(name)[2:5])
 
 
 def run_at(pool, ranks: int, ep: int, overrides: list[str]) -> Path:

@@ -211,7 +211,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["train.stepz=5"], "train.stepz: no such field; did you mean train.steps?"),
         (
             ["+parallel.tp=5"],
-            "parallel.tp=5: no such field; parallel has nproc, ep, dp_shard, dp_replicate, backend, uneven",
+            "parallel.tp=5: no such field; parallel has nproc, ep, r, dp_shard, dp_replicate, backend, uneven",
         ),
         (["lr=1e-3"], "lr: no such field; did you mean optim.lr?"),
         (["model.hidden_size=64"], "model.hidden_size: no such field; did you mean model.dim?"),
@@ -222,7 +222,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["model.layers=3"], "model.layers: no such field; did you mean model.num_layers?"),
         (
             ["parallel.tp=2"],
-            "parallel.tp: no such field; parallel has nproc, ep, dp_shard, dp_replicate, backend, uneven",
+            "parallel.tp: no such field; parallel has nproc, ep, r, dp_shard, dp_replicate, backend, uneven",
         ),
         (
             ["optim.rule=muon"],
@@ -281,8 +281,14 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
             "of the layer before",
         ),
         (
-            ["model.expert_schedule=ascending", "model.min_experts=4", "parallel.nproc=8", "parallel.ep=8"],
-            "parallel.ep=8: needs at least as many experts, of one layer=4",
+            [
+                "model.expert_schedule=ascending",
+                "model.min_experts=4",
+                "parallel.nproc=8",
+                "parallel.ep=8",
+                "parallel.r=1",
+            ],
+            "parallel.r=1: must give each rank of parallel.ep=8 a slice of the experts, of one layer=4",
         ),
         (["planner=best"], "planner=best: must be one of auto, eplb, home, llep, makespan, static"),
         (["planner.name=best"], "planner.name=best: known planners are home, llep, makespan, eplb, static, auto"),
@@ -295,9 +301,12 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["engine.guest_memory_mib=-1"], "engine.guest_memory_mib=-1: must be greater than or equal to 0"),
         (["planner=llep", "planner.alpha=0.5"], "planner.alpha=0.5: must be greater than or equal to 1"),
         (
-            ["parallel.nproc=16", "parallel.ep=16"],
-            "parallel.ep=16: needs at least as many experts, model.num_experts=8",
+            ["parallel.nproc=16", "parallel.ep=16", "model.expert_hidden=24", "model.num_experts=2"],
+            "parallel.ep=16: model.expert_hidden=24 has no slices of equal widths, multiples of 8, that give "
+            "every rank one of model.num_experts=2",
         ),
+        (["parallel.nproc=2", "parallel.r=3"], "parallel.r=3: must cut model.expert_hidden=256 into multiples of 8"),
+        (["parallel.nproc=2", "parallel.r=0"], "parallel.r=0: must be auto or a whole number above 0"),
         (["parallel.nproc=2", "parallel.ep=4"], "parallel.ep=4: must divide the ranks of one replica, 2"),
         (
             ["parallel.nproc=2", "parallel.dp_replicate=3"],

@@ -177,9 +177,27 @@ def test_layouts_that_cannot_be_are_refused() -> None:
         (Layout(64, 48), r"parallel\.ep=48: must divide"),
         (Layout(64, 8, pp=3), r"parallel\.pp=3: must divide the number of ranks, 64"),
         (Layout(64, 8, tp=5), r"parallel\.tp=5: must divide with parallel\.cp the ranks"),
-        (Layout(512, 256), r"parallel\.ep=256: needs at least as many experts, 128"),
+        (Layout(512, 256), r"parallel\.ep=256: needs at least as many slices of experts, parallel\.r=1 × 128"),
     ):
         with pytest.raises(ConfigError, match=message):
             predict_step(replace(job("qwen3-30b-a3b", 64, 8), layout=layout))
     with pytest.raises(ConfigError, match=r"train\.global_batch=3: must be a multiple of 64 data-parallel ranks"):
         predict_step(replace(job("qwen3-30b-a3b", 64, 8), work=StepWork(4096, 1, 3)))
+
+
+def test_slices_balance_a_hot_rank_and_send_every_token_twice() -> None:
+    """Experts in two slices, at home on two ranks each: less to compute on the hot rank, more on the links; and a group
+    of more ranks than experts."""
+    base = job("qwen3-30b-a3b", 64, 64)
+    whole, cut = (
+        predict_step(replace(base, layout=replace(base.layout, r=r)), "W2_hot_rank", samples=2).layers[0]
+        for r in (1, 2)
+    )
+    assert cut.loads.max() / cut.loads.mean() < 0.7 * whole.loads.max() / whole.loads.mean()
+    assert cut.experts < 0.7 * whole.experts
+    assert 1.5 < (cut.inside + cut.between) / (whole.inside + whole.between) < 2
+    wide = predict_step(replace(job("qwen3-30b-a3b", 256, 256), layout=Layout(256, 256, r=2)), "natural", samples=2)
+    assert wide.total > 0
+    spread = replace(base, layout=Layout(64, 8, r=8))  # eight slices on every rank: a token goes to each once
+    loads = predict_step(spread, "natural", samples=2).layers[0].loads
+    assert loads.max() == loads.min()

@@ -18,6 +18,7 @@ from moetrain.distributed import comm
 from moetrain.distributed.mesh import Mesh
 from moetrain.moe.exchange import dispatch
 from moetrain.moe.exchange import guests as guests_module
+from moetrain.moe.slices import join_matrices
 from moetrain.training.step import build, micro_batches, optimizer_step
 from tests.grid import on_grid
 
@@ -54,6 +55,11 @@ UNEVEN = [  # experts, layout: some ranks have fewer experts than others, some n
     (3, Layout(2, 2, planner="llep")),
     (3, Layout(4, 2, planner="llep")),
 ]
+CUT = [  # experts, layout: experts in slices, with whole ones for every rank or without
+    (2, Layout(4, 4, planner="makespan", options=("parallel.ep=4",))),
+    (2, Layout(4, 2, planner="llep", options=("parallel.r=4", "train.recompute=full"))),
+    (3, Layout(4, 4, planner="home", options=("parallel.ep=4", "parallel.r=4", "engine.max_rows=20"))),
+]
 BASE = ["router.skew=0.5", "balance.accumulate=exact", "optim.warmup=2", "optim.lr=1e-2"]
 
 
@@ -81,6 +87,7 @@ def whole(mesh: Mesh, engine: Any, tensors: dict[str, Tensor]) -> dict[str, Tens
             padded[: len(value)] = value
             parts = all_gather(padded, mesh.ep.rows)
             value = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+            value = join_matrices(name.rpartition(".")[2], value, owner.slices)
         found[name] = value.clone()
     return found
 
@@ -170,6 +177,17 @@ def test_homes_may_be_uneven_or_empty(pool, tiny) -> None:
         reference = run(pool, given, ONE, 1)[0]
         for layout in (layout for number, layout in UNEVEN if number == num_experts):
             check(pool, given, layout, 3, reference)
+
+
+def test_experts_may_be_cut_into_slices(pool, tiny) -> None:
+    for num_experts in {number for number, _ in CUT}:
+        given = [*tiny, f"model.num_experts={num_experts}"]
+        reference = run(pool, given, ONE, 1)[0]
+        for layout in (layout for number, layout in CUT if number == num_experts):
+            for found in run(pool, given, layout, 3):
+                gradient, weight = differences(found, reference)
+                assert gradient <= GRADIENT, layout
+                assert weight <= WEIGHT, layout
 
 
 def test_routers_stay_equal_where_a_rank_has_no_experts(pool, tiny) -> None:

@@ -8,7 +8,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from moetrain.common.registry import Options
 
@@ -19,6 +28,17 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["auto", "fp32", "bf16"]
+
+
+def _say_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Checks a number or auto. Raises `ValueError` with one rule for both."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("must be auto or a whole number above 0") from None
+
+
+PositiveOrAuto = Annotated[Positive | Literal["auto"], WrapValidator(_say_auto)]
 Shape = Literal["uniform", "descending", "ascending", "pyramid_up", "pyramid_down", "wave_up", "wave_down"]
 BOUNDS = {"above": "gt", "at_least": "ge", "below": "lt", "at_most": "le"}  # of registry.option -> of pydantic
 

@@ -11,6 +11,7 @@ from moetrain.config.sections.base import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    PositiveOrAuto,
     Section,
     core_field,
 )
@@ -107,7 +108,13 @@ class Parallel(Section):
     )
     ep: Positive | None = Field(
         description="Ranks that share one set of experts (expert parallelism). null: the largest number that divides "
-        "both the ranks of a replica and the experts of every layer."
+        "both the ranks of a replica and the experts of every layer. More ranks than experts need `parallel.r` above 1."
+    )
+    r: PositiveOrAuto = Field(
+        default="auto",
+        description="Slices of equal hidden width that every expert is cut into, each at home on one rank of "
+        "`parallel.ep`: an expert's rows go to r ranks, which compute a part each. auto: 1, or where `parallel.ep` "
+        "exceeds the experts the fewest that give every rank one.",
     )
     dp_shard: Positive | None = Field(
         description="Ranks over which the dense parameters are sharded. null: all ranks / `parallel.dp_replicate`; "

@@ -5,7 +5,10 @@ source rank holds for each expert, home [E] the rank that owns each expert; `opt
 as keyword-only arguments. `layer_time(plan, counts, home, costs)` predicts what a plan takes.
 """
 
+from typing import TypeVar
+
 import numpy as np
+from numpy.typing import NDArray
 
 from moetrain.moe.options import PLANNERS
 from moetrain.moe.planning.cost import Costs, Limits, Link, State, default_costs, layer_time
@@ -18,12 +21,30 @@ __all__ = [
     "Link",
     "Plan",
     "State",
+    "count_slices",
     "default_costs",
     "default_home",
+    "find_slices",
     "layer_time",
 ]
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 def default_home(num_experts: int, num_ranks: int) -> Ints:
     """Returns [E] the rank that owns each expert: consecutive blocks, `e // ceil(E / R)`."""
     return np.arange(num_experts) // -(-num_experts // num_ranks)
+
+
+def count_slices(counts: NDArray[Number], slices: int) -> NDArray[Number]:
+    """Return the rows [..., r · E] of each slice for the rows [..., E] of each expert."""
+    return counts if slices == 1 else np.concatenate([counts] * slices, -1)
+
+
+def find_slices(num_experts: int, hidden: int, num_ranks: int) -> int | None:
+    """Return the fewest slices of an expert for which `num_ranks` ranks own one each; None where there is no number.
+
+    Slices have equal widths that are multiples of 8: rows of grouped GEMMs are multiples of 16 bytes.
+    """
+    fewest = -(-num_ranks // num_experts)
+    return next((r for r in range(fewest, hidden // 8 + 1) if hidden % (8 * r) == 0), None)

@@ -123,7 +123,7 @@ class BalanceLoss:
             sequence = sequence_loss(stats, weight_N.split(self._sizes), self._length, tokens)
             terms["sequence"] = (options.sequence_coefficient, sequence)
         if options.device_coefficient:
-            homes = [s.plan.counts.shape[1] for s in stats]
+            homes = [s.num_experts for s in stats]
             device = (device_weights(f_N, self._sizes, homes, self._groups) * prob_N).sum()
             terms["device"] = (options.device_coefficient, device)
         if options.entropy_coefficient:

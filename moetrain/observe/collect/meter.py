@@ -194,7 +194,7 @@ class Meter:
         waits[:, rank] = [clock.get(name, 0.0) for clock in clocks for name in WAITS]
         peak[rank] = peak_memory(self._mesh.device)
         memory[rank] = memory_now(self._mesh.device)
-        weight = 3 * self._config.model.dim * self._config.model.expert_hidden
+        weight = 3 * self._config.model.dim * self._config.model.expert_hidden // self._config.r
         width = precision.get_dtype(self._config).itemsize
         return {
             "plans": np.array([*plans.facts(), plans.saved_seconds(self._costs, self._forwards)]),

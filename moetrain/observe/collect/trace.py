@@ -17,6 +17,7 @@ from moetrain.common import disk
 from moetrain.common.arrays import BROKEN, Array, read_arrays, stack
 from moetrain.moe.layer import LayerStats
 from moetrain.moe.planning.cost import Limits
+from moetrain.moe.planning.plan import Plan
 from moetrain.observe.collect.meter import ALL_PHASES, Reading, waited
 from moetrain.observe.metrics import WAITED, WAITED_FOR
 
@@ -83,9 +84,9 @@ class LoadTrace:
         if self._folder is not None:
             plans = [s.plan for s in stats]
             sample = {
-                "counts": stack([p.counts for p in plans]),
-                "owner": stack([p.home for p in plans], -1).astype(np.int16),
-                "placed": stack([p.placed() for p in plans]),
+                "counts": stack([s.plan.counts[:, : s.num_experts] for s in stats]),
+                "owner": stack([s.plan.home[: s.num_experts] for s in stats], -1).astype(np.int16),
+                "placed": stack([_place_experts(s.plan, s.slices) for s in stats]),
                 "traffic": stack([p.traffic for p in plans]),
                 "home": stack([p.home_loads() for p in plans]),
                 "planned": stack([p.loads() for p in plans]),
@@ -154,3 +155,9 @@ def _open(path: Path) -> dict[str, Array] | None:
         return found if len(found) == len(names) else None
     except BROKEN:
         return None
+
+
+def _place_experts(plan: Plan, slices: int) -> Array:
+    """Return [R, E] rows of each expert that each rank computes; of slices, as many whole ones, rounded up."""
+    placed = plan.placed()
+    return placed if slices == 1 else -(-placed.reshape(len(placed), slices, -1).sum(1) // slices)
