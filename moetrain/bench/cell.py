@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetrain.bench import cases
+from moetrain.bench import cases, workloads
 from moetrain.bench.cases import LayerShape
 from moetrain.bench.timing import read_clock
 from moetrain.distributed.comm import all_gather
@@ -23,8 +23,10 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.planning import PLANNERS
 from moetrain.moe.planning.cost import Costs, State
-from moetrain.moe.planning.plan import Ints, Plan
+from moetrain.moe.planning.eplb import remember
+from moetrain.moe.planning.plan import Floats, Ints, Plan
 from moetrain.moe.routing.base import Routing
+from moetrain.simulate.traffic import RoutedGroup
 
 GUEST_SLOTS = 8  # guests that stay between forward and backward
 ANNOUNCEMENT_BYTES = 8  # an announced selection: which copy, and its weight
@@ -79,6 +81,8 @@ class Cell:
     expert_N: Tensor
     planner: str
     costs: Costs
+    token_N: Tensor | None = None  # of the selections; None: `shape.top_k` of each token
+    past_E: Floats | None = None  # [E] rows of steps before, for planners that look at them
 
     @classmethod
     def draw(
@@ -92,7 +96,8 @@ class Cell:
     def routing(self) -> Routing:
         """What a router would hand to the experts."""
         probs_TE = self.inputs.weight_N.new_empty(0, self.shape.experts)  # for the balance loss: not part of this
-        return Routing(self.inputs.token_N, self.expert_N, self.inputs.weight_N, probs_TE)
+        token_N = self.inputs.token_N if self.token_N is None else self.token_N
+        return Routing(token_N, self.expert_N, self.inputs.weight_N[: len(self.expert_N)], probs_TE)
 
     def decide(self) -> Plan:
         """Gather the counts of all ranks and return the plan, as a training step does after its choice of experts."""
@@ -102,7 +107,7 @@ class Cell:
 
     def plan(self, counts_RE: Ints) -> Plan:
         """Return the planner's plan for these counts and the guests that have stayed."""
-        state = State(resident=self.experts.residents.keeps_RE)
+        state = State(resident=self.experts.residents.keeps_RE, past=self.past_E)
         return PLANNERS[self.planner](counts_RE, self.experts.home, self.costs, self.experts.limits, state)
 
     def forward(self, plan: Plan) -> Tensor:
@@ -219,3 +224,18 @@ class Setup:
     def draw_cell(self, scenario: str, planner: str) -> Cell:
         """Return the layer under one routing and planner."""
         return Cell.draw(scenario, planner, self.shape, self.experts, self.inputs, self.costs, self.seed)
+
+    def draw_workload(self, name: str, planner: str) -> tuple[list[Cell], list[Cell]]:
+        """Return the layer in each step of a workload, or of a run's load trace, and with its rows spread evenly."""
+        ep, shape = self.experts.ep, self.shape
+        found: tuple[list[Cell], list[Cell]] = ([], [])
+        group = RoutedGroup(ep.size, shape.experts, shape.tokens, shape.top_k)
+        for step, sample in enumerate(workloads.draw_steps(name, group, self.seed)):
+            past_E = remember(None, sample.past)
+            even = workloads.spread_evenly(sample.counts)
+            for cells, counts_RE, decided in zip(found, (sample.counts, even), (planner, "home"), strict=True):
+                rng = np.random.default_rng((self.seed, step, ep.rank))
+                chosen = workloads.select_tokens(counts_RE[ep.rank], shape.top_k, shape.tokens, rng)
+                token_N, expert_N = (torch.from_numpy(each).to(self.inputs.x_TD.device) for each in chosen)
+                cells.append(Cell(shape, self.experts, self.inputs, expert_N, decided, self.costs, token_N, past_E))
+        return found

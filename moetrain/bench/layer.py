@@ -6,21 +6,23 @@ time counts. Percentages are medians of the ratios of such neighbours.
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moetrain.bench import cases, layer_peers, layer_report, virtual
+from moetrain.bench import layer_peers, layer_report, virtual
 from moetrain.bench.cases import LayerShape
-from moetrain.bench.cell import Setup
+from moetrain.bench.cell import Cell, Setup
 from moetrain.bench.memory import measure_peak
 from moetrain.bench.protocol import KERNELS, Grid
 from moetrain.bench.tables import Records
-from moetrain.bench.timing import gather_numbers, measure_spread, time_in_turns
+from moetrain.bench.timing import Timed, gather_numbers, measure_spread, time_in_turns
 from moetrain.common.console import errors
 from moetrain.config import ConfigError
 from moetrain.distributed.mesh import Mesh
@@ -90,7 +92,7 @@ def _make_folder(out: Path | None, name: str, grid: Grid) -> Path | None:
 
 def measure_grid(mesh: Mesh, grid: Grid, backend: str | None = None) -> Records:
     """Return one record for every shape, scenario and planner, the same on every rank; all ranks call it."""
-    names = [(shape, cases.match_scenarios(grid.patterns, shape.experts)) for shape in grid.shapes]
+    names = [(shape, grid.list_scenarios(shape)) for shape in grid.shapes]
     total = sum(len(scenarios) for _, scenarios in names) * len(grid.planners)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found: Records = []
@@ -106,6 +108,12 @@ def measure_grid(mesh: Mesh, grid: Grid, backend: str | None = None) -> Records:
         for shape, scenarios in names:
             found += _measure_shape(mesh, shape, scenarios, grid, backend, show_progress)
     return found
+
+
+def time_cells(cells: list[Cell]) -> tuple[float, float]:
+    """Run every step of a workload; return mean seconds until the forward is over, and in all."""
+    forward, total = zip(*(cell.time_pass() for cell in cells), strict=True)
+    return statistics.mean(forward), statistics.mean(total)
 
 
 def _measure_shape(
@@ -129,16 +137,20 @@ def _measure_shape(
     for scenario in scenarios:
         for planner in grid.planners:
             show_progress(f"{shape}: {scenario}, {planner}", 0)
-            cell = setup.draw_cell(scenario, planner)
+            if scenario in grid.workloads:
+                cells, ideal = setup.draw_workload(scenario, planner)
+            else:
+                cells, ideal = [setup.draw_cell(scenario, planner)], [reference]
             for _ in range(SETTLE):
-                cell.time_pass()
-            passes = [gemms.time_pass, reference.time_pass, cell.time_pass]
+                time_cells(cells)
+            passes: list[Timed] = [gemms.time_pass, partial(time_cells, ideal), partial(time_cells, cells)]
             times = time_in_turns(passes, grid.repeats, ep, device)
             gemm, balanced, this = times[:, :, 1].T
-            plan = cell.decide()
-            sent = gather_numbers(cell.count_bytes(plan), mesh)
-            cell.time_pass(plan)
-            peak = max(gather_numbers(measure_peak(cell.keep_gradients, device), mesh))
+            plans = [cell.decide() for cell in cells]
+            sent = [gather_numbers(cell.count_bytes(plan), mesh) for cell, plan in zip(cells, plans, strict=True)]
+            time_cells(cells)
+            peak = max(max(gather_numbers(measure_peak(cell.keep_gradients, device), mesh)) for cell in cells)
+            share = statistics.mean(plan.loads().sum() for plan in plans) / (ep.size * shape.tokens * shape.top_k)
             found.append(
                 {
                     "scenario": scenario,
@@ -151,12 +163,12 @@ def _measure_shape(
                     "total_ms": 1e3 * float(np.median(this)),
                     "percent_of_balanced": 100 * float(np.median(balanced / this)),
                     "spread": 100 * measure_spread(balanced / this),
-                    "percent_of_gemm": 100 * float(np.median(gemm / this)),
-                    "gemm_spread": 100 * measure_spread(gemm / this),
-                    "max_over_mean": float(plan.loads().max() / plan.loads().mean()),
-                    "rows_crossing": plan.crossing(),
-                    "bytes_crossing": sum(sent),
-                    "guests": len(plan.guests()),
+                    "percent_of_gemm": 100 * float(np.median(share * gemm / this)),
+                    "gemm_spread": 100 * measure_spread(share * gemm / this),
+                    "max_over_mean": statistics.mean(float(p.loads().max() / p.loads().mean()) for p in plans),
+                    "rows_crossing": round(statistics.mean(plan.crossing() for plan in plans)),
+                    "bytes_crossing": round(statistics.mean(map(sum, sent))),
+                    "guests": round(statistics.mean(len(plan.guests()) for plan in plans)),
                     "peak_memory_mib": peak / 2**20,
                     "memory_ratio": peak / balanced_peak,
                 }

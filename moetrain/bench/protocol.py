@@ -29,6 +29,7 @@ class Grid:
     warmup: int  # balanced passes before any is timed
     seed: int
     kernels: Sequence[str] = tuple(KERNELS[:1])
+    workloads: Sequence[str] = ()  # names, and folders of runs; in place of the routings unless `patterns` name some
 
     @classmethod
     def from_options(cls, options: argparse.Namespace, num_ranks: int) -> "Grid":
@@ -50,12 +51,30 @@ class Grid:
                 raise ConfigError(f"--experts {shape.experts}: must be a multiple of the {num_ranks} ranks")
             if shape.dim % 8 or shape.hidden % 8:  # rows of a grouped GEMM begin at multiples of 16 bytes
                 raise ConfigError(f"--dim {shape.dim} --hidden {shape.hidden}: must be multiples of 8")
-        patterns = options.scenario or (list(QUICK) if options.quick else None)
+        chosen = _list_workloads(options)
+        if chosen and options.virtual_ranks:
+            raise ConfigError("--workload and --trace: must not be given with --virtual-ranks")
+        patterns = options.scenario or ([] if chosen else list(QUICK) if options.quick else None)
         for shape in shapes:
-            match_scenarios(patterns, shape.experts)
+            if patterns != []:
+                match_scenarios(patterns, shape.experts)
         repeats = options.repeats or (3 if options.virtual_ranks else 5 if options.quick else 15)
         warmup = options.warmup or (5 if options.virtual_ranks else 40)
-        return cls(shapes, patterns, options.planner, repeats, warmup, options.seed, options.kernels)
+        return cls(shapes, patterns, options.planner, repeats, warmup, options.seed, options.kernels, chosen)
+
+    def list_scenarios(self, shape: LayerShape) -> list[str]:
+        """Return the routings of one shape, by name, and the workloads."""
+        routings = [] if self.patterns == [] else match_scenarios(self.patterns, shape.experts)
+        return [*routings, *self.workloads]
+
+
+def _list_workloads(options: argparse.Namespace) -> list[str]:
+    """Return the workloads of a command line, `--workload` and `--trace`. Raises `ConfigError`."""
+    if not options.workload and options.trace is None:
+        return []
+    from moetrain.bench import workloads  # loads torch: not for every command line
+
+    return workloads.list_workloads(options.workload or [], options.trace)
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ class StepOptions:
     warmup: int  # training steps before
     by_domain: bool = False  # whether every rank reads another domain of the corpus
     peers: bool = False  # whether transformers' model takes its turns
+    workloads: Sequence[str] = ()  # that the routers choose by; none: by their scores
 
     @classmethod
     def from_arguments(cls, given: argparse.Namespace) -> "StepOptions":
@@ -81,7 +101,10 @@ class StepOptions:
             raise ConfigError(f"--repeats {given.repeats}: must be at least 1")
         if given.warmup < 0:
             raise ConfigError(f"--warmup {given.warmup}: must be at least 0")
-        return cls(planners, given.repeats, given.warmup, given.by_domain, given.peers)
+        chosen = _list_workloads(given)
+        if chosen and given.peers:
+            raise ConfigError("--peers: must not be given with --workload or --trace")
+        return cls(planners, given.repeats, given.warmup, given.by_domain, given.peers, chosen)
 
 
 PEER_HAS = {  # what Qwen3-MoE of transformers can be

@@ -21,6 +21,7 @@ from moetrain.bench.protocol import StepOptions
 from moetrain.bench.step_peer import Peer
 from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.bench.timing import find_quartiles, read_clock
+from moetrain.bench.workloads import STEPS, ForcedRouting
 from moetrain.config import Config, RunSpec, resolve, vary
 from moetrain.config.core_options import balance_options
 from moetrain.data.loader import Corpus, Loader, Samples, Sequences
@@ -39,7 +40,7 @@ from moetrain.moe.routing.balance import BalancedRouter, BalanceLoss
 from moetrain.observe.collect.meter import MicroStep
 from moetrain.training.step import build, micro_batches, optimizer_step
 
-IDEAL = "round_robin"
+IDEAL, IDEAL_NAME = "round_robin", "round robin"
 SETTLE = 2  # steps of every variant before any is timed
 SYNC_REPEATS = 101
 
@@ -50,13 +51,18 @@ class Variant:
 
     router: str
     planner: config.Planner
+    forced: ForcedRouting | None = None  # what routers choose whatever their scores
 
-    def install(self, layers: Sequence[MoE]) -> None:
-        """Have the layers choose and plan this way from now on."""
-        for moe in layers:
+    def install(self, layers: Sequence[MoE], repeat: int) -> None:
+        """Have the layers choose and plan this way from now on, in the step of this number."""
+        for number, moe in enumerate(layers):
             moe.planner = partial(PLANNERS[self.planner.name], **self.planner.options)
             for router in moe.routers:
-                router.choose = partial(ROUTERS[self.router].choose, router)  # type: ignore[method-assign]
+                if self.forced is None:
+                    router.choose = partial(ROUTERS[self.router].choose, router)  # type: ignore[method-assign]
+                else:
+                    self.forced.step = repeat
+                    router.choose = self.forced.replace_choice(router, number)  # type: ignore
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Bench:
                 number = (turn + repeat) % num_turns
                 own = number < len(variants)
                 if own:
-                    variants[number].install(layers)
+                    variants[number].install(layers, repeat)
                 barrier()
                 began = read_clock(device)
                 if own:
@@ -177,21 +183,43 @@ def choose_domain(corpus: Corpus, seq_len: int, rank: int) -> int:
 
 
 def measure_variants(bench: Bench, options: StepOptions) -> Records:
-    """Return one record for the ideal and for every planner, the same on every rank. The weights stay as they were."""
-    settings, mesh = bench.config, bench.mesh
+    """Return one record for the ideal and for every planner, of every workload if any are named, the same on every
+    rank. The weights stay as they were."""
+    if not options.workloads:
+        return _measure_routing(bench, options, None)
+    return [record for name in options.workloads for record in _measure_routing(bench, options, name)]
+
+
+def _list_variants(bench: Bench, options: StepOptions, workload: str | None) -> list[Variant]:
+    """Return the ideal and what is compared with it; of a workload, as many rows spread evenly."""
+    settings, ep = bench.config, bench.mesh.ep
     presets = {name: config.load([f"planner={name}"]).planner for name in ("home", *options.planners)}
     presets[settings.planner.name] = settings.planner
-    variants = [Variant(IDEAL, presets["home"])]
-    variants += [Variant(settings.router.name, presets[name]) for name in options.planners]
+    routed = forced = None
+    if workload is not None:
+        seed = settings.train.seed
+        routed, forced = (ForcedRouting(workload, ep.rank, ep.size, seed, is_even) for is_even in (True, False))
+    ideal = Variant(IDEAL, presets["home"], routed)
+    return [ideal, *(Variant(settings.router.name, presets[name], forced) for name in options.planners)]
+
+
+def _measure_routing(bench: Bench, options: StepOptions, workload: str | None) -> Records:
+    """Return the records of one routing: the routers' own, or a workload, whose steps are measured together."""
+    settings, mesh = bench.config, bench.mesh
+    variants = _list_variants(bench, options, workload)
     peer = Peer(settings, mesh, bench.shares(0)) if options.peers else None
-    times, facts, synchronising = bench.measure(variants, options.repeats, peer)
+    repeats = options.repeats if workload is None else STEPS * -(-options.repeats // STEPS)
+    times, facts, synchronising = bench.measure(variants, repeats, peer)
+    if workload is not None:
+        times = times.reshape(-1, STEPS, times.shape[1]).mean(1)
     tokens = settings.tokens_per_step
     found: Records = []
     for number in range(times.shape[1]):
         step_ms = 1e3 * float(np.median(times[:, number]))
         low, middle, high = find_quartiles(100 * times[:, 0] / times[:, number])
         record: dict[str, Any] = {
-            "routing": "round robin" if number == 0 else "natural",
+            "routing": (IDEAL_NAME if number == 0 else "natural") if workload is None else Path(workload).name,
+            "is_ideal": number == 0,
             "planner": None,
             "peer": None,
             "ranks": mesh.world,
@@ -207,7 +235,7 @@ def measure_variants(bench: Bench, options: StepOptions) -> Records:
             "start": settings.checkpoint.resume if checkpoint.find_named(settings) else None,
             "seed": settings.train.seed,
             "warmup": options.warmup,
-            "repeats": options.repeats,
+            "repeats": repeats,
             "step_ms": step_ms,
             "tokens_per_second": 1e3 * tokens / step_ms,
             "percent_of_ideal": middle,
@@ -239,7 +267,8 @@ def run_benchmark(settings: Config, mesh: Mesh, given: argparse.Namespace) -> No
 
 COLUMNS = ("routing", "planner", "step ms", "tokens/s", "% of ideal", "imbalance", "guests", "rows crossing", "sync")
 LEGEND = (
-    "% of ideal: round robin's time divided by this one's, median over repetitions (and quartiles). "
+    "% of ideal: round robin's time divided by this one's, median over repetitions (and quartiles); of a workload, the "
+    "time of as many rows spread evenly, over its four steps. "
     "imbalance: largest device load over the mean, at home → planned, mean of the layers. guests: temporary replicas, "
     "in a whole step. "
     "sync: time to synchronize the balance frequencies over the global batch, as a share of the step."
@@ -264,7 +293,7 @@ def tabulate(found: Records) -> Results:
     """Return the results as a table; times in milliseconds."""
     rows = [
         [
-            r["routing"],
+            f"{r['routing']}, even" if r["is_ideal"] and r["routing"] != IDEAL_NAME else r["routing"],
             r["planner"] or r["peer"],
             f"{r['step_ms']:,.1f}",
             f"{r['tokens_per_second']:,.0f}",

@@ -28,6 +28,7 @@ and the cell in question, one after another on all ranks.
 examples:
   moetrain bench layer --quick                              four routings, five repeats, two workers
   moetrain bench layer --out results/layer                  the whole grid; writes layer.json, layer.md, layer.png
+  moetrain bench layer --workload all --experts 16          W0_balanced to W7_burst, percent of force-balanced each
   moetrain bench layer --dtype bf16 --scenario '95 %*' --planner home makespan
   moetrain bench layer --virtual-ranks 8 --shape gpt-oss-120b --quick
                                                             8 ranks one after another on one device, links modelled
@@ -44,6 +45,7 @@ examples:
   moetrain bench step                                       the default job after 30 steps of training
   moetrain bench step --by-domain                           every rank reads another domain
   moetrain bench step router.skew=2 --planners home,makespan
+  moetrain bench step --workload W3_spread_hot_experts      routers choose by a workload, or by --trace runs/demo
   moetrain bench step --peers                               in turns with transformers' model of that shape under DDP
   moetrain bench step checkpoint.resume=runs/demo/checkpoints/step_260
 """
@@ -119,6 +121,7 @@ def _add_layer(parser: argparse.ArgumentParser) -> None:
     add("--experts", nargs="+", type=positive, metavar="E", help="number of experts; default: 16 and 64")
     add("--planner", nargs="+", metavar="NAME", default=PLANNERS, help=f"default: {', '.join(PLANNERS)}")
     add("--scenario", nargs="+", metavar="PATTERN", help="routings by name, * matches anything; default: all")
+    _add_workloads(parser)
     add("--tokens", type=positive, default=4096, help="tokens per rank; default: %(default)s")
     add("--dim", type=positive, help="model width; default: 512")
     add("--hidden", type=positive, help="hidden width of an expert; default: 1024")
@@ -141,9 +144,16 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     add("--planners", default="home,llep,makespan", metavar="NAME,NAME", help="default: %(default)s")
     add("--repeats", type=int, default=15, help="default: %(default)s")
     add("--warmup", type=int, default=30, help="training steps first; from a checkpoint at lr 0; default: %(default)s")
+    _add_workloads(parser)
     add("--by-domain", action="store_true", help="measure with a different domain of the corpus on every rank")
     add("--peers", action="store_true", help="also transformers' Qwen3-MoE of the same shape under DDP")
     add("--out", type=Path, metavar="FOLDER", help="write step.json and step.md there")
+
+
+def _add_workloads(parser: argparse.ArgumentParser) -> None:
+    what = "W0_balanced to W7_burst, or all: selections by these public workloads, each beside its rows spread evenly"
+    parser.add_argument("--workload", nargs="+", metavar="NAME", help=what)
+    parser.add_argument("--trace", metavar="RUN", help="selections by the recorded loads of a run, likewise")
 
 
 def _add_gpu(parser: argparse.ArgumentParser) -> None:
