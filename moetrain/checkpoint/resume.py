@@ -11,7 +11,8 @@ from moetrain.common.store import is_url
 from moetrain.config import Balance, Config, ConfigError, Lora
 
 FREE_OF_MODEL = {"init_std", "path", "trust_remote_code", "weights"}  # options that may change in a run
-FREE = {"freeze", "skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}  # router options that may change
+# router options that may change
+FREE = {"freeze", "replay", "replay_missing", "skew", "noise", "capacity_factor", "zero_compute_tau", "k_start"}
 
 
 def continues_own(config: Config, folder: Path) -> bool:

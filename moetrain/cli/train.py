@@ -39,6 +39,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     from moetrain import checkpoint, config, runs
     from moetrain.cli.workers import run_with_workers
+    from moetrain.data import replay
     from moetrain.launch import local
 
     if options.multirun:
@@ -51,6 +52,7 @@ def execute(options: argparse.Namespace) -> int:
         settings = config.load_resolved(Path(options.resolved), options.overrides)
     else:
         settings = config.load(options.overrides, options.config_dir)
+    replay.check_file(settings)
     if options.dry_run:
         from moetrain.training import dry_run
 

@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetrain.common.errors import ConfigError
@@ -20,6 +21,7 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     from moetrain import runs
     from moetrain.config import find_ep, name_run, resize
     from moetrain.data.opening import open_data
+    from moetrain.data.replay import ReplayLoader
     from moetrain.launch import local
     from moetrain.runs import lock
     from moetrain.training.ranks import run_on_rank
@@ -27,11 +29,13 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     place = local.from_env()
     workers = place.world if place else settings.parallel.nproc or local.auto_nproc()
     _check_nproc(options, settings, verb, workers)
-    if verb in ("train", "eval", "generate") and settings.run.name is not None:
+    if verb in ("train", "eval", "generate", "record") and settings.run.name is not None:
         settings = resize.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
     ep = find_ep(settings, workers)
     if verb != "profile":
-        open_data(settings)
+        loader = open_data(settings, replays=verb == "train")[1]
+        if isinstance(loader, ReplayLoader):
+            loader.check(settings.train.steps * settings.train.global_batch)
     with ExitStack() as held:
         if place is not None:
             if verb == "train" and settings.run.name is not None and worker.is_first_of_external_job():
@@ -64,7 +68,7 @@ def _check_nproc(options: argparse.Namespace, settings: "Config", verb: str, wor
     from moetrain import config, runs
 
     asked = settings.parallel.nproc
-    if verb in ("eval", "generate") and "parallel.nproc" not in config.fields_of(options.overrides):
+    if verb in ("eval", "generate", "record") and "parallel.nproc" not in config.fields_of(options.overrides):
         return
     if asked in (None, workers):
         return
@@ -89,6 +93,11 @@ def _do(options: argparse.Namespace, settings: "Config", verb: str, mesh: "Mesh"
         return
     if verb == "eval" and options.selection is not None:
         tasks.answer_run(settings, mesh, options.json, options.selection)
+        return
+    if verb == "record":
+        from moetrain.training.record import record_run
+
+        record_run(settings, mesh, options.json, Path(options.out))
         return
     work = {
         "eval": tasks.evaluate_run,

@@ -88,6 +88,7 @@ def fix_places(config: Config) -> Config:
     """Returns `config` with absolute paths of the data, the model and what it begins from, so that a run is found
     complete from any folder."""
     places = {f"data.{field}": getattr(config.data, field) for field in ("path", "dir", "tokenizer")}
+    places["router.replay"] = config.router.replay
     places["data.chat_template"] = getattr(config.data, "chat_template", None)
     if isinstance(config.model, HuggingFace):
         places["model.path"] = config.model.path

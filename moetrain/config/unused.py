@@ -11,6 +11,7 @@ from moetrain.config.kinds import SORTS, own_options
 from moetrain.config.overrides import fields_of
 from moetrain.config.schema import Config, HuggingFace, Model, Native, Optim
 
+REPLAY = ("router.replay", "router.replay_missing")
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
 OF_A_RUN: tuple[str, ...] = (
     "init_from",
@@ -37,12 +38,13 @@ OF_A_SIMULATION: tuple[str, ...] = (
 )
 OF_A_SIMULATION += tuple(f"optim.{name}" for name in Optim.model_fields if name != "state_dtype")
 NOT_USED: dict[str, tuple[str, ...]] = {  # by verbs: sections and fields; what is not named may have an effect
-    "eval": (*OF_A_RUN, "generate"),
-    "generate": (*OF_A_RUN, "eval"),
+    "eval": (*OF_A_RUN, *REPLAY, "generate"),
+    "generate": (*OF_A_RUN, *REPLAY, "eval"),
     "data": tuple(name for name in Config.model_fields if name != "data"),
-    "profile": (*OF_A_RUN, "eval", "generate", "data"),
-    "simulate": (*OF_A_SIMULATION, "eval", "generate", "data", "checkpoint", "recovery", "track", "balance"),
-    "bench": ("init_from", "run", "lora", "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
+    "record": ("optim", "balance", "lora", "checkpoint", "track", "eval", "generate", *REPLAY, *RESTARTS),
+    "profile": (*OF_A_RUN, *REPLAY, "eval", "generate", "data"),
+    "simulate": (*OF_A_SIMULATION, *REPLAY, "eval", "generate", "data", "checkpoint", "recovery", "track", "balance"),
+    "bench": ("init_from", "run", "lora", *REPLAY, "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
 }
 
 
@@ -78,8 +80,10 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
             yield f"{section}.{option}", f"the {section} {name} has no such option"
     if isinstance(m, HuggingFace):
         for option in type(c.router).model_fields:
-            if option != "freeze":
+            if option not in ("freeze", "replay", "replay_missing"):
                 yield f"router.{option}", "has no effect with model=hf, whose router is the family's own"
+    if c.router.replay is None:
+        yield "router.replay_missing", "has an effect only with router.replay=FILE"
     if c.router.name == "top_p":
         yield "router.k_schedule", "has no effect with router.name=top_p, which takes as many experts as a token needs"
     if not m.num_zero_compute:

@@ -29,6 +29,7 @@ class Sequences:
     document: NDArray[np.int64]  # equal numbers: the same document; below zero: padding
     sample: NDArray[np.int64] | None = None  # [B] global numbers, of training sequences
     target: NDArray[np.bool_] | None = None  # [B, L + 1] tokens that are to be predicted; None: all
+    experts: NDArray[np.integer] | None = None  # [B, L, passes, K] recorded choices; -1: none; None: routers choose
 
     @property
     def num_tokens(self) -> int:

@@ -6,6 +6,7 @@ from moetrain.config import Config, ConfigError
 from moetrain.data import prepare
 from moetrain.data.conversations import ChatLoader
 from moetrain.data.loader import Corpus, DomainBlocks, Loader, MixtureLoader, Samples
+from moetrain.data.replay import ReplayLoader
 
 
 def samples_of(corpus: Corpus, config: Config) -> Samples:
@@ -18,8 +19,10 @@ def samples_of(corpus: Corpus, config: Config) -> Samples:
     return Loader(corpus, seq_len, seed) if block is None else DomainBlocks(corpus, seq_len, seed, block)
 
 
-def open_data(config: Config) -> tuple[Corpus, Samples]:
+def open_data(config: Config, replays: bool = False) -> tuple[Corpus, Samples]:
     """The corpus and what to train on: that of the run where it goes on, else prepared now if it is not yet.
+
+    `replays`: whether sequences come with the choices of `router.replay`, where it is set.
 
     Raises `ConfigError`; needs no process group.
     """
@@ -29,4 +32,6 @@ def open_data(config: Config) -> tuple[Corpus, Samples]:
     corpus.hold()
     if (size := config.model.vocab_size or corpus.vocab_size) < corpus.vocab_size:
         raise ConfigError(f"model.vocab_size={size}: must be at least the tokenizer's {corpus.vocab_size}")
-    return corpus, samples_of(corpus, config)
+    samples = samples_of(corpus, config)
+    is_replayed = replays and config.router.replay is not None
+    return corpus, ReplayLoader(samples, corpus, config) if is_replayed else samples

@@ -238,6 +238,11 @@ DROPPED_FRACTION = define(
     "Selections that exceeded `router.capacity_factor` and were dropped, as a share of all.",
     good="0 without a capacity",
 )  # fmt: skip
+REPLAYED_FRACTION = define(
+    "balance/replayed_fraction", "share", "higher",
+    "Selections that are those recorded in `router.replay`, as a share of all; with `router.replay` alone.",
+    good="1: no token fell back to its router",
+)  # fmt: skip
 GAMMA_PHASE = define(
     "balance/gamma_phase", "", "",
     "Phase that the congestion coefficient suggests: 1 surge, 2 stabilization, 3 relaxation; null for 20 rows.",

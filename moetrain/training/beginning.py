@@ -12,6 +12,7 @@ from moetrain.data import prepare
 from moetrain.data.conversations import ChatLoader
 from moetrain.data.loader import Corpus, Samples
 from moetrain.data.opening import open_data
+from moetrain.data.replay import ReplayLoader
 from moetrain.distributed.comm import barrier, broadcast_text
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
@@ -48,7 +49,7 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     All ranks call it; rank 0 writes. `config.run.name` is set. Raises `ConfigError` on all ranks where the corpora of
     hosts differ, or what was saved does not fit the configuration.
     """
-    corpus, loader = open_data(config)
+    corpus, loader = open_data(config, replays=True)
     check_same_corpus(corpus, mesh)
     folder, notes = runs.folder_of(config), versions.newer_than_tested()
     start = checkpoint.agree_on_start(config, folder, mesh)
@@ -104,7 +105,9 @@ def _describe_adapters(config: Config, model: LanguageModel) -> list[str]:
 
 def _describe_objective(config: Config, loader: Samples) -> list[str]:
     """Lines on what post-training learns, and what may move its router."""
-    lines = loader.describe() if isinstance(loader, ChatLoader) else []
+    lines = loader.describe() if isinstance(loader, ReplayLoader) else []
+    inner = loader.inner if isinstance(loader, ReplayLoader) else loader
+    lines += inner.describe() if isinstance(inner, ChatLoader) else []
     if config.train.objective == "sft":
         b, named = config.balance, ("coefficient", "sequence_coefficient", "device_coefficient", "z_coefficient")
         moved = [f"balance.{name}={getattr(b, name):g}" for name in named if getattr(b, name)]

@@ -15,11 +15,12 @@ from moetrain.distributed.comm import all_reduce_sum, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine
 from moetrain.models.adapters import add_adapters
-from moetrain.models.base import LanguageModel
+from moetrain.models.base import AnyChoice, LanguageModel
 from moetrain.models.transformer import Transformer
 from moetrain.moe.clock import Clock
-from moetrain.moe.routing import Choice
+from moetrain.moe.layer import LayerStats
 from moetrain.moe.routing.balance import BalanceLoss, add_buffers
+from moetrain.moe.routing.base import RecordedChoice
 from moetrain.observe.collect.health import RouterSums
 from moetrain.observe.collect.meter import BatchSize, MicroStep, StepRecord
 
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
     is_target: Tensor | None  # [B, L] bool: which targets are to be predicted; None: all
     positions: Tensor | None  # [P] int64: where in the flattened targets they are
     about: tuple[Tensor | None, Tensor | None, Tensor | None]  # document, domain and sample of the tokens
+    recorded: list[RecordedChoice] | None  # choices to replay, of every pass; None: the routers choose
 
     @classmethod
     def from_sequences(cls, share: Sequences, config: Config, device: torch.device) -> "Batch":
@@ -45,7 +47,22 @@ class Batch(NamedTuple):
         assert domain is not None
         is_target = None if target is None else target[:, 1:]
         about = within, domain[:, :-1], sample
-        return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], is_target, positions, about)
+        recorded = None if share.experts is None else find_recorded(share, device)
+        return cls(tokens[:, :-1], tokens[:, 1:], domain[:, 1:], is_target, positions, about, recorded)
+
+
+def find_recorded(share: Sequences, device: torch.device) -> list[RecordedChoice]:
+    """Return the recorded choices of every pass through a layer of experts."""
+    assert share.experts is not None
+    is_padding = share.document[:, :-1] < 0
+    is_complete = bool(((share.experts[:, :, 0, 0] >= 0) | is_padding).all())
+    experts = torch.from_numpy(share.experts).to(device).flatten(0, 1).long()
+    return [RecordedChoice(expert_TK, is_complete) for expert_TK in experts.unbind(1)]
+
+
+def count_replayed(recorded: Sequence[RecordedChoice], stats: Sequence[LayerStats]) -> Tensor:
+    """Return int64 [] the selections of a micro-step on this rank that are recorded ones."""
+    return torch.stack([one.count_replayed(s.choice) for one, s in zip(recorded, stats, strict=True)]).sum()
 
 
 def count_batch(shares: Sequence[Sequences], config: Config, device: torch.device) -> BatchSize:
@@ -69,20 +86,24 @@ def optimizer_step(
     model, groups = engine.model, engine.mesh.ep.size
     balance = BalanceLoss(balance_options(config.balance), model.routers, size.tokens, config.train.seq_len, groups)
     batches = [Batch.from_sequences(share, config, engine.mesh.device) for share in shares]
-    choices: list[list[Choice] | None] = [None] * len(batches)
+    choices: list[Sequence[AnyChoice] | None] = [batch.recorded for batch in batches]
     if balance.looks_ahead:
         with clock.phase("forward"):
-            choices[1:] = [balance.foresee(model.count(batch.tokens, *batch.about)) for batch in batches[1:]]
+            for number, batch in enumerate(batches[1:], 1):
+                choices[number] = balance.foresee(model.count(batch.tokens, *batch.about, choices[number]))
     for number, batch in enumerate(batches):
         with clock.phase("forward"):
             nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number], batch.positions)
             losses, router = balance.losses(stats), RouterSums.collect(stats)
+            replayed = None if batch.recorded is None else count_replayed(batch.recorded, stats)
         with clock.phase("backward"):
             loss = nats.sum() / size.targets + losses.weighted
             engine.backward(spread_not_finite(loss), last=number == len(batches) - 1)
         losses = losses._replace(weighted=losses.weighted.detach())
         parts.append(
-            MicroStep(nats.detach(), batch.domain, batch.is_target, losses, [s.light() for s in stats], router)
+            MicroStep(
+                nats.detach(), batch.domain, batch.is_target, losses, [s.light() for s in stats], router, replayed
+            )
         )
         choices[number] = None  # they are large
     with clock.phase("update"):

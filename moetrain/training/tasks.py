@@ -76,7 +76,7 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 
 def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
-    spec, model, corpus, saved = _restore(config, mesh)
+    spec, model, corpus, saved = restore_run(config, mesh)
     scores, metrics, _ = evaluate(model, corpus, spec, mesh)
     if not mesh.is_main:
         return
@@ -92,7 +92,7 @@ def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 def answer_run(config: Config, mesh: Mesh, as_json: bool, selection: Selection) -> None:
     """Have the run's newest checkpoint answer tasks, keep the answers in the run's folder and print a table."""
-    spec, model, corpus, saved = _restore(config, mesh)
+    spec, model, corpus, saved = restore_run(config, mesh)
     tasks, shown = selection.read(), mesh.is_main and not as_json
     found = answer_tasks(model, corpus, spec, mesh, tasks, selection.max_length, shown)
     if not mesh.is_main:
@@ -113,7 +113,7 @@ def answer_run(config: Config, mesh: Mesh, as_json: bool, selection: Selection) 
 
 
 def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
-    _, model, corpus, saved = _restore(config, mesh)
+    _, model, corpus, saved = restore_run(config, mesh)
     prompts = prompts_of(corpus, config)
     texts = generate(model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
     if not mesh.is_main:
@@ -129,8 +129,8 @@ def generate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
         console.print(item["prompt"] + item["text"])
 
 
-def _restore(config: Config, mesh: Mesh) -> tuple[RunSpec, LanguageModel, Corpus, Path]:
-    """The newest checkpoint of `config.run` that is whole, on these ranks."""
+def restore_run(config: Config, mesh: Mesh) -> tuple[RunSpec, LanguageModel, Corpus, Path]:
+    """Return the newest checkpoint of `config.run` that is whole, on these ranks. Raises `ConfigError`."""
     corpus, _ = open_data(config)
     for line in prepare.outdated(corpus.folder, config.data) if mesh.is_main else []:
         errors.print(line)

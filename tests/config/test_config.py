@@ -32,6 +32,7 @@ CASES = {
     "lora": ["model=hf", "model.path=tests/config/tiny_qwen3_moe", "lora.rank=8"],
     **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
     "sft": ["experiment=sft", "data.path=tests"],
+    "replay": ["experiment=sft", "data.path=tests", "router.replay=choices.npz"],
 }
 
 

@@ -55,9 +55,8 @@ def weigh(name: str, logits: Tensor, index: Tensor) -> Tensor:
     return 2.5 * weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
 
-def train_by_hand(name: str, experts: Tensor) -> nn.Module:
-    """The model after one backward of transformers alone, its experts told which tokens they get with what weight."""
-    model, ids = exact.model_of(name), exact.batch()
+def give_experts(model: nn.Module, name: str, told: dict[str, Tensor]) -> None:
+    """Have the experts modules get `told["experts"]` [T, L, K], and the weights that the router makes of its logits."""
     layers = [m for m in model.modules() if hasattr(m, "experts") and hasattr(m.experts, "is_transposed")]
     for layer, block in enumerate(layers):
         router: nn.Module = block.gate if hasattr(block, "gate") else block.router  # type: ignore[assignment]
@@ -66,10 +65,17 @@ def train_by_hand(name: str, experts: Tensor) -> nn.Module:
             lambda m, a, out, heard=heard: heard.append(out[0] if isinstance(out, tuple) else out)
         )
 
-        def give(module: nn.Module, args: tuple, index: Tensor = experts[:, layer], heard: list = heard) -> tuple:
+        def give(module: nn.Module, args: tuple, layer: int = layer, heard: list = heard) -> tuple:
+            index = told["experts"][:, layer]
             return args[0], index, weigh(name, heard.pop().reshape(len(index), -1), index)
 
         block.experts.register_forward_pre_hook(give)  # type: ignore[union-attr, operator]
+
+
+def train_by_hand(name: str, experts: Tensor) -> nn.Module:
+    """The model after one backward of transformers alone."""
+    model, ids = exact.model_of(name), exact.batch()
+    give_experts(model, name, {"experts": experts})
     exact.loss_of(model(input_ids=ids, use_cache=False).logits, ids).backward()
     return model
 

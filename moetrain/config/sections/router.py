@@ -35,6 +35,16 @@ class RouterSection(Section):
         description="Whether the weights of the routers stay as they are, as in post-training. Gradients still flow "
         "through them to the layers below.",
     )
+    replay: str | None = Field(
+        default=None,
+        description="A file of recorded choices, .npz or .safetensors (docs/post-train.md): the routers choose these "
+        "experts in training, with fresh weights. null: they choose themselves.",
+    )
+    replay_missing: Literal["error", "route"] = Field(
+        default="error",
+        description="What becomes of tokens that the file has no choices for. error: the run does not start. route: "
+        "the router chooses; the share that was replayed is a metric.",
+    )
 
     @model_serializer(mode="wrap")
     def _write_flat(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -66,6 +66,12 @@ class RecordedChoice(NamedTuple):
         expert_N = torch.where(is_missing_N, own.expert_N, expert_TK.flatten())
         return Choice(token_N, expert_N, None if own.chosen_N is None else own.chosen_N | ~is_missing_N)
 
+    def count_replayed(self, choice: Choice) -> Tensor:
+        """Return int64 [] how many selections of `choice` are the recorded ones."""
+        expert_TK = self.expert_TK[:, : len(choice.expert_N) // max(len(self.expert_TK), 1)]
+        same_N = choice.expert_N == expert_TK.flatten()
+        return (same_N if choice.chosen_N is None else same_N & choice.chosen_N).sum()
+
 
 class Routing(NamedTuple):
     token_N: Tensor  # int64, ascending; a token may stand in it any number of times

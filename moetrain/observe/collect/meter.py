@@ -50,6 +50,7 @@ from moetrain.observe.metrics import (
     MEMORY_GIB,
     PEAK_MEMORY_GIB,
     PHASE,
+    REPLAYED_FRACTION,
     ROUTER_LOSS,
     ROWS_CROSSING_FRACTION,
     ROWS_MOVED,
@@ -83,6 +84,7 @@ class MicroStep(NamedTuple):
     losses: Losses
     stats: list[LayerStats]  # light
     router: health.RouterSums
+    replayed: Tensor | None = None  # int64 []: selections that are recorded ones; None: none are replayed
 
 
 class StepRecord(NamedTuple):
@@ -138,6 +140,8 @@ class Meter:
         metrics |= self._resources(found)
         metrics[EXPERTS_PER_TOKEN] = float(found["counts"].sum() / tokens / len(step.counts))
         metrics[DROPPED_FRACTION] = float(1 - found["kept"].sum() / max(found["counts"].sum(), 1))
+        if len(found["replayed"]):
+            metrics[REPLAYED_FRACTION] = float(found["replayed"][0] / max(found["counts"].sum(), 1))
         layers = [health.layer_metrics(*each) for each in zip(selected, window, quality, strict=True)]
         scale = [np.log(len(counts_E)) if len(counts_E) > 1 else np.inf for counts_E in selected]
         for index, layer in enumerate(layers):
@@ -166,6 +170,7 @@ class Meter:
             ones = torch.ones_like(flat) if part.is_target is None else part.is_target.flatten()
             tokens_C.index_add_(0, flat, ones.double())
         total = lambda tensors: torch.stack(list(tensors)).double().sum(0)  # noqa: E731
+        replayed = [part.replayed for part in parts if part.replayed is not None]
         return {
             "nats": nats_C,
             "tokens": tokens_C,
@@ -173,6 +178,7 @@ class Meter:
             "shares": total(torch.stack([*part.losses.shares.values()]) for part in parts),
             "entropy": total(part.losses.entropy_L for part in parts),
             "kept": torch.stack([s.kept_E.sum() for part in parts for s in part.stats]).double().sum()[None],
+            "replayed": total(replayed)[None] if replayed else nats_C[:0],
             "logits": total(part.router.logits_N for part in parts),
             "norm": total(part.router.norm_L for part in parts),
             "z": total(part.losses.z_L for part in parts),
