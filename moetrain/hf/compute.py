@@ -19,17 +19,18 @@ from moetrain.hf.gate import run_gate, run_gate_for_backward
 from moetrain.hf.layout import ExpertsLayout
 from moetrain.moe.context import LayerContext
 from moetrain.moe.exchange.residents import Weights
+from moetrain.moe.exchange.transfers import SumCombine, TokenDispatch
 from moetrain.moe.kernels.reference import Matrices
 from moetrain.moe.passes import (
     ParameterGradients,
-    WeightProducts,
-    choose_products,
-    combine_rows,
+    combine_chunk,
+    finish_combine,
     receive_gradients,
-    receive_tokens,
+    receive_rows,
     return_guests,
-    start_sending_home,
+    send_home,
 )
+from moetrain.moe.weight_products import SlotOrder, WeightProducts, choose_products, join_chunks
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -44,26 +45,33 @@ class GroupedExperts(torch.autograd.Function):
         """
         clock = context.clock
         own = parameters[: len(parameters) - layout.num_norms]
-        loan = context.loan.take()
-        with clock.phase("dispatch"):
-            rows_MD = receive_tokens(context).index_select(0, context.tables.pool_M)
-        with clock.phase("lend"):
-            loan.relay()
+        loan, tokens = context.loan.take(), context.tokens.take()
+        rows_MD = own[0].new_empty(len(context.tables.pool_M), tokens.pool_PD.shape[1])
         first_MW = rows_MD.new_empty(len(rows_MD), own[0].shape[2 if layout.transposed else 1])
         out_MD = torch.empty_like(rows_MD)
-        for of_guests in (False, True):
-            with clock.phase("lend"):
-                weights: Weights = loan.finish(own) if of_guests else own
-            with clock.phase("experts"):
-                for rows, sizes in context.cut_pieces(of_guests):
-                    _project(context, rows_MD[rows], weights, 0, sizes, first_MW[rows], layout)
-                    hidden_MH = run_gate(layout.gate, layout.activate, first_MW[rows])
-                    _project(context, hidden_MH, weights, 1, sizes, out_MD[rows], layout)
-                    if layout.norm is not None:
-                        out_MD[rows] = layout.norm(out_MD[rows])
+        sums = SumCombine(context.tables, out_MD, context.tables.weight_M)
+        guests: Weights = ()
+        for chunk in context.chunks:
+            receive_rows(context, tokens, chunk, rows_MD)
+            if chunk == 0:
+                with clock.phase("lend"):
+                    loan.relay()
+            for of_guests in (False, True):
+                if of_guests and chunk == 0:
+                    with clock.phase("lend"):
+                        guests = loan.finish(own)
+                weights: Weights = guests if of_guests else own
+                with clock.phase("experts"):
+                    for rows, sizes in context.cut_pieces(of_guests, chunk):
+                        _project(context, rows_MD[rows], weights, 0, sizes, first_MW[rows], layout)
+                        hidden_MH = run_gate(layout.gate, layout.activate, first_MW[rows])
+                        _project(context, hidden_MH, weights, 1, sizes, out_MD[rows], layout)
+                        if layout.norm is not None:
+                            out_MD[rows] = layout.norm(out_MD[rows])
+            combine_chunk(context, sums, chunk)
         ctx.context, ctx.layout = context, layout
         ctx.save_for_backward(rows_MD, first_MW, *parameters)
-        return combine_rows(context, out_MD)
+        return finish_combine(context, sums)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
@@ -77,29 +85,37 @@ class GroupedExperts(torch.autograd.Function):
         own, norm = parameters[:cut], parameters[cut:]
         with clock.backward("lend"):
             loan = context.start_loan(own)
-        grad_MD = receive_gradients(context, grad_TD)
-        with clock.backward("lend"):
-            loan.relay()
+        with clock.backward("dispatch"):
+            tokens = TokenDispatch(tables, grad_TD)
+        grad_MD, back_MD = torch.empty_like(rows_MD), torch.empty_like(rows_MD)
+        grad_weight_M, sums = tables.weight_M.new_empty(len(rows_MD)), SumCombine(tables, back_MD, None)
         rows = _Rows(rows_MD, first_MW, grad_MD, tables.weight_M)
-        back_MD, grad_weight_M = torch.empty_like(rows_MD), tables.weight_M.new_empty(len(rows_MD))
         norm_grads = [torch.zeros_like(w) for w in norm if context.update.trains_base]
-        waiting: dict[bool, Any] = {}
-        for of_guests in (False, True) if loan.is_under_way else (True, False):
-            with clock.backward("lend"):
-                weights: Weights = loan.finish(own) if of_guests else tuple(own)
-            with clock.backward("experts"):
-                ((part, sizes),) = context.cut_pieces(of_guests)
-                waiting[of_guests], grad_weight_M[part] = _run_backward(
-                    context, rows.select(part), weights, sizes, layout, back_MD[part], norm_grads
-                )
-            if of_guests:
-                del weights
-                if context.step.is_final:
-                    context.residents.weights.clear()
-        start_sending_home(context, back_MD, grad_weight_M)
-        del back_MD
+        found: dict[bool, list[ExpertProducts]] = {False: [], True: []}
+        order = (False, True) if loan.is_under_way else (True, False)
+        guests: Weights = ()
+        for chunk in context.chunks:
+            receive_gradients(context, tokens, chunk, grad_MD)
+            if chunk == 0:
+                with clock.backward("lend"):
+                    loan.relay()
+            for of_guests in order:
+                if of_guests and chunk == 0:
+                    with clock.backward("lend"):
+                        guests = loan.finish(own)
+                weights: Weights = guests if of_guests else tuple(own)
+                with clock.backward("experts"):
+                    ((part, sizes),) = context.cut_pieces(of_guests, chunk)
+                    products, grad_weight_M[part] = _run_backward(
+                        context, rows.select(part), weights, sizes, layout, back_MD[part], norm_grads
+                    )
+                    found[of_guests].append(products)
+            send_home(context, sums, chunk, grad_weight_M)
+        del weights, guests, back_MD, sums
+        if context.step.is_final:  # no product with the guests' weights is left
+            context.residents.weights.clear()
         trained = [torch.empty_like(w) for w in context.update.select_trained(own)]
-        grads = return_guests(context, ParameterGradients(trained, None, waiting))
+        grads = return_guests(context, ParameterGradients(trained, None, join_chunks(context, found)))
         context.residents.end_backward(context.step.is_final)
         context.step.end_pass()
         of_norm: list[Tensor] | list[None] = norm_grads or [None] * len(norm)
@@ -111,6 +127,17 @@ class ExpertProducts(NamedTuple):
 
     matrices: WeightProducts
     summed: Sequence[Tensor]  # [M, out] each
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what is kept of a row."""
+        return self.matrices.row_bytes + sum(each.shape[1] * each.element_size() for each in self.summed)
+
+    @classmethod
+    def join(cls, chunks: Sequence["ExpertProducts"], order: SlotOrder) -> "ExpertProducts":
+        """Return those of all chunks together, their rows copied."""
+        summed = [order.gather(one.summed[n] for one in chunks) for n in range(len(chunks[0].summed))]
+        return cls(WeightProducts.join([one.matrices for one in chunks], order), summed)
 
     def select(self, slots: slice) -> "ExpertProducts":
         """Return those of some of the slots."""

@@ -15,8 +15,9 @@ from moetrain.distributed.comm import Pending
 from moetrain.distributed.mesh import ExpertGroup
 from moetrain.moe.adapters import TRAIN_ALL, LowRankUpdate
 from moetrain.moe.clock import Clock, Observer, ignore_phase
-from moetrain.moe.exchange.dispatch import DispatchTables, Sums, Tokens
+from moetrain.moe.exchange.dispatch import DispatchTables
 from moetrain.moe.exchange.residents import GuestLoan, ResidentGuests
+from moetrain.moe.exchange.transfers import SumCombine, TokenDispatch
 from moetrain.moe.kernels.api import Backend
 from moetrain.moe.planning.plan import Ints, Plan
 
@@ -80,7 +81,7 @@ class Handover(Generic[T]):
 class Gradients(NamedTuple):
     """Gradients on their way home."""
 
-    tokens: Sums
+    tokens: SumCombine
     weights: Pending  # of the selections
 
 
@@ -111,7 +112,7 @@ class LayerContext:
     max_rows: int | None  # computed at a time
     keep_hidden: bool  # whether rows and hidden activations stay for the backward, or just the tokens that came
     update: LowRankUpdate = TRAIN_ALL  # what adapters add, and which tensors of an expert have a gradient
-    tokens: Handover[Tokens] = field(default_factory=Handover)
+    tokens: Handover[TokenDispatch] = field(default_factory=Handover)
     loan: Handover[GuestLoan] = field(default_factory=Handover)
     gradients: Handover[Gradients] = field(default_factory=Handover)
 
@@ -134,11 +135,22 @@ class LayerContext:
         """Begin to bring the weights of the guests here that did not stay."""
         return GuestLoan(weights, self.first_expert, self.plan, self.residents, self.ep)
 
-    def cut_pieces(self, of_guests: bool) -> list[Piece]:
-        """Cut the rows of the home slots, or of the guests, at `max_rows`; returns one piece at least, if empty."""
-        ends = np.cumsum([0, *self.tables.slot_rows])
+    @property
+    def chunks(self) -> range:
+        """The chunks in which rows come, are computed and go."""
+        return range(self.tables.num_chunks)
+
+    def find_slots(self, of_guests: bool) -> slice:
+        """Return which slots are those of the guests, or of the experts whose home is here."""
         num_home = len(self.tables.slot_rows) - len(self.guests_here)
-        ends = ends[num_home:] if of_guests else ends[: num_home + 1]
+        return slice(num_home, None) if of_guests else slice(num_home)
+
+    def cut_pieces(self, of_guests: bool, chunk: int = 0) -> list[Piece]:
+        """Cut the rows of a chunk of the home slots, or of the guests, at `max_rows`; returns one piece at least, if
+        empty."""
+        slots, begin = self.find_slots(of_guests), self.tables.find_rows(chunk).start
+        ends = begin + np.cumsum([0, *self.tables.chunk_rows[chunk]])
+        ends = ends[slots.start or 0 : None if slots.stop is None else slots.stop + 1]
         first, last = int(ends[0]), int(ends[-1])
         step = self.max_rows or max(last - first, 1)
         pieces = []

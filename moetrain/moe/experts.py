@@ -114,11 +114,14 @@ class Experts(nn.Module, KernelUser):
         most_per_token: int,
         clock: Clock,
         meanwhile: Callable[[Tensor], Tensor] | None = None,
+        num_chunks: int = 1,
     ) -> Tensor:
         """Return [T, D], the weighted sum of every token's experts, wherever the plan has them computed.
 
         All ranks of the group call it. `most_per_token`: selections of any token on any rank. `meanwhile(x_TD)` is
-        added; it runs while rows travel. Raises `TypeError` where tokens and parameters differ in dtype.
+        added; it runs while rows travel. `num_chunks`: the parts in which they do, the same on every rank.
+
+        Raises `TypeError` where tokens and parameters differ in dtype.
         """
         weights: list[Tensor] = [self.gate_up, self.down]
         if self.adapters is not None:
@@ -129,7 +132,7 @@ class Experts(nn.Module, KernelUser):
         with clock.phase("lend"):
             loan = GuestLoan(weights, first, plan, self.residents, self.ep)
         with clock.phase("dispatch"):
-            tables = DispatchTables.build(routing, plan, self.ep, kernels, len(x_TD), most_per_token)
+            tables = DispatchTables.build(routing, plan, self.ep, kernels, len(x_TD), most_per_token, num_chunks)
             clock.sent_bytes = sum(tables.copies_out) * x_TD.shape[1] * x_TD.element_size()
             context = LayerContext(
                 ep=self.ep,

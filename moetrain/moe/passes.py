@@ -1,15 +1,16 @@
 """The two autograd nodes of an MoE layer: tokens are dispatched, and experts compute and combine.
 
-What is computed between the two (shared experts) runs while rows are under way. Backward, `ExpertsCombine` has the
-rows' gradients on their way home before it computes the weights' gradients (unless rows come in pieces), and
-`DispatchTokens` waits for them at the end.
+What is computed between the two (shared experts) runs while rows are under way. Rows come, are computed and go home in
+chunks (`transfers`): one chunk is computed while the next one travels. Backward, `ExpertsCombine` has the rows'
+gradients on their way home before it computes the weights' gradients, once for all chunks (unless rows are computed in
+pieces), and `DispatchTokens` waits for them at the end.
 
 T tokens here, D width, H expert hidden width, N selections here, M rows computed here, Q of them at a time, S slots
 here, G guests here, W parameters of an expert.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from moetrain.moe.context import Gradients, LayerContext
 from moetrain.moe.exchange.guests import Copy, PackedGradients, Returning, packed_size
 from moetrain.moe.exchange.residents import GuestLoan, Weights, batch_guests, start_returning
-from moetrain.moe.kernels.api import Backend
-from moetrain.moe.kernels.reference import Matrices
+from moetrain.moe.exchange.transfers import SumCombine, TokenDispatch
+from moetrain.moe.weight_products import WeightProducts, choose_products, join_chunks
 
 GRADIENT_BYTES = 8 << 20  # of guests' gradients that are computed, and sent home, together
 
@@ -31,7 +32,7 @@ class DispatchTokens(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_N: Tensor, context: LayerContext) -> Tensor:
         """Start the dispatch of x_TD. Returns an empty tensor that ties `ExpertsCombine` to this node."""
         ctx.context = context
-        context.tokens.put(context.tables.start_dispatch(x_TD))
+        context.tokens.put(TokenDispatch(context.tables, x_TD))
         return x_TD.new_empty(0)
 
     @staticmethod
@@ -42,44 +43,61 @@ class DispatchTokens(torch.autograd.Function):
         gradients, clock = context.gradients.take(), context.clock
         with clock.backward("combine"):
             with clock.backward("wait_combine"):
-                gradients.tokens.pending.wait()
-            grad_TD = context.tables.finish_combine(gradients.tokens)
-            return grad_TD, context.tables.finish_returning(gradients.weights), None
+                gradients.tokens.wait()
+            return gradients.tokens.finish(), context.tables.finish_returning(gradients.weights), None
 
 
-def receive_tokens(context: LayerContext) -> Tensor:
-    """Wait for the dispatch of the forward. Returns the tokens that came, as the tables number them."""
-    tokens = context.tokens.take()
-    with context.clock.phase("wait_dispatch"):
-        tokens.pending.wait()
-    return tokens.pool_PD
+def receive_rows(context: LayerContext, tokens: TokenDispatch, chunk: int, rows_MD: Tensor) -> None:
+    """Wait for a chunk of the tokens of the forward; write its rows to their place in `rows_MD` [M, D]."""
+    with context.clock.phase("dispatch"):
+        with context.clock.phase("wait_dispatch"):
+            tokens.wait(chunk)
+        _gather_rows(context, tokens, chunk, rows_MD)
 
 
-def combine_rows(context: LayerContext, out_MD: Tensor) -> Tensor:
-    """Send the experts' outputs home. Returns [T, D], the weighted sums."""
-    tables, clock = context.tables, context.clock
-    with clock.phase("combine"):
-        sums = tables.start_combine(out_MD, tables.weight_M)
-        with clock.phase("wait_combine"):
-            sums.pending.wait()
-        return tables.finish_combine(sums)
+def receive_gradients(context: LayerContext, tokens: TokenDispatch, chunk: int, grad_MD: Tensor) -> None:
+    """Wait for a chunk of the sums' gradients; write those of its rows, before their weights, to `grad_MD` [M, D]."""
+    with context.clock.backward("dispatch"):
+        with context.clock.backward("wait_dispatch"):
+            tokens.wait(chunk)
+        _gather_rows(context, tokens, chunk, grad_MD)
 
 
-def receive_gradients(context: LayerContext, grad_TD: Tensor) -> Tensor:
-    """Dispatch the gradients of the sums. Returns those of the rows here, before their weights [M, D]."""
-    tables, clock = context.tables, context.clock
-    with clock.backward("dispatch"):
-        tokens = tables.start_dispatch(grad_TD)
-        with clock.backward("wait_dispatch"):
-            tokens.pending.wait()
-        return tokens.pool_PD.index_select(0, tables.pool_M)
+def _gather_rows(context: LayerContext, tokens: TokenDispatch, chunk: int, out_MD: Tensor) -> None:
+    part = context.tables.find_rows(chunk)
+    torch.index_select(tokens.pool_PD, 0, context.tables.pool_M[part], out=out_MD[part])
+    if chunk == context.chunks[-1]:
+        tokens.drop_pool()
 
 
-def start_sending_home(context: LayerContext, back_MD: Tensor, grad_weight_M: Tensor) -> None:
-    """Set off the gradients of the rows and of their weights, for which `DispatchTokens` waits."""
+def combine_chunk(context: LayerContext, sums: SumCombine, chunk: int) -> None:
+    """Begin to send a chunk of the experts' outputs home."""
+    with context.clock.phase("combine"):
+        sums.start(chunk)
+
+
+def finish_combine(context: LayerContext, sums: SumCombine) -> Tensor:
+    """Wait for the experts' outputs. Returns [T, D], the weighted sums."""
+    with context.clock.phase("combine"):
+        sums.sum_own()
+        with context.clock.phase("wait_combine"):
+            sums.wait()
+        return sums.finish()
+
+
+def send_home(context: LayerContext, sums: SumCombine, chunk: int, grad_weight_M: Tensor) -> None:
+    """Set off the gradients of a chunk's rows, and with the last ones those of all weights.
+
+    `DispatchTokens` waits for them.
+    """
     with context.clock.backward("combine"):
+        if chunk < context.chunks[-1]:
+            sums.start(chunk)
+            return
         weights = context.tables.start_returning(grad_weight_M)
-        context.gradients.put(Gradients(context.tables.start_combine(back_MD, None), weights))
+        sums.start(chunk)
+        sums.sum_own()
+        context.gradients.put(Gradients(sums, weights))
 
 
 class ExpertsCombine(torch.autograd.Function):
@@ -93,31 +111,37 @@ class ExpertsCombine(torch.autograd.Function):
         `ticket`: what `DispatchTokens` returned.
         """
         tables, clock, kernels, update = context.tables, context.clock, context.kernels, context.update
-        loan = context.loan.take()
-        with clock.phase("dispatch"):
-            pool_PD = receive_tokens(context)
-            rows_MD = pool_PD.index_select(0, tables.pool_M)
-            kept = rows_MD if context.keep_hidden else pool_PD.detach()
-            del pool_PD
-        with clock.phase("lend"):
-            loan.relay()
+        loan, tokens = context.loan.take(), context.tokens.take()
+        pool_PD = None if context.keep_hidden else tokens.pool_PD
+        rows_MD = own[0].new_empty(len(tables.pool_M), own[0].shape[2])
         width, keep = own[0].shape[1], context.keeps_hidden
         gate_up_MH2 = rows_MD.new_empty(len(rows_MD) if keep else 0, width)
         out_MD = torch.empty_like(rows_MD)
-        for of_guests in (False, True):
-            with clock.phase("lend"):
-                weights: Weights = loan.finish(own) if of_guests else own
-            with clock.phase("experts"):
-                for rows, sizes in context.cut_pieces(of_guests):
-                    part = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), width)
-                    kernels.segment_mm(rows_MD[rows], weights[0], sizes, part, transpose=True)
-                    update.add_product(kernels, 0, rows_MD[rows], weights, sizes, part)
-                    hidden_QH = kernels.swiglu(part)
-                    kernels.segment_mm(hidden_QH, weights[1], sizes, out_MD[rows], transpose=True)
-                    update.add_product(kernels, 1, hidden_QH, weights, sizes, out_MD[rows])
+        sums = SumCombine(tables, out_MD, tables.weight_M)
+        guests: Weights = ()
+        for chunk in context.chunks:
+            receive_rows(context, tokens, chunk, rows_MD)
+            if chunk == 0:
+                with clock.phase("lend"):
+                    loan.relay()
+            for of_guests in (False, True):
+                if of_guests and chunk == 0:
+                    with clock.phase("lend"):
+                        guests = loan.finish(own)
+                weights: Weights = guests if of_guests else own
+                with clock.phase("experts"):
+                    for rows, sizes in context.cut_pieces(of_guests, chunk):
+                        part = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), width)
+                        kernels.segment_mm(rows_MD[rows], weights[0], sizes, part, transpose=True)
+                        update.add_product(kernels, 0, rows_MD[rows], weights, sizes, part)
+                        hidden_QH = kernels.swiglu(part)
+                        kernels.segment_mm(hidden_QH, weights[1], sizes, out_MD[rows], transpose=True)
+                        update.add_product(kernels, 1, hidden_QH, weights, sizes, out_MD[rows])
+            combine_chunk(context, sums, chunk)
         ctx.context = context
-        ctx.save_for_backward(kept, gate_up_MH2, *own)
-        return combine_rows(context, out_MD)
+        ctx.save_for_backward(rows_MD if pool_PD is None else pool_PD.detach(), gate_up_MH2, *own)
+        del rows_MD, pool_PD
+        return finish_combine(context, sums)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
@@ -128,49 +152,15 @@ class ExpertsCombine(torch.autograd.Function):
         tables, clock = context.tables, context.clock
         with clock.backward("lend"):
             loan = context.start_loan(own)  # those that did not stay
-        grad_MD = receive_gradients(context, grad_TD)
-        with clock.backward("lend"):
-            loan.relay()
+        with clock.backward("dispatch"):
+            tokens = TokenDispatch(tables, grad_TD)
         rows_MD = kept if context.keep_hidden else kept.index_select(0, tables.pool_M)
-        back_MD, grad_weight_M, found = _compute_rows(context, loan, rows_MD, gate_up_MH2, grad_MD, tuple(own))
+        found = _compute_backward(context, loan, tokens, rows_MD, gate_up_MH2, tuple(own))
         torch.autograd.graph.increment_version(gate_up_MH2)  # a second backward has to fail
-        start_sending_home(context, back_MD, grad_weight_M)
-        del back_MD
         grads = return_guests(context, found)
         context.residents.end_backward(context.step.is_final)
         context.step.end_pass()
         return None, None, *context.update.fill_in(grads, len(own))
-
-
-class WeightProducts(NamedTuple):
-    """What a piece's weight gradients are made of: Σ leftᵀ · right over the rows of each slot, for each matrix."""
-
-    pairs: Sequence[tuple[Tensor, Tensor]]
-    sizes: list[int]
-    kernels: Backend
-
-    def select(self, slots: slice) -> "WeightProducts":
-        """Return those of some of the slots."""
-        ends = np.cumsum([0, *self.sizes])
-        rows = slice(ends[slots.start], ends[slots.stop])
-        return self._replace(pairs=[(left[rows], right[rows]) for left, right in self.pairs], sizes=self.sizes[slots])
-
-    def write(self, totals: Sequence[Matrices], add: bool = False, without: Collection[int] = ()) -> None:
-        """Write or add to `totals`. `without`: slots that have no rows, and whose totals are left as they are."""
-        there = [s for s in range(len(self.sizes)) if s not in without]
-        sizes = [self.sizes[s] for s in there]
-        for (left_MA, right_MB), total in zip(self.pairs, totals, strict=True):
-            out = total if add and not without else [total[s] for s in there]  # not one that might be replaced
-            self.kernels.segment_outer(left_MA, right_MB, sizes, out, add)
-
-    def fill(self, totals: Sequence[Tensor], without: Collection[int] = ()) -> list[Tensor]:
-        """Return `totals` written to, or what stands in their place."""
-        if without:
-            self.write(totals, without=without)
-            return list(totals)
-        outer = self.kernels.segment_outer
-        found = (outer(*pair, self.sizes, total, False) for pair, total in zip(self.pairs, totals, strict=True))
-        return [cast(Tensor, one) for one in found]
 
 
 class ParameterGradients(NamedTuple):
@@ -178,20 +168,20 @@ class ParameterGradients(NamedTuple):
 
     grads: list[Tensor]  # [S, ...] each, of each matrix; not filled in where products wait
     guest_grads: PackedGradients | None  # None where products wait
-    waiting: dict[bool, WeightProducts]  # of the home slots (False) and of the guests (True)
+    waiting: dict[bool, Any]  # `WaitingProducts` of the home slots (False) and of the guests (True)
 
 
-def _compute_rows(
+def _compute_backward(
     context: LayerContext,
     loan: GuestLoan,
+    tokens: TokenDispatch,
     rows_MD: Tensor,
     gate_up_MH2: Tensor,
-    grad_MD: Tensor,
     own: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, ParameterGradients]:
-    """Run the rows backward through the experts here, home and guest.
+) -> ParameterGradients:
+    """Run the rows backward through the experts here, home and guest, and send their gradients home.
 
-    Returns the gradients of the rows [M, D], those of their weights [M], and those of the parameters.
+    `tokens`: the sums' gradients on their way here. Returns the gradients of the parameters.
     """
     clock, kernels, weight_M = context.clock, context.kernels, context.tables.weight_M
     keep, is_one_piece, update = context.keeps_hidden, context.is_one_piece, context.update
@@ -199,57 +189,43 @@ def _compute_rows(
     guest_grads = (
         None if is_one_piece or not grads else PackedGradients(len(context.guests_here), grads, context.ep).fill_zero()
     )
-    back_MD, grad_weight_M = torch.empty_like(rows_MD), weight_M.new_empty(len(rows_MD))
-    waiting: dict[bool, WeightProducts] = {}
-    for of_guests in (False, True) if loan.is_under_way else (True, False):
-        with clock.backward("lend"):
-            weights: Weights = loan.finish(own) if of_guests else own
-        with clock.backward("experts"):
-            for rows, sizes in context.cut_pieces(of_guests):
-                part_QH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), own[0].shape[1])
-                if not keep:
-                    kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_QH2, transpose=True)
-                    update.add_product(kernels, 0, rows_MD[rows], weights, sizes, part_QH2)
-                hidden_QH = rows_MD.new_empty(sum(sizes), own[1].shape[2])  # its gradient first
-                kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_QH, transpose=False)
-                low_down = update.add_backward(kernels, 1, grad_MD[rows], weights, sizes, hidden_QH)
-                grad_weight_M[rows] = kernels.swiglu_backward(part_QH2, hidden_QH, weight_M[rows])
-                kernels.segment_mm(part_QH2, weights[0], sizes, back_MD[rows], transpose=False)
-                low_up = update.add_backward(kernels, 0, part_QH2, weights, sizes, back_MD[rows])
-                pairs = [(part_QH2, rows_MD[rows]), (grad_MD[rows], hidden_QH)]
-                products = choose_products(context, pairs, (low_up, low_down), weights, sizes)
-                if is_one_piece:
-                    waiting[of_guests] = products
-                elif guest_grads is not None:
-                    products.write(guest_grads.matrices if of_guests else grads, add=True)
-        if of_guests:
-            del weights
-            if context.step.is_final:  # no product with the guests' weights is left
-                context.residents.weights.clear()
-    return back_MD, grad_weight_M, ParameterGradients(grads, guest_grads, waiting)
-
-
-def choose_products(
-    context: LayerContext,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    low_grads: Sequence[Tensor | None],
-    weights: Weights,
-    sizes: list[int],
-) -> WeightProducts:
-    """Return what the gradients of the tensors that train are made of: of the matrices, or of their adapters.
-
-    `pairs`: (gradient, rows) of either product; `low_grads`: what `LowRankUpdate.add_backward` gave of these gradients.
-    """
-    kernels, update = context.kernels, context.update
-    if update.trains_base:
-        return WeightProducts(pairs, sizes, kernels)
-    found = [
-        pair
-        for product, (low_grad, (grad, rows)) in enumerate(zip(low_grads, pairs, strict=True))
-        for pair in update.list_pairs(kernels, product, low_grad, grad, rows, weights, sizes)
-    ]
-    rank = found[0][0].shape[1] if found else 0
-    return WeightProducts(found, sizes, update.choose_kernels(kernels, rank))
+    grad_MD, back_MD = torch.empty_like(rows_MD), torch.empty_like(rows_MD)
+    grad_weight_M, sums = weight_M.new_empty(len(rows_MD)), SumCombine(context.tables, back_MD, None)
+    waiting: dict[bool, list[WeightProducts]] = {False: [], True: []}
+    order = (False, True) if loan.is_under_way else (True, False)
+    guests: Weights = ()
+    for chunk in context.chunks:
+        receive_gradients(context, tokens, chunk, grad_MD)
+        if chunk == 0:
+            with clock.backward("lend"):
+                loan.relay()
+        for of_guests in order:
+            if of_guests and chunk == 0:
+                with clock.backward("lend"):
+                    guests = loan.finish(own)
+            weights: Weights = guests if of_guests else own
+            with clock.backward("experts"):
+                for rows, sizes in context.cut_pieces(of_guests, chunk):
+                    part_QH2 = gate_up_MH2[rows] if keep else rows_MD.new_empty(sum(sizes), own[0].shape[1])
+                    if not keep:
+                        kernels.segment_mm(rows_MD[rows], weights[0], sizes, part_QH2, transpose=True)
+                        update.add_product(kernels, 0, rows_MD[rows], weights, sizes, part_QH2)
+                    hidden_QH = rows_MD.new_empty(sum(sizes), own[1].shape[2])  # its gradient first
+                    kernels.segment_mm(grad_MD[rows], weights[1], sizes, hidden_QH, transpose=False)
+                    low_down = update.add_backward(kernels, 1, grad_MD[rows], weights, sizes, hidden_QH)
+                    grad_weight_M[rows] = kernels.swiglu_backward(part_QH2, hidden_QH, weight_M[rows])
+                    kernels.segment_mm(part_QH2, weights[0], sizes, back_MD[rows], transpose=False)
+                    low_up = update.add_backward(kernels, 0, part_QH2, weights, sizes, back_MD[rows])
+                    pairs = [(part_QH2, rows_MD[rows]), (grad_MD[rows], hidden_QH)]
+                    products = choose_products(context, pairs, (low_up, low_down), weights, sizes)
+                    if is_one_piece:
+                        waiting[of_guests].append(products)
+                    elif guest_grads is not None:
+                        products.write(guest_grads.matrices if of_guests else grads, add=True)
+        send_home(context, sums, chunk, grad_weight_M)
+    if context.step.is_final:  # no product with the guests' weights is left
+        context.residents.weights.clear()
+    return ParameterGradients(grads, guest_grads, join_chunks(context, waiting) if is_one_piece else {})
 
 
 def return_guests(context: LayerContext, found: ParameterGradients) -> list[Tensor]:

@@ -96,6 +96,7 @@ def layer_on_ranks(
     max_rows: int | None = None,
     keep_hidden: bool = True,
     num_experts: int = E,
+    num_chunks: int = 1,
 ) -> dict[str, Tensor]:
     """One rank's outputs and gradients."""
     x, routing, upstream = case(mesh.rank, tokens[mesh.rank], kind, num_experts)
@@ -105,7 +106,7 @@ def layer_on_ranks(
     most = max(int(torch.bincount(case(r, t, kind)[1].token_N, minlength=1).max()) for r, t in enumerate(tokens))
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
-        return experts(x, routing._replace(weight_N=weight), plan, most, Clock(mesh.device))
+        return experts(x, routing._replace(weight_N=weight), plan, most, Clock(mesh.device), None, num_chunks)
 
     if recompute:
         from torch.utils.checkpoint import checkpoint

@@ -9,39 +9,26 @@ travels and is computed are *rows*: token copies, one for each selection of an e
 The dispatcher holds no parameters and never asks who made the plan. Sums run in fp32 and in a fixed order, without
 atomic adds, so that a repeat is equal bit for bit on any device.
 
+Rows may be computed in chunks (`chunks`, `transfers`): then they stand chunk by chunk, and slot by slot in each.
+
 T tokens here, D width, N selections made here, C copies sent, P pool: T own tokens, then the copies that arrived,
 M rows computed here, A of them announced and the others padding of weight zero (`Backend.row_step`), S slots here, R
-ranks, E experts.
+ranks, E experts, K chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from moetrain.distributed.comm import Pending, allocate_outgoing, start_all_to_all
+from moetrain.distributed.comm import Pending, start_all_to_all
 from moetrain.distributed.mesh import ExpertGroup
+from moetrain.moe.exchange.chunks import ChunkCut, cut_evenly
 from moetrain.moe.kernels.api import Backend
 from moetrain.moe.kernels.bags import Bags
 from moetrain.moe.kernels.tables import Travel
 from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing.base import Routing
-
-
-class Tokens(NamedTuple):
-    """Tokens, or their gradients, on their way to the ranks that compute with them."""
-
-    pool_PD: Tensor  # complete when `pending` is
-    pending: Pending
-
-
-class Sums(NamedTuple):
-    """Partial sums on their way back to the tokens' ranks."""
-
-    own_TD: Tensor
-    pending: Pending  # [C, D] those of the copies
 
 
 @dataclass(frozen=True)
@@ -54,14 +41,15 @@ class DispatchTables:
     announcement_N: Tensor  # where its announcement stands
     announced: list[int]  # [R] selections announced to each rank, and one header
     received: list[int]  # [R] what each rank announced here
-    arrived_A: Tensor  # where the announcement of each real row stands among those received; rows slot by slot
+    arrived_A: Tensor  # where the announcement of each real row stands among those received; in the order of the rows
     row_A: Tensor  # and where the row stands among the M
-    token_C: Tensor  # tokens whose copies leave, by rank
+    token_C: Tensor  # tokens whose copies leave, by chunk, then rank
     copies_out: list[int]  # [R]
     copies_in: list[int]  # [R]
     pool_M: Tensor  # which entry of the pool each row reads
     weight_M: Tensor  # fp32
-    slot_rows: list[int]  # [S]
+    chunk_rows: list[list[int]]  # [K][S] rows of each slot in each chunk
+    slotwise_M: Tensor | None  # which row comes next in the order of a single chunk; None: there is one
     bag_M: Tensor  # which entry of the pool each row is summed for; one that is not there for padding
     copies_of_token: Bags  # the copies of each token that were sent
     num_tokens: int
@@ -69,11 +57,20 @@ class DispatchTables:
 
     @classmethod
     def build(
-        cls, routing: Routing, plan: Plan, ep: ExpertGroup, kernels: Backend, num_tokens: int, most: int
+        cls,
+        routing: Routing,
+        plan: Plan,
+        ep: ExpertGroup,
+        kernels: Backend,
+        num_tokens: int,
+        most: int,
+        num_chunks: int = 1,
     ) -> "DispatchTables":
-        """Announce the selections to the ranks that compute them. One host sync: how many copies come and go.
+        """Announce the selections to the ranks that compute them. One host sync: how many copies come and go; a second
+        one for several chunks.
 
-        All ranks of the group call it. `num_tokens`: T; `most`: selections of a token, on any rank.
+        All ranks of the group call it. `num_tokens`: T; `most`: selections of a token, on any rank; `num_chunks`: K,
+        the same on every rank.
         """
         travel = Travel(
             rank=ep.rank,
@@ -89,7 +86,7 @@ class DispatchTables:
         rows = index.read(start_all_to_all(out.announcements, announced, received, ep.rows).wait())
         copies_out, copies_in = rows.copies.tolist()  # the host sync
         token_C, copies_of_token = index.list_copies(sum(copies_out), min(most, ep.size - 1))
-        return cls(
+        tables = cls(
             ep=ep,
             kernels=kernels,
             selection_N=out.selection_N,
@@ -103,44 +100,73 @@ class DispatchTables:
             copies_in=copies_in,
             pool_M=rows.pool_M,
             weight_M=rows.weight_M,
-            slot_rows=travel.rows_S.tolist(),
+            chunk_rows=[travel.rows_S.tolist()],
+            slotwise_M=None,
             bag_M=rows.bag_M,
             copies_of_token=copies_of_token,
             num_tokens=num_tokens,
             most=most,
         )
+        return tables if num_chunks == 1 or ep.size == 1 else tables._cut_in_chunks(num_chunks, travel)
+
+    def _cut_in_chunks(self, num_chunks: int, travel: Travel) -> "DispatchTables":
+        """Return the tables of the same rows in several chunks; waits for the device."""
+        cut = ChunkCut.find(num_chunks, self.num_tokens, self.copies_out, self.copies_in, self.pool_M.device)
+        rows = cut.cut_rows(self.pool_M.index_select(0, self.row_A), self.weight_M.index_select(0, self.row_A), travel)
+        bags = self.copies_of_token
+        return replace(
+            self,
+            arrived_A=self.arrived_A.index_select(0, rows.order_A),
+            row_A=rows.row_A,
+            token_C=self.token_C.index_select(0, cut.order_C),
+            pool_M=rows.pool_M,
+            weight_M=rows.weight_M,
+            bag_M=rows.bag_M,
+            chunk_rows=rows.chunk_rows,
+            slotwise_M=rows.slotwise_M,
+            copies_of_token=replace(bags, row_M=cut.place_C.index_select(0, bags.row_M)),
+        )
+
+    @property
+    def num_chunks(self) -> int:
+        """K, the parts in which rows travel and are computed."""
+        return len(self.chunk_rows)
+
+    @cached_property
+    def slot_rows(self) -> list[int]:
+        """[S] rows of each slot."""
+        return [sum(rows) for rows in zip(*self.chunk_rows, strict=True)]
+
+    @cached_property
+    def sent_sizes(self) -> list[list[int]]:
+        """[K][R] copies that leave for each rank in each chunk."""
+        return cut_evenly(self.copies_out, self.num_chunks)
+
+    @cached_property
+    def received_sizes(self) -> list[list[int]]:
+        """[K][R] copies that come from each rank in each chunk."""
+        return cut_evenly(self.copies_in, self.num_chunks)
+
+    def find_sent(self, chunk: int) -> slice:
+        """Return where the copies of a chunk stand among the C."""
+        begin = sum(map(sum, self.sent_sizes[:chunk]))
+        return slice(begin, begin + sum(self.sent_sizes[chunk]))
+
+    def find_received(self, chunk: int) -> slice:
+        """Return where the copies of a chunk stand in the pool."""
+        begin = self.num_tokens + sum(map(sum, self.received_sizes[:chunk]))
+        return slice(begin, begin + sum(self.received_sizes[chunk]))
+
+    def find_rows(self, chunk: int) -> slice:
+        """Return where the rows of a chunk stand among the M."""
+        begin = sum(map(sum, self.chunk_rows[:chunk]))
+        return slice(begin, begin + sum(self.chunk_rows[chunk]))
 
     # Made when rows are first summed: the host has time then, for the device is at the experts.
     @cached_property
     def rows_of_pool(self) -> Bags:
         """The rows that read each entry of the pool."""
         return Bags.group(self.bag_M, self.num_tokens + sum(self.copies_in), self.most)
-
-    def start_dispatch(self, x_TD: Tensor) -> Tokens:
-        """Begin to fill the pool [P, D]: own tokens, and the copies under way."""
-        if self.ep.size == 1:
-            return Tokens(x_TD, Pending(x_TD, None))
-        pool_PD = x_TD.new_empty(len(x_TD) + sum(self.copies_in), x_TD.shape[1])
-        leaving_CD = allocate_outgoing(x_TD, len(self.token_C), self.ep.rows)
-        torch.index_select(x_TD, 0, self.token_C, out=leaving_CD)
-        pending = start_all_to_all(leaving_CD, self.copies_out, self.copies_in, self.ep.rows, out=pool_PD[len(x_TD) :])
-        pool_PD[: len(x_TD)] = x_TD
-        return Tokens(pool_PD, pending)
-
-    def start_combine(self, rows_MD: Tensor, weight_M: Tensor | None) -> Sums:
-        """Sum the rows of every entry of the pool, times their weights; begin to send those of others' copies back."""
-        sums_PD = self.kernels.sum_rows(rows_MD, weight_M, self.rows_of_pool)
-        if self.ep.size == 1:
-            return Sums(sums_PD, Pending(sums_PD, None))
-        num_tokens = len(sums_PD) - sum(self.copies_in)
-        back = start_all_to_all(sums_PD[num_tokens:], self.copies_in, self.copies_out, self.ep.rows)
-        return Sums(sums_PD[:num_tokens], back)
-
-    def finish_combine(self, sums: Sums) -> Tensor:
-        """Wait; return [T, D]: own sums, and those that came back."""
-        if self.ep.size == 1:
-            return sums.own_TD
-        return self.kernels.sum_rows(sums.pending.wait(), None, self.copies_of_token, sums.own_TD)
 
     def start_returning(self, value_M: Tensor) -> Pending:
         """Begin to send a number per row back to where its selection was made, headers and all."""

@@ -32,6 +32,11 @@ class Bags:
         begin_B = torch.searchsorted(sorted_M, torch.arange(num_bags + 1, dtype=bag_M.dtype, device=bag_M.device))
         return cls(row_M, begin_B, most)
 
+    def select(self, bags: slice) -> "Bags":
+        """Return some of the bags, one after another."""
+        begin, end, _ = bags.indices(len(self.begin_B) - 1)
+        return Bags(self.row_M, self.begin_B[begin : end + 1], self.most)
+
 
 def sort_stably(key_M: Tensor) -> Tensor:
     """Return the int64 index that sorts the keys; equal ones stay in their order."""
