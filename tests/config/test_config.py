@@ -17,6 +17,7 @@ CASES = {
     "tiny": ["model=tiny"],
     "olmoe_1b7b": ["model=olmoe_1b7b"],
     "qwen3_30b_a3b": ["model=qwen3_30b_a3b"],
+    "qwen3_235b_a22b": ["model=qwen3_235b_a22b"],
     "deepseek_v3_like": ["model=deepseek_v3_like"],
     "home": ["planner=home"],
     "makespan": ["planner=makespan"],

@@ -10,8 +10,10 @@ from moetrain.common.errors import ConfigError
 from moetrain.observe.estimate import estimate
 from moetrain.simulate.shape import PUBLISHED, from_config, from_hf
 
+PRESETS = ["tiny", "small", "olmoe_1b7b", "qwen3_30b_a3b", "qwen3_235b_a22b", "deepseek_v3_like"]
 
-@pytest.mark.parametrize("model", ["tiny", "small", "olmoe_1b7b", "qwen3_30b_a3b", "deepseek_v3_like"])
+
+@pytest.mark.parametrize("model", PRESETS)
 def test_a_preset_has_the_parameters_of_the_estimate(model: str) -> None:
     settings = config.load([f"model={model}", "train.global_batch=8", "parallel.nproc=8", "model.vocab_size=4096"])
     shape = from_config(settings)

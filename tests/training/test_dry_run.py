@@ -18,6 +18,7 @@ BATCH = ["train.seq_len=4096", "train.micro_batch=1", "train.recompute=selective
     [
         ("olmoe_1b7b", 8, 1, 8, 6_919_161_856, 1.28e9),
         ("qwen3_30b_a3b", 64, 1, 8, 30_532_122_624, 3.35e9),  # as Hugging Face counts it
+        ("qwen3_235b_a22b", 64, 1, 16, 235_093_634_560, 2.22e10),
         ("deepseek_v3_like", 2048, 8, 64, 6.71e11, 3.78e10),
     ],
 )
