@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moetrain.moe.compiled import njit
 from moetrain.moe.kernels.bags import Bags, upload
-from moetrain.moe.kernels.tables import Incoming, Ints, Outgoing, Travel
+from moetrain.moe.kernels.tables import Incoming, Outgoing, Travel
 from moetrain.moe.kernels.triton_fused import launch
 
 BLOCK, WARPS = 256, 4  # elements of a program, and its warps
@@ -150,15 +151,17 @@ class TritonTables:
     def __init__(self, travel: Travel, device: torch.device) -> None:
         """Bring what the plan says to the device."""
         self._travel, self._device = travel, device
-        order_value, order_size = travel.order_runs()
-        arrival_value, arrival_size = travel.arrival_runs()
-        out = [_begin(travel.to_rank), _begin(order_size), order_value]
-        back = [_begin(travel.received), _begin(travel.rows_S), _begin(travel.real_S), travel.real_S]
-        back += [_begin(arrival_size), arrival_value]
-        runs = upload(np.concatenate([*out, *back]).astype(np.int32), device)
-        num_out = sum(map(len, out))
-        self._runs_out, self._runs_back = runs[:num_out], runs[num_out:]
-        self._num_order, self._num_arrival = len(order_size), len(arrival_size)
+        num_ranks, num_slots, num_out = (
+            len(travel.to_rank),
+            len(travel.slots),
+            len(travel.to_rank) + 2 * travel.sent_ER.size,
+        )
+        self._num_order, self._num_arrival = travel.sent_ER.size, num_slots * num_ranks
+        runs = np.empty(num_out + num_ranks + 3 * num_slots + 2 * self._num_arrival, np.int32)
+        _list_order_runs(travel.sent_ER, runs[:num_out])
+        _list_arrival_runs(travel.received_RE, np.array(travel.slots, np.int64), travel.rows_S, runs[num_out:])
+        on_device = upload(runs, device)
+        self._runs_out, self._runs_back = on_device[:num_out], on_device[num_out:]
 
     def announce(self, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Outgoing:
         """As `IndexTables.announce`."""
@@ -229,7 +232,42 @@ class TritonTables:
         return token_C, Bags(copy_C, begin, most)
 
 
-def _begin(sizes: Ints) -> Ints:
-    """Return where each of several parts of these sizes begins."""
-    begin: Ints = np.cumsum(sizes) - sizes
-    return begin
+@njit()
+def _list_order_runs(sent_ER, out):  # type: ignore[no-untyped-def]
+    """Write [R] where each rank's announcements begin; of each run [R E] its begin and value: `Travel.order_runs`."""
+    num_experts, num_ranks = sent_ER.shape
+    start_E = np.zeros(num_experts, np.int64)
+    for e in range(1, num_experts):
+        start_E[e] = start_E[e - 1] + sent_ER[e - 1].sum()
+    begin, at = 0, num_ranks
+    for r in range(num_ranks):
+        out[r] = begin
+        for e in range(num_experts):
+            out[at], out[at + num_experts * num_ranks] = begin, start_E[e] - begin
+            start_E[e] += sent_ER[e, r]
+            begin += sent_ER[e, r]
+            at += 1
+
+
+@njit()
+def _list_arrival_runs(received_RE, slots, rows_S, out):  # type: ignore[no-untyped-def]
+    """Write what `_read_announcements` takes as its runs: `Travel.arrival_runs` among it."""
+    num_ranks, num_experts = received_RE.shape
+    num_slots = len(slots)
+    start_RE = np.empty((num_ranks, num_experts), np.int64)
+    place = 0
+    for r in range(num_ranks):
+        out[r] = place
+        place += 1
+        for e in range(num_experts):
+            start_RE[r, e] = place
+            place += received_RE[r, e]
+    row, real, at = 0, 0, num_ranks + 3 * num_slots
+    for s in range(num_slots):
+        out[num_ranks + s], out[num_ranks + num_slots + s] = row, real
+        row += rows_S[s]
+        for r in range(num_ranks):
+            out[at], out[at + num_slots * num_ranks] = real, start_RE[r, slots[s]] - real
+            real += received_RE[r, slots[s]]
+            at += 1
+        out[num_ranks + 2 * num_slots + s] = real - out[num_ranks + num_slots + s]
