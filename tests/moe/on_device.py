@@ -103,6 +103,21 @@ class _Event:
 
 
 @contextmanager
+def interpreting_triton() -> Iterator[None]:
+    """Have the kernels in Triton take such tensors: what they are given lies on the CPU, where they are interpreted."""
+    from moetrain.moe.kernels import triton_fused, triton_tables
+
+    interpret = triton_fused.launch
+
+    def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        found["launches"] += programs > 0
+        interpret(kernel, programs, *tree_map_only(OnGpu, lambda x: x.held, arguments), **options)
+
+    with mock.patch.object(triton_fused, "launch", launch), mock.patch.object(triton_tables, "launch", launch):
+        yield
+
+
+@contextmanager
 def device() -> Iterator[Counter[str]]:
     """Counts from zero, in what is yielded."""
     found.clear()
