@@ -76,7 +76,8 @@ def compare_saved(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "saved"), [("hf_sft.py", "last"), on_grid(("hf_ddp.py", ".")), on_grid(("hf_accelerate.py", "."))]
+    ("script", "saved"),
+    [("hf_sft.py", "last"), ("hf_replay.py", "last"), on_grid(("hf_ddp.py", ".")), on_grid(("hf_accelerate.py", "."))],
 )
 def test_two_ranks_train_as_one(pool: Pool, tmp_path: Path, script: str, saved: str) -> None:
     norms = [train(script, tmp_path / str(ranks), ranks) for ranks in (1, 2)]
