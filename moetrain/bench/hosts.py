@@ -16,15 +16,18 @@ import numpy as np
 import torch
 
 from moetrain.bench.cases import HOST_EXPERTS, LayerShape
-from moetrain.bench.cell import Cell, Setup
+from moetrain.bench.cell import Cell, Setup, describe_layer
 from moetrain.bench.namespaces import Hosts, count_sent_bytes
 from moetrain.bench.tables import Records, Results, Tabulated
 from moetrain.bench.timing import Timed, gather_numbers, measure_spread, time_in_turns
 from moetrain.common.console import console
 from moetrain.distributed.comm import all_gather, waiting_at_once
+from moetrain.distributed.exchange import AskedExchange, ExchangeWay
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
+from moetrain.engine.exchange import choose_exchange, expect_bytes
 from moetrain.launch import local
+from moetrain.moe.calibrate import measure_between
 from moetrain.moe.planning.plan import ANYWHERE, Plan
 from moetrain.training.ranks import run_on_rank
 
@@ -39,6 +42,7 @@ class Way(NamedTuple):
     planner: str
     nearest_first: bool = True
     overlap: bool = True
+    exchange: AskedExchange = "flat"
 
 
 OURS = Way("makespan", "makespan")
@@ -49,10 +53,16 @@ WAYS = (
     Way("makespan, order of ranks", "makespan", nearest_first=False),
     Way("makespan, no overlap", "makespan", overlap=False),
 )
+WAYS_OVER_NODES = (
+    Way("makespan, two_level", "makespan", exchange="two_level"),
+    Way("home, two_level", "home", exchange="two_level"),
+    Way("makespan, auto", "makespan", exchange="auto"),
+)
 COLUMNS = ("link", "routing", "way", "ms", "time, makespan = 100", "spread", "rows between hosts", "MB between hosts")
 LEGEND = (
     "time: median of ratios to makespan in the same turn; spread: between their quartiles; MB: counted by the link. "
-    "Workers that share a core flatter home: who has few rows leaves it to who has many."
+    "Workers that share a core flatter home: who has few rows leaves it to who has many. auto: the exchange that the "
+    "measured links say is faster."
 )
 
 
@@ -60,7 +70,8 @@ def run_benchmark(options: argparse.Namespace) -> int:
     """Be a worker on a host; else make the hosts and start the workers on them. Returns the exit code."""
     place = local.from_env()
     if place is not None:
-        return run_on_rank(lambda mesh: _measure_and_write(options, mesh), place, threads=1)
+        task = lambda mesh: _measure_and_write(options, mesh)  # noqa: E731
+        return run_on_rank(task, place, threads=1, exchange="auto", flow_splits=options.flow_splits)
     found: Records = []
     with tempfile.TemporaryDirectory() as folder, Hosts() as hosts:
         os.environ.setdefault("GLIBC_TUNABLES", local.MALLOC)
@@ -93,26 +104,37 @@ def _measure_and_write(options: argparse.Namespace, mesh: Mesh) -> None:
     shape = LayerShape(options.tokens, DIM, HIDDEN, HOST_EXPERTS, TOP_K, dtype)
     found = measure_ways(mesh, shape, options.scenario, options.per_host, options.repeats)
     if mesh.is_main:
-        options.records.write_text(json.dumps(found))
+        splits = {"flow_splits": options.flow_splits}
+        options.records.write_text(json.dumps([{**record, **splits} for record in found]))
 
 
 def measure_ways(mesh: Mesh, shape: LayerShape, scenarios: Sequence[str], per_host: int, repeats: int) -> Records:
     """Return one record for every scenario and way, the same on every rank."""
     setup = Setup.prepare(mesh, shape, seed=0)
+    chosen: ExchangeWay = "flat"
+    ways: tuple[Way, ...] = WAYS
+    if mesh.exchange.is_two_level_possible:
+        ways += WAYS_OVER_NODES
+        with mesh.exchange.using("two_level"):
+            link = measure_between(mesh, describe_layer(shape), mesh.exchange.nodes)
+        costs = replace(setup.costs, two_level=link)
+        chosen = choose_exchange(costs, expect_bytes(costs, shape.tokens * shape.top_k))
     found: Records = []
     for scenario in scenarios:
-        cells = [setup.draw_cell(scenario, way.planner) for way in WAYS]
-        passes = [_make_pass(cell, way) for cell, way in zip(cells, WAYS, strict=True)]
+        cells = [setup.draw_cell(scenario, way.planner) for way in ways]
+        exchanges: list[ExchangeWay] = [chosen if way.exchange == "auto" else way.exchange for way in ways]
+        passes = [_make_pass(*each, mesh) for each in zip(cells, ways, exchanges, strict=True)]
         for time_pass in passes:
             for _ in range(SETTLE):
                 time_pass()
         times = time_in_turns(passes, repeats, mesh.ep, mesh.device)[:, :, 1]
-        for number, (cell, way) in enumerate(zip(cells, WAYS, strict=True)):
+        for number, (cell, way) in enumerate(zip(cells, ways, strict=True)):
             ratios = times[:, number] / times[:, 0]
             found.append(
                 {
                     "scenario": scenario,
                     "way": way.name,
+                    "exchange": exchanges[number],
                     "ranks": mesh.ep.size,
                     "per_host": per_host,
                     **vars(shape),
@@ -133,11 +155,11 @@ def _plan_way(cell: Cell, way: Way) -> Plan:
     return plan if way.nearest_first else replace(plan, near=ANYWHERE)
 
 
-def _make_pass(cell: Cell, way: Way) -> Timed:
+def _make_pass(cell: Cell, way: Way, exchange: ExchangeWay, mesh: Mesh) -> Timed:
     """Return the function that runs a layer once in that way, and returns its seconds, planning included."""
 
     def time_pass() -> tuple[float, float]:
-        with nullcontext() if way.overlap else waiting_at_once():
+        with mesh.exchange.using(exchange), nullcontext() if way.overlap else waiting_at_once():
             began = time.perf_counter()
             plan = _plan_way(cell, way)
             planned = time.perf_counter() - began
@@ -171,7 +193,7 @@ def tabulate(found: Records) -> Results:
         [
             r["rate"],
             r["scenario"],
-            r["way"],
+            f"{r['way']}: {r['exchange']}" if r["way"].endswith("auto") else r["way"],
             f"{r['total_ms']:.1f}",
             f"{r['percent_of_makespan_time']:.0f}",
             f"{r['spread']:.0f}",

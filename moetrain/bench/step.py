@@ -29,6 +29,7 @@ from moetrain.data.opening import open_data
 from moetrain.distributed.comm import all_reduce_sum, barrier
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import Engine, build_engine, precision, saved_costs
+from moetrain.engine.exchange import settle_exchange
 from moetrain.engine.optim import learning_rate
 from moetrain.moe.clock import PHASES
 from moetrain.moe.layer import MoE
@@ -86,7 +87,9 @@ class Bench:
         if saved is not None:
             checkpoint.load(saved, engine)
         with tempfile.TemporaryDirectory() as folder:
-            engine.plan_with(saved_costs.obtain(mesh, saved_costs.layer_of(spec), Path(folder), saved))
+            costs = saved_costs.obtain(mesh, saved_costs.layer_of(spec), Path(folder), saved)
+        engine.plan_with(costs)
+        settle_exchange(mesh, spec, costs)
         _, position = checkpoint.progress(saved)
         for step in range(options.warmup):
             lr = learning_rate(spec.optim, step, spec.train.steps) if saved is None else 0.0

@@ -63,7 +63,8 @@ HOSTS = """Measure one MoE layer on two hosts with a slow link: what local rows 
 The hosts are network namespaces of this machine, joined by a link of limited rate: Linux and root. A row of the table
 is a way to run the layer, under one routing and at one rate: standard expert parallelism, the paper's planner, ours;
 ours with the rows taken in the order of ranks instead of the nearest first; ours waiting for every transfer where it
-starts. Ways are timed in turns and after a barrier; percentages are medians of the ratios of neighbours.
+starts; ours, and standard, with rows that travel inside their host first (`parallel.exchange=two_level`), and as auto
+chooses. Ways are timed in turns and after a barrier; percentages are medians of the ratios of neighbours.
 
 examples:
   moetrain bench hosts                                      two hosts, two workers each, 1 and 4 Gbit/s
@@ -178,6 +179,7 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
     add("--per-host", type=positive, default=2, metavar="N", help=most)
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s, the faster one on this device")
     add("--tokens", type=positive, default=1024, help="tokens per rank; default: %(default)s")
+    add("--flow-splits", type=positive, default=1, metavar="N", help="connections of a transfer; default: %(default)s")
     add("--repeats", type=positive, default=15, help="default: %(default)s")
     add("--out", type=Path, metavar="FOLDER", help="write hosts.json and hosts.md there")
     add("--records", type=Path, help=argparse.SUPPRESS)  # for workers: where rank 0 writes what it measured

@@ -48,6 +48,8 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
                 threads=settings.train.threads,
                 timeout=settings.recovery.timeout + 60,  # the heartbeat speaks first
                 backend=settings.parallel.backend,
+                exchange=settings.parallel.exchange,
+                flow_splits=settings.parallel.flow_splits,
             )
         arguments, again = list(options.given), None
         if verb == "train":

@@ -1,6 +1,7 @@
 """The ways that the rows of an expert group can travel, which of them is in use, and how many bytes they have taken."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ class RowExchange:
             ways: those that there are; `flat` always.
         """
         self.asked: AskedExchange = asked
-        self.nodes = tuple(nodes)
+        order = list(dict.fromkeys(nodes))
+        self.nodes = tuple(order.index(node) for node in nodes)  # numbered from 0
         self.way: ExchangeWay = "flat"
         self._ways = ways
         self._inside = self._between = 0
@@ -77,6 +79,16 @@ class RowExchange:
         if way not in self._ways:
             raise ValueError(f"way={way}: there is none between these ranks")
         self.way = way
+
+    @contextmanager
+    def using(self, way: ExchangeWay) -> Iterator[None]:
+        """Have rows travel this way inside the context; all ranks of the group enter it."""
+        before = self.way
+        self.use(way)
+        try:
+            yield
+        finally:
+            self.use(before)
 
     def allocate_outgoing(self, like: Tensor, count: int) -> Tensor:
         """Return [count, ...] as the way in use has it."""

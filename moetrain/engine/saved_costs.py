@@ -45,12 +45,25 @@ def obtain(mesh: Mesh, layer: Layer, run: Path, saved: Path | None = None) -> Co
     if not text:
         if mesh.is_main:
             console.print("measuring what computing and sending take here, for the planner", style="dim")
-        text = calibrate.to_json(calibrate.measure(mesh, layer), mesh)
+        with mesh.exchange.using("flat"):
+            text = calibrate.to_json(calibrate.measure(mesh, layer), mesh)
+    text, is_more = _add_two_level(mesh, layer, text)
     if mesh.is_main:
         disk.write(own, text)
-        if stored is not None and calibrate.of_tree(disk.read_json(stored)) is None:
+        if stored is not None and (is_more or calibrate.of_tree(disk.read_json(stored)) is None):
             _keep(stored, text)
-    return dataclasses.replace(calibrate.from_json(text), nodes=calibrate.nodes_of(mesh))
+    return dataclasses.replace(calibrate.from_json(text), nodes=mesh.exchange.nodes)
+
+
+def _add_two_level(mesh: Mesh, layer: Layer, text: str) -> tuple[str, bool]:
+    """Return the costs with the link that rows have in two steps, and whether it was measured now: where
+    `parallel.exchange=auto` has a choice, and they lack it."""
+    costs = calibrate.from_json(text)
+    if mesh.exchange.asked != "auto" or not mesh.exchange.is_two_level_possible or costs.two_level is not None:
+        return text, False
+    with mesh.exchange.using("two_level"):
+        link = calibrate.measure_between(mesh, layer, mesh.exchange.nodes)
+    return calibrate.to_json(dataclasses.replace(costs, two_level=link), mesh), True
 
 
 def of_checkpoint(saved: Path) -> Costs:
@@ -88,7 +101,5 @@ def _key(mesh: Mesh, layer: Layer) -> str:
     else:
         device = f"{socket.gethostname()} {os.cpu_count()} cores {torch.get_num_threads()} threads"
         device += f" {torch.backends.cpu.get_cpu_capability()} {cpu_gemm.able()}"  # a name may move to another machine
-    facts = (
-        f"{device} {torch.__version__} {compiled.DIGEST} {calibrate.nodes_of(mesh)} {mesh.world} {mesh.ep.size} {layer}"
-    )
+    facts = f"{device} {torch.__version__} {compiled.DIGEST} {mesh.exchange.nodes} {mesh.world} {mesh.ep.size} {layer}"
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

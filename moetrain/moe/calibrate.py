@@ -10,7 +10,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -110,13 +110,16 @@ def of_tree(tree: Any) -> Costs | None:
         if not isinstance(tree["ranks"], str):
             return None
         known = {name: value for name, value in tree.items() if name != "ranks"}
-        links = {name: Link(**tree[name]) for name in ("inside", "between")}
+        links: dict[str, Link | None] = {name: Link(**tree[name]) for name in ("inside", "between")}
         measured = tuple(Measured(*each) for each in tree.get("kernels", ()))
+        links |= {"two_level": Link(**steps) if (steps := tree.get("two_level")) else None}
         costs = Costs(**{**known, **links, "nodes": tuple(tree["nodes"]), "kernels": measured})
         seconds = [x for each in measured for x in each[1:]]
         positive = [costs.row_forward, costs.row_backward, costs.row_bytes, costs.weight_bytes, costs.gradient_bytes]
         positive += [costs.inside.bandwidth, costs.between.bandwidth, costs.lends, *seconds]
-        sound = bool(np.isfinite([*costs.vector(), *seconds]).all() and (costs.vector() >= 0).all())
+        if costs.two_level is not None:
+            positive += [costs.two_level.latency, costs.two_level.bandwidth]
+        sound = bool(np.isfinite([*costs.vector(), *positive]).all() and (costs.vector() >= 0).all())
         sound = sound and min(positive) > 0 and costs.overlap <= 1 and all(each.part in PARTS for each in measured)
         return costs if sound and all(type(node) is int and node >= 0 for node in costs.nodes) else None
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
@@ -163,6 +166,17 @@ def measure(ranks: Ranks, layer: Layer, backend: str | None = None) -> Costs:
     costs = dataclasses.replace(costs, handling=_handling(ranks, layer, costs))
     costs = from_json(broadcast_text(to_json(costs, ranks), ranks.device, ranks.everyone))
     return dataclasses.replace(costs, nodes=nodes)
+
+
+def measure_between(ranks: Ranks, layer: Layer, nodes: Sequence[int]) -> Link:
+    """Return the link between nodes for rows that travel as they do just now. All ranks call it.
+
+    `nodes`: [R] of the ranks of the expert group, several.
+    """
+    sizes = Sizes.for_layer(layer, ranks.ep.size, ranks.device.type, min(_gather(ranks, _free_bytes(ranks.device))))
+    link = _link(ranks, [node != nodes[ranks.ep.rank] for node in nodes], sizes.message_bytes)
+    assert link is not None
+    return Link(*json.loads(broadcast_text(json.dumps([link.latency, link.bandwidth]), ranks.device, ranks.everyone)))
 
 
 def _free_bytes(device: torch.device) -> float:

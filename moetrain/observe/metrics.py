@@ -216,6 +216,15 @@ CROSSING_BYTES = define(
     "Tokens sent to other ranks in the forward pass; as many bytes come back, and both again in the backward pass.",
     "crossing",
 )  # fmt: skip
+BYTES_INSIDE = define(
+    "perf/bytes_inside_nodes", "bytes/step", "lower",
+    "Rows, their announcements and gradients sent from rank to rank of a node, forward and backward, all ranks; with "
+    "`parallel.exchange=two_level` those on their way to another node, too.",
+)  # fmt: skip
+BYTES_BETWEEN = define(
+    "perf/bytes_between_nodes", "bytes/step", "lower",
+    "The same between nodes: equal under every `parallel.exchange`.", good="a small share of those inside",
+)  # fmt: skip
 SAVED_SECONDS = define(
     "balance/saved_seconds", "s/step", "higher",
     "Predicted computing time of the slowest rank that the plan saves against every expert at home, by `costs.json`.",

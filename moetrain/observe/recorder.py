@@ -60,6 +60,7 @@ class Recorder:
 
     def begin(self, step: int) -> None:
         self._profiler.before(step)
+        self._meter.begin()
 
     def read(self, step: int, done: StepRecord, always: bool = False) -> dict[str, Any]:
         """Return the metrics of a step that gets a row, which are the caller's to complete; else none.

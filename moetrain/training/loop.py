@@ -8,6 +8,7 @@ from moetrain import checkpoint
 from moetrain.config import Config
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import build_engine, saved_costs
+from moetrain.engine.exchange import settle_exchange
 from moetrain.engine.optim import learning_rate
 from moetrain.launch.exits import Ended, Preempted
 from moetrain.moe.clock import Clock
@@ -46,6 +47,7 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
         run.logger.print(f"weights are those of {run.initial}; steps and optimizer begin anew")
     costs = saved_costs.obtain(mesh, saved_costs.layer_of(spec), run.folder, run.saved)
     engine.plan_with(costs)
+    run.logger.print_lines(settle_exchange(mesh, spec, costs))
     if mesh.is_main and (expected := predict(spec, mesh, costs)) is not None:
         run.logger.print_lines(expected.lines())
         expected.write(run.folder)

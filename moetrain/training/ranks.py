@@ -24,11 +24,14 @@ def run_on_rank(
     threads: int | None = None,
     timeout: float = 600.0,
     backend: Literal["auto", "nccl", "gloo"] = "auto",
+    exchange: Literal["flat", "two_level", "auto"] = "flat",
+    flow_splits: int = 1,
 ) -> int:
     """Join the ranks of the job as `place` says, run `task` on their mesh, and return the exit code of this process.
 
-    `ep`, `dp_replicate`, `timeout` (seconds) and `backend` as in `mesh.start`. `threads`: that torch computes with;
-    None: an even share of this host's cores. Never raises: what `task` raises is reported as `worker.run_worker` does.
+    `ep`, `dp_replicate`, `timeout` (seconds), `backend`, `exchange` and `flow_splits` as in `mesh.start`. `threads`:
+    that torch computes with; None: an even share of this host's cores. Never raises: what `task` raises is reported as
+    `worker.run_worker` does.
     """
 
     def join_and_run() -> None:
@@ -43,9 +46,11 @@ def run_on_rank(
         here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
         start = partial(mesh.start, ep=ep, dp_replicate=dp_replicate, timeout=timeout, backend=backend)
-        with start(**place._asdict()) as joined:
+        with start(**place._asdict(), exchange=exchange, flow_splits=flow_splits) as joined:
             if joined.is_main and joined.is_staged:
                 errors.print(STAGED, style="yellow")
+            for line in joined.notes if joined.is_main else ():
+                errors.print(line)
             task(joined)
 
     return worker.run_worker(join_and_run)

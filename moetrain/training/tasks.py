@@ -48,7 +48,8 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     """Measure the layer of the config's model on these ranks and keep it in place of what was known."""
     spec = resolve(config, mesh.world, config.data.vocab_size, precision.find_dtype(config, mesh))
     began, layer = time.perf_counter(), saved_costs.layer_of(spec)
-    costs = calibrate.measure(mesh, layer)
+    with mesh.exchange.using("flat"):
+        costs = calibrate.measure(mesh, layer)
     path = saved_costs.keep(mesh, layer, costs)
     if not mesh.is_main:
         return

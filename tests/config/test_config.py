@@ -213,7 +213,8 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["train.stepz=5"], "train.stepz: no such field; did you mean train.steps?"),
         (
             ["+parallel.tp=5"],
-            "parallel.tp=5: no such field; parallel has nproc, ep, r, dp_shard, dp_replicate, backend, uneven",
+            "parallel.tp=5: no such field; parallel has nproc, ep, r, dp_shard, dp_replicate, "
+            "backend, exchange, flow_splits, uneven",
         ),
         (["lr=1e-3"], "lr: no such field; did you mean optim.lr?"),
         (["model.hidden_size=64"], "model.hidden_size: no such field; did you mean model.dim?"),
@@ -224,7 +225,8 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (["model.layers=3"], "model.layers: no such field; did you mean model.num_layers?"),
         (
             ["parallel.tp=2"],
-            "parallel.tp: no such field; parallel has nproc, ep, r, dp_shard, dp_replicate, backend, uneven",
+            "parallel.tp: no such field; parallel has nproc, ep, r, dp_shard, dp_replicate, "
+            "backend, exchange, flow_splits, uneven",
         ),
         (
             ["optim.rule=muon"],

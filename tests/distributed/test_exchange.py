@@ -1,22 +1,30 @@
 """Rows in two steps over nodes, and on several connections: equal to one message a pair of ranks, and counted."""
 
+import json
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain import config
 from moetrain.distributed import comm
 from moetrain.distributed.exchange import SentBytes, find_obstacle
 from moetrain.distributed.mesh import Mesh
 from moetrain.distributed.shared_memory import ShmChannel
 from moetrain.distributed.shared_memory_connect import FAMILY
 from moetrain.distributed.transport import NodeGrid, SplitFlows, Transport, TwoLevel
+from moetrain.engine.exchange import choose_exchange, expect_bytes
+from moetrain.moe.planning.cost import Link, default_costs
+from moetrain.training.loop import train
 from tests.moe.test_moe import layer_on_ranks
+from tests.training.test_train import losses
 
 TWO_NODES = (0, 0, 1, 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.int32)
@@ -180,3 +188,37 @@ def test_a_layer_is_the_same_bit_for_bit_in_two_steps(pool) -> None:
         assert all(same)
         assert two_level.between == flat.between
     assert sum(two.inside for _, _, two in found) > sum(flat.inside for _, flat, _ in found)
+
+
+def train_on_nodes(mesh: Mesh, overrides: list[str]) -> tuple[str, str]:
+    """The folder of a run, and its log."""
+    folder = train(config.load(overrides), mesh)
+    return str(folder), (folder / "log.txt").read_text()
+
+
+def last_row(folder: str) -> dict[str, float]:
+    row: dict[str, float] = json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-2])
+    return row
+
+
+def test_a_run_is_the_same_bit_for_bit_however_its_rows_travel(pool, tiny: list[str]) -> None:
+    more = [*tiny, "train.steps=3", "planner=llep", "planner.min_rows=1", "router.skew=2"]
+    run = lambda name, **how: pool.run(train_on_nodes, 4, [*more, f"run.name={name}"], nodes=TWO_NODES, **how)[0]  # noqa: E731
+    flat, _ = run("flat")
+    steps, _ = run("steps", exchange="two_level", flow_splits=2)
+    auto, said = run("auto", exchange="auto")
+    assert losses(steps) == losses(auto) == losses(flat)
+    rows = [last_row(folder) for folder in (flat, steps)]
+    assert rows[0]["perf/bytes_between_nodes"] == rows[1]["perf/bytes_between_nodes"] > 0
+    assert rows[0]["perf/bytes_inside_nodes"] < rows[1]["perf/bytes_inside_nodes"]
+    assert "ms flat" in said.partition("exchange: ")[2]
+    kept = json.loads(Path(auto, "costs.json").read_text())
+    assert kept["two_level"]["bandwidth"] > 0
+
+
+def test_auto_takes_the_way_that_the_links_make_faster() -> None:
+    costs = replace(default_costs(), between=Link(2e-3, 1e8), two_level=Link(1e-3, 0.5e8))
+    assert choose_exchange(costs, 10_000) == "two_level"  # messages count
+    assert choose_exchange(costs, 10_000_000) == "flat"  # bytes count
+    assert choose_exchange(default_costs(), 10_000) == "flat"  # not measured
+    assert expect_bytes(replace(costs, nodes=(0, 0, 1, 1)), 100) == 50 * costs.row_bytes

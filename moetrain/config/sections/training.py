@@ -129,6 +129,19 @@ class Parallel(Section):
         "GPU, which NCCL refuses. nccl: refused where it cannot be used. gloo: GPU tensors go through pinned host "
         "memory, for correctness only (docs/gpu.md).",
     )
+    exchange: Literal["flat", "two_level", "auto"] = Field(
+        default="flat",
+        description="How rows travel between nodes in training; results are equal bit for bit. flat: one message for "
+        "every pair of ranks. two_level: inside the node first, then one message for every pair of ranks at the same "
+        "place in their nodes; flat, with a line, where nodes have unequal numbers of ranks. auto: the one that the "
+        "measured links say is faster (docs/hosts.md).",
+    )
+    flow_splits: Positive = Field(
+        default=1,
+        description="Connections, or NCCL communicators, that rows travel on between nodes at the same time: every "
+        "message is cut into as many parts, each of which the network may give a path of its own. Results are equal "
+        "bit for bit (docs/hosts.md).",
+    )
     uneven: bool = Field(
         default=False,
         description="Whether ranks may get unequal shares of the global batch. It is switched on where a run continues "

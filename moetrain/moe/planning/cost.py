@@ -59,6 +59,7 @@ class Costs:
     handling: float = 0.0  # seconds that a guest costs its owner and its borrower besides its bytes
     lends: int = 1  # times that a guest's weights travel per forward and backward: 2 where backward lends again
     nodes: tuple[int, ...] = ()  # the node of each rank, consecutive numbers from 0; empty: 8 ranks a node
+    two_level: Link | None = None  # between nodes, for rows that travel inside their node first; None: not measured
     kernels: tuple[Measured, ...] = ()  # which kernels the other figures are of; no part: ours
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 from moetrain.common.arrays import Array, stack
 from moetrain.config import RunSpec
 from moetrain.distributed.comm import all_reduce_sum
+from moetrain.distributed.exchange import SentBytes
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.moe.clock import BACKWARD_PHASES, PHASES, WAITS, Clock
@@ -26,6 +27,8 @@ from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing.balance import BalancedRouter, Losses
 from moetrain.observe.collect import health
 from moetrain.observe.metrics import (
+    BYTES_BETWEEN,
+    BYTES_INSIDE,
     CROSSING_BYTES,
     DEAD_EXPERTS,
     DEVICE_LOAD_HOME,
@@ -114,9 +117,15 @@ class Meter:
         self._forwards = FORWARDS.get(config.train.recompute, 1.0)
         self._window = health.Window(config.track.window)
         self._peak = 0.0
+        self._exchanged = SentBytes(0, 0)  # in the step last added
+
+    def begin(self) -> None:
+        """Begin a step: what an evaluation before it has sent is none of it."""
+        self._mesh.exchange.take_sent()
 
     def add(self, step: StepRecord) -> None:
         self._window.add(torch.cat(step.counts))
+        self._exchanged = self._mesh.exchange.take_sent()
 
     @torch.no_grad()
     def read(self, step: StepRecord, routers: Sequence[BalancedRouter]) -> Reading:
@@ -214,6 +223,7 @@ class Meter:
             "crossing": np.array([sum(_leaving(s.plan, me) for s in stats)]),
             "lent": np.array([sum(weight * width * s.num_lent for s in stats)]),
             "sent": np.array([sum(s.clock.sent_bytes for s in stats)]),
+            "exchanged": np.array(self._exchanged),
         }
 
     def _losses(self, found: Mapping[str, Array], first: Losses) -> dict[str, Any]:
@@ -239,6 +249,8 @@ class Meter:
             ROWS_CROSSING_FRACTION: ep * float(found["crossing"][0]) / rows,
             LEND_BYTES: float(found["lent"][0]) / ep,
             CROSSING_BYTES: float(found["sent"][0]),
+            BYTES_INSIDE: float(found["exchanged"][0]),
+            BYTES_BETWEEN: float(found["exchanged"][1]),
             SAVED_SECONDS: facts["saved_seconds"] / self._mesh.world,
             DEVICE_LOAD_HOME: found["loads"][0].tolist(),
             DEVICE_LOAD_PLANNED: found["loads"][1].tolist(),
