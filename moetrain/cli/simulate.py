@@ -45,7 +45,7 @@ def execute(options: argparse.Namespace) -> int:
 
     asked = request.read(options.overrides, options.config_dir)
     if asked.is_auto and not options.sweep:
-        best, _ = sweep.sweep(asked.job, asked.routing, asked.planner, options.seed, asked.natural, options.formulas)
+        best, *_ = sweep.sweep(asked.job, asked.routing, asked.planner, options.seed, asked.natural, options.formulas)
         if not best:
             raise ConfigError(
                 "parallel.layout=auto: no layout fits into the devices' memory; --sweep says what they lack"
@@ -54,7 +54,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.sweep:
         if options.compare:
             raise ConfigError("--compare: cannot be combined with --sweep")
-        found, left_out = sweep.sweep(
+        found, left_out, _ = sweep.sweep(
             asked.job, asked.routing, asked.planner, options.seed, asked.natural, options.formulas
         )
         predictions = [candidate.prediction for candidate in found]

@@ -56,7 +56,10 @@ def execute(options: argparse.Namespace) -> int:
     if options.dry_run:
         from moetrain.training import dry_run
 
-        return dry_run.show_dry_run(settings, settings.parallel.nproc or local.auto_nproc(), options.json)
+        world = settings.parallel.nproc or local.auto_nproc()
+        if settings.parallel.layout == "auto":
+            settings = _choose_layout(settings, options.overrides, world, options.json)
+        return dry_run.show_dry_run(settings, world, options.json)
     runs.check_writable(settings)
     checkpoint.check_stores(settings)
     if checkpoint.find_to_resume(settings, runs.folder_of(settings) if settings.run.name else None) is None:
@@ -64,6 +67,18 @@ def execute(options: argparse.Namespace) -> int:
         if initial is None and local.from_env() is None:
             _check_folder(settings)
     return run_with_workers(options, settings, "train")
+
+
+def _choose_layout(settings: "Config", overrides: list[str], world: int, as_json: bool) -> "Config":
+    """Return the configuration with the layout that `parallel.layout=auto` means, and say which one."""
+    from moetrain.common.console import console
+    from moetrain.config import fields_of, vary
+    from moetrain.training.layout import choose_layout
+
+    chosen = choose_layout(settings, set(fields_of(overrides)), world)
+    if chosen.reason and not as_json:
+        console.print(chosen.reason)
+    return vary(settings, chosen.fields)
 
 
 def _check_folder(settings: "Config") -> None:

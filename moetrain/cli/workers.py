@@ -31,6 +31,7 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     _check_nproc(options, settings, verb, workers)
     if verb in ("train", "eval", "generate", "record") and settings.run.name is not None:
         settings = resize.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
+    settings, chosen = _fix_layout(options, settings, verb, workers)
     ep = find_ep(settings, workers)
     if verb != "profile":
         loader = open_data(settings, replays=verb == "train")[1]
@@ -51,7 +52,7 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
                 exchange=settings.parallel.exchange,
                 flow_splits=settings.parallel.flow_splits,
             )
-        arguments, again = list(options.given), None
+        arguments, again = [*options.given, *chosen], None
         if verb == "train":
             if settings.run.name is None:
                 settings = name_run(settings, runs.make_name(settings))
@@ -60,6 +61,22 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
             held.enter_context(lock.hold(folder))
             again = local.RestartPolicy(settings.recovery.restarts, runs.heartbeats(folder))
         return local.launch(arguments, workers, again)
+
+
+def _fix_layout(options: argparse.Namespace, settings: "Config", verb: str, workers: int) -> tuple["Config", list[str]]:
+    """Return the configuration with the layout that `parallel.layout=auto` means, and the overrides that say so."""
+    if settings.parallel.layout == "fixed" or verb not in ("train", "bench"):
+        return settings, []
+    from moetrain.common.console import console
+    from moetrain.config import fields_of, vary
+    from moetrain.launch import local
+    from moetrain.training.layout import choose_layout
+
+    given, place = set(fields_of(options.overrides)), local.from_env()
+    chosen = choose_layout(settings, given, workers)
+    if chosen.reason and (place is None or place.rank == 0):
+        console.print(chosen.reason)
+    return vary(settings, chosen.fields), [each for each in chosen.overrides() if each.partition("=")[0] not in given]
 
 
 def _check_nproc(options: argparse.Namespace, settings: "Config", verb: str, workers: int) -> None:

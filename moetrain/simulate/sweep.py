@@ -1,7 +1,7 @@
 """Which layout is best: every sensible one is predicted, the ten fastest that fit are shown, and why others are not."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from moetrain.common.errors import ConfigError
@@ -27,15 +27,18 @@ class Candidate:
 
 
 def layouts(job: Job, with_formulas: bool) -> Iterator[tuple[Layout, StepWork]]:
-    """Expert-parallel sizes and replicas that divide; with pipeline stages and tensor ranks where asked for."""
+    """Expert-parallel sizes and replicas that divide, the job's own among them; with pipeline stages and tensor ranks
+    where asked for."""
     world, shape = job.layout.world, job.shape
-    sizes = [2**n for n in range(world.bit_length()) if 2**n <= min(world, MOST_SLICES * shape.experts)]
+    most = min(world, MOST_SLICES * shape.experts)
+    sizes = sorted({job.layout.ep, *(2**n for n in range(world.bit_length()) if 2**n <= most)})
     stages = [n for n in (1, 2, 4, 8, 16) if with_formulas or n == 1]
     tensor = [n for n in (1, 2, 4) if with_formulas or n == 1]
-    replicas = [n for n in (1, 2, 4, 8, 16, 32) if n <= max(1, world // 8)]
-    options = itertools.product(sizes, stages, tensor, replicas, MICRO_BATCHES, RECOMPUTE, (False, True))
+    replicas = sorted({job.layout.dp_replicate, *(n for n in (1, 2, 4, 8, 16, 32) if n <= max(1, world // 8))})
+    batches = sorted({job.work.micro_batch, *MICRO_BATCHES})
+    options = itertools.product(sizes, stages, tensor, replicas, batches, RECOMPUTE, (False, True))
     for ep, pp, tp, replicate, micro_batch, recompute, reshard in options:
-        r = find_slices(shape.experts, shape.expert_hidden, ep) or 1
+        r = job.layout.r if ep == job.layout.ep else find_slices(shape.experts, shape.expert_hidden, ep) or 1
         layout = replace(job.layout, ep=ep, r=r, pp=pp, tp=tp, dp_replicate=replicate, virtual=1, reshard=reshard)
         work = replace(job.work, micro_batch=micro_batch, recompute=recompute)
         try:
@@ -53,11 +56,17 @@ def sweep(
     seed: int,
     natural: Natural | None = None,
     with_formulas: bool = False,
-) -> tuple[list[Candidate], dict[str, int]]:
-    """(the best that fit, the fastest first; how many layouts were left out, by reason)."""
+    allows: Callable[[Layout, StepWork], bool] = lambda layout, work: True,
+) -> tuple[list[Candidate], dict[str, int], int]:
+    """(the best that fit, the fastest first; how many layouts were left out, by reason; how many fit).
+
+    `allows`: which layouts are looked at.
+    """
     found: list[Prediction] = []
     left_out: dict[str, int] = {}
     for layout, work in layouts(job, with_formulas):
+        if not allows(layout, work):
+            continue
         try:
             prediction = predict(replace(job, layout=layout, work=work), routing, planner, seed, 2, natural)
         except ConfigError:
@@ -70,7 +79,7 @@ def sweep(
                 left_out.get(f"out of memory, most of it {largest}", 0) + 1
             )
     found.sort(key=lambda prediction: prediction.time.total)
-    return [Candidate(prediction, explain(prediction)) for prediction in found[:SHOWN]], left_out
+    return [Candidate(prediction, explain(prediction)) for prediction in found[:SHOWN]], left_out, len(found)
 
 
 def explain(prediction: Prediction) -> str:

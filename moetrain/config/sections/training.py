@@ -129,6 +129,19 @@ class Parallel(Section):
         "GPU, which NCCL refuses. nccl: refused where it cannot be used. gloo: GPU tensors go through pinned host "
         "memory, for correctness only (docs/gpu.md).",
     )
+    layout: Literal["fixed", "auto"] = Field(
+        default="fixed",
+        description="How the layout is found. fixed: as the other fields say. auto: `moetrain train` chooses "
+        "`parallel.ep`, `parallel.dp_replicate`, `train.recompute`, `engine.reshard_after_forward`, and where "
+        "nothing else fits `train.micro_batch`, as far as they are not given: the fastest layout that fits, as the "
+        "simulator predicts it. "
+        "The run's config.yaml has what was chosen, and a run that goes on keeps it (docs/choose-a-layout.md).",
+    )
+    cluster: str | None = Field(
+        default=None,
+        description="The cluster that `parallel.layout=auto` chooses for: a name as `moetrain simulate` has them, or a "
+        "YAML file. null: this host, with what `moetrain profile` has measured here.",
+    )
     exchange: Literal["flat", "two_level", "auto"] = Field(
         default="flat",
         description="How rows travel between nodes in training; results are equal bit for bit. flat: one message for "
