@@ -55,7 +55,7 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
         "-v",
         "-p",
         "no:cacheprovider",
-        *(["--rehearse", "-k", "not triton"] if rehearse else []),
+        *(["--rehearse", "-k", "not triton and not fp8 and not static_plan"] if rehearse else []),
     ]
     return [
         own("device", 60),
@@ -64,6 +64,7 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
         *(layer(shape, 80) for shape in SHAPES[:2]),
         own("trace", 70),
         own("kernels", 60),
+        own("fp8", 40),
         own("step", 80),
         *(layer(shape, 80) for shape in SHAPES[2:]),
         Part("gemms", 60, gemms, "gpu.md"),

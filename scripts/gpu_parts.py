@@ -38,6 +38,7 @@ from moetrain.distributed import mesh
 from moetrain.engine import build_engine
 from moetrain.models.cross_entropy import linear_cross_entropy
 from moetrain.moe.clock import Clock
+from moetrain.moe.kernels import fp8
 from moetrain.moe.kernels.api import Backend, KernelChoice
 from moetrain.moe.kernels.bags import Bags
 from moetrain.moe.planning.cost import default_costs
@@ -46,6 +47,7 @@ from moetrain.observe.estimate import GIB, estimate, matmul_rate
 from moetrain.training.step import build, optimizer_step
 
 RANKS, TOKENS = 8, 8192  # of the cluster that one GPU stands for; of each rank
+FP8_ERROR = 0.05  # relative norm: random rounding of both factors by 2 to 3 % each
 FASTEST = "fastest"  # what a run takes here
 BACKENDS = ("torch", FASTEST)
 VOCABULARY = {"gpt-oss-120b": 201_088, "deepseek-v3": 129_280}
@@ -159,6 +161,47 @@ def products_of(device: torch.device, tiny: bool) -> list[str]:
 
     known, new = product(lambda: even), product(lambda: draw.multinomial(num, np.full(64, 1 / 64)).tolist())
     return ["olmoe", "64 products: sizes that came before | new ones", f"{1e3 * known:.2f} ms", f"{1e3 * new:.2f} ms"]
+
+
+def fp8_products(device: torch.device, tiny: bool) -> Part:
+    """The products of one rank's experts in FP8 against those in bf16: time and error, forward and rows' gradients."""
+    rows = []
+    for name in VOCABULARY:
+        dim, hidden, experts, top_k = (64, 64, 16, 2) if tiny else cases.PRESETS[name]
+        slots, num = experts // RANKS, (64 if tiny else TOKENS) * top_k
+        new = partial(torch.randn, device=device, dtype=torch.bfloat16)
+        x_MD, weights, sizes = new(num, dim), new(slots, 2 * hidden, dim).mul_(0.02), [num // slots] * slots
+        out_MH2, back_MD = new(num, 2 * hidden), new(num, dim)
+        for label, source, result, transpose in (
+            ("gate and up", x_MD, out_MH2, True),
+            ("gradient of rows", out_MH2.clone(), back_MD, False),
+        ):
+            found, times = [], []
+            for is_fp8 in (False, True):
+                kernels = KernelChoice(is_fp8=is_fp8).choose(device, torch.bfloat16, (weights,))
+                multiply = partial(kernels.segment_mm, source, weights, sizes, result, transpose=transpose)
+                times.append(seconds(multiply, device))
+                found.append(result.double())
+            operands = source, weights if transpose else weights.mT.contiguous()
+            quantize = seconds(lambda of=operands: [fp8.quantize_rows(one) for one in of], device)
+            values = [one for operand in operands for one in fp8.quantize_rows(operand)]
+            alone = "-"
+            if fp8.is_supported(device):
+                took = seconds(partial(fp8.multiply, *values, sizes, torch.bfloat16), device)
+                alone = f"{1e3 * took:.3f} ms"
+            error = float((found[1] - found[0]).norm() / found[0].norm())
+            if not error < FP8_ERROR:
+                FAILED.append(f"{name}, {label}: FP8 is off by {error:.1e}")
+            ours = [f"{1e3 * took:.3f} ms" for took in (*times, quantize)]
+            rows.append([name, label, *ours, alone, f"{times[0] / times[1]:.2f}", f"{error:.1e}"])
+    columns = ("shape", "product", "bf16", "FP8", "of that: rounding", "product alone", "speed, bf16 = 1", "error")
+    title = "Experts' products in FP8, one of 8 ranks, balanced"
+    return (
+        title,
+        columns,
+        rows,
+        f"{TOKENS:,} tokens. Error: norm of the difference from bf16, relative; {FP8_ERROR:g} at most.",
+    )
 
 
 def head_of(name: str, device: torch.device, tiny: bool, flops: float) -> list[str]:
@@ -328,6 +371,7 @@ PARTS: dict[str, Callable[..., Part]] = {
     "train": compare_devices,
     "ranks": compare_ranks,
     "kernels": memory_bound,
+    "fp8": fp8_products,
     "trace": layer_trace,
     "step": whole_step,
 }

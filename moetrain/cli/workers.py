@@ -29,6 +29,8 @@ def run_with_workers(options: argparse.Namespace, settings: "Config", verb: str)
     place = local.from_env()
     workers = place.world if place else settings.parallel.nproc or local.auto_nproc()
     _check_nproc(options, settings, verb, workers)
+    if settings.train.experts_dtype == "fp8" and not local.may_have_gpus():
+        raise ConfigError("train.experts_dtype=fp8: needs a Hopper GPU (compute capability 9.0); must be null here")
     if verb in ("train", "eval", "generate", "record") and settings.run.name is not None:
         settings = resize.fitting(settings, workers, runs.heartbeats(runs.folder_of(settings)))
     settings, chosen = _fix_layout(options, settings, verb, workers)

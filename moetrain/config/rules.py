@@ -58,6 +58,8 @@ def check(c: Config) -> None:
         rule(False, field, text)
     if c.train.objective == "sft":
         rule(c.data.source == "chat", "train.objective", "needs data=chat, whose conversations say what to learn")
+    if c.train.experts_dtype == "fp8":
+        _check_fp8(c, rule)
     rule(not c.router.freeze or c.balance.bias == "none", "balance.bias", "must be none with router.freeze=true")
     if c.lora.rank:
         _check_lora(c, rule)
@@ -116,6 +118,16 @@ def _check_shape(m: Model, rule: Rule) -> None:
         "model.num_dense_layers",
         f"must be below model.num_layers={m.num_layers}, so that one layer has experts",
     )
+
+
+def _check_fp8(c: Config, rule: Rule) -> None:
+    """What the experts' products in FP8 need."""
+    m = c.model
+    rule(isinstance(m, Model), "train.experts_dtype", "must be null for model=hf")
+    rule(not c.lora.rank, "train.experts_dtype", "must be null with lora.rank > 0")
+    rule(c.train.dtype != "fp32", "train.dtype", "must be bf16 or auto with train.experts_dtype=fp8")
+    for field, width in (("model.dim", m.dim), ("model.expert_hidden", m.expert_hidden)):
+        rule(width % 16 == 0, field, "must be a multiple of 16 with train.experts_dtype=fp8: rows of 16 bytes")
 
 
 def _check_lora(c: Config, rule: Rule) -> None:

@@ -15,6 +15,7 @@ from moetrain.config import Config, RunSpec
 from moetrain.config.spec import AUTO
 from moetrain.distributed.comm import broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
+from moetrain.moe.kernels import fp8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLEARLY = 1.25  # bf16 has to be so much faster: it gives up 16 bits, and near a tie every run is to decide alike
@@ -68,6 +69,14 @@ def describe(speed: float) -> str:
 def get_dtype(config: RunSpec) -> torch.dtype:
     """Return what the run computes in."""
     return DTYPES[config.train.dtype]
+
+
+def check_experts_dtype(config: Config, device: torch.device) -> str | None:
+    """Return `train.experts_dtype`. Raises `ConfigError` where this device cannot compute in it."""
+    asked = config.train.experts_dtype
+    if asked == "fp8" and not fp8.is_supported(device):
+        raise ConfigError("train.experts_dtype=fp8: needs a Hopper GPU (compute capability 9.0); must be null here")
+    return asked
 
 
 def _say(note: str) -> None:

@@ -57,11 +57,16 @@ def from_env() -> WorkerPlace | None:
 
 def auto_nproc() -> int:
     """Workers on this machine when nobody said how many: one a GPU, else two."""
-    if sys.platform == "linux" and not any(Path(name).exists() for name in GPU_DEVICES):
+    if not may_have_gpus():
         return 2  # a second sooner than torch says so
     import torch
 
     return torch.cuda.device_count() or 2
+
+
+def may_have_gpus() -> bool:
+    """Tell whether this machine may have GPUs: whether there is a driver of theirs. Loads no torch."""
+    return sys.platform != "linux" or any(Path(name).exists() for name in GPU_DEVICES)
 
 
 class Failure(NamedTuple):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from torch import Tensor
 from moetrain import config
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.transformer import build_moe
+from moetrain.moe.exchange import static_plan
 from moetrain.moe.kernels import api as kernels
 from moetrain.moe.kernels.api import KernelChoice
 from moetrain.moe.kernels.bags import Bags
+from moetrain.moe.planning import PLANNERS, default_home
 from tests import oracle
 from tests.pool import Pool
 from tests.training.test_train import losses, run
@@ -159,6 +162,35 @@ def test_triton_kernels_reach_rows_beyond_two_to_the_31_elements() -> None:
     for far, near in (summed, hidden, of_weight, (rows[-last:], few[0]), (grad[-last:], few[1])):
         assert near.any()
         assert torch.equal(far, near)
+
+
+def test_products_in_fp8_equal_those_of_rounded_rows() -> None:
+    """The GPU's product of FP8 rows against the same rounded rows in fp32: both directions, segments of no row."""
+    torch.manual_seed(0)
+    sizes, rows, weights = [0, 37, 1, 0, 90], torch.randn(128, 64).bfloat16(), torch.randn(5, 48, 64).bfloat16()
+    found = []
+    for device in (torch.device("cuda"), torch.device("cpu")):
+        products = KernelChoice("torch", is_fp8=True).choose(device, BF16)
+        out, back = torch.empty(128, 48, device=device).bfloat16(), torch.empty(128, 64, device=device).bfloat16()
+        products.segment_mm(rows.to(device), weights.to(device), sizes, out, transpose=True)
+        products.segment_mm(out, weights.to(device), sizes, back, transpose=False)
+        found.append((out.cpu().float(), back.cpu().float()))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_the_static_plan_needs_no_host_sync() -> None:
+    counts = np.random.default_rng(0).integers(0, 900, (8, 128))
+    home, plan = default_home(128, 8), PLANNERS["static"](counts, default_home(128, 8))
+    counts_RE, home_E = torch.from_numpy(counts).cuda(), torch.from_numpy(home).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows_ER = static_plan.share_rows(counts_RE, home_E)
+        sent = static_plan.split_sources(counts_RE, rows_ER)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (rows_ER.T.cpu().numpy() == plan.placed()).all()
+    assert all((sent[source].cpu().numpy() == plan.rows(source)).all() for source in range(8))
 
 
 def test_triton_is_what_a_gpu_uses() -> None:

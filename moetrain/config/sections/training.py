@@ -52,6 +52,12 @@ class Train(Section):
         description="Number format of the computation; master weights and the optimizer stay in fp32. auto: bf16 where "
         "all ranks multiply it clearly faster, else fp32; the run's config.yaml records which one was chosen."
     )
+    experts_dtype: Literal["fp8"] | None = Field(
+        default=None,
+        description="Number format of the experts' products. fp8: forward and the gradients of tokens in FP8 (e4m3) "
+        "with a scale for each row, on Hopper GPUs, where `train.dtype` is bf16; gradients of weights stay in bf16 "
+        "(docs/gpu.md). null: that of `train.dtype`.",
+    )
     log_every: Positive = Field(description="Steps between two lines of metrics.")
     threads: Positive | None = Field(description="CPU threads per worker. null: the cores of the host / its workers.")
 

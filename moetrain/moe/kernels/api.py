@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from moetrain.moe.kernels import cpu_fused, cpu_gemm, reference
 from moetrain.moe.kernels.bags import Bags
-from moetrain.moe.kernels.reference import GroupedProducts, LoopedProducts, Matrices, has_grouped_mm
+from moetrain.moe.kernels.fp8 import Fp8Products
+from moetrain.moe.kernels.reference import GroupedProducts, LoopedProducts, Matrices, ProductKernels, has_grouped_mm
 from moetrain.moe.kernels.tables import IndexTables, TorchTables, Travel
 
 BACKENDS = ("torch", "numba", "triton")  # of the sums, the SwiGLU and the cross entropy
@@ -41,18 +42,6 @@ class FusedKernels(Protocol):
     def cross_entropy(self, logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def cross_entropy_backward(self, logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, grad_T: Tensor) -> Tensor: ...
-
-
-class ProductKernels(Protocol):
-    """The products of segments of rows, each with a matrix of its own."""
-
-    def segment_mm(
-        self, rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Tensor, transpose: bool
-    ) -> None: ...
-
-    def segment_outer(
-        self, left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool
-    ) -> Matrices: ...
 
 
 @dataclass(frozen=True)
@@ -126,6 +115,7 @@ class KernelChoice:
 
     backend: str | None = None  # one of BACKENDS; None: the fastest that the device has, but for what is left to torch
     left_to_torch: frozenset[str] = field(default_factory=frozenset)  # those of PARTS that torch computes faster
+    is_fp8: bool = False  # whether experts' products are in FP8 (`fp8`)
 
     def choose(self, device: torch.device, dtype: torch.dtype, matrices: Iterable[Matrices] = ()) -> Backend:
         """Return the kernels for tensors of this device and dtype; `matrices`: those that are multiplied with."""
@@ -138,6 +128,8 @@ class KernelChoice:
             products = triton
         elif use_grouped_mm(device, dtype):
             products = GroupedProducts
+        if self.is_fp8:
+            products = Fp8Products(products)
         return Backend(
             sums=reference if "sums" in left else fused,
             pointwise=reference if "swiglu" in left else fused,

@@ -7,6 +7,7 @@ M rows, D width, H expert hidden width, S slots, B bags, T tokens, V vocabulary.
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,18 @@ def cross_entropy_backward(logits_TV: Tensor, target_T: Tensor, lse_T: Tensor, g
     """As `Backend.cross_entropy_backward`; the logits stay."""
     grad_TV = logits_TV.softmax(1, dtype=torch.float32).mul_(grad_T[:, None])
     return grad_TV.scatter_add_(1, target_T[:, None], -grad_T[:, None]).to(logits_TV.dtype)
+
+
+class ProductKernels(Protocol):
+    """The products of segments of rows, each with a matrix of its own."""
+
+    def segment_mm(
+        self, rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Tensor, transpose: bool
+    ) -> None: ...
+
+    def segment_outer(
+        self, left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: Matrices, add: bool
+    ) -> Matrices: ...
 
 
 class LoopedProducts:
