@@ -60,7 +60,7 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
     return [
         own("device", 60),
         own("train", 100),
-        own("ranks", 150),
+        own("ranks", 90),
         *(layer(shape, 80) for shape in SHAPES[:2]),
         own("trace", 70),
         own("kernels", 60),
