@@ -21,7 +21,8 @@ from moetrain.moe.clock import Clock
 from moetrain.moe.exchange.dispatch import DispatchTables
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels.api import KernelChoice, use_kernels
-from moetrain.moe.planning import PLANNERS
+from moetrain.moe.options import Chunks
+from moetrain.moe.planning import PLANNERS, count_chunks
 from moetrain.moe.planning.cost import Costs, State
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, Plan
@@ -83,6 +84,7 @@ class Cell:
     costs: Costs
     token_N: Tensor | None = None  # of the selections; None: `shape.top_k` of each token
     past_E: Floats | None = None  # [E] rows of steps before, for planners that look at them
+    chunks: Chunks = 1  # in which rows travel
 
     @classmethod
     def draw(
@@ -114,7 +116,8 @@ class Cell:
         """Return [T, D], computed as planned; all ranks of the group call it."""
         self.experts.residents.admit(plan)
         clock = Clock(self.inputs.x_TD.device)
-        return self.experts(self.inputs.x_TD, self.routing, plan, self.shape.top_k, clock)
+        num_chunks = count_chunks(self.chunks, plan, self.costs)
+        return self.experts(self.inputs.x_TD, self.routing, plan, self.shape.top_k, clock, None, num_chunks)
 
     def time_pass(self, plan: Plan | None = None) -> tuple[float, float]:
         """Run forward and backward; return seconds until the forward is over, and in all.

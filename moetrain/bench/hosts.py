@@ -6,11 +6,11 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from moetrain.engine import precision
 from moetrain.engine.exchange import choose_exchange, expect_bytes
 from moetrain.launch import local
 from moetrain.moe.calibrate import measure_between
+from moetrain.moe.options import CHUNKS, Chunks
+from moetrain.moe.planning import count_chunks
 from moetrain.moe.planning.plan import ANYWHERE, Plan
 from moetrain.training.ranks import run_on_rank
 
@@ -43,6 +45,7 @@ class Way(NamedTuple):
     nearest_first: bool = True
     overlap: bool = True
     exchange: AskedExchange = "flat"
+    chunks: Chunks = 1
 
 
 OURS = Way("makespan", "makespan")
@@ -52,6 +55,7 @@ WAYS = (
     Way("llep", "llep"),
     Way("makespan, order of ranks", "makespan", nearest_first=False),
     Way("makespan, no overlap", "makespan", overlap=False),
+    *(Way(f"makespan, {n} chunks", "makespan", chunks=n) for n in CHUNKS[1:]),
 )
 WAYS_OVER_NODES = (
     Way("makespan, two_level", "makespan", exchange="two_level"),
@@ -121,7 +125,7 @@ def measure_ways(mesh: Mesh, shape: LayerShape, scenarios: Sequence[str], per_ho
         chosen = choose_exchange(costs, expect_bytes(costs, shape.tokens * shape.top_k))
     found: Records = []
     for scenario in scenarios:
-        cells = [setup.draw_cell(scenario, way.planner) for way in ways]
+        cells = [replace(setup.draw_cell(scenario, way.planner), chunks=way.chunks) for way in ways]
         exchanges: list[ExchangeWay] = [chosen if way.exchange == "auto" else way.exchange for way in ways]
         passes = [_make_pass(*each, mesh) for each in zip(cells, ways, exchanges, strict=True)]
         for time_pass in passes:
@@ -144,6 +148,7 @@ def measure_ways(mesh: Mesh, shape: LayerShape, scenarios: Sequence[str], per_ho
                     "spread": 100 * measure_spread(ratios),
                     "rows_between_hosts": _count_rows_between(_plan_way(cell, way), per_host),
                     "bytes_between_hosts": _count_bytes_between(passes[number], mesh),
+                    "chunks": count_chunks(way.chunks, _plan_way(cell, way), cell.costs),
                 }
             )
     return found
@@ -184,6 +189,14 @@ def _count_bytes_between(time_pass: Timed, mesh: Mesh) -> int:
     return sent_R[0] + sent_R[-1]
 
 
+def _name_way(record: Mapping[str, Any]) -> str:
+    """Return how a layer was run, with what was chosen where that was left open."""
+    name: str = record["way"]
+    if name.endswith("auto chunks"):
+        return f"{name}: {record['chunks']}"
+    return f"{name}: {record['exchange']}" if name.endswith("auto") else name
+
+
 def tabulate(found: Records) -> Results:
     """Return the results as a table; times in milliseconds and as percentages of makespan's."""
     first = found[0]
@@ -193,7 +206,7 @@ def tabulate(found: Records) -> Results:
         [
             r["rate"],
             r["scenario"],
-            f"{r['way']}: {r['exchange']}" if r["way"].endswith("auto") else r["way"],
+            _name_way(r),
             f"{r['total_ms']:.1f}",
             f"{r['percent_of_makespan_time']:.0f}",
             f"{r['spread']:.0f}",

@@ -64,7 +64,8 @@ The hosts are network namespaces of this machine, joined by a link of limited ra
 is a way to run the layer, under one routing and at one rate: standard expert parallelism, the paper's planner, ours;
 ours with the rows taken in the order of ranks instead of the nearest first; ours waiting for every transfer where it
 starts; ours, and standard, with rows that travel inside their host first (`parallel.exchange=two_level`), and as auto
-chooses. Ways are timed in turns and after a barrier; percentages are medians of the ratios of neighbours.
+chooses; ours with rows that travel in 2, 4 or 8 chunks, or in as many as the measured costs say. Ways are timed in
+turns and after a barrier; percentages are medians of the ratios of neighbours.
 
 examples:
   moetrain bench hosts                                      two hosts, two workers each, 1 and 4 Gbit/s

@@ -67,6 +67,9 @@ def check(c: Config) -> None:
         _check_shape(m, rule)
     else:
         _check_hugging_face(c, rule)
+    if c.parallel.ep == 1:
+        idle = c.parallel.chunks in (1, "auto")
+        rule(idle, "parallel.chunks", "must be 1 or auto with parallel.ep=1, where no rows travel")
     rule(c.optim.min_lr <= c.optim.lr, "optim.min_lr", f"must be at most optim.lr={c.optim.lr}")
     if c.track.tensorboard:
         rule(

@@ -43,16 +43,18 @@ class Engine(ABC):
         self._is_fp8 = precision.check_experts_dtype(config, mesh.device) == "fp8"
         if self._is_fp8:
             model.use_kernels(KernelChoice(is_fp8=True))
+        self._chunks = config.parallel.chunks
 
     def forward(self, *args: Any) -> tuple[Tensor, list[LayerStats]]:
         """The model's forward, with a backward to come."""
         return self.model(*args)
 
     def plan_with(self, costs: Costs) -> None:
-        """What the planner decides with from now on, and which kernels compute."""
+        """What the planner decides with from now on, in how many chunks rows travel, and which kernels compute."""
         self.model.use_kernels(KernelChoice(left_to_torch=frozenset(costs.by_torch), is_fp8=self._is_fp8))
         again = 3 if self._recompute else 2  # forward, recompute, backward
         for layer in self.model.layers_of_experts:
+            layer.experts.chunks = self._chunks
             layer.use_costs(replace(costs, lends=1 if layer.experts.residents.slots else again))
 
     def backward(self, loss: Tensor, last: bool) -> None:

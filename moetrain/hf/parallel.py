@@ -37,8 +37,9 @@ from moetrain.hf.scores import RouterPass, find_router, is_recomputed, prepare_r
 from moetrain.hf.spread import NAME, SpreadDecision, SpreadExperts, register
 from moetrain.moe.calibrate import Layer
 from moetrain.moe.gradients import Reduction
-from moetrain.moe.options import NEED_NO_COSTS, BalanceOptions
+from moetrain.moe.options import NEED_NO_COSTS, BalanceOptions, Chunks
 from moetrain.moe.parallel import ExpertParallel, count_slots
+from moetrain.moe.planning import check_chunks
 from moetrain.moe.planning.cost import Costs
 from moetrain.moe.planning.plan import Plan
 from moetrain.moe.routing.balance import BalanceLoss
@@ -55,6 +56,7 @@ def expert_parallel(
     replicas: Any = None,
     guest_slots: int | None = None,
     guest_memory: int | None = None,
+    chunks: Chunks = 1,
     reduction: Reduction = "auto",
     balance: BalanceOptions | None = None,
 ) -> "HFExpertParallel":
@@ -68,7 +70,7 @@ def expert_parallel(
         model: a `PreTrainedModel`, or any module with one in it; every rank has built it whole, or on the meta device:
             then `model.to_empty(device=...)`, `model.init_weights()` and `handle.load_full_state_dict(state)`, or
             another load, come next, and only the experts at home here ever take memory.
-        group, planner, planner_options, costs, replicas, guest_slots, guest_memory, reduction: as for
+        group, planner, planner_options, costs, replicas, guest_slots, guest_memory, chunks, reduction: as for
             `moetrain.expert_parallel`.
         balance: the losses that `balance_loss` is made of, on the scores of the family's own routers; None: there are
             none, since a loss changes the routers of a model that is trained already.
@@ -85,6 +87,7 @@ def expert_parallel(
         costs=costs,
         guest_slots=guest_slots,
         guest_memory=guest_memory,
+        chunks=check_chunks(chunks),
         reduction=reduction,
         balance=balance,
     )
@@ -104,10 +107,12 @@ class HFExpertParallel(ExpertParallel):
         costs: Costs | None,
         guest_slots: int | None,
         guest_memory: int | None,
+        chunks: Chunks,
         reduction: Reduction,
         balance: BalanceOptions | None,
     ) -> None:
-        super().__init__(model, ep, replicas, reduction, costs is None and planner[0] not in NEED_NO_COSTS, balance)
+        needs_costs = costs is None and (planner[0] not in NEED_NO_COSTS or chunks == "auto")
+        super().__init__(model, ep, replicas, reduction, needs_costs, balance)
         self._has_balance = balance is not None
         routers = {name: find_router(model, name) for name in modules} if self._has_balance else {}
         prepare_routers(list(routers.values()), self._options)
@@ -116,6 +121,7 @@ class HFExpertParallel(ExpertParallel):
         spread = {}
         for name, module in modules.items():
             spread[name] = SpreadExperts(name, module, ep, planner, costs)
+            spread[name].chunks = chunks
             spread[name].regions = [model.get_submodule(name[:end]) for end in _ends(name)]
             spread[name].watcher = self
             if name in routers:

@@ -32,9 +32,9 @@ from moetrain.moe.exchange.dispatch import DispatchTables
 from moetrain.moe.exchange.residents import GuestLoan, ResidentGuests
 from moetrain.moe.kernels.api import KernelUser
 from moetrain.moe.kernels.bags import find_true
-from moetrain.moe.options import PLANNERS
+from moetrain.moe.options import PLANNERS, Chunks
 from moetrain.moe.passes import DispatchTokens, ExpertsCombine
-from moetrain.moe.planning import default_home
+from moetrain.moe.planning import count_chunks, default_home
 from moetrain.moe.planning.cost import Costs, Limits, State
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, Plan
@@ -54,6 +54,7 @@ class SpreadDecision:
     most_per_token: int  # rows of a token, on any rank
     num_lent: int  # copies of experts that the forward sends, in the whole group
     clock: Clock
+    num_chunks: int  # in which rows travel and are computed
 
 
 class SpreadWatcher(Protocol):
@@ -90,6 +91,7 @@ class SpreadExperts(KernelUser):
         self.is_fused = self.layout.is_swiglu  # else: the path of any family
         self.adapters: ExpertAdapters | None = None  # of frozen experts
         self.step = StepContext()
+        self.chunks: Chunks = 1  # in which rows travel and are computed; auto: as costs have it
         self.real_T: Tensor | None = None  # bool: tokens of this pass that are not padding; None: all
         self._past_E: Floats | None = None  # [E] rows of the group in training so far, the later the heavier
         self.shard(group)
@@ -219,7 +221,9 @@ class SpreadExperts(KernelUser):
         with clock.phase("lend"):
             loan = GuestLoan(weights, first, plan, self.residents, self.ep)
         with clock.phase("dispatch"):
-            tables = DispatchTables.build(routing, plan, self.ep, kernels, len(x_TD), decision.most_per_token)
+            tables = DispatchTables.build(
+                routing, plan, self.ep, kernels, len(x_TD), decision.most_per_token, decision.num_chunks
+            )
         clock.sent_bytes = sum(tables.copies_out) * x_TD.shape[1] * x_TD.element_size()
         context = LayerContext(
             ep=self.ep,
@@ -272,7 +276,8 @@ class SpreadExperts(KernelUser):
                 self.residents.admit(plan)
                 self._past_E = remember(self._past_E, counts_RE)
         most_per_token = int(gathered[:, -1].max())
-        decision = SpreadDecision(plan, index_TK, counts_E, rows_N, most_per_token, num_lent, clock)
+        num_chunks = count_chunks(self.chunks, plan, self.costs)
+        decision = SpreadDecision(plan, index_TK, counts_E, rows_N, most_per_token, num_lent, clock, num_chunks)
         if self.watcher is not None:
             self.watcher.after_decision(self, decision)
         return decision

@@ -16,6 +16,7 @@ from moetrain.moe.context import StepContext
 from moetrain.moe.exchange.residents import ResidentGuests
 from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.layer import LayerStats
+from moetrain.moe.options import Chunks
 from moetrain.moe.planning.cost import Costs, Limits
 from moetrain.moe.routing import Choice
 from moetrain.moe.routing.balance import BalancedRouter
@@ -41,6 +42,7 @@ class SpreadableExperts(Protocol):
     num_experts: int
     slices: int  # of an expert, which are experts of their own to plans and slots
     adapters: ExpertAdapters | None
+    chunks: Chunks  # in which rows travel and are computed
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from moetrain.moe.context import LayerContext, StepContext
 from moetrain.moe.exchange.dispatch import DispatchTables
 from moetrain.moe.exchange.residents import GuestLoan, ResidentGuests
 from moetrain.moe.kernels.api import Backend, KernelUser
+from moetrain.moe.options import Chunks
 from moetrain.moe.passes import combine_experts, dispatch_tokens
 from moetrain.moe.planning import default_home
 from moetrain.moe.planning.cost import Limits
@@ -48,6 +49,7 @@ class Experts(nn.Module, KernelUser):
         self.residents = ResidentGuests.empty(0, 1, num_experts)
         self.max_rows: int | None = None
         self.keep_hidden = True
+        self.chunks: Chunks = 1  # in which rows travel and are computed; auto: as costs have it
         self.adapters: ExpertAdapters | None = None  # of frozen experts
 
     @torch.no_grad()

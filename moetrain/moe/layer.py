@@ -26,7 +26,7 @@ from moetrain.moe.context import StepContext
 from moetrain.moe.experts import Experts
 from moetrain.moe.kernels.bags import find_true
 from moetrain.moe.options import PLANNERS, ROUTERS, RouterOptions, ZeroComputeOptions, find_planner_problem
-from moetrain.moe.planning import count_slices
+from moetrain.moe.planning import count_chunks, count_slices
 from moetrain.moe.planning.cost import Costs, State
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, Plan
@@ -51,6 +51,7 @@ class Decision:
     num_lent: int  # copies of experts that the forward sends, in the whole group
     clock: Clock
     slices: int  # of an expert: what the plan counts
+    num_chunks: int  # in which rows travel and are computed
 
 
 @dataclass(frozen=True)
@@ -297,8 +298,9 @@ class MoE(nn.Module):
             if torch.is_grad_enabled():
                 residents.admit(plan)
                 self.past_E = remember(self.past_E, counts_RE)
+            num_chunks = count_chunks(self.experts.chunks, plan, self.costs)
         most = int(gathered[:, -1].max())
-        return Decision(choice, kept_N, rows_L, plan, most, counts_A, kept_A, num_lent, clock, slices)
+        return Decision(choice, kept_N, rows_L, plan, most, counts_A, kept_A, num_lent, clock, slices, num_chunks)
 
     def compute(
         self,
@@ -312,7 +314,8 @@ class MoE(nn.Module):
         shared = partial(run_shared, self.shared) if run_shared and self.shared else self.shared
         routing = self.routers[turn].weigh(scores, decision.choice)
         rows = routing if decision.rows_L is None else routing.take(decision.rows_L)
-        y_TD: Tensor = self.experts(x_TD, rows, decision.plan, decision.most_per_token, decision.clock, shared)
+        d = decision
+        y_TD: Tensor = self.experts(x_TD, rows, d.plan, d.most_per_token, d.clock, shared, d.num_chunks)
         if self.zero_compute is None:
             return y_TD
         weight_N = routing.weight_N if decision.kept_N is None else routing.weight_N * decision.kept_N

@@ -6,7 +6,7 @@ values it takes stands here alone. Descriptions name fields of the configuration
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from moetrain.common.registry import Options, Registry, option
 
@@ -270,6 +270,10 @@ def find_planner_problem(planner: str, router: RouterOptions, num_zero_compute: 
         "needs a router whose number of rows is fixed: not top_p or expert_choice, no router.capacity_factor, no "
         "experts that compute nothing; use makespan"
     )
+
+
+Chunks = Literal[1, 2, 4, 8, "auto"]
+CHUNKS: tuple[Chunks, ...] = get_args(Chunks)
 
 
 ROUTERS: Registry[Any] = Registry(

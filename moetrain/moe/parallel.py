@@ -35,7 +35,8 @@ from moetrain.moe.calibrate import Layer, measure
 from moetrain.moe.gradients import Reduction, SpreadGradients
 from moetrain.moe.kernels.api import KernelChoice, use_kernels
 from moetrain.moe.layer import LayerStats, MoE
-from moetrain.moe.options import NEED_NO_COSTS, BalanceOptions
+from moetrain.moe.options import NEED_NO_COSTS, BalanceOptions, Chunks
+from moetrain.moe.planning import check_chunks
 from moetrain.moe.planning.cost import Costs
 from moetrain.moe.routing.balance import BalancedRouter, BalanceLoss, add_buffers
 from moetrain.moe.slices import choose_slices
@@ -73,6 +74,7 @@ def expert_parallel(
     guest_slots: int | None = None,
     guest_memory: int | None = None,
     max_rows: int | None = None,
+    chunks: Chunks = 1,
     recompute: Recompute = "none",
     reduction: Reduction = "auto",
     balance: BalanceOptions | None = None,
@@ -94,6 +96,8 @@ def expert_parallel(
         guest_slots: guests of a layer that stay on a rank during a step; None: what fits in `guest_memory` bytes, by
             default an eighth of a GPU's memory, or 1 GiB.
         max_rows: rows of a layer that a rank computes at a time, which bounds its memory; None: all.
+        chunks: parts in which rows travel and are computed, 1, 2, 4 or 8, so that some travel while others are
+            computed; "auto": as the costs have it for each layer. The results are the same.
         recompute: "selective" keeps the tokens that came, no activations of experts; "full" sends tokens again too. A
             checkpoint around the layer needs neither: it replays choices and plan.
         reduction: how gradients of all ranks are combined. "sum": the gradient of the sum of all ranks' losses; "mean":
@@ -110,11 +114,13 @@ def expert_parallel(
         raise ConfigError(f"recompute={recompute}: must be one of none, selective, full")
     if reduction not in ("auto", "sum", "mean"):
         raise ConfigError(f"reduction={reduction}: must be one of auto, sum, mean")
-    needs_costs = costs is None and planner not in NEED_NO_COSTS
+    needs_costs = costs is None and (check_chunks(chunks) == "auto" or planner not in NEED_NO_COSTS)
     for name, layer in layers.items():
         layer.experts.cut(choose_slices(name, layer.experts, ep.size, r))
     handle = ExpertParallel(module, ep, join_group(replicas), reduction, needs_costs, balance)
     handle._spread(layers, (planner, planner_options), costs, guest_slots, guest_memory, max_rows, recompute)
+    for layer in layers.values():
+        layer.experts.chunks = chunks
     return handle
 
 

@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 
 from moetrain.common.errors import ConfigError
-from moetrain.moe.planning import PLANNERS, Costs, Limits, Plan, State, count_slices, default_home, layer_time
+from moetrain.moe.options import Chunks
+from moetrain.moe.planning import (
+    PLANNERS,
+    Costs,
+    Limits,
+    Plan,
+    State,
+    count_chunks,
+    count_slices,
+    default_home,
+    layer_time,
+)
 from moetrain.moe.planning.eplb import remember
 from moetrain.moe.planning.plan import Floats, Ints, imbalance
 from moetrain.simulate.cluster import BYTES, Cluster
@@ -54,6 +65,7 @@ class Machine:
     stride: int = 1  # devices between neighbours of the group
     measured: Costs | None = None  # of this very layer on this machine, in place of what the cluster's figures give
     slices: int = 1  # of an expert, r: the costs are those of slices
+    chunks: Chunks = 1  # in which rows travel and are computed
 
     @property
     def width_bytes(self) -> int:
@@ -153,12 +165,14 @@ def run_layer(counts_RE: Ints, machine: Machine, planner: PlannerChoice, past_E:
     past_E = None if past_E is None else count_slices(past_E, machine.slices)
     counts_RE = count_slices(counts_RE, machine.slices)
     plan = planner.plan(counts_RE, home_E, costs, past_E)
-    time = layer_time(plan, counts_RE, home_E, costs)
+    time = layer_time(plan, counts_RE, home_E, costs, chunks=count_chunks(machine.chunks, plan, costs))
+    exposed = 1 - time.hidden / max(time.dispatch + time.combine, 1e-300)  # of the exchanges' time
     if machine.measured is not None:
         again = machine.transfers / 4
         extra = machine.forwards - 1
         compute = _compute(plan, replace(costs, row_forward=(1 + extra) * costs.row_forward))
-        return _result(plan, compute, again * time.dispatch, again * time.combine, time.lend, 0.0, 0.0)
+        dispatch, combine = (again * exposed * x for x in (time.dispatch, time.combine))
+        return _result(plan, compute, dispatch, combine, time.lend, 0.0, 0.0)
     placed_RE = plan.placed().astype(np.float64)
     spread_R, times_R = _spread_rows(placed_RE, machine.slices)
     tokens_R = counts_RE.sum(1) / group.top_k / machine.slices
@@ -169,7 +183,7 @@ def run_layer(counts_RE: Ints, machine: Machine, planner: PlannerChoice, past_E:
     there = exchange(bytes_RR, machine.cluster, domain_R, crossing)
     back = exchange(bytes_RR.T, machine.cluster, domain_R, None if crossing is None else crossing[::-1])
     number = machine.transfers
-    visible = 1 - machine.stack.exchange_hidden
+    visible = exposed * (1 - machine.stack.exchange_hidden)
     dispatch, combine = (visible * number / 2 * x for x in (there.seconds, back.seconds))
     return _result(plan, time.compute, dispatch, combine, time.lend, number * there.inside, number * there.between)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moetrain.common.errors import ConfigError
+from moetrain.moe.options import Chunks
 from moetrain.simulate.shape import Shape
 
 
@@ -25,6 +26,7 @@ class Layout:
     sharding: Literal["fsdp", "zero1"] = "fsdp"  # of parameters too, or of optimizer states alone
     reshard: bool = False  # parameters are gathered again for the backward
     r: int = 1  # slices that every expert is cut into
+    chunks: Chunks = 1  # in which rows travel and are computed
 
     @property
     def stage(self) -> int:

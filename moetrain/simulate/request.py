@@ -84,6 +84,7 @@ def job_of_run(config: RunSpec, cluster: Cluster, costs: Costs | None) -> Reques
         sharding="fsdp",
         reshard=config.engine.reshard_after_forward,
         r=config.r,
+        chunks=config.parallel.chunks,
     )
     work = StepWork(
         seq_len=config.train.seq_len,
@@ -166,6 +167,7 @@ def _layout(own: dict[str, str], settings: Config, shape: Shape, cluster: Cluste
         sharding=sharding,
         reshard=reshard,
         r=r,
+        chunks=settings.parallel.chunks,
         **axes,
     )
 

@@ -82,6 +82,7 @@ class Job:
             self.work.recompute,
             measured=self.measured,
             slices=self.layout.r,
+            chunks=self.layout.chunks,
         )
 
     @property

@@ -15,7 +15,7 @@ from moetrain.config.sections.base import (
     Section,
     core_field,
 )
-from moetrain.moe.options import BalanceOptions
+from moetrain.moe.options import BalanceOptions, Chunks
 
 
 class Train(Section):
@@ -160,6 +160,12 @@ class Parallel(Section):
         description="Connections, or NCCL communicators, that rows travel on between nodes at the same time: every "
         "message is cut into as many parts, each of which the network may give a path of its own. Results are equal "
         "bit for bit (docs/hosts.md).",
+    )
+    chunks: Chunks = Field(
+        default=1,
+        description="Parts in which rows travel to the experts, are computed and return, so that some travel while "
+        "others are computed: 1, 2, 4 or 8. auto: the number that takes least by the measured costs, for each layer "
+        "and step. The results are the same.",
     )
     uneven: bool = Field(
         default=False,

@@ -10,8 +10,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrain.moe.options import PLANNERS
-from moetrain.moe.planning.cost import Costs, Limits, Link, State, default_costs, layer_time
+from moetrain.common.errors import ConfigError
+from moetrain.moe.options import CHUNKS, PLANNERS, Chunks
+from moetrain.moe.planning.cost import Costs, Limits, Link, State, choose_chunks, default_costs, layer_time
 from moetrain.moe.planning.plan import Ints, Plan
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "Link",
     "Plan",
     "State",
+    "check_chunks",
+    "choose_chunks",
+    "count_chunks",
     "count_slices",
     "default_costs",
     "default_home",
@@ -48,3 +52,21 @@ def find_slices(num_experts: int, hidden: int, num_ranks: int) -> int | None:
     """
     fewest = -(-num_ranks // num_experts)
     return next((r for r in range(fewest, hidden // 8 + 1) if hidden % (8 * r) == 0), None)
+
+
+def check_chunks(chunks: object) -> Chunks:
+    """Return `chunks`. Raises `ConfigError` where it is none of 1, 2, 4, 8 and auto."""
+    for known in CHUNKS:
+        if chunks == known and not isinstance(chunks, bool):
+            return known
+    raise ConfigError(f"chunks={chunks}: must be one of {', '.join(map(str, CHUNKS))}")
+
+
+def count_chunks(chunks: Chunks, plan: Plan, costs: Costs | None) -> int:
+    """Return in how many chunks the rows of `plan` travel, as `parallel.chunks` has it, the same on every rank.
+
+    `costs` None: those of the reference machine.
+    """
+    if chunks != "auto":
+        return chunks
+    return choose_chunks(plan, costs or default_costs()) if plan.num_ranks > 1 else 1
