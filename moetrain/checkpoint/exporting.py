@@ -23,7 +23,8 @@ from moetrain.engine.entries import DTYPES
 from moetrain.hf import presets
 
 PIECE = 1 << 24  # elements at a time
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIGS = ("config.json", "adapter_config.json")  # without which nothing loads
+STEM, END = "model", ".safetensors"
 Progress = Callable[[int], object]  # called with the bytes that have been done
 
 
@@ -56,13 +57,18 @@ def list_preset(config: Config, saved: SavedModel, dtype: torch.dtype) -> list[E
 
 
 def write_folder(
-    out: Path, tensors: Sequence[Exported], texts: Mapping[str, bytes], shard_bytes: int, progress: Progress
+    out: Path,
+    tensors: Sequence[Exported],
+    texts: Mapping[str, bytes],
+    shard_bytes: int,
+    progress: Progress,
+    stem: str = STEM,
 ) -> None:
     """Write `out`, which appears when the last byte is on the disk.
 
     Arguments:
         out: the folder, which must not be there.
-        tensors: what `model.safetensors` holds, or the shards beside an index.
+        tensors: what `model.safetensors` holds, or the shards beside an index; `stem`: in place of `model`.
         texts: name and content of the other files.
         shard_bytes: most of a shard, unless a tensor alone has more.
         progress: called with the bytes that have been written.
@@ -79,12 +85,12 @@ def write_folder(
         places: dict[str, str] = {}
         shards = _cut_shards(tensors, shard_bytes)
         for number, shard in enumerate(shards, 1):
-            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = f"{stem}{END}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{END}"
             _write_shard(part / name, shard, progress)
             places |= {tensor.key: name for tensor in shard}
         if len(shards) > 1:
             index = {"metadata": {"total_size": needed}, "weight_map": dict(sorted(places.items()))}
-            texts = {**texts, INDEX: f"{json.dumps(index, indent=2)}\n".encode()}
+            texts = {**texts, f"{stem}{END}.index.json": f"{json.dumps(index, indent=2)}\n".encode()}
         for name, content in texts.items():
             files.write(part / name, content)
         disk.sync(part)
@@ -99,14 +105,14 @@ def write_folder(
 def write_store(out: Store, write: Callable[[Path], None], near: Path, progress: Progress) -> None:
     """Have `write` make a folder in the folder `near`, upload it to `out` and remove it.
 
-    `config.json`, without which nothing loads, is uploaded last. Raises `ConfigError` where the store has files there
-    already, or fails.
+    The configuration, without which nothing loads, is uploaded last. Raises `ConfigError` where the store has files
+    there already, or fails.
     """
     aside = near / f".export.{secrets.token_hex(8)}.part"
     try:
         check_store(out)
         write(aside)
-        names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == CONFIG, name))
+        names = sorted((path.name for path in aside.iterdir()), key=lambda name: (name in CONFIGS, name))
         for name in names:
             retry(partial(out.upload, aside / name, name))
             progress((aside / name).stat().st_size)

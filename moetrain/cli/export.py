@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 HELP = """Write a run's model as a folder of Hugging Face, which transformers loads with from_pretrained.
 
+Of a LoRA run it writes the adapters, which peft loads; with --merge the model that has them in it.
+
 examples:
   moetrain export runs/demo --out demo-hf                   the newest checkpoint
   moetrain export runs/demo --out demo-bf16 --dtype bf16 --step 200 --shard-size 2GB
+  moetrain export runs/lora --out adapters                  the adapters of a LoRA run, for peft
   moetrain export runs/demo --out s3://bucket/demo-hf       into a store (docs/checkpoints.md)
 """
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -33,6 +36,9 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="most of a file, as 500MB; default: %(default)s"
+    )
+    verb.add_argument(
+        "--merge", action="store_true", help="of a LoRA run: the model with its adapters added, not the adapters alone"
     )
     verb.add_argument("--step", type=arguments.positive, metavar="N", help="a checkpoint's step; default: the newest")
     arguments.add_json(verb)
@@ -54,8 +60,10 @@ def execute(options: argparse.Namespace) -> int:
         exporting.check_target(out)
     folder = runs.find(options.run)
     settings, saved = _load(folder, options.step)
-    tensors, texts, notes = prepare_export(settings, saved, options.dtype)
+    tensors, texts, notes, stem = prepare_export(settings, saved, options.dtype, options.merge)
     total = sum(tensor.block.bytes for tensor in tensors)
+    if stem != exporting.STEM and total > shard_bytes:
+        raise ConfigError(f"--shard-size={options.shard_size}: peft reads adapters from one file of {total:,} bytes")
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=options.json) as progress:
         task = progress.add_task("checking the checkpoint", total=saved.num_bytes)
@@ -63,7 +71,7 @@ def execute(options: argparse.Namespace) -> int:
         task = progress.add_task(f"writing {options.out}", total=total)
 
         def write(place: Path) -> None:
-            exporting.write_folder(place, tensors, texts, shard_bytes, lambda done: progress.advance(task, done))
+            exporting.write_folder(place, tensors, texts, shard_bytes, lambda done: progress.advance(task, done), stem)
 
         if store is None:
             write(out)

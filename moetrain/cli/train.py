@@ -66,6 +66,8 @@ def execute(options: argparse.Namespace) -> int:
         initial = checkpoint.find_initial(settings)
         if initial is None and local.from_env() is None:
             _check_folder(settings)
+    if settings.lora.rank:
+        _check_targets(settings)
     return run_with_workers(options, settings, "train")
 
 
@@ -79,6 +81,14 @@ def _choose_layout(settings: "Config", overrides: list[str], world: int, as_json
     if chosen.reason and not as_json:
         console.print(chosen.reason)
     return vary(settings, chosen.fields)
+
+
+def _check_targets(settings: "Config") -> None:
+    """Raise `ConfigError` before there are workers, where LoRA's targets are not in the model."""
+    from moetrain.config import vary
+    from moetrain.training.step import build
+
+    build(vary(settings, {"model.vocab_size": settings.model.vocab_size or settings.data.vocab_size}))
 
 
 def _check_folder(settings: "Config") -> None:

@@ -134,7 +134,8 @@ def _check_fp8(c: Config, rule: Rule) -> None:
 
 
 def _check_lora(c: Config, rule: Rule) -> None:
-    rule(c.lora.targets != (), "lora.targets", "must name something, or be null for everything that can have adapters")
+    if c.lora.targets == ():
+        raise ConfigError("lora.targets=[]: must name something, or be null for all that can have adapters")
     rule(
         c.balance.bias == "none",
         "balance.bias",

@@ -51,7 +51,7 @@ def add_adapters(model: LanguageModel, options: Lora) -> None:
         linear.register_forward_hook(LinearAdapter(scaling, switch))
     for name, (module, experts) in model.find_experts().items():
         base, transposed = experts.tensor_names, experts.is_transposed
-        adapted = [each for each in base[:2] if f"{model.name_in_transformers(name)}.{each}" in matrices]
+        adapted = [each for each in base[:2] if model.name_in_transformers(f"{name}.{each}") in matrices]
         owner: nn.Module = module
         if options.shared and adapted:
             owner = SharedAdapters()
@@ -94,7 +94,7 @@ def choose_targets(
         if isinstance(module, nn.Linear) and module not in spared
     }
     matrices = {
-        f"{model.name_in_transformers(name)}.{each}": module.get_parameter(each)
+        model.name_in_transformers(f"{name}.{each}"): module.get_parameter(each)
         for name, (module, experts) in model.find_experts().items()
         for each in experts.tensor_names[:2]
     }

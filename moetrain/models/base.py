@@ -150,7 +150,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def name_in_transformers(self, name: str) -> str:
-        """Return the name that a module has in the model of transformers that this one is or is exported as."""
+        """Return the name in transformers of a module or a parameter, of the model that this is or is exported as."""
         raise NotImplementedError
 
     def find_layers(self) -> Iterator[tuple[int, ExpertLayer]]:

@@ -57,6 +57,7 @@ IN_TRANSFORMERS = {  # parts of names, as Qwen3-MoE and OLMoE have them
     "attn": "self_attn",
     **{part: f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down", "gate_up")},
     "moe": "mlp",
+    "router": "gate",
     "shared": "shared_expert",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",

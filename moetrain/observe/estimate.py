@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 
 from moetrain import runs
-from moetrain.config import HuggingFace, Model, Native, RunSpec
+from moetrain.config import HuggingFace, Lora, Model, Native, RunSpec
 from moetrain.distributed.mesh import device_of, memory_of
 from moetrain.engine import precision
+from moetrain.models.adapters import add_adapters
+from moetrain.models.base import LanguageModel
 from moetrain.models.cross_entropy import peak_bytes
 from moetrain.models.transformer import Transformer
 from moetrain.moe.kernels.api import DEFAULT_KERNELS
@@ -43,8 +45,16 @@ class Estimate:
         return self.states + self.gathered + self.activations
 
 
+class AdapterCounts(NamedTuple):
+    """Parameters of adapters (LoRA) by what they are beside."""
+
+    dense: int
+    expert: int  # of one expert, in the mean of all layers
+    shared: int  # whole on every rank
+
+
 class Counts(NamedTuple):
-    """Parameters of a model by their kind."""
+    """Parameters of a model by their kind; those of adapters apart."""
 
     dense: int  # embeddings included
     embeddings: int
@@ -54,6 +64,7 @@ class Counts(NamedTuple):
     is_tied: bool  # whether the head is the embedding
     attention_width: int  # heads × the width of one
     passes: int  # through each layer of experts
+    adapters: AdapterCounts | None  # under LoRA, where nothing else is trained
 
 
 def estimate(config: RunSpec) -> Estimate:
@@ -62,17 +73,25 @@ def estimate(config: RunSpec) -> Estimate:
     assert m.vocab_size is not None
     shard, ep = config.dp_shard, config.ep
     if isinstance(config.model, HuggingFace):
-        counts = _count_folder(config.model, runs.model_folder(config))
+        counts = _count_folder(config.model, runs.model_folder(config), config.lora)
     else:
         counts = _count_preset(config, config.model)
-    dense, embeddings, expert, routers, shared, is_tied, attention_width, passes = counts
+    dense, embeddings, expert, routers, shared, is_tied, attention_width, passes, adapters = counts
     experts = sum(m.experts_of_layers) * expert
     tau = config.router.zero_compute_tau  # a balanced layer gives experts that compute nothing 1 / tau times the rows
     computed = tau * m.num_experts / (tau * m.num_experts + m.num_zero_compute)
     active = dense + routers + round(computed * passes * sum(config.top_k_of_layers) * expert)
     r = config.r
     slices = [math.ceil(math.ceil(e * r / ep) / (shard // ep)) for e in m.experts_of_layers]  # that a rank holds
-    per_rank = dense // shard + sum(slices) * expert // r + routers
+    per_rank = trained = dense // shard + sum(slices) * expert // r + routers
+    added = 0
+    if adapters is not None:
+        trained = adapters.dense // shard + sum(slices) * adapters.expert + adapters.shared
+        added = adapters.dense + sum(m.experts_of_layers) * adapters.expert + adapters.shared
+        per_rank += trained
+        used = (
+            adapters.dense + adapters.shared + round(computed * passes * sum(config.top_k_of_layers) * adapters.expert)
+        )
 
     width = precision.get_dtype(config).itemsize
     tokens = t.seq_len * config.micro_batch
@@ -82,6 +101,8 @@ def estimate(config: RunSpec) -> Estimate:
     held = width * block  # gradients before they are reduced: of one layer, or adding up until the last micro-step
     if config.micro_steps > 1:
         held = 4 * (embeddings + m.num_layers * block)
+    if adapters is not None:
+        held = 4 * (adapters.dense + added // ep)
     rows = round(computed * passes * config.router.top_k * tokens)
     layer = width * (tokens * (8 * m.dim + 3 * attention_width) + rows * (3 * r * m.dim + 4 * m.expert_hidden))
     sent = ep * (1 - (1 - 1 / ep) ** (config.router.top_k * r))  # ranks that a token goes to
@@ -90,14 +111,15 @@ def estimate(config: RunSpec) -> Estimate:
     activations = kept + _head_bytes(config, tokens)
     matrices = active - (0 if is_tied else m.vocab_size * m.dim)
     matrices += (passes - 1) * m.num_moe_layers * shared
-    flops = 6 * matrices + 6 * m.num_layers * attention_width * t.seq_len
+    products = 6 * matrices if adapters is None else 4 * matrices + 6 * used  # no gradients of frozen matrices
+    flops = products + 6 * m.num_layers * attention_width * t.seq_len
     return Estimate(
-        dense + experts + routers,
-        active,
+        dense + experts + routers + added,
+        active if adapters is None else active + used,
         per_rank,
         4 * per_rank,
-        4 * per_rank + held,
-        (8 if config.optim.state_dtype == "fp32" else 4) * per_rank,
+        4 * trained + held,
+        (8 if config.optim.state_dtype == "fp32" else 4) * trained,
         gathered,
         activations,
         flops,
@@ -125,12 +147,12 @@ def _count_preset(config: RunSpec, m: Model) -> Counts:
     with torch.device("meta"):
         model = Transformer(m, config.router, config.planner)
     replicated = sum(p.numel() for p in model.replicated())
-    width = m.num_heads * m.head_dim
-    return Counts(dense, embeddings, expert, replicated, shared, m.tied_embeddings, width, m.chain)
+    width, adapters = m.num_heads * m.head_dim, _count_adapters(model, config.lora, sum(m.experts_of_layers))
+    return Counts(dense, embeddings, expert, replicated, shared, m.tied_embeddings, width, m.chain, adapters)
 
 
 @lru_cache(maxsize=4)
-def _count_folder(m: HuggingFace, folder: Path) -> Counts:
+def _count_folder(m: HuggingFace, folder: Path, lora: Lora) -> Counts:
     """Of the model as transformers builds it of `folder`, on the meta device."""
     from moetrain.hf.build import build_transformer
     from moetrain.hf.model import HFModel
@@ -142,7 +164,22 @@ def _count_folder(m: HuggingFace, folder: Path) -> Counts:
     is_tied = model.is_tied
     embeddings = m.vocab_size * m.dim * (1 if is_tied else 2)
     expert = experts // sum(m.experts_of_layers)
-    return Counts(total - experts - replicated, embeddings, expert, replicated, 0, is_tied, model.attention_width, 1)
+    dense, width = total - experts - replicated, model.attention_width
+    adapters = _count_adapters(model, lora, sum(m.experts_of_layers))
+    return Counts(dense, embeddings, expert, replicated, 0, is_tied, width, 1, adapters)
+
+
+def _count_adapters(model: LanguageModel, lora: Lora, num_experts: int) -> AdapterCounts | None:
+    """Give `model`, on the meta device, its adapters and count them; `num_experts`: of all layers."""
+    if not lora.rank:
+        return None
+    add_adapters(model, lora)
+    experts, replicated = model.expert_parameters(), set(model.replicated())
+    kinds = {"dense": 0, "expert": 0, "shared": 0}
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        kind = "expert" if parameter in experts else "shared" if parameter in replicated else "dense"
+        kinds[kind] += parameter.numel()
+    return AdapterCounts(kinds["dense"], kinds["expert"] // num_experts, kinds["shared"])
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -9,10 +9,11 @@ import torch
 from moetrain.checkpoint import exporting, manifest
 from moetrain.checkpoint.exporting import Exported
 from moetrain.checkpoint.reading import SavedModel
-from moetrain.config import Config, HuggingFace
+from moetrain.config import Config, ConfigError, HuggingFace
 from moetrain.data import prepare
 from moetrain.data.loader import Corpus
 from moetrain.hf import presets
+from moetrain.training import export_lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,19 +24,26 @@ class Export(NamedTuple):
     tensors: list[Exported]
     texts: dict[str, bytes]  # its other files
     notes: list[str]
+    stem: str = exporting.STEM  # of the names of its safetensors
 
 
-def prepare_export(config: Config, saved: SavedModel, dtype: str | None) -> Export:
+def prepare_export(config: Config, saved: SavedModel, dtype: str | None, merge: bool = False) -> Export:
     """Return what the folder of a run's model holds; no weight is read.
 
     `dtype`: fp32 or bf16; None: fp32, in which the run keeps its weights, and for `model=hf` that of each tensor in the
-    folder which it came from. Raises `ConfigError` that names the first option of the model which no architecture of
-    transformers has.
+    folder which it came from. Of a LoRA run these are its adapters for peft, or with `merge` the model that has them in
+    it. Raises `ConfigError` that names the first option of the model which no architecture of transformers has.
     """
+    if merge and not config.lora.rank:
+        raise ConfigError("--merge: the run has no adapters (lora.rank=0); an export without it has the whole model")
+    if config.lora.rank and not merge:
+        return Export(*export_lora.list_folder(config, saved, DTYPES[dtype or "fp32"]), stem=export_lora.ADAPTER_STEM)
     if isinstance(config.model, HuggingFace):
         from moetrain.training import export_hf  # transformers takes seconds to load
 
         return Export(*export_hf.list_tensors(config, saved, DTYPES[dtype] if dtype else None))
+    if merge:
+        saved = export_lora.MergedPreset(config, saved)
     wanted = DTYPES[dtype or "fp32"]
     about = presets.describe_preset(config, saved.find("embed.weight").shape[0])
     corpus = _find_corpus(config, saved)

@@ -17,11 +17,12 @@ from moetrain.config import Config, ConfigError, HuggingFace
 from moetrain.config.architecture import CONFIG
 from moetrain.config.hugging_face import KEPT
 from moetrain.hf.build import WithHead, build_transformer, unwrap
-from moetrain.hf.conversion import PIECE_BYTES, Mapped
+from moetrain.hf.conversion import PIECE_BYTES, Mapped, Read
 from moetrain.hf.folder import INDEX, TABLE, Folder, Lazy, Rows, has_weights, open_folder, open_kept
 from moetrain.hf.matching import list_default, map_tensors
 from moetrain.hf.model import PREFIX
 from moetrain.hf.quantized import FP8, MXFP4, dequantise
+from moetrain.training import export_lora
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # weights of any kind
 MOST_BYTES = 1 << 28  # of a file that is copied
@@ -40,12 +41,19 @@ def list_tensors(
     kept, source = runs.folder_of(config) / KEPT, Path(model.path)
     origin = open_folder(source) if has_weights(source) and (source / CONFIG).is_file() else None
     table = open_kept(kept) or origin
+    if config.lora.rank and config.init_from is None:  # its values are needed, too
+        if origin is None:
+            raise ConfigError(f"model.path={source}: is gone, and with it the weights that the adapters are beside")
+        table = origin
     inner = build_transformer(runs.model_folder(config), model.trust_remote_code, device="meta")
     whole = unwrap(inner)
     tensors = list_default(whole) if table is None else dequantise(table)
     mapped = map_tensors(tensors, whole, model.path, compare_tied=False)
     prefix = f"{PREFIX}model." if isinstance(inner, WithHead) else PREFIX
-    found = dict(mapped.revert(partial(_read, saved, prefix)))
+    read: Read = partial(_read, saved, prefix)
+    if config.lora.rank:
+        read = _read_merged(config, saved, prefix, mapped)
+    found = dict(mapped.revert(read))
     lasting = _find_lasting(whole, mapped)
     out = []
     for key, pieces in found.items():
@@ -75,6 +83,17 @@ def _read(saved: SavedModel, prefix: str, name: str, rows: Rows) -> Tensor:
     owner, _, last = (prefix + name).rpartition(".")
     experts = range(*_bounds(rows)) if rows is not None else _count_experts(saved, owner, last)
     return torch.stack([saved.read(f"{owner}.{expert}.{last}") for expert in experts])
+
+
+def _read_merged(config: Config, saved: SavedModel, prefix: str, mapped: Mapped) -> Read:
+    """Return what reads rows of the model that the adapters of a LoRA run are beside, with the adapters added."""
+    base, adapters = export_lora.find_base(config), export_lora.SavedAdapters(config, saved)
+
+    def read(name: str, rows: Rows) -> Tensor:
+        value = mapped.sources[name].read(rows) if base is None else _read(base, prefix, name, rows)
+        return adapters.add_to(name, rows, value)
+
+    return read
 
 
 def _bounds(rows: Rows) -> tuple[int, int]:

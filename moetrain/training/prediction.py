@@ -63,6 +63,8 @@ def predict_on_gpus(config: RunSpec) -> tuple[str, RunPrediction | None]:
 
 
 def _predict(config: RunSpec, cluster: Cluster, costs: Costs | None) -> RunPrediction | None:
+    if config.lora.rank:  # the model of a step has the gradients of all weights
+        return None
     try:
         request = job_of_run(config, cluster, costs)
         step = predict_step(request.job, request.routing, request.planner)

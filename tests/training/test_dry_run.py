@@ -46,6 +46,18 @@ def test_presets_build_at_full_size(model, world, replicate, ep, total, active, 
     assert expected["tokens_per_second"] / world < 989e12 / (6 * active)  # the peak of an H100
 
 
+def test_under_lora_gradients_and_moments_are_those_of_the_adapters() -> None:
+    words = ["model=olmoe_1b7b", "parallel.nproc=8", "train.global_batch=8", *BATCH]
+    whole, lora = (estimate(config.resolve_early(config.load([*words, *more]), 8)) for more in ([], ["lora.rank=16"]))
+    attention, expert = 4 * (2048 + 2048), (2048 + 2 * 1024) + (1024 + 2048)
+    adapters = 16 * 16 * (attention + 64 * expert)  # layers × rank
+    assert lora.total - whole.total == adapters
+    assert lora.moments == 8 * adapters // 8
+    assert lora.masters - whole.masters == 4 * adapters // 8
+    assert lora.gradients < whole.gradients / 20
+    assert lora.flops_per_token < 0.72 * whole.flops_per_token
+
+
 def test_a_dry_run_shows_memory_and_where_it_lies(capsys, monkeypatch) -> None:
     monkeypatch.setattr(dry_run.console, "quiet", False)  # other tests ask for JSON
     overrides = ["model=tiny", "parallel.nproc=4", "parallel.ep=4", "model.num_experts=6", "engine.offload=disk"]
