@@ -219,3 +219,15 @@ def test_one_batch_is_made_of_single_samples() -> None:
     assert np.array_equal(found.tokens, whole.tokens[[3, 5]])
     assert found.sample is not None
     assert found.sample.tolist() == [3, 5]
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path: Path, capsys) -> None:
+    def fail(*arguments: str) -> str:
+        assert cli.main(["record", *arguments]) == 2
+        return capsys.readouterr().err.strip().removeprefix("error: ")
+
+    out = ["--out", str(tmp_path / "choices.npz")]
+    assert fail("--out", "a.bin") == "--out=a.bin: must end in .npz or .safetensors"
+    assert fail("--out", "none/a.npz") == "--out=none/a.npz: must be in an existing folder"
+    assert fail(*out) == "record: needs the weights of a RUN, of init_from, or of model=hf model.path=DIR"
+    assert fail(*out, "optim.lr=1") == "optim.lr: `moetrain record` does not use it"
