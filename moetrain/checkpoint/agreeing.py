@@ -61,15 +61,15 @@ def check_start(
     return start._replace(notes=[*start.notes, *of_the_layout(config, start.path, mesh)])
 
 
-def agree_on_weights(config: Config, start: StartingPoint, mesh: Mesh) -> Path | None:
+def agree_on_weights(config: Config, start: StartingPoint, mesh: Mesh, makes_reference: bool = False) -> Path | None:
     """Return the checkpoint whose weights a new run begins with, or whose weights a run's adapters adapt.
 
-    None where there is none, or a run without adapters goes on.
+    None where there is none, or a run goes on that has no adapters and whose reference is there (`makes_reference`).
 
     All ranks call it and read their share of bytes. Raises `ConfigError` on all ranks where it is not whole.
     """
     if start.path is not None:
-        if not config.lora.rank:
+        if not config.lora.rank and not makes_reference:
             return None
         kept = manifest.read(start.path)["config"].get("init_from")  # that of the run's beginning, whatever is newer
         config = config.model_copy(update={"init_from": kept})

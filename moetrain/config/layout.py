@@ -25,10 +25,13 @@ def find_ep(c: Config, world: int) -> int:
     r = find_r(c, ep)
     if isinstance(c.engine, DeepSpeed):
         deepspeed.check(c, c.engine, world, ep, r)
-    if p.uneven and t.global_batch < world:
-        raise ConfigError(f"train.global_batch={t.global_batch}: must be at least the number of ranks, {world}")
-    if not p.uneven and t.global_batch % (world * (t.micro_batch or 1)):
+    least = t.sequences_of_a_sample
+    if p.uneven and t.global_batch < world * least:
+        each = f"{world}" if least == 1 else f"{world}, × 2 sequences of a pair"
+        raise ConfigError(f"train.global_batch={t.global_batch}: must be at least the number of ranks, {each}")
+    if not p.uneven and t.global_batch % (world * (t.micro_batch or least)):
         per = f"{world} ranks" + (f" × micro_batch={t.micro_batch}" if t.micro_batch else "")
+        per += " × 2 sequences of a pair" if least == 2 and not t.micro_batch else ""
         raise ConfigError(f"train.global_batch={t.global_batch}: must be a multiple of {per}")
     return ep
 

@@ -56,10 +56,12 @@ def check(c: Config) -> None:
     rule(broken is None, "planner.name", broken or "")
     for field, text in _find_broken_router_rules(c):
         rule(False, field, text)
-    if c.train.objective == "sft":
+    if c.train.objective != "lm":
         rule(c.data.source == "chat", "train.objective", "needs data=chat, whose conversations say what to learn")
     if c.train.experts_dtype == "fp8":
         _check_fp8(c, rule)
+    if c.train.objective == "dpo":
+        _check_pairs(c, rule)
     rule(not c.router.freeze or c.balance.bias == "none", "balance.bias", "must be none with router.freeze=true")
     if c.lora.rank:
         _check_lora(c, rule)
@@ -94,6 +96,17 @@ def check(c: Config) -> None:
         rule(find_spec("transformers") is not None, "data.source", "needs transformers: pip install 'moetrain[hf]'")
     if c.data.tokenizer is not None:
         rule(Path(c.data.tokenizer).is_file(), "data.tokenizer", "must be an existing file")
+
+
+def _check_pairs(c: Config, rule: Rule) -> None:
+    """The two sequences of a pair stay together."""
+    pairs = "must be even under train.objective=dpo, where two sequences are a pair"
+    rule(c.router.replay is None, "router.replay", "must be null under train.objective=dpo")
+    rule(c.train.global_batch % 2 == 0, "train.global_batch", pairs)
+    rule((c.train.micro_batch or 2) % 2 == 0, "train.micro_batch", pairs)
+    rule((c.data.domain_block or 2) % 2 == 0, "data.domain_block", pairs)
+    alone = c.data.attend_within_documents or not getattr(c.data, "pack", False)
+    rule(alone, "data.pack", "must be false with data.attend_within_documents=false: pairs would see each other")
 
 
 def _check_schedule(m: Model, rule: Rule) -> None:

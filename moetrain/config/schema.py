@@ -12,7 +12,7 @@ from moetrain.config.sections.engine import AnyEngine, DeepSpeed, Native
 from moetrain.config.sections.model import AnyModel, HuggingFace, Model
 from moetrain.config.sections.router import Planner, RouterSection
 from moetrain.config.sections.running import Checkpoint, Data, Recovery, Run, Track
-from moetrain.config.sections.training import Balance, Eval, Generate, Lora, Optim, Parallel, Train
+from moetrain.config.sections.training import Balance, Dpo, Eval, Generate, Lora, Optim, Parallel, Train
 
 __all__ = [
     "AnyEngine",
@@ -22,6 +22,7 @@ __all__ = [
     "Config",
     "Data",
     "DeepSpeed",
+    "Dpo",
     "Dtype",
     "Eval",
     "Generate",
@@ -52,6 +53,7 @@ class Config(Section):
 
     run: Run
     train: Train
+    dpo: Dpo = Dpo()
     optim: SerializeAsAny[Optim]  # likewise
     parallel: Parallel
     router: SerializeAsAny[RouterSection]  # of a kind's own class, as `config.kinds` makes it

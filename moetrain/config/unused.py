@@ -9,7 +9,7 @@ from moetrain.common.errors import ConfigError, short
 from moetrain.common.extensions import OPTIMIZERS
 from moetrain.config.kinds import SORTS, own_options
 from moetrain.config.overrides import fields_of
-from moetrain.config.schema import Config, HuggingFace, Model, Native, Optim
+from moetrain.config.schema import Config, Dpo, HuggingFace, Model, Native, Optim
 
 REPLAY = ("router.replay", "router.replay_missing")
 RESTARTS = ("recovery.restarts", "recovery.skips", "recovery.snapshot_every")
@@ -39,12 +39,35 @@ OF_A_SIMULATION: tuple[str, ...] = (
 OF_A_SIMULATION += tuple(f"optim.{name}" for name in Optim.model_fields if name != "state_dtype")
 NOT_USED: dict[str, tuple[str, ...]] = {  # by verbs: sections and fields; what is not named may have an effect
     "eval": (*OF_A_RUN, *REPLAY, "generate"),
-    "generate": (*OF_A_RUN, *REPLAY, "eval"),
+    "generate": (*OF_A_RUN, *REPLAY, "eval", "dpo"),
     "data": tuple(name for name in Config.model_fields if name != "data"),
-    "record": ("optim", "balance", "lora", "checkpoint", "track", "eval", "generate", *REPLAY, *RESTARTS),
-    "profile": (*OF_A_RUN, *REPLAY, "eval", "generate", "data"),
-    "simulate": (*OF_A_SIMULATION, *REPLAY, "eval", "generate", "data", "checkpoint", "recovery", "track", "balance"),
-    "bench": ("init_from", "run", "lora", *REPLAY, "eval", "generate", "track", "train.log_every", *SAVES, *RESTARTS),
+    "record": ("optim", "balance", "lora", "checkpoint", "track", "eval", "generate", "dpo", *REPLAY, *RESTARTS),
+    "profile": (*OF_A_RUN, *REPLAY, "eval", "generate", "data", "dpo"),
+    "simulate": (
+        *OF_A_SIMULATION,
+        *REPLAY,
+        "dpo",
+        "eval",
+        "generate",
+        "data",
+        "checkpoint",
+        "recovery",
+        "track",
+        "balance",
+    ),
+    "bench": (
+        "init_from",
+        "run",
+        "lora",
+        "dpo",
+        *REPLAY,
+        "eval",
+        "generate",
+        "track",
+        "train.log_every",
+        *SAVES,
+        *RESTARTS,
+    ),
 }
 
 
@@ -59,9 +82,11 @@ def check(c: Config, fields: Iterable[str]) -> None:
     """Raises `ConfigError` for the first of `fields` that cannot have an effect beside the rest of `c`."""
     known = set(fields)
     is_chosen = "train.objective" in known and "balance.coefficient" not in known
-    if is_chosen and c.train.objective == "sft" and c.balance.coefficient:
+    objective = c.train.objective
+    if is_chosen and objective != "lm" and c.balance.coefficient:
         said = f"would balance the router with balance.coefficient={c.balance.coefficient:g}"
-        raise ConfigError(f"train.objective=sft: {said}; experiment=sft leaves it alone, or set the coefficient")
+        advice = f"experiment={objective} leaves it alone, or set the coefficient"
+        raise ConfigError(f"train.objective={objective}: {said}; {advice}")
     for field, reason in _without_effect(c):
         if field in known:
             section, _, name = field.partition(".")
@@ -78,6 +103,11 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
         own = own_options(section, name)
         for option in (option for option in sort.known if option not in own):
             yield f"{section}.{option}", f"the {section} {name} has no such option"
+    if c.train.objective != "dpo":
+        for option in Dpo.model_fields:
+            yield f"dpo.{option}", f"has an effect only with train.objective=dpo, not {c.train.objective}"
+    if c.dpo.loss in ("hinge", "ipo"):
+        yield "dpo.label_smoothing", f"has no effect with dpo.loss={c.dpo.loss}"
     if isinstance(m, HuggingFace):
         for option in type(c.router).model_fields:
             if option not in ("freeze", "replay", "replay_missing"):

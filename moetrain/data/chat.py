@@ -2,8 +2,9 @@
 
 A prepared corpus as that of data/prepare.py, its documents being conversations, and besides: `train.target.bin` and
 `held_out.target.bin` (uint8 per token: whether it is to be predicted), `train.rows.npy` and `held_out.rows.npy`
-([documents, 3]: source, file, line or row), `chat_template.jinja`. Conversations are read, encoded and written one by
-one; only where the tokenizer has to be trained are all of them held in memory.
+([documents, 3]: source, file, line or row), `chat_template.jinja`. Of preference pairs, documents 2n and 2n + 1 are the
+chosen and the rejected conversation of a pair, and the manifest says so. Conversations are read, encoded and written
+one by one; only where the tokenizer has to be trained are all of them held in memory.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ from moetrain.common.console import console
 from moetrain.common.extensions import ChatSource
 from moetrain.config import ConfigError, Data
 from moetrain.data import files, sources, tokenizer
-from moetrain.data.chat_files import Conversation, list_sources, read_conversations
+from moetrain.data.chat_files import list_sources, read_conversations
+from moetrain.data.chat_rows import Conversation, PreferencePair
 from moetrain.data.chat_template import TEMPLATE_FILES, ChatTemplate, EncodedConversation
 from moetrain.data.corpus import COPIES, FINGERPRINTS, domain_name, hash_text
 from moetrain.data.files import BadText, LeftOut
@@ -39,11 +41,12 @@ DOMAIN = "chat"  # of conversations whose row, folder and source name none
 
 
 class Row(NamedTuple):
-    """A conversation on its way into a split."""
+    """A conversation, or the two of a pair, on its way into a split."""
 
-    encoded: EncodedConversation
+    encoded: tuple[EncodedConversation, ...]
     domain: int
     origin: tuple[int, int, int]  # source, file, line or row
+    key: str  # by which it is held out or not
 
 
 def prepare_chat(options: Data, folder: Path) -> None:
@@ -61,7 +64,7 @@ def prepare_chat(options: Data, folder: Path) -> None:
         waiting: dict[tuple[int, str], Row] = {}  # the last of every domain and split, which may have to change sides
         task = progress.add_task("reading conversations", total=None)
         for number, row in enumerate(_read(options, found, template, left_out, domains, paths), 1):
-            split = SPLITS[hash_text(row.encoded.text.encode()) < options.held_out * 2**32]
+            split = SPLITS[hash_text(row.key.encode()) < options.held_out * 2**32]
             if (before := waiting.get((row.domain, split))) is not None:
                 writers[split].write(before)
             waiting[row.domain, split] = row
@@ -69,6 +72,7 @@ def prepare_chat(options: Data, folder: Path) -> None:
         if not waiting:
             said = "".join(f"; {line}" for line in left_out.lines())
             raise ConfigError(f"{sources.place(options)}: must have a conversation that is not left out{said}")
+        has_pairs = any(len(row.encoded) == 2 for row in waiting.values())
         for (domain, split), row in sorted(waiting.items(), key=lambda item: (item[0][1] != "held_out", item[0])):
             other = SPLITS[split == SPLITS[0]]
             is_missing = (domain, other) not in waiting
@@ -87,7 +91,7 @@ def prepare_chat(options: Data, folder: Path) -> None:
         "left_out": left_out.found,
         "one_document": [],
         "notes": template.notes,
-        "chat": {"sources": list(found), "files": paths.names},
+        "chat": {"sources": list(found), "files": paths.names, "pairs": has_pairs},
     }
     for line in (*left_out.lines(), *template.notes):
         console.print(line)
@@ -131,31 +135,47 @@ def _read(
 ) -> Iterator[Row]:
     """Yields what is taken of all sources; counts what is not. Raises `ConfigError` for what is bad."""
     same_text, taken, copies = FINGERPRINTS[options.dedup], dict[str, int](), dict[bytes, str]()
+    kind: type | None = None
     for number, (conversation, domain) in enumerate_sources(options, found, left_out):
         try:
-            encoded = template.encode(conversation)
-            if not encoded.target.any():
-                raise BadText(conversation.where, "the chat template marks nothing of it as the assistant's")
+            kind = kind or type(conversation)
+            if kind is not type(conversation):
+                rule = 'rows must be pairs of "chosen" and "rejected" or conversations, not both'
+                raise BadText(conversation.where, rule)
+            encoded = _encode(conversation, template)
         except BadText as error:
             files.refuse_or_skip(error, options.on_bad, left_out)
             continue
-        if (print_ := same_text(encoded.text)) in copies and options.dedup != "none":
+        text = "\0".join(each.text for each in encoded)
+        key = conversation.prompt_text if isinstance(conversation, PreferencePair) else text
+        if (print_ := same_text(text)) in copies and options.dedup != "none":
             left_out.add(COPIES[options.dedup], f"{conversation.where}, as {copies[print_]}")
             continue
         copies[print_] = conversation.where
-        size, limit = len(encoded.text.encode()), options.max_bytes_per_domain
+        size, limit = len(text.encode()), options.max_bytes_per_domain
         if limit is not None and taken.get(domain, 0) + size > limit:
             left_out.add("beyond data.max_bytes_per_domain", conversation.where)
             continue
         taken[domain] = taken.get(domain, 0) + size
         file, _, line = conversation.where.rpartition(":")
-        yield Row(encoded, domains.number(domain), (number, paths.number(file), int(line)))
+        yield Row(encoded, domains.number(domain), (number, paths.number(file), int(line)), key)
+
+
+def _encode(row: Conversation | PreferencePair, template: ChatTemplate) -> tuple[EncodedConversation, ...]:
+    """Raises `BadText` where the template refuses the row, or there is nothing in it to learn."""
+    each = (row.chosen, row.rejected) if isinstance(row, PreferencePair) else (row,)
+    encoded = tuple(template.encode(conversation) for conversation in each)
+    if not all(one.target.any() for one in encoded):
+        raise BadText(row.where, "the chat template marks nothing of it as the assistant's")
+    if len(encoded) == 2 and np.array_equal(encoded[0].tokens, encoded[1].tokens):
+        raise BadText(row.where, '"chosen" and "rejected" must differ, and are the same in the chat template')
+    return encoded
 
 
 def enumerate_sources(
     options: Data, found: dict[str, ChatSource], left_out: LeftOut
-) -> Iterator[tuple[int, tuple[Conversation, str]]]:
-    """Yields (number of the source, (conversation, name of its domain))."""
+) -> Iterator[tuple[int, tuple[Conversation | PreferencePair, str]]]:
+    """Yields (number of the source, (conversation or pair, name of its domain))."""
     for number, (name, source) in enumerate(found.items()):
         if not Path(source.path).exists():
             raise ConfigError(f"data.sources.{name}.path={source.path}: there is no such file or folder")
@@ -166,10 +186,7 @@ def enumerate_sources(
 
 def _train(options: Data, found: dict[str, ChatSource], progress: Progress) -> Tokenizer:
     """A tokenizer learned from what the conversations say."""
-    texts = [
-        "\n".join([conversation.text, *(message["content"] for message in conversation.messages)])
-        for _, (conversation, _) in enumerate_sources(options, found, LeftOut())
-    ]
+    texts = [row.learned_text for _, (row, _) in enumerate_sources(options, found, LeftOut())]
     return tokenizer.train(options, texts, len(texts), sum(map(len, texts)), progress)
 
 
@@ -191,16 +208,17 @@ class _ConversationWriter:
         return any(row[2] == domain for row in self._table)
 
     def write(self, row: Row) -> None:
-        """Add a conversation."""
-        tokens, target = row.encoded.tokens.astype(self._dtype).tobytes(), row.encoded.target.astype(np.uint8).tobytes()
-        for stream, raw in ((self._tokens, tokens), (self._target, target)):
-            stream.write(raw)
-            self._digest.update(raw)
-        self._table.append((self._start, len(row.encoded.tokens), row.domain))
-        self._origin.append(row.origin)
-        self._start += len(row.encoded.tokens)
-        self._targets += int(row.encoded.target.sum())
-        self._bytes += len(row.encoded.text.encode())
+        """Add a conversation, or the two of a pair."""
+        for each in row.encoded:
+            tokens, target = each.tokens.astype(self._dtype).tobytes(), each.target.astype(np.uint8).tobytes()
+            for stream, raw in ((self._tokens, tokens), (self._target, target)):
+                stream.write(raw)
+                self._digest.update(raw)
+            self._table.append((self._start, len(each.tokens), row.domain))
+            self._origin.append(row.origin)
+            self._start += len(each.tokens)
+            self._targets += int(each.target.sum())
+            self._bytes += len(each.text.encode())
 
     def finish(self, places: Any, names: list[str]) -> dict[str, Any]:
         """Write the tables; returns what the manifest says of the split. `places[domain]`: its number by name."""

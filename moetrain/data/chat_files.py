@@ -2,36 +2,21 @@
 
 import importlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moetrain.common.extensions import ChatSource, read_sources
 from moetrain.config import ConfigError, Data
 from moetrain.data import files
+from moetrain.data.chat_rows import Conversation, PreferencePair, parse_row
 from moetrain.data.files import BadText, LeftOut
 
 TABLE_SUFFIXES = {".parquet", ".arrow"}
-FORMS = '"messages", "prompt" and "completion", or "text"'
 MOST_SHOWN = 200  # characters of another library's message
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """One row: messages for the chat template, or text as it is."""
-
-    where: str  # file:line, or file:row
-    domain: str | None
-    messages: tuple[dict[str, Any], ...] = ()
-    first: int = 0  # message from which on the assistant's are to be learned: those before belong to the prompt
-    tools: list[Any] | None = None
-    text: str = ""  # where there are no messages
-    prompt: int = 0  # characters of `text` that are not to be learned
-
-
-def read_conversations(path: Path, on_bad: str, left_out: LeftOut) -> Iterator[Conversation]:
+def read_conversations(path: Path, on_bad: str, left_out: LeftOut) -> Iterator[Conversation | PreferencePair]:
     """Yields the rows below `path` in a fixed order; a folder's subfolders are domains.
 
     Raises `ConfigError` with file and line for what is malformed, or with `on_bad` "skip" counts it in `left_out`.
@@ -42,7 +27,7 @@ def read_conversations(path: Path, on_bad: str, left_out: LeftOut) -> Iterator[C
                 try:
                     if isinstance(row, BadText):
                         raise row
-                    yield _parse_row(where, row, domain)
+                    yield parse_row(where, row, domain)
                 except BadText as error:
                     files.refuse_or_skip(error, on_bad, left_out)
         except BadText as error:
@@ -134,83 +119,3 @@ def _read_table(file: Path, kind: str) -> Iterator[tuple[str, Any]]:
                     yield f"{file}:{number}", row
     except (arrow.ArrowException, OSError) as error:
         raise BadText(str(file), f"cannot be read ({' '.join(str(error).split())[:MOST_SHOWN]})") from None
-
-
-def _parse_row(where: str, row: Any, domain: str | None) -> Conversation:
-    """Raises `BadText` where the row is no conversation."""
-    if not isinstance(row, Mapping):
-        raise BadText(where, f"must be an object with {FORMS}")
-    row = {name: value for name, value in row.items() if value is not None}
-    label = row.get("domain", domain)
-    if isinstance(label, bool) or not isinstance(label, str | int | None):
-        raise BadText(where, '"domain" must be a string')
-    label = None if label in (None, "") else str(label)
-    if "messages" in row:
-        messages = _parse_messages(where, "messages", row["messages"])
-        return _check_assistant(Conversation(where, label, messages, tools=_parse_tools(where, row)))
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            if not completion:
-                raise BadText(where, '"completion" must not be empty')
-            return Conversation(where, label, text=_check_text(where, prompt + completion), prompt=len(prompt))
-        before = _parse_messages(where, "prompt", prompt)
-        after = _parse_messages(where, "completion", completion)
-        tools = _parse_tools(where, row)
-        return _check_assistant(Conversation(where, label, before + after, first=len(before), tools=tools))
-    if "text" in row:
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise BadText(where, '"text" must be text')
-        return Conversation(where, label, text=_check_text(where, row["text"]))
-    raise BadText(where, f"must have {FORMS}")
-
-
-def _parse_messages(where: str, field: str, value: Any) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise BadText(where, f'"{field}" must be a list of messages, and beside one that is so')
-    out = []
-    for number, message in enumerate(value):
-        place = f"{field}[{number}]"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BadText(where, f'{place} must be an object with "role" and "content"')
-        own = {name: part for name, part in message.items() if part is not None}
-        if own.pop("weight", 1) != 1:
-            raise BadText(where, f"{place}.weight must be 1: single messages cannot be left out of the loss")
-        own["content"] = _check_text(where, _join_parts(where, place, own))
-        out.append(own)
-    return tuple(out)
-
-
-def _join_parts(where: str, place: str, message: Mapping[str, Any]) -> str:
-    """The text of a message, which may be a list of parts of text, or missing beside calls of tools."""
-    content: Any = message.get("content", "" if "tool_calls" in message else None)
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        parts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
-        content = "".join(parts) if len(parts) == len(content) else None
-    if not isinstance(content, str):
-        raise BadText(where, f"{place}.content must be text, or a list of parts that are text")
-    return content
-
-
-def _parse_tools(where: str, row: Mapping[str, Any]) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):  # tables cannot hold schemas of many shapes, and have them as JSON
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise BadText(where, '"tools" must be a list, or JSON of one') from None
-    if tools is not None and not isinstance(tools, list):
-        raise BadText(where, '"tools" must be a list, or JSON of one')
-    return tools or None
-
-
-def _check_assistant(conversation: Conversation) -> Conversation:
-    if not any(message["role"] == "assistant" for message in conversation.messages[conversation.first :]):
-        raise BadText(conversation.where, "must have a message of the assistant to learn from")
-    return conversation
-
-
-def _check_text(where: str, text: str) -> str:
-    if half := re.search("[\ud800-\udfff]", text):
-        raise BadText(where, f"must be Unicode, not half a surrogate pair (here \\u{ord(half[0]):04x})")
-    return text

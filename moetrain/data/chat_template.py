@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from moetrain.common import disk
 from moetrain.config import ConfigError, Data
 from moetrain.data import tokenizer
-from moetrain.data.chat_files import Conversation
+from moetrain.data.chat_rows import Conversation
 from moetrain.data.files import BadText
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # that templates write

@@ -1,4 +1,5 @@
-"""Sequences of `data=chat`: conversations packed into rows, or one a row, as a pure function of the sample's number.
+"""Sequences of `data=chat`: conversations packed into rows, or one a row, as a pure function of the sample's number;
+preference pairs in pairs of rows.
 
 The last token of a conversation is predicted and does not go in: as an input it counts as padding, so that what goes
 in, and every statistic of it, is the same however conversations are packed.
@@ -23,73 +24,96 @@ Window = tuple[NDArray[Any], ...]  # tokens, domains, document numbers, targets
 
 
 class Rows:
-    """Conversations of a split, of one source or domain if it is given, in rows of `seq_len` + 1 tokens."""
+    """Conversations of a split, of one source or domain if it is given, in rows of `seq_len` + 1 tokens.
+
+    A window is one row; or, of pairs, two: the chosen conversations of some pairs and, in the same order, the rejected
+    ones. The numbers of documents in them are those of the pairs in the split.
+    """
 
     def __init__(
         self,
         corpus: Corpus,
         split: str,
-        seq_len: int,
-        options: ChatOptions,
+        config: Config,
         source: int | None = None,
         domain: int | None = None,
-        learns_all: bool = False,
     ) -> None:
-        """`learns_all`: every token is a target, not only the assistant's.
+        """Every token is a target, not only the assistant's, under `train.objective=lm`; pairs come under `dpo`, and of
+        pairs the chosen conversations alone under the others.
 
         Raises `ConfigError` where conversations are longer than a row and `data.too_long` is `error`.
         """
-        self._learns_all = learns_all
-        self.seq_len, self._tokens, self._target = seq_len, corpus.tokens(split), corpus.targets(split)
-        table, origin = corpus.documents(split), corpus.origins(split)
+        options, self.seq_len = _options(config), config.train.seq_len
+        self._learns_all = config.train.objective == "lm"
+        self._tokens, self._target = corpus.tokens(split), corpus.targets(split)
+        self.is_paired = config.train.objective == "dpo"
+        halves = 2 if corpus.has_pairs else 1
+        table, origin = (x.reshape(-1, halves, 3) for x in (corpus.documents(split), corpus.origins(split)))
+        table = table if self.is_paired else table[:, :1]  # [n, halves, 3]
         taken = np.ones(len(table), bool)
         if source is not None:
-            taken &= origin[:, 0] == source
+            taken &= origin[:, 0, 0] == source
         if domain is not None:
-            taken &= table[:, 2] == domain
-        is_long = taken & (table[:, 1] > seq_len + 1)
+            taken &= table[:, 0, 2] == domain
+        is_long = taken & (table[:, :, 1] > self.seq_len + 1).any(1)
         self.num_long = int(is_long.sum())
         if self.num_long and options.too_long == "error":
-            raise _too_long(corpus, table, origin, is_long, seq_len)
+            raise _too_long(corpus, table, origin, is_long, self.seq_len, self.what)
         if options.too_long == "skip":
             taken &= ~is_long
-        self._table = table[taken].copy()
-        self._table[:, 1] = np.minimum(self._table[:, 1], seq_len + 1)
-        learned = np.array([learns_all or self._target[b : b + size].any() for b, size, _ in self._table], bool)
+        sizes = np.minimum(table[:, :, 1], self.seq_len + 1)
+        learned = np.array([self._is_learned(*each) for each in zip(table[taken], sizes[taken], strict=True)], bool)
         self.num_empty = int((~learned).sum())  # what is cut off was all that they were to teach
-        self._table = self._table[learned]
-        self.labels = np.unique(self._table[:, 2])
-        sizes = self._table[:, 1].tolist()
-        self._rows = pack(sizes, seq_len + 1) if options.pack else [[n] for n in range(len(sizes))]
-        self.sizes = [sum(sizes[n] - 1 for n in row) for row in self._rows]  # tokens that go in
+        self.numbers = np.flatnonzero(taken)[learned]  # of the conversations or pairs in the split
+        self._table, self.document_sizes = table[self.numbers], sizes[self.numbers]  # as far as they are kept
+        self.labels = np.unique(self._table[:, 0, 2])
+        longest = self.document_sizes.max(1).tolist() if len(self.document_sizes) else []
+        self.members = pack(longest, self.seq_len + 1) if options.pack else [[n] for n in range(len(longest))]
+        self.sizes = [
+            (self.document_sizes[row] - 1).sum(0).tolist() for row in self.members
+        ]  # tokens that go in, of each row
 
     @property
-    def num_conversations(self) -> int:
-        """Those that are not left out."""
+    def what(self) -> str:
+        """What a person calls its documents."""
+        return "pairs" if self.is_paired else "conversations"
+
+    def _is_learned(self, halves: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
+        """Whether something is left to learn of every half, and the halves of a pair are not the same."""
+        parts = [slice(begin, begin + size) for (begin, _, _), size in zip(halves, sizes, strict=True)]
+        if not all(self._learns_all or self._target[part].any() for part in parts):
+            return False
+        return len(parts) == 1 or not np.array_equal(self._tokens[parts[0]], self._tokens[parts[1]])
+
+    @property
+    def num_documents(self) -> int:
+        """Conversations or pairs that are not left out."""
         return len(self._table)
 
     @property
     def num_windows(self) -> int:
-        """Rows of one pass."""
-        return len(self._rows)
+        """Windows of one pass."""
+        return len(self.members)
 
     def window(self, number: int) -> Window:
-        """Tokens, domains, document numbers and targets [L + 1] of a row."""
-        tokens, domains = np.zeros(self.seq_len + 1, np.int64), np.zeros(self.seq_len + 1, np.int64)
-        documents, target = np.full(self.seq_len + 1, -1), np.zeros(self.seq_len + 1, bool)
-        at = 0
-        for place, conversation in enumerate(self._rows[number]):
-            begin, size, domain = self._table[conversation]
-            tokens[at : at + size] = self._tokens[begin : begin + size]
-            target[at : at + size] = self._learns_all or self._target[begin : begin + size]
-            target[at] = False
-            domains[at:] = domain
-            documents[at : at + size - 1] = place
-            at += size
+        """Tokens, domains, document numbers and targets [rows, L + 1] of a window."""
+        shape = self._table.shape[1], self.seq_len + 1
+        tokens, domains = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        documents, target = np.full(shape, -1), np.zeros(shape, bool)
+        for half in range(len(tokens)):
+            at = 0
+            for place, member in enumerate(self.members[number]):
+                (begin, _, domain), size = self._table[member, half], self.document_sizes[member, half]
+                tokens[half, at : at + size] = self._tokens[begin : begin + size]
+                target[half, at : at + size] = self._learns_all or self._target[begin : begin + size]
+                target[half, at] = False
+                domains[half, at:] = domain
+                documents[half, at : at + size - 1] = self.numbers[member] if self.is_paired else place
+                at += size
         return tokens, domains, documents, target
 
     def windows(self, numbers: Sequence[int]) -> Sequences:
-        """[B, L + 1] of each; B may be 0."""
+        """[B, L + 1] of the rows of each; B may be 0."""
         return stack_rows([self.window(number) for number in numbers], self.seq_len)
 
 
@@ -97,64 +121,72 @@ class ChatLoader:
     """Training sequences of `data=chat`, in the proportions of its sources."""
 
     def __init__(self, corpus: Corpus, config: Config) -> None:
-        """Raises `ConfigError` where a source has nothing to train on."""
+        """Raises `ConfigError` where a source has nothing to train on, or is not what is to be learned from."""
         self.seq_len, options = config.train.seq_len, _options(config)
         sources = list_sources(config.data)
-        self._rows = [
-            Rows(corpus, "train", self.seq_len, options, number, learns_all=config.train.objective == "lm")
-            for number in range(len(sources))
-        ]
-        Rows(corpus, "held_out", self.seq_len, options)  # it may be too long as well, and is read at the end
-        for (name, source), rows in zip(sources.items(), self._rows, strict=True):
+        if config.train.objective == "dpo" and not corpus.has_pairs:
+            places = ", ".join(source.path for source in sources.values())
+            raise ConfigError(f'train.objective=dpo: needs rows with "chosen" and "rejected", and {places} has none')
+        self._only_chosen = corpus.has_pairs and config.train.objective != "dpo"
+        self.rows = [Rows(corpus, "train", config, number) for number in range(len(sources))]
+        self._halves = 2 if config.train.objective == "dpo" else 1
+        Rows(corpus, "held_out", config)  # it may be too long as well, and is read at the end
+        for (name, source), rows in zip(sources.items(), self.rows, strict=True):
             if not rows.num_windows:
-                rule = f"must leave a conversation of {name} ({source.path}) that has something to learn"
+                rule = f"must leave one of the {rows.what} of {name} ({source.path}) that has something to learn"
                 raise ConfigError(f"data.too_long={options.too_long}: {rule}")
-        named = zip(sources.items(), self._rows, strict=True)
+        named = zip(sources.items(), self.rows, strict=True)
         mixed = [Source(name, source.weight, source.epochs, (rows,)) for (name, source), rows in named]
-        self._mixture = Mixture(mixed, config.train.seed, config.data.domain_block or 1)
+        self._mixture = Mixture(mixed, config.train.seed, (config.data.domain_block or 1) // self._halves or 1)
         self._counted = 0, 0  # samples, tokens
         self._too_long = options.too_long
 
     def samples(self, begin: int, end: int) -> Sequences:
-        """[B, L + 1] of each: the global samples `begin` to `end` - 1; B may be 0."""
-        found = stack_rows([self._mixture.window(sample) for sample in range(begin, end)], self.seq_len)
+        """[B, L + 1] of each: the global samples `begin` to `end` - 1; B may be 0. Samples 2n and 2n + 1 are the chosen
+        and the rejected conversations of the same pairs."""
+        places = (divmod(sample, self._halves) for sample in range(begin, end))
+        rows = [tuple(x[[half]] for x in self._mixture.window(number)) for number, half in places]
+        found = stack_rows(rows, self.seq_len)
         return Sequences(found.tokens, found.domain, found.document, np.arange(begin, end), found.target)
 
     def count_tokens(self, end: int) -> int:
         """Returns the tokens that go in, without padding, of the global samples before `end`."""
         begin, total = self._counted if self._counted[0] <= end else (0, 0)
         for sample in range(begin, end):
-            source, row = self._mixture.place(sample)
-            total += self._rows[source].sizes[row]
+            number, half = divmod(sample, self._halves)
+            source, row = self._mixture.place(number)
+            total += self.rows[source].sizes[row][half]
         self._counted = end, total
         return total
 
     def describe(self) -> list[str]:
-        """Lines that say how conversations became rows."""
-        conversations, rows = sum(r.num_conversations for r in self._rows), sum(r.num_windows for r in self._rows)
-        tokens, too_long = sum(sum(r.sizes) for r in self._rows), sum(r.num_long for r in self._rows)
+        """Lines that say how conversations or pairs became rows."""
+        what, count = self.rows[0].what, sum(r.num_documents for r in self.rows)
+        rows = sum(r.num_windows for r in self.rows) * self._halves
+        tokens, too_long = sum(sum(map(sum, r.sizes)) for r in self.rows), sum(r.num_long for r in self.rows)
         full = tokens / (rows * self.seq_len)
-        lines = [f"{conversations:,} conversations in {rows:,} rows of {self.seq_len:,} tokens, {full:.0%} full"]
+        lines = [f"{count:,} {what} in {rows:,} rows of {self.seq_len:,} tokens, {full:.0%} full"]
+        if self._only_chosen:
+            lines.append("the rows are pairs: their chosen conversations are learned, the rejected ones are not read")
         if too_long:
-            what = "cut" if self._too_long == "cut" else "left out"
-            lines.append(f"data.too_long={self._too_long}: {too_long:,} conversations are longer than a row and {what}")
-        if empty := sum(r.num_empty for r in self._rows):
+            done = "cut" if self._too_long == "cut" else "left out"
+            lines.append(f"data.too_long={self._too_long}: {too_long:,} {what} are longer than a row and {done}")
+        if empty := sum(r.num_empty for r in self.rows):
             lines.append(f"data.too_long=cut: {empty:,} of them have nothing left to learn and are left out")
         return lines
 
 
 def held_out_rows(corpus: Corpus, config: Config, domain: int) -> Rows:
-    """The held-out conversations of a domain."""
-    learns_all = config.train.objective == "lm"
-    return Rows(corpus, "held_out", config.train.seq_len, _options(config), domain=domain, learns_all=learns_all)
+    """The held-out conversations or pairs of a domain."""
+    return Rows(corpus, "held_out", config, domain=domain)
 
 
 def stack_rows(windows: Sequence[Window], seq_len: int) -> Sequences:
-    """[B, L + 1] of windows; B may be 0."""
+    """[B, L + 1] of the rows of windows; B may be 0."""
     if not windows:
         empty = np.zeros((0, seq_len + 1), np.int64)
         return Sequences(empty, empty, empty, target=empty.astype(bool))
-    tokens, domain, document, target = (np.stack(part) for part in zip(*windows, strict=True))
+    tokens, domain, document, target = (np.concatenate(part) for part in zip(*windows, strict=True))
     return Sequences(tokens, domain, document, target=target)
 
 
@@ -188,10 +220,13 @@ def _options(config: Config) -> ChatOptions:
     return found
 
 
-def _too_long(corpus: Corpus, table: NDArray, origin: NDArray, is_long: NDArray, seq_len: int) -> ConfigError:
-    longest = int(np.argmax(np.where(is_long, table[:, 1], 0)))
-    _, file, line = origin[longest]
+def _too_long(
+    corpus: Corpus, table: NDArray, origin: NDArray, is_long: NDArray, seq_len: int, what: str
+) -> ConfigError:
+    sizes = table[:, :, 1].max(1)
+    longest = int(np.argmax(np.where(is_long, sizes, 0)))
+    _, file, line = origin[longest, 0]
     where = f"{corpus.manifest['chat']['files'][file]}:{line}"
-    said = f"{int(is_long.sum()):,} conversations are longer than train.seq_len + 1 = {seq_len + 1:,} tokens"
+    said = f"{int(is_long.sum()):,} {what} are longer than train.seq_len + 1 = {seq_len + 1:,} tokens"
     advice = "cut keeps their beginning, skip leaves them out"
-    return ConfigError(f"data.too_long=error: {said}, the longest {where} with {table[longest, 1]:,}; {advice}")
+    return ConfigError(f"data.too_long=error: {said}, the longest {where} with {sizes[longest]:,}; {advice}")

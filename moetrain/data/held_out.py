@@ -19,7 +19,7 @@ def held_out_windows(corpus: Corpus, config: Config, domain: int) -> Sequences:
     seq_len = config.train.seq_len
     if corpus.is_chat:
         rows = held_out_rows(corpus, config, domain)
-        wanted = max(1, config.eval.tokens_per_domain // seq_len)
+        wanted = max(1, config.eval.tokens_per_domain // (seq_len * (2 if rows.is_paired else 1)))
         spread = np.linspace(0, rows.num_windows, min(wanted, rows.num_windows), endpoint=False).astype(int)
         return rows.windows(spread.tolist())
     parts = _open_parts(corpus, seq_len, domain)

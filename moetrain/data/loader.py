@@ -5,7 +5,7 @@ The same global batch at any number of ranks; resumed by one integer; a domain l
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +40,11 @@ class Sequences:
     def num_targets(self) -> int:
         """Tokens that the loss is the mean over."""
         return int((self.document[:, 1:] >= 0).sum() if self.target is None else self.target[:, 1:].sum())
+
+    def select(self, rows: slice) -> "Sequences":
+        """Return some of the sequences."""
+        parts = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: part[rows] for name, part in parts.items() if part is not None})
 
     @property
     def positions(self) -> NDArray[np.int64] | None:
@@ -116,6 +121,11 @@ class Corpus:
     def is_chat(self) -> bool:
         """Whether its documents are conversations, which have `targets` and `origins`."""
         return "chat" in self.manifest
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether documents 2n and 2n + 1 are the chosen and the rejected conversation of a pair."""
+        return bool(self.manifest.get("chat", {}).get("pairs", False))
 
     def targets(self, split: str) -> NDArray[np.bool_]:
         """[tokens] whether each is to be predicted."""

@@ -38,6 +38,8 @@ def problem(folder: Path) -> str | None:
                 return f"{split}.target.bin has not {facts['tokens']:,} tokens"
             if "chat" in manifest and np.load(folder / f"{split}.rows.npy", mmap_mode="r").shape != table.shape:
                 return f"{split}.rows.npy has not {facts['documents']} documents"
+            if "chat" in manifest and manifest["chat"].get("pairs") and facts["documents"] % 2:
+                return f"{split}.docs.npy has a pair without its other half"
         return None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
         return f"it cannot be read ({error})"

@@ -22,24 +22,28 @@ class PreviewedDocument(NamedTuple):
     tokens: int
     targets: int
     pieces: list[dict[str, Any]]  # {"text", "learned"}
+    half: str = ""  # of a pair: chosen or rejected
 
 
 def read_documents(folder: Path, count: int) -> list[PreviewedDocument]:
-    """Returns the first documents of the training split. Raises `ConfigError` where the corpus holds no tokens."""
+    """Returns the first documents, or pairs of them, of the training split.
+
+    Raises `ConfigError` where the corpus holds no tokens.
+    """
     corpus = Corpus(folder)
     if corpus.is_mixture:
         raise ConfigError("--show: data=tokens lists sources; show one of them by its own settings")
     tokens, out = corpus.tokens("train"), []
-    for number, (begin, size, domain) in enumerate(corpus.documents("train")[:count].tolist()):
+    halves = ("chosen", "rejected") if corpus.has_pairs else ("",)
+    for number, (begin, size, domain) in enumerate(corpus.documents("train")[: count * len(halves)].tolist()):
         own = tokens[begin : begin + size].tolist()
         learned = corpus.targets("train")[begin : begin + size].tolist() if corpus.is_chat else [True] * size
         where = ""
         if corpus.is_chat:
             _, file, line = corpus.origins("train")[number].tolist()
             where = f"{corpus.manifest['chat']['files'][file]}:{line}"
-        out.append(
-            PreviewedDocument(corpus.domains[domain], where, size, sum(learned), _cut_pieces(corpus, own, learned))
-        )
+        pieces, half = _cut_pieces(corpus, own, learned), halves[number % len(halves)]
+        out.append(PreviewedDocument(corpus.domains[domain], where, size, sum(learned), pieces, half))
     return out
 
 
@@ -53,7 +57,8 @@ def _cut_pieces(corpus: Corpus, tokens: list[int], learned: list[bool]) -> list[
 def show(document: PreviewedDocument) -> None:
     """Print a document; where the output is no terminal, what is learned stands in [[double brackets]]."""
     counts = f"{document.targets:,} of {document.tokens:,} tokens are learned"
-    console.print(f"\n{document.domain}  {document.where}  {counts}", style="bold", markup=False)
+    half = f"  {document.half}" if document.half else ""
+    console.print(f"\n{document.domain}  {document.where}{half}  {counts}", style="bold", markup=False)
     is_plain = not console.is_terminal and document.targets < document.tokens
     text = Text()
     for piece in document.pieces:

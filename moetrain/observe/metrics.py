@@ -62,9 +62,10 @@ LOAD_IMAGE = "experts/load"  # a heat map of all layers at sampled steps, only i
 
 LOSS = define(
     "train/loss", "nats/token", "lower",
-    "What is minimized: cross entropy plus all router losses, summed over layers, times their coefficients.",
+    "What is minimized: cross entropy, or the loss of preference pairs, plus all router losses, summed over layers, "
+    "times their coefficients.",
 )  # fmt: skip
-LM_LOSS = define("train/lm_loss", "nats/token", "lower", "Cross entropy alone.", "loss")
+LM_LOSS = define("train/lm_loss", "nats/token", "lower", "Cross entropy alone, of pairs over both answers.", "loss")
 DOMAIN_LOSS = define(
     "train/DOMAIN/loss", "nats/token", "lower", "Cross entropy of the tokens of one domain.", "loss"
 )  # fmt: skip
@@ -100,6 +101,38 @@ ROUTER_LOSS = {  # by the name that moe.routing.balance gives it
     "entropy": ENTROPY_LOSS,
     "z": Z_LOSS,
 }
+DPO = {  # by what training.preference calls it
+    "loss": define(
+        "dpo/loss", "", "lower", "Loss of preference pairs, the mean over the global batch's pairs.",
+        good="begins at log 2 = 0.693 with dpo.loss=sigmoid",
+    ),
+    "accuracy": define(
+        "dpo/accuracy", "share", "higher", "Pairs whose chosen answer has the higher reward.",
+        good="rises from 0, where all rewards are equal",
+    ),
+    "margin": define(
+        "dpo/margin", "", "higher", "Reward of the chosen answer less that of the rejected one.", good="rises",
+    ),
+    "chosen_reward": define(
+        "dpo/chosen_reward", "", "higher",
+        "`dpo.beta` × (log-probability of the chosen answer less that under the reference).",
+        good="not far below 0",
+    ),
+    "rejected_reward": define("dpo/rejected_reward", "", "lower", "The same of the rejected answer.", good="falls"),
+    "likelier": define("dpo/likelier", "share", "higher", "Pairs whose chosen answer has the higher log-probability."),
+    "chosen_logp": define("dpo/chosen_logp", "nats", "higher", "Log-probability of the chosen answer."),
+    "rejected_logp": define("dpo/rejected_logp", "nats", "", "Log-probability of the rejected answer."),
+}  # fmt: skip
+HELD_OUT_DPO = {
+    "loss": define("dpo/held_out_loss", "", "lower", "Loss of held-out pairs."),
+    "accuracy": define(
+        "dpo/held_out_accuracy", "share", "higher", "Held-out pairs whose chosen answer has the higher reward.",
+    ),
+    "margin": define("dpo/held_out_margin", "", "higher", "The margin of held-out pairs."),
+    "likelier": define(
+        "dpo/held_out_likelier", "share", "higher", "Held-out pairs whose chosen answer is the likelier one.",
+    ),
+}  # fmt: skip
 GRAD_NORM = define(
     "train/grad_norm", "", "", "Global norm of the gradients before clipping; null at a skipped step.", "gradient",
     "a narrow band after the warm-up",

@@ -13,7 +13,7 @@ from moetrain.data.conversations import ChatLoader
 from moetrain.data.loader import Corpus, Samples
 from moetrain.data.opening import open_data
 from moetrain.data.replay import ReplayLoader
-from moetrain.distributed.comm import barrier, broadcast_text
+from moetrain.distributed.comm import barrier, broadcast_text, gather_texts
 from moetrain.distributed.mesh import Mesh
 from moetrain.engine import precision
 from moetrain.models.base import LanguageModel
@@ -22,6 +22,8 @@ from moetrain.observe.estimate import Estimate, estimate, short
 from moetrain.observe.layout import describe
 from moetrain.recovery import watch as recovery
 from moetrain.runs.starts import Start
+from moetrain.training.preference import Reference
+from moetrain.training.reference import NAME, read_reference
 from moetrain.training.step import build, check_same_corpus
 
 
@@ -34,7 +36,8 @@ class Beginning(NamedTuple):
     loader: Samples
     model: LanguageModel  # without memory
     saved: Path | None  # the checkpoint to go on from, on the disk or in memory
-    initial: Path | None  # the checkpoint whose weights a new run begins with, or which its adapters adapt
+    initial: Path | None  # the checkpoint of the weights that a new run, its adapters or its reference begin with
+    reference: Reference | None  # of preference tuning, where it is there already
     first: int  # steps done
     position: int  # global samples seen
     size: Estimate
@@ -58,15 +61,21 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
         notes.append(f"init_from={config.init_from}: not read, the run goes on from {start.path.name} of its own")
     dtype = precision.find_dtype(config, mesh, checkpoint.known_dtype(folder, start.path), notes.append)
     spec = resolve(config, mesh.world, corpus.vocab_size, dtype)
-    if spec.lora.rank and initial is not None:  # the very checkpoint, whatever is newer when the run goes on
+    if (spec.lora.rank or spec.train.objective == "dpo") and initial is not None:  # whatever is newer when it goes on
         spec = spec.model_copy(update={"init_from": str(initial.resolve())})
     model = build(spec)
     start = checkpoint.check_start(start, spec, mesh, model, corpus.fingerprint)
+    start = recovery.find_newer(start, spec, folder, mesh)
+    saved, more, reference = start.path, start.notes, None
+    if spec.train.objective == "dpo" and saved is not None:
+        reference = _find_reference(spec, folder, corpus, loader, mesh)
+    makes_reference = spec.train.objective == "dpo" and reference is None
+    if makes_reference and saved is not None:
+        more = [*more, f"{folder / NAME} does not have all pairs: made anew of the weights that the run began with"]
+        initial = initial or checkpoint.agree_on_weights(config, start, mesh, makes_reference)
     if initial is not None:
         checkpoint.check_weights(initial, mesh, model, corpus.fingerprint)
-    start = recovery.find_newer(start, spec, folder, mesh)
-    saved, more = start.path, start.notes
-    model.awaits_checkpoint = saved is not None and model.adapted is None
+    model.awaits_checkpoint = saved is not None and model.adapted is None and not makes_reference
     first, position = checkpoint.progress(saved)
     is_complete = first >= spec.train.steps and _has_summary(folder, mesh)
     record: Start | None = None
@@ -85,7 +94,20 @@ def begin(config: Config, mesh: Mesh) -> Beginning:
     size = estimate(spec)
     describe(spec, mesh, corpus, size, logger)
     return Beginning(
-        spec, folder, corpus, loader, model, saved, initial, first, position, size, logger, record, is_complete
+        spec,
+        folder,
+        corpus,
+        loader,
+        model,
+        saved,
+        initial,
+        reference,
+        first,
+        position,
+        size,
+        logger,
+        record,
+        is_complete,
     )
 
 
@@ -103,18 +125,27 @@ def _describe_adapters(config: Config, model: LanguageModel) -> list[str]:
     return [f"{said}the model's {short(total)} are frozen, its routers too"]
 
 
+def _find_reference(config: RunSpec, folder: Path, corpus: Corpus, loader: Samples, mesh: Mesh) -> Reference | None:
+    """Return what all ranks find in the run's folder; None on all of them where one finds nothing of use."""
+    assert isinstance(loader, ChatLoader)
+    found = read_reference(folder, corpus, loader, config)
+    return found if all(gather_texts("yes" * (found is not None), mesh.saving)) else None
+
+
 def _describe_objective(config: Config, loader: Samples) -> list[str]:
     """Lines on what post-training learns, and what may move its router."""
     lines = loader.describe() if isinstance(loader, ReplayLoader) else []
     inner = loader.inner if isinstance(loader, ReplayLoader) else loader
     lines += inner.describe() if isinstance(inner, ChatLoader) else []
-    if config.train.objective == "sft":
+    if config.train.objective != "lm":
         b, named = config.balance, ("coefficient", "sequence_coefficient", "device_coefficient", "z_coefficient")
         moved = [f"balance.{name}={getattr(b, name):g}" for name in named if getattr(b, name)]
         moved += [f"balance.bias={b.bias}"] if b.bias != "none" else []
         routers = "routers are frozen" if config.router.freeze or config.lora.rank else "routers learn"
         said = f"{' and '.join(moved)} act on them" if moved else "no balance loss, z-loss or bias acts on them"
-        lines.append(f"objective sft: the loss is the mean over the assistant's tokens; {routers}, {said}")
+        loss = f"mean over pairs, dpo.loss={config.dpo.loss} dpo.beta={config.dpo.beta:g}"
+        loss = "mean over the assistant's tokens" if config.train.objective == "sft" else loss
+        lines.append(f"objective {config.train.objective}: the loss is the {loss}; {routers}, {said}")
     return lines
 
 

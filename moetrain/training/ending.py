@@ -7,11 +7,13 @@ from typing import NamedTuple
 from moetrain.distributed.mesh import Mesh
 from moetrain.models.base import LanguageModel
 from moetrain.observe import picture, summary
+from moetrain.observe.metrics import HELD_OUT_DPO
 from moetrain.observe.recorder import Recorder
 from moetrain.observe.scores import HeldOut
 from moetrain.training.beginning import Beginning
 from moetrain.training.evaluate import evaluate
 from moetrain.training.generate import generate, prompts_of
+from moetrain.training.preference import SplitReference
 
 AtEnd = Callable[[Path], object]  # called by rank 0 with the run's folder, when all else is in it
 
@@ -23,11 +25,16 @@ class Verdict(NamedTuple):
     texts: list[dict[str, str]]  # title, prompt and text
 
 
-def judge(run: Beginning, model: LanguageModel, mesh: Mesh, recorder: Recorder) -> Verdict:
-    """Evaluate the held-out text and have the model continue a prompt of every domain. All ranks call it."""
+def judge(
+    run: Beginning, model: LanguageModel, mesh: Mesh, recorder: Recorder, reference: SplitReference | None
+) -> Verdict:
+    """Evaluate the held-out text and have the model continue a prompt of every domain. All ranks call it.
+
+    `reference`: of held-out pairs, under `train.objective=dpo`.
+    """
     run.logger.print("evaluating held-out text, generating samples, drawing pictures", style="dim")
     config, corpus = run.config, run.corpus
-    held_out = evaluate(model, corpus, config, mesh)
+    held_out = evaluate(model, corpus, config, mesh, reference)
     recorder.held_out(config.train.steps, held_out)
     prompts = prompts_of(corpus, config)
     texts = generate(model, corpus, [p for _, p in prompts], config.generate, config.train.seq_len, mesh)
@@ -36,6 +43,21 @@ def judge(run: Beginning, model: LanguageModel, mesh: Mesh, recorder: Recorder) 
         held_out,
         [{"title": title, "prompt": corpus.tokenizer.decode(p), "text": text} for (title, p), text in written],
     )
+
+
+def compare(before: HeldOut, after: HeldOut) -> list[str]:
+    """Lines that say what post-training has changed."""
+    losses = [found.scores["all"].loss for found in (before, after)]
+    lines = [f"held-out loss {losses[0]:.3f} → {losses[1]:.3f} nats per target token, before and after"]
+    if HELD_OUT_DPO["accuracy"] in after.metrics:
+        accuracy, margin = (after.metrics[HELD_OUT_DPO[name]] for name in ("accuracy", "margin"))
+        likelier = [found.metrics[HELD_OUT_DPO["likelier"]] for found in (before, after)]
+        lines[0] = lines[0].replace("target token", "token of the chosen answers")
+        lines.append(
+            f"held-out pairs: the chosen answer has the higher reward in {accuracy:.1%}, by {margin:.3f} on average; "
+            f"it is the likelier one in {likelier[0]:.1%} → {likelier[1]:.1%}"
+        )
+    return lines
 
 
 def write_artifacts(run: Beginning, verdict: Verdict, position: int, at_end: Sequence[AtEnd]) -> None:

@@ -36,16 +36,21 @@ from moetrain.observe.metrics import (
     for_layer,
 )
 from moetrain.observe.scores import HeldOut, Score
+from moetrain.training.preference import HeldOutPairs, SplitReference
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, corpus: Corpus, config: RunSpec, mesh: Mesh) -> HeldOut:
-    """All ranks call it, and call the model equally often. Losses are means over the tokens to be predicted."""
+def evaluate(
+    model: LanguageModel, corpus: Corpus, config: RunSpec, mesh: Mesh, reference: SplitReference | None = None
+) -> HeldOut:
+    """All ranks call it, and call the model equally often. Losses are means over the tokens to be predicted, of pairs
+    over those of the chosen answers. `reference`: of the held-out pairs, which are judged where it is given."""
     device, size = mesh.device, config.micro_batch
     sizes = [router.num_experts for router in model.routers]
     counts_CN = torch.zeros(len(corpus.domains), sum(sizes), device=device)  # experts of all layers
     sums = torch.zeros(len(corpus.domains), 3, dtype=torch.float64, device=device)
     token_bytes = torch.from_numpy(corpus.token_bytes).to(device)
+    pairs = None if reference is None else HeldOutPairs(reference, config.dpo, device)
     liked = specialization.TokensOfExperts(len(sizes), len(corpus.domains), mesh)
     for domain in range(len(corpus.domains)):
         windows = held_out_windows(corpus, config, domain)
@@ -61,6 +66,11 @@ def evaluate(model: LanguageModel, corpus: Corpus, config: RunSpec, mesh: Mesh) 
                 sizes_BL, num_targets = sizes_BL * is_target, float(is_target.sum())
                 positions = is_target.flatten().nonzero()[:, 0]
             nats, stats = model(tokens[:, :-1], tokens[:, 1:], document, label, positions=positions)
+            if pairs is not None:
+                pairs.add(nats, windows.select(mine))
+            if config.train.objective == "dpo":
+                chosen = (torch.arange(len(nats), device=device) % 2 == 0)[:, None] & is_target
+                nats, sizes_BL, num_targets = nats * chosen, sizes_BL * chosen, float(chosen.sum())
             sums[domain] += torch.stack([nats.sum().double(), torch.tensor(num_targets, device=device), sizes_BL.sum()])
             counts_CN[domain] += torch.cat([s.counts_E for s in stats])
             liked.add(domain, tokens[:, :-1].flatten(), stats)
@@ -83,7 +93,7 @@ def evaluate(model: LanguageModel, corpus: Corpus, config: RunSpec, mesh: Mesh) 
         metrics[for_layer(LAYER_DOMAIN_MI, layer["name"])] = layer["domain_mi"] if found else math.nan
         metrics[for_layer(EVAL_MAX_VIO, layer["name"])] = max_vio(counts_CE.sum(0)) if found else math.nan
     metrics[DOMAIN_MI] = float(np.mean([metrics[for_layer(LAYER_DOMAIN_MI, n["name"])] for n in layers]))
-    return HeldOut(scores, metrics, layers)
+    return HeldOut(scores, metrics | (pairs.collect() if pairs is not None else {}), layers)
 
 
 def answer_tasks(

@@ -18,9 +18,10 @@ from moetrain.observe.estimate import matmul_rate
 from moetrain.observe.recorder import Recorder
 from moetrain.recovery import watch as recovery
 from moetrain.training.beginning import Beginning, begin
-from moetrain.training.ending import AtEnd, judge, write_artifacts
+from moetrain.training.ending import AtEnd, compare, judge, write_artifacts
 from moetrain.training.evaluate import evaluate
 from moetrain.training.prediction import predict
+from moetrain.training.reference import make_reference
 from moetrain.training.step import micro_batches, optimizer_step
 
 
@@ -39,15 +40,17 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
     if run.initial is not None and engine.model.adapted is not None:
         checkpoint.load_base(run.initial, engine.model)
         run.logger.print(f"adapters are beside the weights of {run.initial}")
-    if run.saved is not None:
-        checkpoint.load(run.saved, engine)
-        run.logger.print(f"resumed from {run.saved}, {run.first} steps done")
-    elif run.initial is not None and engine.model.adapted is None:
+    elif run.initial is not None:
         checkpoint.load_weights(run.initial, engine)
-        run.logger.print(f"weights are those of {run.initial}; steps and optimizer begin anew")
+        what = "steps and optimizer begin anew" if run.saved is None else "those of the reference"
+        run.logger.print(f"weights are those of {run.initial}; {what}")
     costs = saved_costs.obtain(mesh, saved_costs.layer_of(spec), run.folder, run.saved)
     engine.plan_with(costs)
     run.logger.print_lines(settle_exchange(mesh, spec, costs))
+    reference = run.reference or make_reference(engine.model, run.corpus, run.loader, spec, mesh, run.logger)
+    if run.saved is not None:
+        checkpoint.load(run.saved, engine)
+        run.logger.print(f"resumed from {run.saved}, {run.first} steps done")
     if mesh.is_main and (expected := predict(spec, mesh, costs)) is not None:
         run.logger.print_lines(expected.lines())
         expected.write(run.folder)
@@ -61,8 +64,8 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
         recovery.Watch(spec, run.folder, mesh, engine, run.first, run.logger) as watch,
     ):
         before = None
-        if spec.train.objective == "sft" and not run.first:  # what tuning is to improve
-            before = evaluate(engine.model, run.corpus, spec, mesh)
+        if spec.train.objective != "lm" and not run.first:  # what tuning is to improve
+            before = evaluate(engine.model, run.corpus, spec, mesh, reference.get("held_out"))
             recorder.held_out(0, before)
         for step in range(run.first + 1, steps + 1):
             recorder.begin(step)
@@ -71,7 +74,7 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
             with clock.phase("data"):
                 shares = list(micro_batches(spec, mesh, run.loader, position))
             lr = learning_rate(spec.optim, step - 1, steps)
-            done = optimizer_step(engine, spec, shares, lr, clock)
+            done = optimizer_step(engine, spec, shares, lr, clock, reference.get("train"))
             position += batch
             engine.model.at_step(step, spec.train)
             seconds = time.perf_counter() - began
@@ -91,7 +94,7 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
                 metrics |= {metric.TOKENS: run.loader.count_tokens(position), metric.SKIPPED_STEPS: watch.skipped}
                 recorder.log(step, metrics | _speed(run, done.size.tokens, seconds, peak_flops))
             if not is_last and _is_every(spec.eval.every, step):
-                recorder.held_out(step, evaluate(engine.model, run.corpus, spec, mesh))
+                recorder.held_out(step, evaluate(engine.model, run.corpus, spec, mesh, reference.get("held_out")))
             if end_requested and not is_last:
                 watch.mark("save")
                 saver.finish()
@@ -99,10 +102,9 @@ def train(config: Config, mesh: Mesh, at_end: Sequence[AtEnd] = ()) -> Path:
                 _end_record(run)
                 run.logger.print(f"ended on request: saved after step {step}; the same command continues from there")
                 raise Preempted
-        verdict = judge(run, engine.model, mesh, recorder)
+        verdict = judge(run, engine.model, mesh, recorder, reference.get("held_out"))
     if before is not None:
-        losses = [found.scores["all"].loss for found in (before, verdict.held_out)]
-        run.logger.print(f"held-out loss {losses[0]:.3f} → {losses[1]:.3f} nats per target token, before and after")
+        run.logger.print_lines(compare(before, verdict.held_out))
 
     if saver.saved == steps:
         watch.complete()

@@ -23,6 +23,7 @@ from moetrain.moe.routing.balance import BalanceLoss, add_buffers
 from moetrain.moe.routing.base import RecordedChoice
 from moetrain.observe.collect.health import RouterSums
 from moetrain.observe.collect.meter import BatchSize, MicroStep, StepRecord
+from moetrain.training.preference import PairBatch, SplitReference, judge_pairs
 
 
 class Batch(NamedTuple):
@@ -65,23 +66,32 @@ def count_replayed(recorded: Sequence[RecordedChoice], stats: Sequence[LayerStat
     return torch.stack([one.count_replayed(s.choice) for one, s in zip(recorded, stats, strict=True)]).sum()
 
 
-def count_batch(shares: Sequence[Sequences], config: Config, device: torch.device) -> BatchSize:
-    """Count the global batch. All ranks call it, before the first forward: enters one small collective where sequences
-    have padding or tokens that are not predicted."""
+def count_batch(shares: Sequence[Sequences], config: Config, device: torch.device, num_pairs: int = 0) -> BatchSize:
+    """Count the global batch; `num_pairs`: those of this rank. All ranks call it, before the first forward: enters one
+    small collective where sequences have padding or tokens that are not predicted."""
     if all(share.target is None for share in shares):
         tokens = config.train.global_batch * config.train.seq_len
         return BatchSize(tokens, tokens)
-    own = [sum(share.num_tokens for share in shares), sum(share.num_targets for share in shares)]
-    tokens, targets = all_reduce_sum(torch.tensor(own, device=device)).tolist()
-    return BatchSize(tokens, max(targets, 1))
+    own = [sum(share.num_tokens for share in shares), sum(share.num_targets for share in shares), num_pairs]
+    tokens, targets, all_pairs = all_reduce_sum(torch.tensor(own, device=device)).tolist()
+    return BatchSize(tokens, max(targets, 1), all_pairs)
 
 
 def optimizer_step(
-    engine: Engine, config: Config, shares: Sequence[Sequences], lr: float, clock: Clock | None = None
+    engine: Engine,
+    config: Config,
+    shares: Sequence[Sequences],
+    lr: float,
+    clock: Clock | None = None,
+    reference: SplitReference | None = None,
 ) -> StepRecord:
-    """Forward, losses and backward of every micro-step, then the update; `clock` sees where the time goes."""
+    """Forward, losses and backward of every micro-step, then the update; `clock` sees where the time goes.
+
+    `reference`: of the training pairs, under `train.objective=dpo`.
+    """
     clock = clock or Clock(engine.mesh.device)
-    size = count_batch(shares, config, engine.mesh.device)
+    pairs = [PairBatch.from_sequences(share, engine.mesh.device) for share in shares if reference is not None]
+    size = count_batch(shares, config, engine.mesh.device, sum(len(part.number_P) for part in pairs))
     parts: list[MicroStep] = []
     model, groups = engine.model, engine.mesh.ep.size
     balance = BalanceLoss(balance_options(config.balance), model.routers, size.tokens, config.train.seq_len, groups)
@@ -96,15 +106,14 @@ def optimizer_step(
             nats, stats = engine.forward(batch.tokens, batch.targets, *batch.about, choices[number], batch.positions)
             losses, router = balance.losses(stats), RouterSums.collect(stats)
             replayed = None if batch.recorded is None else count_replayed(batch.recorded, stats)
+            judged = None if reference is None else judge_pairs(nats, pairs[number], reference, config.dpo)
         with clock.phase("backward"):
-            loss = nats.sum() / size.targets + losses.weighted
+            own = nats.sum() / size.targets if judged is None else (judged.loss / size.pairs).float()
+            loss = own + losses.weighted
             engine.backward(spread_not_finite(loss), last=number == len(batches) - 1)
         losses = losses._replace(weighted=losses.weighted.detach())
-        parts.append(
-            MicroStep(
-                nats.detach(), batch.domain, batch.is_target, losses, [s.light() for s in stats], router, replayed
-            )
-        )
+        light, sums = [s.light() for s in stats], None if judged is None else judged.sums
+        parts.append(MicroStep(nats.detach(), batch.domain, batch.is_target, losses, light, router, replayed, sums))
         choices[number] = None  # they are large
     with clock.phase("update"):
         norm = engine.step(lr)
@@ -157,7 +166,8 @@ def micro_batches(config: RunSpec, mesh: Mesh, loader: Samples, position: int) -
 
     The batch is cut into equal parts, one a rank and micro-step, or parts that differ by one.
     """
-    size, parts = config.train.global_batch, config.micro_steps * mesh.world
+    each, parts = config.train.sequences_of_a_sample, config.micro_steps * mesh.world
+    size = config.train.global_batch // each
     for part in range(mesh.rank, parts, mesh.world):
-        first, end = (-(-size * n // parts) for n in (part, part + 1))
+        first, end = (-(-size * n // parts) * each for n in (part, part + 1))
         yield loader.samples(position + first, position + end)

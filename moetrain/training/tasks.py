@@ -22,12 +22,14 @@ from moetrain.evals import results
 from moetrain.evals.selection import Selection
 from moetrain.models.base import LanguageModel
 from moetrain.moe import calibrate
+from moetrain.observe.metrics import HELD_OUT_DPO
 from moetrain.observe.summary import NOT_EVALUATED
 from moetrain.runs import lock
 from moetrain.training.ending import AtEnd
 from moetrain.training.evaluate import answer_tasks, evaluate
 from moetrain.training.generate import generate, prompts_of
 from moetrain.training.loop import train
+from moetrain.training.reference import find_held_out_reference
 from moetrain.training.step import build
 
 
@@ -78,7 +80,8 @@ def profile_run(config: Config, mesh: Mesh, as_json: bool) -> None:
 
 def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     spec, model, corpus, saved = restore_run(config, mesh)
-    scores, metrics, _ = evaluate(model, corpus, spec, mesh)
+    reference = find_held_out_reference(spec, corpus)
+    scores, metrics, _ = evaluate(model, corpus, spec, mesh, reference)
     if not mesh.is_main:
         return
     if as_json:
@@ -89,6 +92,11 @@ def evaluate_run(config: Config, mesh: Mesh, as_json: bool) -> None:
     for name, score in scores.items():
         found = f"{score.bits_per_byte:.3f} bits/byte, {score.loss:.3f} nats/token"
         console.print(f"{name:>12}  {found if score.num_bytes else NOT_EVALUATED}")
+    if reference is not None:
+        accuracy, margin = (metrics[HELD_OUT_DPO[name]] for name in ("accuracy", "margin"))
+        console.print(
+            f"       pairs  the chosen answer has the higher reward in {accuracy:.1%}, by {margin:.3f} on average"
+        )
 
 
 def answer_run(config: Config, mesh: Mesh, as_json: bool, selection: Selection) -> None:

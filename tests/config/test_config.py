@@ -34,6 +34,7 @@ CASES = {
     **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
     "sft": ["experiment=sft", "data.path=tests"],
     "replay": ["experiment=sft", "data.path=tests", "router.replay=choices.npz"],
+    "dpo": ["experiment=dpo", "data.path=tests"],
 }
 
 

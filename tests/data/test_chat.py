@@ -114,7 +114,7 @@ def test_a_template_that_fails_is_named(chat, tmp_path: Path, template: str, mes
 BAD = [
     ("{", "must be JSON"),
     ("[]", "must be an object with"),
-    ({"conversations": []}, '"messages", "prompt" and "completion", or "text"'),
+    ({"conversations": []}, '"messages", "prompt" and "completion", "chosen" and "rejected", or "text"'),
     ({"messages": []}, '"messages" must be a list of messages'),
     ({"messages": [{"role": "user", "content": "?"}]}, "must have a message of the assistant"),
     ({"messages": [{"content": "?"}]}, r'messages\[0\] must be an object with "role"'),
@@ -197,7 +197,7 @@ def test_rows_hold_whole_conversations(chat, packs: str) -> None:
     settings_ = config.load(overrides)
     corpus, loader = open_data(settings_)
     assert isinstance(loader, ChatLoader)
-    count = loader._rows[0].num_windows
+    count = loader.rows[0].num_windows
     found = loader.samples(0, count)
     documents, seen = corpus.documents("train"), []
     for row in range(count):
@@ -244,7 +244,7 @@ def test_too_long_is_said(chat) -> None:
         _, loader = open_data(config.load([*base, f"data.too_long={what}"]))
         assert isinstance(loader, ChatLoader)
         assert any(said in line for line in loader.describe())
-        assert loader._rows[0].num_conversations == len(documents) - num_long * (what == "skip")
+        assert loader.rows[0].num_documents == len(documents) - num_long * (what == "skip")
 
 
 def test_a_damaged_mask_is_noticed(chat) -> None:

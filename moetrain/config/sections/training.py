@@ -21,10 +21,11 @@ from moetrain.moe.options import BalanceOptions, Chunks
 class Train(Section):
     """How long and on what batches a model is trained, and in what number format."""
 
-    objective: Literal["lm", "sft"] = Field(
+    objective: Literal["lm", "sft", "dpo"] = Field(
         default="lm",
         description="What is learned. lm: to predict all tokens. sft: to predict the tokens that `data=chat` marks as "
-        "targets, those of the assistant; held-out conversations are evaluated before the first step too "
+        "targets, those of the assistant. dpo: to prefer the chosen answers of `data=chat` to the rejected ones, by "
+        "the section `dpo`. Under sft and dpo held-out conversations are evaluated before the first step too "
         "(docs/post-train.md).",
     )
     steps: Positive = Field(description="Number of optimizer steps of the run, those of earlier starts included.")
@@ -61,13 +62,39 @@ class Train(Section):
     log_every: Positive = Field(description="Steps between two lines of metrics.")
     threads: Positive | None = Field(description="CPU threads per worker. null: the cores of the host / its workers.")
 
+    @property
+    def sequences_of_a_sample(self) -> int:
+        """Consecutive sequences that are never split over ranks or micro-steps: two of a pair, else one."""
+        return 2 if self.objective == "dpo" else 1
+
     def split_batch(self, world: int) -> tuple[int, int]:
         """Returns (sequences per rank and micro-step, micro-steps) of `global_batch` on `world` ranks.
 
         Where shares are uneven, the first is the most that a rank has.
         """
-        micro_batch = self.micro_batch or -(-self.global_batch // world)
+        each = self.sequences_of_a_sample
+        micro_batch = self.micro_batch or -(-self.global_batch // (world * each)) * each
         return micro_batch, -(-self.global_batch // (micro_batch * world))
+
+
+class Dpo(Section):
+    """Preference tuning, under `train.objective=dpo`: what a pair's loss is (docs/post-train.md)."""
+
+    beta: PositiveFloat = Field(
+        default=0.1,
+        description="How strongly the model is held to the reference, β: the reward of an answer is β × its log-ratio.",
+    )
+    loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = Field(
+        default="sigmoid",
+        description="Loss of a pair. sigmoid: DPO's, -log σ(β × the difference of log-ratios). sigmoid_norm: the same "
+        "with log-ratios per token. hinge: SLiC's max(0, 1 - β × the difference). ipo: (the difference per token - "
+        "1 / 2β)².",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0,
+        description="Share of pairs that are taken to be labeled the wrong way round (conservative DPO). Only for "
+        "`dpo.loss=sigmoid` and `sigmoid_norm`.",
+    )
 
 
 class Optim(Section):

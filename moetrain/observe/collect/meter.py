@@ -34,6 +34,7 @@ from moetrain.observe.metrics import (
     DEVICE_LOAD_HOME,
     DEVICE_LOAD_PLANNED,
     DOMAIN_LOSS,
+    DPO,
     DROPPED_FRACTION,
     EXPERTS_PER_TOKEN,
     GUESTS,
@@ -76,6 +77,7 @@ class BatchSize(NamedTuple):
 
     tokens: int  # that go in, without padding
     targets: int  # that are to be predicted: the loss is the mean over them, whatever the layout
+    pairs: int = 0  # of answers: under train.objective=dpo the loss is the mean over them
 
 
 class MicroStep(NamedTuple):
@@ -88,6 +90,7 @@ class MicroStep(NamedTuple):
     stats: list[LayerStats]  # light
     router: health.RouterSums
     replayed: Tensor | None = None  # int64 []: selections that are recorded ones; None: none are replayed
+    preference: Tensor | None = None  # fp64 [8] under train.objective=dpo: sums over pairs, in the order of `DPO`
 
 
 class StepRecord(NamedTuple):
@@ -145,7 +148,7 @@ class Meter:
         tokens = step.size.tokens
         selected, window, logits = (np.split(found[name], sizes) for name in ("counts", "window", "logits"))
         quality = [sums / tokens for sums in logits]
-        metrics = self._losses(found, step.parts[0].losses) | self._plans(found, len(step.parts))
+        metrics = self._losses(found, step.parts[0].losses, step.size.pairs) | self._plans(found, len(step.parts))
         metrics |= self._resources(found)
         metrics[EXPERTS_PER_TOKEN] = float(found["counts"].sum() / tokens / len(step.counts))
         metrics[DROPPED_FRACTION] = float(1 - found["kept"].sum() / max(found["counts"].sum(), 1))
@@ -180,7 +183,9 @@ class Meter:
             tokens_C.index_add_(0, flat, ones.double())
         total = lambda tensors: torch.stack(list(tensors)).double().sum(0)  # noqa: E731
         replayed = [part.replayed for part in parts if part.replayed is not None]
+        judged = [part.preference for part in parts if part.preference is not None]
         return {
+            "preference": total(judged) if judged else nats_C.new_zeros(0),
             "nats": nats_C,
             "tokens": tokens_C,
             "weighted": total(part.losses.weighted for part in parts)[None],
@@ -226,10 +231,11 @@ class Meter:
             "exchanged": np.array(self._exchanged),
         }
 
-    def _losses(self, found: Mapping[str, Array], first: Losses) -> dict[str, Any]:
+    def _losses(self, found: Mapping[str, Array], first: Losses, num_pairs: int) -> dict[str, Any]:
         nats, tokens, layers = found["nats"], found["tokens"], len(found["entropy"])
         lm_loss = float(nats.sum() / tokens.sum())
-        out = {LOSS: lm_loss + float(found["weighted"][0]), LM_LOSS: lm_loss}
+        pairs = dict(zip(DPO.values(), (found["preference"] / max(num_pairs, 1)).tolist(), strict=False))
+        out = {LOSS: pairs.get(DPO["loss"], lm_loss) + float(found["weighted"][0]), LM_LOSS: lm_loss, **pairs}
         out |= {ROUTER_LOSS[name]: float(x) / layers for name, x in zip(first.shares, found["shares"], strict=True)}
         for name, spent, count in zip(self._domains, nats.tolist(), tokens.tolist(), strict=True):
             if count:
