@@ -125,8 +125,6 @@ def _without_effect(c: Config) -> Iterator[tuple[str, str]]:
         for option in type(c.lora).model_fields:
             if option != "rank":
                 yield f"lora.{option}", "has an effect only with lora.rank above 0"
-    else:
-        yield "router.freeze", "has no effect with lora.rank above 0, under which routers stay as they are"
     if c.data.source == "local":
         yield (
             "data.path",

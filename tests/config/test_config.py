@@ -31,6 +31,7 @@ CASES = {
     "deepspeed": ["engine=deepspeed"],
     "hf": ["model=hf", "model.path=tests/config/tiny_qwen3_moe"],
     "lora": ["model=hf", "model.path=tests/config/tiny_qwen3_moe", "lora.rank=8"],
+    "sft_lora": ["experiment=sft", "data.path=tests", "lora.rank=8"],
     **{path.stem: [f"experiment={path.stem}"] for path in (ROOT / "configs" / "experiment").glob("*.yaml")},
     "sft": ["experiment=sft", "data.path=tests"],
     "replay": ["experiment=sft", "data.path=tests", "router.replay=choices.npz"],
