@@ -164,25 +164,22 @@ def products_of(device: torch.device, tiny: bool) -> list[str]:
 
 
 def fp8_products(device: torch.device, tiny: bool) -> Part:
-    """The products of one rank's experts in FP8 against those in bf16: time and error, forward and rows' gradients."""
+    """The products of one rank's experts in FP8 against those in bf16: time and error of the forward."""
     rows = []
     for name in VOCABULARY:
         dim, hidden, experts, top_k = (64, 64, 16, 2) if tiny else cases.PRESETS[name]
         slots, num = experts // RANKS, (64 if tiny else TOKENS) * top_k
         new = partial(torch.randn, device=device, dtype=torch.bfloat16)
-        x_MD, weights, sizes = new(num, dim), new(slots, 2 * hidden, dim).mul_(0.02), [num // slots] * slots
-        out_MH2, back_MD = new(num, 2 * hidden), new(num, dim)
-        for label, source, result, transpose in (
-            ("gate and up", x_MD, out_MH2, True),
-            ("gradient of rows", out_MH2.clone(), back_MD, False),
-        ):
+        sizes = [num // slots] * slots
+        for label, width, before in (("gate and up", 2 * hidden, dim), ("down", dim, hidden)):
+            source, weights, result = new(num, before), new(slots, width, before).mul_(0.02), new(num, width)
             found, times = [], []
             for is_fp8 in (False, True):
                 kernels = KernelChoice(is_fp8=is_fp8).choose(device, torch.bfloat16, (weights,))
-                multiply = partial(kernels.segment_mm, source, weights, sizes, result, transpose=transpose)
+                multiply = partial(kernels.segment_mm, source, weights, sizes, result, transpose=True)
                 times.append(seconds(multiply, device))
                 found.append(result.double())
-            operands = source, weights if transpose else weights.mT.contiguous()
+            operands = source, weights
             quantize = seconds(lambda of=operands: [fp8.quantize_rows(one) for one in of], device)
             values = [one for operand in operands for one in fp8.quantize_rows(operand)]
             alone = "-"

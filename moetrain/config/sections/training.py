@@ -55,9 +55,9 @@ class Train(Section):
     )
     experts_dtype: Literal["fp8"] | None = Field(
         default=None,
-        description="Number format of the experts' products. fp8: forward and the gradients of tokens in FP8 (e4m3) "
-        "with a scale for each row, on Hopper GPUs, where `train.dtype` is bf16; gradients of weights stay in bf16 "
-        "(docs/gpu.md). null: that of `train.dtype`.",
+        description="Number format of the experts' products. fp8: the forward in FP8 (e4m3) with a scale for "
+        "each row, on Hopper GPUs, where `train.dtype` is bf16; gradients stay in bf16 (docs/gpu.md). null: that of "
+        "`train.dtype`.",
     )
     log_every: Positive = Field(description="Steps between two lines of metrics.")
     threads: Positive | None = Field(description="CPU threads per worker. null: the cores of the host / its workers.")

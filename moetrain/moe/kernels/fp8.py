@@ -1,8 +1,8 @@
-"""The experts' products in FP8 (e4m3), each row with a scale of its own; gradients of weights in the rows' dtype.
+"""The experts' forward products in FP8 (e4m3), each row with a scale of its own; gradients in the rows' dtype.
 
-Forward and the gradients of rows multiply in FP8 and add up in the GPU's accumulators; results are in the rows' dtype.
-Weight gradients, whose errors add up in the weights, stay as they are: the recipe that torchao calls row-wise with
-high-precision weight gradients. A CPU multiplies the rounded values instead, for tests.
+The forward multiplies in FP8 and adds up in the GPU's accumulators; results are in the rows' dtype. Weight gradients,
+whose errors add up in the weights, stay as they are; so do gradients of rows, whose weights would have to be copied for
+their other direction: an H100 lost more by it than it gained. A CPU multiplies the rounded values instead, for tests.
 
 M rows, A and B widths, S slots.
 """
@@ -39,17 +39,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Fp8Products:
-    """Grouped products in FP8."""
+    """Grouped products, those of the forward in FP8."""
 
-    wide: ProductKernels  # for the weight gradients
+    wide: ProductKernels  # for gradients
 
     def segment_mm(self, rows_MA: Tensor, weights: Matrices, sizes: list[int], out_MB: Tensor, transpose: bool) -> None:
         """As `Backend.segment_mm`; rows in bf16."""
+        if not transpose:
+            self.wide.segment_mm(rows_MA, weights, sizes, out_MB, transpose=False)
+            return
         if not len(rows_MA):
             return
         stacked = weights if isinstance(weights, Tensor) else torch.stack(list(weights))
         rows, scale_M = quantize_rows(rows_MA)
-        weight_SBA, scale_SB = quantize_rows(stacked if transpose else stacked.mT.contiguous())
+        weight_SBA, scale_SB = quantize_rows(stacked)
         if rows_MA.device.type == "cpu":
             plain_MA, plain_SBA = rows.float() * scale_M[:, None], weight_SBA.float() * scale_SB[..., None]
             wide_MB = plain_MA.new_empty(out_MB.shape)
