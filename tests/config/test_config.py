@@ -216,7 +216,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (
             ["+parallel.tp=5"],
             "parallel.tp=5: no such field; parallel has nproc, ep, r, dp_shard, dp_replicate, "
-            "backend, layout, cluster, exchange, chunks, flow_splits, uneven",
+            "backend, layout, cluster, exchange, flow_splits, chunks, uneven",
         ),
         (["lr=1e-3"], "lr: no such field; did you mean optim.lr?"),
         (["model.hidden_size=64"], "model.hidden_size: no such field; did you mean model.dim?"),
@@ -228,7 +228,7 @@ QUOTED = "a value with = : ~ , brackets, quotes or letters beyond ASCII is quote
         (
             ["parallel.tp=2"],
             "parallel.tp: no such field; parallel has nproc, ep, r, dp_shard, dp_replicate, "
-            "backend, layout, cluster, exchange, chunks, flow_splits, uneven",
+            "backend, layout, cluster, exchange, flow_splits, chunks, uneven",
         ),
         (
             ["optim.rule=muon"],

@@ -57,7 +57,7 @@ def answer(mesh: Mesh, folder: str, selection: Selection) -> None:
 def compute_plainly(mesh: Mesh, folder: str, selection: Selection) -> dict[str, list[Any]]:
     """One sequence at a time, without padding; log-likelihoods from the logits, in fp64."""
     settings = load_run(folder, [])
-    _, model, corpus, _ = tasks._restore(settings, mesh)
+    _, model, corpus, _ = tasks.restore_run(settings, mesh)
     most, end = settings.train.seq_len, corpus.end_of_text
 
     def encode(text: str) -> list[int]:

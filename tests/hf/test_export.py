@@ -27,7 +27,7 @@ SHAPES = {
 
 def compute_logits(mesh: Mesh, folder: str) -> Tensor:
     settings = config.load_resolved(Path(folder) / "config.yaml", [])
-    _, model, *_ = tasks._restore(settings, mesh)
+    _, model, *_ = tasks.restore_run(settings, mesh)
     with torch.no_grad():
         logits: Tensor = model(TOKENS)[0]
     return logits

@@ -191,7 +191,7 @@ def overrides_of(words: list[str]) -> list[str]:
 def test_overrides_compose(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "books").mkdir()
-    for name in ("pairs.jsonl", "tokenizer.json"):  # which readers of docs/post-train.md have written
+    for name in ("pairs.jsonl", "preferences.jsonl", "tokenizer.json"):  # readers of docs/post-train.md wrote them
         (tmp_path / name).touch()
     wrong = []
     for verb, words in read_commands(page):
