@@ -61,6 +61,9 @@ def find_r(c: Config, ep: int) -> int:
         raise ConfigError(f"parallel.r={r}: {rule}")
     if r > 1 and is_whole:
         raise ConfigError(f"parallel.r={r}: must be 1 for model=hf, whose experts are never cut")
+    if r > 1 and c.train.experts_dtype == "fp8" and hidden % (16 * r):
+        rule = f"must cut model.expert_hidden={hidden} into multiples of 16 with train.experts_dtype=fp8"
+        raise ConfigError(f"parallel.r={r}: {rule}")
     if r > 1 and hidden % (8 * r):
         raise ConfigError(f"parallel.r={r}: must cut model.expert_hidden={hidden} into multiples of 8")
     if r > 1 and c.lora.rank:

@@ -45,7 +45,7 @@ def settle_exchange(mesh: Mesh, config: RunSpec, costs: Costs) -> list[str]:
 
     All ranks call it with the same costs, so that all come to the same way.
     """
-    if mesh.exchange.asked != "auto" or costs.two_level is None:
+    if mesh.exchange.asked != "auto" or costs.two_level is None or not mesh.exchange.is_two_level_possible:
         return []
     tokens = config.micro_batch * config.train.seq_len
     num_bytes = expect_bytes(costs, tokens * config.router.top_k)

@@ -27,7 +27,7 @@ from moetrain.hf.layout import SOMETIMES, is_experts
 from moetrain.hf.pinning import ChoiceMode, Site
 from moetrain.hf.replay import checkpoint_with_replay
 from moetrain.hf.scores import is_recomputed
-from moetrain.moe.recorded import ChoiceFacts
+from moetrain.moe.recorded import ChoiceFacts, find_problem
 from moetrain.moe.rollouts import align_routed_experts
 
 
@@ -81,6 +81,8 @@ def replay_choices(model: nn.Module, experts: Tensor, missing: str = "error") ->
         raise ConfigError(f"experts: {tuple(experts.shape)} {rule}")
     if flat_TLK.numel() and not -1 <= int(flat_TLK.min()) <= int(flat_TLK.max()) < num_experts:
         raise ConfigError(f"experts: {int(flat_TLK.max())} is none of the {num_experts} experts")
+    if problem := find_problem(flat_TLK.cpu().numpy()):
+        raise ConfigError(f"experts: {problem}")
     absent = int((flat_TLK[:, 0, 0] < 0).sum())
     if missing not in ("error", "route") or (absent and missing == "error"):
         rule = f"{absent} of {len(flat_TLK)} tokens have no recorded choice; route has the router choose for them"

@@ -15,7 +15,6 @@ S samples, T tokens of all of them, L layers with experts, K experts a token.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.common import disk
+from moetrain.common.arrays import BROKEN
 from moetrain.common.errors import ConfigError, short
 
 FORMAT, VERSION = "moetrain.routed_experts", 1
@@ -110,6 +110,8 @@ class RoutedExperts:
         high, low = (int(self.experts.max()), int(self.experts.min())) if size else (0, 0)
         rule(high < f.num_experts, f"an expert is {high}, must be below num_experts={f.num_experts}")
         rule(low >= -1, f"an expert is {low}; -1 stands for what was not recorded")
+        problem = find_problem(self.experts)
+        rule(problem is None, str(problem))
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises `ConfigError` for another ending than `SUFFIXES`; `OSError`."""
@@ -152,6 +154,23 @@ def hash_tokenizer(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def find_problem(experts_TLK: NDArray[np.integer]) -> str | None:
+    """Return what is wrong with choices, -1 where nothing was recorded; None: nothing.
+
+    A token has choices in all layers or in none, of a layer as many as any other token, and no expert twice.
+    """
+    used_TLK = experts_TLK >= 0
+    known_T = used_TLK.any((1, 2))
+    if not known_T.any():
+        return None
+    partial_T = known_T & (used_TLK != used_TLK[known_T.argmax()]).any((1, 2))
+    if partial_T.any() or not used_TLK[known_T.argmax()].any(1).all():
+        return f"the choices of token {int(partial_T.argmax()):,} are not whole: other layers or tokens have more"
+    ranked_TLK = np.sort(experts_TLK, -1)
+    twice_T = ((ranked_TLK[..., 1:] == ranked_TLK[..., :-1]) & (ranked_TLK[..., 1:] >= 0)).any((1, 2))
+    return f"token {int(twice_T.argmax()):,} has an expert twice" if twice_T.any() else None
+
+
 def _read(path: Path, name: str, with_arrays: bool) -> RoutedExperts:
     check_suffix(path, name)
     if not path.is_file():
@@ -159,7 +178,7 @@ def _read(path: Path, name: str, with_arrays: bool) -> RoutedExperts:
     read = _read_npz if path.suffix == ".npz" else _read_safetensors
     try:
         about, arrays = read(path, with_arrays)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, *BROKEN) as error:
         said = " ".join(str(error).split())[:120]
         raise ConfigError(f"{name}={path}: must be a file of recorded choices ({said})") from None
     if about.get("format") != FORMAT or str(about.get("version")) != str(VERSION):

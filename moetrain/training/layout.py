@@ -53,7 +53,7 @@ def choose_layout(config: Config, given: Collection[str], world: int) -> ChosenL
     fixed = {name for name, value in OPEN.items() if name in given or _get(config, name) != value}
     if fixed == OPEN.keys():
         return ChosenLayout({name: _get(config, name) for name in OPEN}, "")
-    if (kept := _read_earlier(config)) is not None:
+    if (kept := _read_earlier(config, world)) is not None:
         return ChosenLayout({name: _get(config, name) if name in fixed else kept[name] for name in OPEN}, "")
     cluster = find_cluster(config, world)
     request = _ask(config, world, cluster)
@@ -166,14 +166,17 @@ def _fields_of(layout: Layout, work: StepWork, request: Request) -> dict[str, An
     }
 
 
-def _read_earlier(config: Config) -> dict[str, Any] | None:
-    """Return the fields that an earlier start of the run has chosen; None where there is none."""
+def _read_earlier(config: Config, world: int) -> dict[str, Any] | None:
+    """Return the fields that an earlier start of the run has chosen; None where there is none, or `world` ranks cannot
+    have them."""
     if config.run.name is None or config.checkpoint.resume == "none":
         return None
     tree = disk.read_yaml(Path(config.run.dir, config.run.name, "config.yaml"))
     if not isinstance(tree, dict) or tree.get("parallel", {}).get("layout") != "auto":
         return None
-    return {name: tree[name.partition(".")[0]][name.partition(".")[2]] for name in OPEN}
+    kept = {name: tree[name.partition(".")[0]][name.partition(".")[2]] for name in OPEN}
+    group = (kept["parallel.ep"] or 1) * (kept["parallel.dp_replicate"] or 1)
+    return kept if world % group == 0 and config.train.global_batch % world == 0 else None
 
 
 def _write_value(value: Any) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moetrain import runs
 from moetrain.common import disk
+from moetrain.common.arrays import BROKEN
 from moetrain.common.console import RunLogger, errors
 from moetrain.config import ConfigError, RunSpec
 from moetrain.data.conversations import ChatLoader, Rows, held_out_rows
@@ -129,7 +130,7 @@ def read_reference(folder: Path, corpus: Corpus, loader: ChatLoader, config: Run
                 split: SplitReference(*(file[f"{split}.{name}"] for name in SplitReference._fields))
                 for split in corpus.manifest["splits"]
             }
-    except (OSError, ValueError, KeyError, EOFError):
+    except (KeyError, *BROKEN):
         return None
     for split, parts in _list_rows(corpus, loader, config).items():
         needed = _sizes_of(parts, len(corpus.documents(split)) // 2)

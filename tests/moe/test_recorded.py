@@ -19,7 +19,7 @@ FACTS = ChoiceFacts("qwen3_moe", num_experts=8, num_layers=2, top_k=3, tokenizer
 
 def samples() -> list[tuple[np.ndarray, np.ndarray]]:
     draw = np.random.default_rng(0)
-    found = [(draw.integers(0, 99, size), draw.integers(0, 8, (size, 2, 3))) for size in (5, 2, 7)]
+    found = [(draw.integers(0, 99, size), draw.random((size, 2, 8)).argsort(-1)[..., :3]) for size in (5, 2, 7)]
     found[2][1][-1] = -1  # sampled last
     found[0][1][0] = -1  # before the first row that was returned
     return found
@@ -50,6 +50,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"experts": np.zeros((2, 4, 3), np.int16)}, r"experts are \(2, 4, 3\), must be \(2, 2, 3\)"),
     "expert": ({"experts": np.full((2, 2, 3), 8)}, "an expert is 8, must be below num_experts=8"),
     "below": ({"experts": np.full((2, 2, 3), -2)}, "an expert is -2; -1 stands for what was not recorded"),
+    "twice": ({"experts": np.array([[[0, 1, 2]] * 2, [[0, 1, 2], [3, 4, 3]]])}, "token 1 has an expert twice"),
+    "partial": (
+        {"experts": np.array([[[0, 1, 2]] * 2, [[0, 1, 2], [3, 4, -1]]])},
+        "the choices of token 1 are not whole: other layers or tokens have more",
+    ),
+    "one layer": (
+        {"experts": np.array([[[0, 1, 2], [-1, -1, -1]]] * 2)},
+        "the choices of token 0 are not whole: other layers or tokens have more",
+    ),
     "floats": ({"experts": np.zeros((2, 2, 3))}, "tokens, lengths and experts must be integers"),
     "weights": ({"weights": np.zeros((2, 2))}, r"weights must be \(2, 2, 3\), as experts are"),
     "empty": ({"lengths": np.array([2, 0])}, "every sample must have a token whose choice was recorded"),

@@ -46,6 +46,11 @@ def test_a_run_that_goes_on_keeps_its_layout(tmp_path: Path) -> None:
     assert not found.reason
     assert choose(*place, "parallel.ep=2").fields["parallel.ep"] == 2
     assert choose(*place, "checkpoint.resume=none").reason
+    wide = config.dump(config.load([*AUTO, *place, "parallel.ep=4"]))
+    (tmp_path / "first" / "config.yaml").write_text(wide)
+    fewer = choose(*place, world=2)  # too few for the layout of the earlier start
+    assert fewer.reason
+    assert fewer.fields["parallel.ep"] in (1, 2)
 
 
 def test_what_cannot_be_chosen_is_refused(tmp_path: Path) -> None:

@@ -127,8 +127,9 @@ def segment_outer(left_MA: Tensor, right_MB: Tensor, sizes: list[int], out_SAB: 
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether this device can compute these products."""
-    return device.type == "cuda" and dtype in DTYPES and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Tell whether this device can compute these products: it has the tensor memory engine, and room for a tile."""
+    is_known = device.type == "cuda" and dtype in DTYPES
+    return is_known and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _tile(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
