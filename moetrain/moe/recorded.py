@@ -178,7 +178,7 @@ def _read(path: Path, name: str, with_arrays: bool) -> RoutedExperts:
     read = _read_npz if path.suffix == ".npz" else _read_safetensors
     try:
         about, arrays = read(path, with_arrays)
-    except (KeyError, *BROKEN) as error:
+    except BROKEN as error:
         said = " ".join(str(error).split())[:120]
         raise ConfigError(f"{name}={path}: must be a file of recorded choices ({said})") from None
     if about.get("format") != FORMAT or str(about.get("version")) != str(VERSION):

@@ -7,6 +7,7 @@ the corpus, so that a run that goes on reads it at any layout. N pairs of a spli
 import io
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from moetrain import runs
 from moetrain.common import disk
-from moetrain.common.arrays import BROKEN
+from moetrain.common.arrays import BROKEN, read_arrays
 from moetrain.common.console import RunLogger, errors
 from moetrain.config import ConfigError, RunSpec
 from moetrain.data.conversations import ChatLoader, Rows, held_out_rows
@@ -123,14 +124,12 @@ def write_reference(folder: Path, reference: Reference, corpus: Corpus) -> None:
 def read_reference(folder: Path, corpus: Corpus, loader: ChatLoader, config: RunSpec) -> Reference | None:
     """Return what a run's folder keeps; None where it is missing, damaged, of another corpus or of other lengths."""
     try:
-        with np.load(folder / NAME) as file:
-            if json.loads(str(file["about"])) != corpus.fingerprint:
-                return None
-            found = {
-                split: SplitReference(*(file[f"{split}.{name}"] for name in SplitReference._fields))
-                for split in corpus.manifest["splits"]
-            }
-    except (KeyError, *BROKEN):
+        splits = {split: [f"{split}.{name}" for name in SplitReference._fields] for split in corpus.manifest["splits"]}
+        arrays = read_arrays(folder / NAME, ["about", *chain(*splits.values())])
+        if json.loads(str(arrays["about"])) != corpus.fingerprint:
+            return None
+        found = {split: SplitReference(*(arrays[name] for name in names)) for split, names in splits.items()}
+    except BROKEN:
         return None
     for split, parts in _list_rows(corpus, loader, config).items():
         needed = _sizes_of(parts, len(corpus.documents(split)) // 2)
